@@ -1,0 +1,31 @@
+// Every kernel for AVX2 with FMA and F16C. The standard headers come before the target does: what they define inline is shared with
+// the whole library and must run everywhere.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define CXV_ISA avx2
+#define CXV_VECTOR_BYTES 32
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "linear_attention_kernel.h"
+
+namespace cxv {
+const LinearAttentionKernels kLinearAttentionAvx2 = CXV_ISA::kKernels;
+}  // namespace cxv
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

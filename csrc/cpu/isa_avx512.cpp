@@ -1,0 +1,31 @@
+// Every kernel for AVX512. The standard headers come before the target does: what they define inline is shared with
+// the whole library and must run everywhere.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define CXV_ISA avx512
+#define CXV_VECTOR_BYTES 64
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#include "linear_attention_kernel.h"
+
+namespace cxv {
+const LinearAttentionKernels kLinearAttentionAvx512 = CXV_ISA::kKernels;
+}  // namespace cxv
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,9 @@
+// Every kernel for the instruction set that the compiler targets by default (SSE2, NEON, …).
+#define CXV_ISA baseline
+#define CXV_VECTOR_BYTES 16
+
+#include "linear_attention_kernel.h"
+
+namespace cxv {
+const LinearAttentionKernels kLinearAttentionBaseline = CXV_ISA::kKernels;
+}  // namespace cxv

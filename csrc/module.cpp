@@ -1,0 +1,46 @@
+// cxv_kernels._C: what this build holds. It links against nothing of PyTorch, so it imports wherever Python does.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+#define CXV_STRING_(x) #x
+#define CXV_STRING(x) CXV_STRING_(x)
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts of cxv_kernels.";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+#if defined(__clang__)
+        info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+        info["compiler"] = "gcc " __VERSION__;
+#else
+        info["compiler"] = "unknown";
+#endif
+        info["torch_target"] = CXV_STRING(CXV_TORCH_TARGET);
+        info["torch_built_with"] = CXV_STRING(CXV_TORCH_BUILT_WITH);
+        info["cuda"] = CXV_STRING(CXV_CUDA_VERSION);
+        info["cuda_arch_list"] = CXV_STRING(CXV_CUDA_ARCHS);
+        return info;
+      },
+      "dict[str, str]: compiler, oldest torch served, torch built with, CUDA version and architectures (empty: none).");
+  m.def(
+      "cpu_isa",
+      [] {
+        switch (cxv::cpu_isa()) {
+          case cxv::Isa::kAvx512:
+            return "avx512";
+          case cxv::Isa::kAvx2:
+            return "avx2";
+          default:
+            return "baseline";
+        }
+      },
+      "The instruction set that the CPU kernels use here: avx512, avx2 or baseline.");
+}

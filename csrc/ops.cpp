@@ -1,0 +1,14 @@
+// Every schema, once. Kernels register under their dispatch key in csrc/cpu and csrc/cuda; fake implementations and
+// autograd are in Python, in the op's folder.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(cxv_kernels, m) {
+  // q (B, H, N_q, D), k (B, H, N_k, D), v (B, H, N_k, E); key_mask bool (B, N_k); feature_map softmax | elu | relu.
+  // out (B, H, N_q, E); state (B, H, D, E) and key_stat (B, H, D) in float32, or float64 for float64 inputs.
+  m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, str feature_map, float eps)"
+      " -> (Tensor out, Tensor state, Tensor key_stat)");
+  m.def(
+      "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
+      " Tensor key_stat, str feature_map, float eps) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}

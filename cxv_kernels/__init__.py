@@ -1,0 +1,28 @@
+"""Linear attention and conv + norm for PyTorch: fused kernels, each beside a plain-PyTorch reference.
+
+Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` unless told otherwise.
+"""
+
+from .backends import BACKENDS, OPS, explain_backend, get_backend, use_backend
+from .conv_norm import conv_norm
+from .linear_attention import kv_state, linear_attention
+from .nystrom_attention import nystrom_attention
+from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "conv_norm",
+    "explain_backend",
+    "get_backend",
+    "kv_state",
+    "linear_attention",
+    "num_random_features",
+    "nystrom_attention",
+    "orthogonal_projection",
+    "performer_attention",
+    "performer_features",
+    "use_backend",
+]

@@ -1,0 +1,123 @@
+"""Which implementation serves an op, and why another one declines.
+
+A backend is registered per op with a capability check: a function of (device, dtype) that returns ``None`` if
+it can serve, else the reason in words. ``"auto"`` walks :data:`_PREFERENCE` for the device, takes the first that
+can, and falls back to the reference, saying so once per (op, device type).
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+OPS = (
+    "linear_attention",
+    "kv_state",
+    "performer_attention",
+    "performer_features",
+    "nystrom_attention",
+    "conv_norm",
+)
+
+Check = Callable[[torch.device, torch.dtype], str | None]
+
+_PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+_checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
+_announced: set[tuple[str, str]] = set()
+_active = "auto"
+
+
+def _validate(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def register(op: str, backend: str, check: Check) -> None:
+    """Declare that ``backend`` implements ``op`` wherever ``check(device, dtype)`` returns ``None``."""
+    _checks[op][backend] = check
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op in the block from one backend.
+
+    Args:
+        name: ``"auto"`` (the fastest that can), ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``. A named
+            backend that cannot serve a call raises ``RuntimeError`` with its reason; only ``"auto"`` falls back.
+
+    The setting is the process's, not the thread's; the backward pass uses what its forward pass used.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _active
+    previous, _active = _active, _validate(name)
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def get_backend() -> str:
+    """The name that :func:`use_backend` has set, ``"auto"`` outside any block."""
+    return _active
+
+
+def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    check = _checks[op].get(backend)
+    return f"has no {op} kernel yet" if check is None else check(device, dtype)
+
+
+def explain_backend(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """For each backend, ``"serves"`` or the reason why it does not serve ``op`` on this device and dtype.
+
+    Raises:
+        ValueError: unknown op.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+    device = torch.device(device)
+    named = {name: _decline(op, name, device, dtype) or "serves" for name in BACKENDS[2:]}
+    return {"reference": "serves"} | named
+
+
+def resolve(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
+    """The backend that will serve ``op`` for inputs like ``tensor`` (its device and dtype decide).
+
+    Args:
+        backend: a name from :data:`BACKENDS`, or ``None`` for the one :func:`use_backend` has set.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: a backend was named and cannot serve; the message gives its reason.
+    """
+    wanted = _active if backend is None else _validate(backend)
+    if wanted == "reference":
+        return wanted
+    device, dtype = tensor.device, tensor.dtype
+    reasons = []
+    for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else (wanted,):
+        reason = _decline(op, name, device, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name} {reason}")
+    if wanted != "auto":
+        raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")
+    if not torch.compiler.is_compiling():
+        _announce(op, device, reasons)
+    return "reference"
+
+
+def _announce(op: str, device: torch.device, reasons: list[str]) -> None:
+    if (op, device.type) in _announced:
+        return
+    _announced.add((op, device.type))
+    why = "; ".join(reasons) or "no fused backend knows this device type"
+    warnings.warn(
+        f"{op} on {device.type} is served by the reference ({why}). "
+        f"Ask cxv_kernels.explain_backend({op!r}, {device.type!r}); said once.",
+        stacklevel=4,
+    )

@@ -1,0 +1,62 @@
+"""3×3 convolution followed by LayerNorm over channels. README.md has the math."""
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..validation import autocast_inputs, check_same, check_tensor
+from .reference import conv_norm_reference
+
+__all__ = ["conv_norm"]
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """3×3 convolution, stride 1, padding 1, then LayerNorm over the channels of each pixel (paper section 3.3-3.4).
+
+    The norm is ``F.layer_norm``'s: eps inside the root. (The paper's released form divides by σ + eps, whose
+    gradient is NaN on a constant pixel.)
+
+    Args:
+        x: (B, C_in, H, W), NCHW or channels_last. Under autocast x, weight and bias are cast to its dtype.
+        weight: (C_out, C_in, 3, 3); bias: (C_out,) or None; both in x's dtype.
+        gamma, beta: (C_out,), the norm's gain and offset, any floating dtype.
+        eps: added to the variance.
+        backend: see :func:`cxv_kernels.use_backend`.
+
+    Returns:
+        (B, C_out, H, W) in x's dtype (autocast's under autocast), channels_last in memory.
+
+    Raises:
+        ValueError: a wrong rank, shape, device or backend; TypeError: a wrong or mixed dtype; RuntimeError: the
+        named backend cannot serve.
+    """
+    x, weight = autocast_inputs(x, weight)
+    check_tensor("x", x, 4, "(B, C_in, H, W)")
+    check_tensor("weight", weight, 4, "(C_out, C_in, 3, 3)")
+    check_same("weight", weight, "x", x)
+    if weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(f"weight must be (C_out, {x.shape[1]}, 3, 3) for x of {x.shape[1]} channels, "
+                         f"got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, 1, "(C_out,)")
+        bias = bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
+        check_same("bias", bias, "x", x)
+    for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta)):
+        if t is None:
+            continue
+        check_tensor(name, t, 1, "(C_out,)")
+        check_same(name, t, "x", x, dtype=False)
+        if t.shape[0] != weight.shape[0]:
+            raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
+    backends.resolve("conv_norm", x, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        return conv_norm_reference(x, weight, bias, gamma, beta, eps)

@@ -1,0 +1,91 @@
+"""The fused op: fake implementations, autograd, and what its kernels can serve."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._extension import CPP_MISSING
+from ..validation import accumulate_dtype
+from .reference import linear_attention_reference
+
+
+def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of this shape whose dimensions lie in memory in the order of ``like``'s (csrc: new_like)."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    strides, step = [0] * like.dim(), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * max(shape[dim], 1)
+    return like.new_empty_strided(shape, strides)
+
+
+if CPP_MISSING is None:
+
+    @torch.library.register_fake("cxv_kernels::linear_attention_forward")
+    def _(q, k, v, key_mask, feature_map, eps):
+        batch, heads, dim, value_dim = *q.shape[:2], q.shape[3], v.shape[3]
+        out = like_layout(q, (*q.shape[:3], value_dim))
+        state = q.new_empty((batch, heads, dim, value_dim), dtype=accumulate_dtype(q.dtype))
+        return out, state, state.new_empty((batch, heads, dim))
+
+    @torch.library.register_fake("cxv_kernels::linear_attention_backward")
+    def _(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
+        return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
+
+
+class LinearAttention(torch.autograd.Function):
+    """(q, k, v, key_mask, feature_map, eps) → (out, state, key_stat); the last two carry no gradient."""
+
+    @staticmethod
+    def forward(q, k, v, key_mask, feature_map, eps):
+        return torch.ops.cxv_kernels.linear_attention_forward(q, k, v, key_mask, feature_map, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        q, k, v, key_mask, ctx.feature_map, ctx.eps = inputs
+        _, state, key_stat = output
+        ctx.mark_non_differentiable(state, key_stat)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, key_mask, state, key_stat)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None):
+        if grad_out is None:
+            return (None,) * 6
+        q, k, v, key_mask, state, key_stat = ctx.saved_tensors
+        arguments = (grad_out, q, k, v, key_mask, state, key_stat, ctx.feature_map, ctx.eps)
+        return (*LinearAttentionBackward.apply(*arguments), None, None, None)
+
+
+class LinearAttentionBackward(torch.autograd.Function):
+    """The fused backward, itself differentiable: its gradient is that of the reference's."""
+
+    @staticmethod
+    def forward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
+        return torch.ops.cxv_kernels.linear_attention_backward(
+            grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_out, q, k, v, key_mask, _, _, ctx.feature_map, ctx.eps = inputs
+        ctx.save_for_backward(grad_out, q, k, v, key_mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        *differentiable, key_mask = ctx.saved_tensors
+        with torch.enable_grad():
+            grad_out, q, k, v = inputs = [t.detach().requires_grad_() for t in differentiable]
+            out = linear_attention_reference(q, k, v, ctx.feature_map, ctx.eps, key_mask)
+            first = torch.autograd.grad(out, (q, k, v), grad_out, create_graph=True)
+            second = torch.autograd.grad(first, inputs, grads, allow_unused=True)
+        return (*second, *(None,) * 5)
+
+
+def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
+
+
+backends.register("linear_attention", "cpp", _cpp)

@@ -1,0 +1,48 @@
+"""Nyström attention in plain PyTorch. Its two token-sized softmaxes are scaled-dot-product attention, so no N × 64
+map is stored; what is left is small."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..validation import accumulate_dtype
+
+
+def segment_means(x: Tensor, num_segments: int) -> Tensor:
+    """Means (B, H, num_segments, D) of consecutive tokens of x (B, H, N, D), N ≥ num_segments.
+
+    Where num_segments does not divide N, the first N mod num_segments segments have one token more.
+    """
+    *lead, tokens, dim = x.shape
+    size, longer = divmod(tokens, num_segments)
+    head, tail = x[..., : longer * (size + 1), :], x[..., longer * (size + 1) :, :]
+    parts = [tail.reshape(*lead, num_segments - longer, size, dim).mean(dim=-2)]
+    if longer:
+        parts.insert(0, head.reshape(*lead, longer, size + 1, dim).mean(dim=-2))
+    return torch.cat(parts, dim=-2)
+
+
+def iterative_pinv(a: Tensor, iterations: int = 6) -> Tensor:
+    """Moore-Penrose inverse of each matrix of a (…, m, m) by cubic iterations (Xiong et al. 2021, eq. 11-14).
+
+    The initial scale is each matrix's own, so that the batch does not change the result.
+    """
+    scale = a.abs().sum(dim=-1).amax(dim=-1) * a.abs().sum(dim=-2).amax(dim=-1)
+    z = a.transpose(-2, -1) / scale[..., None, None]
+    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * identity - az @ (15 * identity - az @ (7 * identity - az)))
+    return z
+
+
+def nystrom_attention_reference(q: Tensor, k: Tensor, v: Tensor, num_landmarks: int = 64) -> Tensor:
+    """See :func:`cxv_kernels.nystrom_attention`."""
+    landmarks = min(num_landmarks, q.shape[2], k.shape[2])
+    if landmarks == 0:  # no query: an empty result; no key: zeros
+        return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
+    dtype = accumulate_dtype(q.dtype)
+    q_means, k_means = segment_means(q.to(dtype), landmarks), segment_means(k.to(dtype), landmarks)
+    inverse = iterative_pinv((q_means * q.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1))
+    summary = F.scaled_dot_product_attention(q_means.to(q.dtype), k, v)
+    return F.scaled_dot_product_attention(q, k_means.to(q.dtype), (inverse @ summary.to(dtype)).to(q.dtype))

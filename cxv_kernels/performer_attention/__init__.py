@@ -1,0 +1,109 @@
+"""Performer attention (FAVOR+) with the softmax and relu kernels. README.md has the math."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..validation import autocast_inputs, check_attention, check_choice, check_key_mask, check_same, check_tensor
+from .reference import (
+    KERNELS,
+    STABILIZERS,
+    num_random_features,
+    orthogonal_projection,
+    performer_attention_reference,
+    performer_features_reference,
+)
+
+__all__ = ["num_random_features", "orthogonal_projection", "performer_attention", "performer_features"]
+
+
+def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str) -> None:
+    check_choice("kernel", kernel, KERNELS)
+    check_choice("stabilizer", stabilizer, STABILIZERS)
+    if eps is not None and not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be None or a finite number of at least 0, got {eps}")
+    check_tensor("projection", projection, 2, "(M, D)")
+    check_same("projection", projection, "q", x, dtype=False)
+    if projection.shape[1] != x.shape[-1]:
+        raise ValueError(f"projection has D = {projection.shape[1]}, the heads have D = {x.shape[-1]}: they must agree")
+
+
+def performer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    kernel: str = "softmax",
+    *,
+    eps: float | None = None,
+    stabilizer: str = "head",
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Non-causal Performer attention, O(N·M·(D + E)): out = φ(q) S / (φ(q)·z), S = Σ φ(k)ᵀv, z = Σ φ(k).
+
+    ``"softmax"`` (FAVOR+, Choromanski et al. 2021, eq. 5 and 7): φ(x) = exp(D^-¼·x·Wᵀ − ‖x‖²/(2√D) − s) + eps,
+    with s the largest D^-¼·x·Wᵀ over a query's features, or over the features and keys of a head; s carries no
+    gradient. ``"relu"``: φ(x) = relu(D^-¼·x·Wᵀ) + eps. Paper section 3.1.
+
+    Args:
+        q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
+            any strides. Under autocast they are cast to its dtype; the projection is not.
+        projection: W (M, D), any floating dtype, see :func:`cxv_kernels.orthogonal_projection`.
+        kernel: ``"softmax"`` or ``"relu"``.
+        eps: None is 1e-4 for softmax (the paper's) and 1e-3 for relu. With 0 the softmax kernel's maxima are taken
+            over the whole exponent, so that no key is lost to underflow (FAVOR+ proper).
+        stabilizer: ``"head"`` takes the keys' maximum per (batch, head); ``"batch"`` over the whole batch, as the
+            paper's released code does: there one image changes another's output.
+        key_mask: bool (B, N_k), True where a key is seen. A query that sees no key gets zeros.
+        backend: see :func:`cxv_kernels.use_backend`; None takes the one set there.
+
+    Returns:
+        (B, H, N_q, E) in q's dtype. State, statistics and the division are float32 (float64 for float64).
+
+    Raises:
+        ValueError: a wrong rank, shape, device, option or backend; TypeError: a wrong or mixed dtype;
+        RuntimeError: the named backend cannot serve.
+    """
+    q, k, v = autocast_inputs(q, k, v)
+    check_attention(q, k, v)
+    check_key_mask(key_mask, k)
+    _check_options(q, projection, kernel, eps, stabilizer)
+    backends.resolve("performer_attention", q, backend)
+    with torch.autocast(q.device.type, enabled=False):
+        return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
+
+
+def performer_features(
+    x: Tensor,
+    projection: Tensor,
+    is_query: bool,
+    kernel: str = "softmax",
+    *,
+    eps: float | None = None,
+    stabilizer: str = "head",
+    backend: str | None = None,
+) -> Tensor:
+    """The random features φ(x) alone, with FAVOR+'s factor M^-½ for the softmax kernel.
+
+    Args:
+        x: (B, H, N, D); dtypes and strides as in :func:`performer_attention`.
+        projection: W (M, D).
+        is_query: queries are stabilised by their own maximum, keys by their head's (or, with
+            ``stabilizer="batch"``, by the batch's).
+        kernel, eps, backend: as in :func:`performer_attention`.
+
+    Returns:
+        (B, H, N, M) in x's dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`performer_attention`.
+    """
+    (x,) = autocast_inputs(x)
+    check_tensor("x", x, 4, "(B, H, N, D)")
+    _check_options(x, projection, kernel, eps, stabilizer)
+    backends.resolve("performer_features", x, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)

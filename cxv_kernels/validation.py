@@ -1,0 +1,88 @@
+"""Argument checks and autocast, shared by the ops."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
+    """Raise ``TypeError`` unless ``x`` is a floating tensor, ``ValueError`` unless it has ``ndim`` dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions {layout}, got shape {tuple(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
+    """Raise unless ``x`` lies on ``other``'s device (``ValueError``) and, if asked, has its dtype (``TypeError``)."""
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: they must be on one device")
+    if dtype and x.dtype != other.dtype:
+        raise TypeError(f"{name} is {x.dtype}, {other_name} {other.dtype}: they must have one dtype")
+
+
+def check_keys_values(k: Tensor, v: Tensor) -> None:
+    """Raise unless k (B, H, N, D) and v (B, H, N, E) belong together."""
+    check_tensor("k", k, 4, "(B, H, N, D)")
+    check_tensor("v", v, 4, "(B, H, N, E)")
+    check_same("v", v, "k", k)
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v has batch and heads {tuple(v.shape[:2])}, k {tuple(k.shape[:2])}: they must agree")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v has {v.shape[2]} tokens, k {k.shape[2]}: they must agree")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q (B, H, N_q, D), k (B, H, N_k, D) and v (B, H, N_k, E) belong together."""
+    check_tensor("q", q, 4, "(B, H, N_q, D)")
+    check_keys_values(k, v)
+    check_same("k", k, "q", q)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k has batch size {k.shape[0]}, q {q.shape[0]}: they must agree")
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads, q {q.shape[1]}: they must agree")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has head dimension {k.shape[3]}, q {q.shape[3]}: they must agree")
+
+
+def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
+    """Raise unless ``key_mask`` is None or a boolean tensor (B, N_k) on k's device, True where a key is seen."""
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask must be a bool tensor (B, N_k), got {got}")
+    if key_mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"key_mask must have shape {(k.shape[0], k.shape[2])} (B, N_k), got {tuple(key_mask.shape)}")
+    check_same("key_mask", key_mask, "k", k, dtype=False)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state, statistics and division: float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in its dtype (float64 is left alone, as PyTorch does); else as they came.
+
+    The ops cast explicitly, and only what may be low precision: projections and norm parameters stay as they are.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+
+    def cast(t: Tensor) -> Tensor:
+        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible else t
+
+    return tuple(map(cast, tensors))

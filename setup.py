@@ -1,0 +1,152 @@
+"""Builds the C++ and CUDA libraries; pyproject.toml says all else.
+
+What a machine lacks is left out with one clear line, and the package works without it:
+no compiler → no C++ kernels; no nvcc, a CPU-only torch or another CUDA major than torch's → no CUDA kernels.
+
+CXV_CUDA=0 leaves CUDA out, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honoured; its default
+does not look at the machine, so that a wheel serves every card from the T4 on.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: newer ones load the same library
+DEFAULT_ARCHS = "7.5+PTX;8.0;9.0"
+
+
+def say(message: str) -> None:
+    print(f"cxv: {message}", file=sys.stderr, flush=True)
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
+def find_cuda_home(nvcc: str) -> str:
+    """The toolkit's root as nvcc itself sees it: the nvcc on PATH may be a wrapper that lives elsewhere."""
+    dryrun = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"TOP=(\S+)", dryrun.stderr)
+    return str(Path(top.group(1)).resolve()) if top else str(Path(nvcc).resolve().parent.parent)
+
+
+def why_not_cpp() -> str | None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        return f"no C++ compiler ({compiler}) was found"
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed where this is built"
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10"
+    return None
+
+
+def why_not_cuda() -> str | None:
+    """The reason why the CUDA library cannot be built here, or None; sets CUDA_HOME for torch as a side effect."""
+    if os.environ.get("CXV_CUDA") == "0":
+        return "CXV_CUDA=0"
+    nvcc = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        return "no nvcc was found"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build"
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", answer.stdout)
+    if release is None:
+        return f"{nvcc} does not tell its version"
+    if release.group(1) != torch.version.cuda.split(".")[0]:
+        return f"nvcc is CUDA {release.group(1)}.{release.group(2)}, torch was built with {torch.version.cuda}"
+    os.environ["CUDA_HOME"] = find_cuda_home(nvcc)
+    return None
+
+
+def extensions() -> tuple[list[Extension], dict]:
+    reason = why_not_cpp()
+    if reason:
+        if os.environ.get("CXV_CUDA") == "1":
+            raise SystemExit(f"cxv: CXV_CUDA=1, but {reason}")
+        say(f"C++ kernels are left out: {reason}. The reference serves every op.")
+        return [], {}
+    if os.environ.get("CXV_CUDA", "") not in ("", "0", "1"):
+        raise SystemExit(f"cxv: CXV_CUDA must be 0 or 1, got {os.environ['CXV_CUDA']!r}")
+    reason = why_not_cuda()  # before torch.utils.cpp_extension, which reads CUDA_HOME when imported
+    if reason and os.environ.get("CXV_CUDA") == "1":
+        raise SystemExit(f"cxv: CXV_CUDA=1, but {reason}")
+    if reason:
+        say(f"CUDA kernels are left out: {reason}.")
+
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", target]
+    archs = "" if reason else os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    facts = {
+        "CXV_TORCH_TARGET": "2.10",
+        "CXV_TORCH_BUILT_WITH": torch.__version__,
+        "CXV_CUDA_VERSION": "" if reason else torch.version.cuda,
+        "CXV_CUDA_ARCHS": archs,
+    }
+    extensions = [
+        Extension(
+            "cxv_kernels._C",
+            ["csrc/module.cpp"],
+            include_dirs=[pybind11.get_include()],
+            define_macros=list(facts.items()),
+            extra_compile_args=["-std=c++20", "-fvisibility=hidden"],
+            language="c++",
+        ),
+        CppExtension(
+            "cxv_kernels._cpu",
+            ["csrc/ops.cpp", *sources("csrc/cpu/*.cpp")],
+            extra_compile_args={"cxx": cxx},
+            py_limited_api=True,
+        ),
+    ]
+    if not reason:
+        extensions.append(
+            CUDAExtension(
+                "cxv_kernels._cuda",
+                sources("csrc/cuda/*.cu"),
+                extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]},
+                py_limited_api=True,
+            )
+        )
+
+    class Build(BuildExtension):
+        """Builds what it can: one library that fails does not take the package with it."""
+
+        def build_extension(self, ext: Extension) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if ext.name.endswith("_cuda") and os.environ.get("CXV_CUDA") == "1":
+                    raise SystemExit(f"cxv: CXV_CUDA=1, but {ext.name} does not build: {error}") from None
+                say(f"{ext.name} does not build and is left out: {error}")
+                self.failed.append(ext.name)
+
+        def run(self) -> None:
+            self.failed: list[str] = []
+            super().run()
+
+        def copy_extensions_to_source(self) -> None:
+            built, self.extensions = self.extensions, [e for e in self.extensions if e.name not in self.failed]
+            super().copy_extensions_to_source()
+            self.extensions = built
+
+    return extensions, {"build_ext": Build}
+
+
+ext_modules, cmdclass = extensions()
+setup(ext_modules=ext_modules, cmdclass=cmdclass)
