@@ -1,5 +1,7 @@
 """Argument checks and autocast, shared by the ops."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -86,3 +88,9 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
         return t.to(dtype) if eligible else t
 
     return tuple(map(cast, tensors))
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which autocast does not touch what follows: state and statistics keep their precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

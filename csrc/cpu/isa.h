@@ -15,8 +15,7 @@ inline Isa cpu_isa() {
     const char* wanted = std::getenv("CXV_CPU_ISA");
     const auto allows = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
     __builtin_cpu_init();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && allows("avx512")) return Isa::kAvx512;

@@ -1,5 +1,5 @@
-// Every kernel for AVX2 with FMA and F16C. The standard headers come before the target does: what they define inline is shared with
-// the whole library and must run everywhere.
+// Every kernel for AVX2 with FMA and F16C. The standard headers come before the target does: what they define inline is
+// shared with the whole library and must run everywhere.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

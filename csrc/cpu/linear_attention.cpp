@@ -70,9 +70,8 @@ void check(const char* name, const Tensor& t, std::array<int64_t, 4> shape, Scal
   STD_TORCH_CHECK(t.dim() == 4, "cxv_kernels: ", name, " must have 4 dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.scalar_type() == dtype, "cxv_kernels: ", name, " must have q's dtype");
   for (int i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(
-        t.size(i) == shape[i], "cxv_kernels: ", name, " has size ", t.size(i), " in dimension ", i, ", expected ",
-        shape[i]);
+    STD_TORCH_CHECK(t.size(i) == shape[i], "cxv_kernels: ", name, " has size ", t.size(i), " in dimension ", i,
+                    ", expected ", shape[i]);
 }
 
 cxv::View view(const Tensor& t) {
@@ -94,8 +93,8 @@ Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
   AtenTensorHandle handle;
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -108,11 +107,10 @@ void run(cxv::LinearAttentionKernels::Pass pass, const cxv::LinearAttention& p, 
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { pass(p, begin, end); });
 }
 
-cxv::LinearAttention describe(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
-    const std::string& feature_map, double eps) {
-  STD_TORCH_CHECK(
-      q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "cxv_kernels: q, k and v must have 4 dimensions (B, H, N, D)");
+cxv::LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
+                              const std::string& feature_map, double eps) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "cxv_kernels: q, k and v must have 4 dimensions (B, H, N, D)");
   cxv::LinearAttention p;
   p.dtype = dtype_of(q);
   p.feature_map = feature_map_of(feature_map);
@@ -130,9 +128,8 @@ cxv::LinearAttention describe(
   p.v = view(v);
   if (key_mask.has_value()) {
     const Tensor& m = *key_mask;
-    STD_TORCH_CHECK(
-        m.scalar_type() == ScalarType::Bool && m.dim() == 2 && m.size(0) == p.batch && m.size(1) == p.keys,
-        "cxv_kernels: key_mask must be bool (B, N_k)");
+    STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 2 && m.size(0) == p.batch && m.size(1) == p.keys,
+                    "cxv_kernels: key_mask must be bool (B, N_k)");
     p.key_mask = static_cast<const bool*>(m.data_ptr());
     p.mask_stride[0] = m.stride(0);
     p.mask_stride[1] = m.stride(1);
@@ -142,8 +139,8 @@ cxv::LinearAttention describe(
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, std::string feature_map, double eps) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
+                                           std::string feature_map, double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
   Tensor out = new_like(q, {p.batch, p.heads, p.queries, p.value_dim});
   Tensor state = new_accumulator(q, {p.batch, p.heads, p.dim, p.value_dim});
@@ -161,16 +158,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {out, state, key_stat};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    Tensor grad_out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, Tensor state, Tensor key_stat,
-    std::string feature_map, double eps) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
+                                            std::optional<Tensor> key_mask, Tensor state, Tensor key_stat,
+                                            std::string feature_map, double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
   check("grad_out", grad_out, {p.batch, p.heads, p.queries, p.value_dim}, q.scalar_type());
   const auto accumulate = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check("state", state, {p.batch, p.heads, p.dim, p.value_dim}, accumulate);
-  STD_TORCH_CHECK(
-      key_stat.scalar_type() == accumulate && key_stat.numel() == p.batch * p.heads * p.dim,
-      "cxv_kernels: key_stat must be (B, H, D) in the dtype of state");
+  STD_TORCH_CHECK(key_stat.scalar_type() == accumulate && key_stat.numel() == p.batch * p.heads * p.dim,
+                  "cxv_kernels: key_stat must be (B, H, D) in the dtype of state");
   state = torch::stable::contiguous(state);
   key_stat = torch::stable::contiguous(key_stat);
   Tensor grad_q = new_like(q, {p.batch, p.heads, p.queries, p.dim});

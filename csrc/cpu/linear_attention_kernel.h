@@ -106,11 +106,12 @@ class LinearAttentionPass {
       fill(S, D_ * E_, 0);
       for (int64_t d = 0; d < D_; ++d) {
         A max = -A(INFINITY), z = 0;
-        for (int64_t s = 0; s < p_.key_splits; ++s)
-          max = partial[s * size + d] > max ? partial[s * size + d] : max;
+        for (int64_t s = 0; s < p_.key_splits; ++s) max = partial[s * size + d] > max ? partial[s * size + d] : max;
         for (int64_t s = 0; s < p_.key_splits; ++s) {
           const A* part = partial + s * size;
-          const A weight = p_.feature_map != FeatureMap::kSoftmax ? A(1) : max > -A(INFINITY) ? std::exp(part[d] - max) : A(0);
+          const A weight = p_.feature_map != FeatureMap::kSoftmax ? A(1)
+                           : max > -A(INFINITY)                   ? std::exp(part[d] - max)
+                                                                  : A(0);
           z += weight * part[D_ + d];
           for (int64_t e = 0; e < E_; ++e) S[d * E_ + e] += weight * part[2 * D_ + d * E_ + e];
         }
@@ -432,14 +433,18 @@ void for_dtype(DType dtype, F&& f) {
   }
 }
 
-#define CXV_PASS(name)                                                                     \
-  [](const LinearAttention& p, int64_t begin, int64_t end) {                               \
+#define CXV_PASS(name)                                                                         \
+  [](const LinearAttention& p, int64_t begin, int64_t end) {                                   \
     for_dtype(p.dtype, [&](auto x) { LinearAttentionPass<decltype(x)>(p).name(begin, end); }); \
   }
 
 inline constexpr LinearAttentionKernels kKernels = {
-    CXV_PASS(key_pass),       CXV_PASS(key_reduce),            CXV_PASS(query_pass),
-    CXV_PASS(query_backward), CXV_PASS(query_backward_reduce), CXV_PASS(key_backward),
+    CXV_PASS(key_pass),
+    CXV_PASS(key_reduce),
+    CXV_PASS(query_pass),
+    CXV_PASS(query_backward),
+    CXV_PASS(query_backward_reduce),
+    CXV_PASS(key_backward),
 };
 
 #undef CXV_PASS

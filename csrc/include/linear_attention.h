@@ -40,12 +40,12 @@ struct LinearAttention {
 // computes depends on nothing but its own head, so neither threads nor batch change a bit.
 struct LinearAttentionKernels {
   using Pass = void (*)(const LinearAttention&, int64_t begin, int64_t end);
-  Pass key_pass;             // item = head · key_splits + split
-  Pass key_reduce;           // item = head
-  Pass query_pass;           // item = head · query_splits + split
-  Pass query_backward;       // item = head · query_splits + split; writes grad_q and partial (z, S)
+  Pass key_pass;               // item = head · key_splits + split
+  Pass key_reduce;             // item = head
+  Pass query_pass;             // item = head · query_splits + split
+  Pass query_backward;         // item = head · query_splits + split; writes grad_q and partial (z, S)
   Pass query_backward_reduce;  // item = head
-  Pass key_backward;         // item = head · key_splits + split
+  Pass key_backward;           // item = head · key_splits + split
 };
 
 extern const LinearAttentionKernels kLinearAttentionBaseline;

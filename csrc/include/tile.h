@@ -6,7 +6,7 @@
 namespace cxv {
 namespace CXV_ISA {
 
-inline constexpr int kRows = 8;  // rows of a register block; tiles have a multiple of it
+inline constexpr int kRows = 8;       // rows of a register block; tiles have a multiple of it
 inline constexpr int64_t kTile = 64;  // tokens of a tile
 
 template <class A>
@@ -53,8 +53,8 @@ void unpack(T* dst, int64_t row_stride, int64_t col_stride, const A* src, int64_
 }
 
 template <int J, class A>
-CXV_INLINE void product_block(
-    A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb, int64_t depth, bool add) {
+CXV_INLINE void product_block(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb,
+                              int64_t depth, bool add) {
   constexpr int W = kWidth<A>;
   Vec<A> acc[kRows][J];
 #pragma GCC unroll 8
@@ -81,9 +81,8 @@ CXV_INLINE void product_block(
 // C (rows × cols) = A·B, or += with add. A(i, l) = a[i·a_row + l·a_col], so either operand order of a tile serves;
 // B (depth × cols) is row-major. rows is a multiple of kRows, cols of the vector width.
 template <class A>
-void product(
-    A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb, int64_t rows, int64_t cols,
-    int64_t depth, bool add) {
+void product(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb, int64_t rows,
+             int64_t cols, int64_t depth, bool add) {
   constexpr int W = kWidth<A>;
   for (int64_t j = 0; j < cols;) {
     const bool two = CXV_VECTOR_BYTES == 64 && j + 2 * W <= cols;  // 16 accumulators need 32 registers

@@ -23,9 +23,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm
-        return cxv_kernels.conv_norm(
-            x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, backend=self.backend
-        )
+        return cxv_kernels.conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, backend=self.backend)
 
 
 class Mlp(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_same, check_tensor
+from ..validation import autocast_inputs, check_same, check_tensor, without_autocast
 from .reference import conv_norm_reference
 
 __all__ = ["conv_norm"]
@@ -44,8 +44,9 @@ def conv_norm(
     check_tensor("weight", weight, 4, "(C_out, C_in, 3, 3)")
     check_same("weight", weight, "x", x)
     if weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(f"weight must be (C_out, {x.shape[1]}, 3, 3) for x of {x.shape[1]} channels, "
-                         f"got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be (C_out, {x.shape[1]}, 3, 3) for x of {x.shape[1]} channels, got {tuple(weight.shape)}"
+        )
     if bias is not None:
         check_tensor("bias", bias, 1, "(C_out,)")
         bias = bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
@@ -58,5 +59,5 @@ def conv_norm(
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     backends.resolve("conv_norm", x, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return conv_norm_reference(x, weight, bias, gamma, beta, eps)

@@ -1,6 +1,5 @@
 """3×3 convolution and channel LayerNorm in plain PyTorch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,6 +1,5 @@
 """Linear attention with the feature maps softmax (the pair of CLTV), elu + 1 and relu. README.md has the math."""
 
-import torch
 from torch import Tensor
 
 from .. import backends
@@ -10,6 +9,7 @@ from ..validation import (
     check_choice,
     check_key_mask,
     check_keys_values,
+    without_autocast,
 )
 from .op import LinearAttention
 from .reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
@@ -56,7 +56,7 @@ def linear_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         if backends.resolve("linear_attention", q, backend) == "reference":
             return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
         return LinearAttention.apply(q, k, v, key_mask, feature_map, eps)[0]
@@ -90,5 +90,5 @@ def kv_state(
     check_keys_values(k, v)
     check_key_mask(key_mask, k)
     backends.resolve("kv_state", k, backend)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k):
         return kv_state_reference(k, v, feature_map, key_mask)

@@ -1,6 +1,5 @@
 """Linear attention in plain PyTorch: the oracle, the fallback and the export path."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

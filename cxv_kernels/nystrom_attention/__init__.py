@@ -1,10 +1,9 @@
 """Nyström attention. README.md has the math."""
 
-import torch
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_attention
+from ..validation import autocast_inputs, check_attention, without_autocast
 from .reference import nystrom_attention_reference
 
 __all__ = ["nystrom_attention"]
@@ -42,5 +41,5 @@ def nystrom_attention(
     if num_landmarks < 1:
         raise ValueError(f"num_landmarks must be at least 1, got {num_landmarks}")
     backends.resolve("nystrom_attention", q, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return nystrom_attention_reference(q, k, v, num_landmarks)

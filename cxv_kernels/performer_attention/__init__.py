@@ -2,11 +2,18 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_attention, check_choice, check_key_mask, check_same, check_tensor
+from ..validation import (
+    autocast_inputs,
+    check_attention,
+    check_choice,
+    check_key_mask,
+    check_same,
+    check_tensor,
+    without_autocast,
+)
 from .reference import (
     KERNELS,
     STABILIZERS,
@@ -72,7 +79,7 @@ def performer_attention(
     check_key_mask(key_mask, k)
     _check_options(q, projection, kernel, eps, stabilizer)
     backends.resolve("performer_attention", q, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
 
 
@@ -105,5 +112,5 @@ def performer_features(
     check_tensor("x", x, 4, "(B, H, N, D)")
     _check_options(x, projection, kernel, eps, stabilizer)
     backends.resolve("performer_features", x, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)

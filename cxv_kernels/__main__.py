@@ -1,0 +1,69 @@
+"""``python -m cxv_kernels``: what this machine can run, why not the rest, and every op checked against float64."""
+
+import platform
+import sys
+
+import torch
+
+from . import __version__, checks
+from ._extension import build_info
+from .backends import BACKENDS, OPS, explain_backend
+from .validation import FLOAT_DTYPES
+
+DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
+
+
+def _describe() -> None:
+    print(f"cxv_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    info = build_info()
+    if info:
+        cuda = f"CUDA {info['cuda']} ({info['cuda_arch_list']})" if info["cuda"] else "no CUDA"
+        print(
+            f"built with {info['compiler']}, torch {info['torch_built_with']}, {cuda}; CPU kernels: {info['cpu_isa']}"
+        )
+    else:
+        print("built without a compiler: no C++ kernels")
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        print(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}")
+    else:
+        print("GPU: none that PyTorch can use")
+
+
+def _report(device: str) -> int:
+    """Print what serves each op on a device, with the checks' errors; the number of failed checks."""
+    print(f"\n{device}: largest error of outputs and gradients against float64")
+    print(f"  {'op':20} {'backend':10}" + "".join(f"{name:>16}" for name in DTYPES.values()))
+    results = [r for r in checks.run_all(device) if isinstance(r, checks.Result)]
+    declined: dict[str, list[str]] = {}
+    for op in OPS:
+        for backend in BACKENDS[1:]:
+            cells = []
+            for dtype in FLOAT_DTYPES:
+                mine = [r for r in results if (r.case.op, r.backend, r.dtype) == (op, backend, dtype)]
+                if mine:
+                    worst = max(mine, key=lambda r: r.ratio)
+                    cells.append(f"{'ok' if worst.passed else 'FAILED'} {max(r.error for r in mine):.1e}")
+                else:
+                    cells.append("-")
+            if any(cell != "-" for cell in cells):
+                print(f"  {op:20} {backend:10}" + "".join(f"{cell:>16}" for cell in cells))
+            else:
+                declined.setdefault(
+                    f"{backend}: {explain_backend(op, device)[backend].replace(op, 'such')}", []
+                ).append(op)
+    for reason, ops in declined.items():
+        print(f"  not served by {reason} — {', '.join(ops)}")
+    return sum(not r.passed for r in results)
+
+
+def main() -> int:
+    """Print the report; 1 if a check has failed, else 0."""
+    _describe()
+    failed = sum(_report(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available())
+    print(f"\n{failed} checks failed" if failed else "\nall checks passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

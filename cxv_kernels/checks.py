@@ -1,0 +1,133 @@
+"""Every op, forward and backward, against the float64 reference on the same (rounded) inputs.
+
+``python -m cxv_kernels`` runs them on this machine, and the tests use the same cases and the same error model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import backends, conv_norm, kv_state, linear_attention, nystrom_attention
+from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
+from .validation import FLOAT_DTYPES, accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op: ``function(*inputs, backend=…)``, its inputs' shapes, the depth of its sums."""
+
+    op: str
+    label: str
+    function: Callable
+    shapes: tuple[tuple[int, ...], ...]
+    depth: int  # terms of the longest sum
+    amplification: float = 1.0  # by how much the op enlarges a rounding of an intermediate result
+
+
+@dataclass(frozen=True)
+class Result:
+    """The largest error of outputs and gradients over its tolerance: the check has passed if ``ratio`` ≤ 1."""
+
+    case: Case
+    backend: str
+    dtype: torch.dtype
+    error: float
+    ratio: float
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1
+
+
+def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> list[Case]:
+    """The ops in their variants, at a size that takes milliseconds."""
+    generator = torch.Generator().manual_seed(0)
+    features = num_random_features(dim)
+    projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64)
+    query, key, value = (
+        (batch, heads, tokens, dim),
+        (batch, heads, tokens + 7, dim),
+        (batch, heads, tokens + 7, dim + 3),
+    )
+
+    def performer(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        return performer_attention(q, k, v, projection.to(q.device), **options)
+
+    def performer_phi(x: Tensor, is_query: bool, **options) -> Tensor:
+        return performer_features(x, projection.to(x.device), is_query, **options)
+
+    attention = (query, key, value)
+    found = [
+        Case("linear_attention", m, partial(linear_attention, feature_map=m), attention, tokens)
+        for m in ("softmax", "elu", "relu")
+    ]
+    found += [
+        Case("kv_state", m, partial(kv_state, feature_map=m), (key, value), tokens) for m in ("softmax", "elu", "relu")
+    ]
+    found += [
+        Case("performer_attention", "softmax", performer, attention, tokens, 2),
+        Case(
+            "performer_attention", "softmax, eps=0", partial(performer, kernel="softmax", eps=0), attention, tokens, 2
+        ),
+        Case("performer_attention", "relu", partial(performer, kernel="relu"), attention, tokens),
+        Case("performer_features", "query", partial(performer_phi, is_query=True), (query,), dim, 2),
+        Case("performer_features", "key", partial(performer_phi, is_query=False), (key,), dim, 2),
+        # the pseudo-inverse enlarges the roundings of the landmarks' softmax
+        Case("nystrom_attention", "16 landmarks", partial(nystrom_attention, num_landmarks=16), attention, tokens, 8),
+    ]
+    image, weight, channels = (batch, dim, 9, 11), (dim + 3, dim, 3, 3), (dim + 3,)
+    # the convolution is rounded to the dtype before the norm
+    found.append(Case("conv_norm", "3×3", conv_norm, (image, weight, channels, channels, channels), 9 * dim, 4))
+    return found
+
+
+def tolerance(expected: Tensor, dtype: torch.dtype, depth: int, amplification: float = 1.0) -> float:
+    """The error model: a result is rounded to ``dtype``, and its sums of ``depth`` terms of order 1 or of the result's
+    size run in the accumulation dtype, so that what cancels leaves an absolute error of that dtype alone.
+    """
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    summing = 2 * torch.finfo(accumulate_dtype(dtype)).eps * depth**0.5
+    return amplification * (scale * torch.finfo(dtype).eps + max(scale, 1.0) * summing)
+
+
+def _outputs_and_gradients(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = case.function(*inputs, backend=backend)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    generator = torch.Generator().manual_seed(2)
+    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype).to(o) for o in outs]
+    return outs + list(torch.autograd.grad(outs, inputs, seeds))
+
+
+def run(case: Case, backend: str, device: str | torch.device, dtype: torch.dtype) -> Result:
+    """Check one case on one backend.
+
+    Raises:
+        RuntimeError: the backend cannot serve it.
+    """
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in case.shapes]
+    expected = _outputs_and_gradients(case, [t.cpu().double() for t in inputs], "reference", dtype)
+    found = _outputs_and_gradients(case, inputs, backend, dtype)
+    error, ratio = 0.0, 0.0
+    for got, want in zip(found, expected, strict=True):
+        worst = float((got.detach().double().cpu() - want.detach()).abs().max())
+        bound = tolerance(want.detach(), dtype, case.depth, case.amplification)
+        worst = worst if worst == worst else float("inf")
+        error, ratio = max(error, worst), max(ratio, worst / bound)
+    return Result(case, backend, dtype, error, ratio)
+
+
+def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str, str]]:
+    """Every case on every backend that serves ``device``; for the others (op, backend, reason)."""
+    device = torch.device(device)
+    found: list[Result | tuple[str, str, str]] = []
+    for case in cases():
+        for backend in backends.BACKENDS[1:]:
+            for dtype in FLOAT_DTYPES:
+                served = backends.explain_backend(case.op, device, dtype)[backend]
+                found.append(run(case, backend, device, dtype) if served == "serves" else (case.op, backend, served))
+    return found

@@ -1,0 +1,34 @@
+"""What several test files share."""
+
+import pytest
+import torch
+
+from cxv_kernels._extension import CPP_MISSING
+
+needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
+
+
+@pytest.fixture(autouse=True)
+def _seeded_on_one_thread():
+    """The tests' tensors are small: more threads would only wait for one another."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def heads(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> torch.Tensor:
+    """A normal random tensor (B, H, N, D), drawn in float64 and rounded."""
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same (B, H, N, D) values in the layouts that models make, none of them contiguous."""
+    batch, num_heads, tokens, dim = x.shape
+    chunk = x.new_zeros(batch, tokens, 3, num_heads, dim)
+    chunk[:, :, 1] = x.transpose(1, 2)
+    return {
+        "(B, N, H, D)": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "a chunk of qkv": chunk[:, :, 1].transpose(1, 2),
+        "NCHW": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "every other token": torch.stack([x, x], dim=3).flatten(2, 3)[:, :, ::2],
+        "expanded batch": x[:1].expand_as(x),
+    }

@@ -1,0 +1,138 @@
+"""Who serves an op, and the reasons; imports without side effects; the report of ``python -m cxv_kernels``."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import heads, needs_cpp
+
+import cxv_kernels
+from cxv_kernels import backends, checks
+
+
+def test_every_check_passes_here():
+    results = [r for r in checks.run_all("cpu") if isinstance(r, checks.Result)]
+    assert {r.case.op for r in results} == set(cxv_kernels.OPS)
+    assert [r for r in results if not r.passed] == []
+
+
+def test_checks_fail_on_a_wrong_result():
+    case = checks.cases()[0]
+
+    def wrong_in_float32(q, k, v, backend):
+        return case.function(q, k, v if v.dtype == torch.float64 else v * (1 + 1e-4), backend=backend)
+
+    assert checks.run(case, "reference", "cpu", torch.float32).passed
+    wrong = checks.Case(case.op, "wrong", wrong_in_float32, case.shapes, case.depth)
+    assert not checks.run(wrong, "reference", "cpu", torch.float32).passed
+
+
+def test_use_backend_nests_and_restores():
+    assert cxv_kernels.get_backend() == "auto"
+    with cxv_kernels.use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), cxv_kernels.use_backend("cpp"):
+            assert cxv_kernels.get_backend() == "cpp"
+            raise ZeroDivisionError
+        assert cxv_kernels.get_backend() == "reference"
+    assert cxv_kernels.get_backend() == "auto"
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'fast'"), cxv_kernels.use_backend("fast"):
+        pass
+    with pytest.raises(ValueError, match="op must be one of 'linear_attention', .* got 'attention'"):
+        cxv_kernels.explain_backend("attention")
+
+
+@needs_cpp
+def test_auto_takes_the_fused_op_and_reference_does_not():
+    q = heads(1, 1, 4, 4, grad=True)
+    assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() == "LinearAttentionBackward"
+    with cxv_kernels.use_backend("reference"):
+        assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionBackward"
+    assert cxv_kernels.linear_attention(q, q, q, backend="reference").grad_fn.name() != "LinearAttentionBackward"
+
+
+def test_a_named_backend_that_cannot_serve_says_why():
+    q = heads(1, 1, 4, 4)
+    reason = cxv_kernels.explain_backend("nystrom_attention")["triton"]
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot serve nystrom_attention .*: triton {reason}"):
+        cxv_kernels.nystrom_attention(q, q, q, backend="triton")
+
+
+@needs_cpp
+def test_reasons_name_the_device():
+    assert cxv_kernels.explain_backend("linear_attention", "meta")["cpp"] == "serves the CPU, not meta"
+
+
+def test_a_fallback_is_announced_once(monkeypatch):
+    monkeypatch.setattr(backends, "_announced", set())
+    q = heads(1, 1, 4, 4)
+    with pytest.warns(UserWarning, match="nystrom_attention on cpu is served by the reference .*explain_backend"):
+        cxv_kernels.nystrom_attention(q, q, q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cxv_kernels.nystrom_attention(q, q, q)
+        with cxv_kernels.use_backend("reference"):
+            cxv_kernels.kv_state(q, q)  # asked for: nothing to announce
+
+
+def run(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_are_light_and_silent():
+    loaded = "matplotlib torchvision sklearn tqdm PIL triton torch._inductor"
+    out = run(
+        "import os, sys; before = dict(os.environ)\n"
+        "import torch; torch_only = set(sys.modules)\n"
+        "state = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()\n"
+        "import cxv, cxv_kernels\n"
+        f"print([m for m in '{loaded}'.split() if m in set(sys.modules) - torch_only])\n"
+        "assert dict(os.environ) == before and torch.equal(state[0], torch.get_rng_state())\n"
+        "assert state[1:] == (torch.get_num_threads(), torch.is_grad_enabled()) and not torch.cuda.is_initialized()\n"
+    )
+    assert out.strip() == "[]"
+
+
+def test_kernels_do_not_import_the_models():
+    assert run("import sys, cxv_kernels; print(any(m == 'cxv' or m.startswith('cxv.') for m in sys.modules))") == "False\n"
+
+
+def test_works_without_the_compiled_libraries(tmp_path):
+    """A copy of the Python files alone: what an installation without a compiler is."""
+    import shutil
+    from pathlib import Path
+
+    package = Path(cxv_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "cxv_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    out = run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, warnings, cxv_kernels\n"
+        f"assert cxv_kernels.__file__.startswith({str(tmp_path)!r})\n"
+        "q = torch.randn(1, 2, 8, 4, requires_grad=True)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    cxv_kernels.linear_attention(q, q, q).sum().backward()\n"
+        "print(len(caught), caught[0].message)\n"
+        "from cxv_kernels.__main__ import main\n"
+        "assert main() == 0\n"
+    )
+    assert out.startswith("1 linear_attention on cpu is served by the reference (cpp was not built")
+    assert "all checks passed" in out
+
+
+def test_report(capsys):
+    from cxv_kernels.__main__ import main
+
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert "all checks passed" in out
+    assert "not served by triton" in out

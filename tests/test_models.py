@@ -1,0 +1,207 @@
+"""CPV, CNV and CLTV against paper.md's counts and structure, and timm's conventions."""
+
+import pytest
+import torch
+from torch import nn
+
+import cxv
+
+NAMES = ["cltv-5/4", "cnv-5/4", "cpv-5/4"]
+SMALL = {"embed_dim": 16, "num_classes": 4}
+
+
+def small(name: str, **kwargs) -> cxv.CXV:
+    return cxv.create_model(name.replace("5/4", "2/2"), **SMALL | kwargs)
+
+
+def test_list_models():
+    assert cxv.list_models() == NAMES
+    assert cxv.list_models("c?v-*") == ["cnv-5/4", "cpv-5/4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "count"),
+    [
+        ("cpv-5/4", 10, 1_345_994),
+        ("cnv-5/4", 10, 1_344_734),
+        ("cltv-5/4", 10, 1_345_994),
+        ("cpv-5/4", 100, 1_357_604),
+        ("cnv-5/4", 100, 1_356_344),
+        ("cltv-5/4", 200, 1_370_504),
+    ],
+)
+def test_parameter_counts_of_table_1(name, classes, count):
+    model = cxv.create_model(name, num_classes=classes)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(b.numel() for b in model.buffers()) == (5 * 110 * 32 if name.startswith("cpv") else 0)
+
+
+def test_the_defaults_are_the_papers():
+    for model, name in ((cxv.CPV(), "cpv-5/4"), (cxv.CNV(), "cnv-5/4"), (cxv.CLTV(), "cltv-5/4")):
+        named = cxv.create_model(name).state_dict()
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in named.items()}
+        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5] * (10 if name == "cltv-5/4" else 15)
+        assert len(model.layers) == 5
+
+
+def test_structure_of_section_3_5():
+    """stem without activation → (conv, LN) → x + attention(x) → x + MLP(x) → average → linear."""
+    model = cxv.CPV(embed_dim=16, num_heads=2, depth=2).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    y = model.stem[1](model.stem[0](x))
+    for layer in model.layers:
+        y = layer.conv_norm.conv(y)
+        y = nn.functional.layer_norm(
+            y.movedim(1, -1), (16,), layer.conv_norm.norm.weight, layer.conv_norm.norm.bias, 1e-5
+        ).movedim(-1, 1)
+        y = y + layer.attn(y)
+        y = y + layer.mlp.fc2(nn.functional.gelu(layer.mlp.fc1(y)))
+    torch.testing.assert_close(model(x), model.head(y.mean((2, 3))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (1, 1), (17, 23)])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_any_image_size_and_channels(name, size, in_chans):
+    model = small(name, in_chans=in_chans, use_fused=True)
+    logits = model(torch.randn(2, in_chans, *size))
+    assert logits.shape == (2, 4)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_use_fused_changes_nothing_but_the_kernels(name):
+    reference, fused = (small(name, drop_rate=0.0, use_fused=u).double() for u in (False, True))
+    assert list(reference.state_dict()) == list(fused.state_dict())
+    fused.load_state_dict(reference.state_dict())
+    x = torch.randn(3, 3, 9, 9, dtype=torch.float64)
+    for training in (False, True):
+        a, b = (m.train(training)(x) for m in (reference, fused))
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        grads = [torch.autograd.grad(y.square().sum(), m.parameters()) for y, m in ((a, reference), (b, fused))]
+        for g, h in zip(*grads, strict=True):
+            torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_alone_is_the_same_as_in_a_batch(name):
+    model = small(name, use_fused=True).double().eval()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(x)[2:3], model(x[2:3]), rtol=1e-12, atol=1e-12)
+
+
+def test_the_releaseds_batch_maximum_mixes_images():
+    model = small("cpv-5/4", stabilizer="batch").double().eval()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert not torch.allclose(model(x)[2:3], model(x[2:3]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_round_trip_is_bit_exact(name, tmp_path):
+    first, second = small(name).eval(), small(name).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert not torch.equal(first(x), second(x))
+    torch.save(first.state_dict(), tmp_path / "model.pt")
+    second.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(first(x), second(x))
+
+
+def test_projection_follows_the_seed_and_can_be_redrawn():
+    torch.manual_seed(3)
+    first = small("cpv-5/4")
+    torch.manual_seed(3)
+    second = small("cpv-5/4")
+    attn = first.layers[0].attn
+    assert torch.equal(attn.projection, second.layers[0].attn.projection)
+    assert not torch.equal(attn.projection, first.layers[1].attn.projection)
+    before = attn.projection.clone()
+    attn.redraw_projection_(torch.Generator().manual_seed(1))
+    redrawn = attn.projection.clone()
+    attn.redraw_projection_()
+    assert not torch.equal(before, redrawn)
+    attn.redraw_projection_(torch.Generator().manual_seed(1))
+    assert torch.equal(attn.projection, redrawn)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grad_checkpointing_changes_no_gradient(name):
+    model = small(name, use_fused=True)
+    x = torch.randn(2, 3, 8, 8)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(5)  # dropout is replayed
+        gradients.append(torch.autograd.grad(model(x).square().sum(), model.parameters()))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_features_head_and_classifier():
+    model = small("cltv-5/4", stem_stride=2).eval()
+    x = torch.randn(2, 3, 8, 8)
+    features = model.forward_features(x)
+    assert features.shape == (2, 16, 4, 4)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.get_classifier().out_features == model.num_classes == 7
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_head(features, pre_logits=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_and_channels_last(name):
+    model = small(name, use_fused=True)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x.contiguous(memory_format=torch.channels_last))
+        features = model.forward_features(x)
+    assert logits.dtype == torch.bfloat16
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    logits.float().sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compile_fullgraph(name):
+    model = small(name, use_fused=True).eval()
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns(name):
+    """Two classes that differ by where they are bright: a few steps suffice."""
+    model = small(name, use_fused=True, num_classes=2, drop_rate=0.1)
+    target = torch.arange(16) % 2
+    x = torch.randn(16, 3, 8, 8) * 0.3
+    x[target == 1, :, :4] += 1
+    x[target == 0, :, 4:] += 1
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+    assert (model.eval()(x).argmax(1) == target).float().mean() > 0.95
+
+
+def test_bad_input():
+    for match, call in (
+        ("model must be one of 'cltv-5/4', .* got 'cpv5/4'; did you mean 'cpv-5/4'", lambda: cxv.create_model("cpv5/4")),
+        ("got 'resnet-18'", lambda: cxv.create_model("resnet-18")),
+        ("depth come from the name 'cpv-5/4'", lambda: cxv.create_model("cpv-5/4", depth=3)),
+        ("multiple of 4 and of num_heads = 3, got 128", lambda: cxv.CPV(num_heads=3)),
+        ("drop_rate must be in", lambda: cxv.CNV(drop_rate=1.5)),
+        ("depth must be at least 1, got 0", lambda: cxv.create_model("cpv-0/4")),
+        ("attn_kernel_size must be odd, got 2", lambda: cxv.CLTV(attn_kernel_size=2)),
+        (r"input must be \(B, 3, H, W\), got shape \(2, 1, 8, 8\)", lambda: cxv.CLTV()(torch.zeros(2, 1, 8, 8))),
+        ("num_classes must be at least 0, got -1", lambda: cxv.CLTV().reset_classifier(-1)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(TypeError, match="use_fuse"):
+        cxv.CPV(use_fuse=True)

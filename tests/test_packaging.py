@@ -1,0 +1,95 @@
+"""setup.py on machines that lack something: a clear line, and never a traceback."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup_py(*arguments: str, path: Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """Run setup.py with PATH holding nothing but ``path``."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CUDA_HOME", "CUDA_PATH", "CXV_CUDA")}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=cwd,
+        env=clean | {"PATH": str(path)} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def executable(path: Path, script: str) -> None:
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_no_compiler(tmp_path):
+    done = setup_py("--name", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cxv: C++ kernels are left out: no C++ compiler (c++) was found. The reference serves" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_nvcc(tmp_path):
+    executable(tmp_path / "c++", "exit 0")
+    done = setup_py("--name", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cxv: CUDA kernels are left out: no nvcc was found." in done.stderr
+    forced = setup_py("--name", path=tmp_path, CXV_CUDA="1")
+    assert forced.returncode != 0
+    assert "cxv: CXV_CUDA=1, but no nvcc was found" in forced.stderr
+    assert "Traceback" not in forced.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch is refused before nvcc is asked")
+def test_nvcc_of_another_cuda_major(tmp_path):
+    executable(tmp_path / "c++", "exit 0")
+    executable(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 9.2, V9.2.148'")
+    done = setup_py("--name", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"left out: nvcc is CUDA 9.2, torch was built with {torch.version.cuda}" in done.stderr
+
+
+def test_cxv_cuda_is_honoured(tmp_path):
+    executable(tmp_path / "c++", "exit 0")
+    assert "CUDA kernels are left out: CXV_CUDA=0" in setup_py("--name", path=tmp_path, CXV_CUDA="0").stderr
+    wrong = setup_py("--name", path=tmp_path, CXV_CUDA="yes")
+    assert wrong.returncode != 0
+    assert "CXV_CUDA must be 0 or 1, got 'yes'" in wrong.stderr
+
+
+def test_the_toolkits_root_is_nvccs_own_word(tmp_path, monkeypatch):
+    """An nvcc on PATH may be a wrapper elsewhere."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    executable(tmp_path / "nvcc", "echo '#$ TOP=/opt/some/cuda' >&2")
+    code = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    monkeypatch.setenv("CXV_CUDA", "0")
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), code)
+    assert code["find_cuda_home"](str(tmp_path / "nvcc")) == "/opt/some/cuda"
+    executable(tmp_path / "nvcc", "exit 1")
+    assert code["find_cuda_home"](str(tmp_path / "nvcc")) == str(tmp_path.parent)
+
+
+def test_a_compiler_that_fails_leaves_a_working_package(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "csrc", "cxv_kernels", "cxv", "README.md", "LICENSE"):
+        (tree / name).symlink_to(ROOT / name)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("c++", "g++", "cc", "gcc"):
+        executable(programs / name, "echo 'no space left on device' >&2; exit 1")
+    tools = os.pathsep.join([str(programs), str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+    done = setup_py(
+        "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "obj"), path=tools, cwd=tree,
+        CXV_CUDA="0", CXX=str(programs / "c++"), CC=str(programs / "cc"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cxv: cxv_kernels._cpu does not build and is left out" in done.stderr
