@@ -24,6 +24,8 @@ OPS = (
 Check = Callable[[torch.device, torch.dtype], str | None]
 
 _PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+# What "auto" passes over until a GPU has judged it; naming it serves.
+_UNPROVEN = {"cuda": "has not been checked on a GPU yet and serves only when it is named"}
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _announced: set[tuple[str, str]] = set()
 _active = "auto"
@@ -101,6 +103,8 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     reasons = []
     for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else (wanted,):
         reason = _decline(op, name, device, dtype)
+        if reason is None and wanted == "auto":
+            reason = _UNPROVEN.get(name)
         if reason is None:
             return name
         reasons.append(f"{name} {reason}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._extension import CPP_MISSING
+from .._extension import CPP_MISSING, CUDA_MISSING
 from ..validation import accumulate_dtype
 from .reference import linear_attention_reference
 
@@ -88,4 +88,9 @@ def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
 
 
+def _cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    return CUDA_MISSING or (None if device.type == "cuda" else f"serves CUDA devices, not {device.type}")
+
+
 backends.register("linear_attention", "cpp", _cpp)
+backends.register("linear_attention", "cuda", _cuda)
