@@ -41,7 +41,10 @@ def test_use_backend_nests_and_restores():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'fast'"), cxv_kernels.use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'fast'"),
+        cxv_kernels.use_backend("fast"),
+    ):
         pass
     with pytest.raises(ValueError, match="op must be one of 'linear_attention', .* got 'attention'"):
         cxv_kernels.explain_backend("attention")
@@ -103,7 +106,9 @@ def test_imports_are_light_and_silent():
 
 
 def test_kernels_do_not_import_the_models():
-    assert run("import sys, cxv_kernels; print(any(m == 'cxv' or m.startswith('cxv.') for m in sys.modules))") == "False\n"
+    assert (
+        run("import sys, cxv_kernels; print(any(m == 'cxv' or m.startswith('cxv.') for m in sys.modules))") == "False\n"
+    )
 
 
 def test_works_without_the_compiled_libraries(tmp_path):

@@ -191,7 +191,10 @@ def test_learns(name):
 
 def test_bad_input():
     for match, call in (
-        ("model must be one of 'cltv-5/4', .* got 'cpv5/4'; did you mean 'cpv-5/4'", lambda: cxv.create_model("cpv5/4")),
+        (
+            "model must be one of 'cltv-5/4', .* got 'cpv5/4'; did you mean 'cpv-5/4'",
+            lambda: cxv.create_model("cpv5/4"),
+        ),
         ("got 'resnet-18'", lambda: cxv.create_model("resnet-18")),
         ("depth come from the name 'cpv-5/4'", lambda: cxv.create_model("cpv-5/4", depth=3)),
         ("multiple of 4 and of num_heads = 3, got 128", lambda: cxv.CPV(num_heads=3)),

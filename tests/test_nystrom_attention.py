@@ -23,7 +23,9 @@ def definition(q, k, v, landmarks):
     return left @ z @ right @ v
 
 
-@pytest.mark.parametrize(("queries", "keys", "landmarks"), [(64, 64, 16), (70, 101, 16), (130, 64, 64), (1024, 1024, 64)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "landmarks"), [(64, 64, 16), (70, 101, 16), (130, 64, 64), (1024, 1024, 64)]
+)
 def test_is_the_definition(queries, keys, landmarks):
     q, k, v = heads(2, 3, queries, 8), heads(2, 3, keys, 8), heads(2, 3, keys, 5)
     torch.testing.assert_close(nystrom_attention(q, k, v, landmarks), definition(q, k, v, landmarks))

@@ -81,7 +81,10 @@ def test_the_toolkits_root_is_nvccs_own_word(tmp_path, monkeypatch):
     ("script", "message"),
     [
         ("exit 1", "cxv: the compiled libraries cannot be built and will be missing"),
-        ('case "$1" in -*version) exec g++ "$@";; *) exit 1;; esac', "cxv: cxv_kernels._cpu cannot be built and will be"),
+        (
+            'case "$1" in -*version) exec g++ "$@";; *) exit 1;; esac',
+            "cxv: cxv_kernels._cpu cannot be built and will be",
+        ),
     ],
 )
 def test_a_compiler_that_fails_leaves_a_working_package(tmp_path, script, message):

@@ -1,0 +1,236 @@
+"""The ``cxv`` command: train, evaluate and use the models."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import NoReturn
+
+from .training.checkpoint import load_model
+from .training.data import DATASETS, decode_image, load_data, normalise
+from .training.errors import InputError
+from .training.loop import PRECISIONS, TrainConfig, autocast_for, evaluate, pick_device, train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0, or 2 after an error that the user can put right (one line on stderr), or 130 when interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except InputError as error:
+        print(f"cxv: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cxv: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
+    train(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    _set_threads(args.threads)
+    model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
+    run = checkpoint["args"]
+    name = args.data or run["data"]
+    same = name == run["data"]
+    data = load_data(
+        name,
+        args.data_dir or (run["data_dir"] if same else None),
+        img_size=checkpoint["img_size"],
+        limit_test=args.limit_test or (run["limit_test"] if same and args.data_dir is None else None),
+        seed=run["seed"],
+        on_corrupt=args.on_corrupt or run["on_corrupt"],
+        splits=("test",),
+    )
+    if data.classes != checkpoint["classes"]:
+        raise InputError(
+            f"--data: its classes ({', '.join(data.classes)}) are not those of the checkpoint "
+            f"({', '.join(checkpoint['classes'])})"
+        )
+    if data.in_chans != checkpoint["in_chans"]:
+        raise InputError(
+            f"--data: images of {data.in_chans} channels, and the checkpoint's model takes {checkpoint['in_chans']}"
+        )
+    precision = args.precision or run["precision"]
+    if precision == "fp16" and args.precision is None and device.type != "cuda":
+        precision = "fp32"
+    batch_size = args.batch_size or run["batch_size"]
+    loss, top1 = evaluate(model, data.test, batch_size, device, autocast_for(precision, device))
+    print(
+        f"{checkpoint['model_name']} of epoch {checkpoint['epoch']} on {name}: top-1 {top1:.2f} %, "
+        f"loss {loss:.4f} ({len(data.test):,} images, {precision})"
+    )
+
+
+def _predict(args: argparse.Namespace) -> None:
+    import torch
+
+    device = pick_device(args.device)
+    _set_threads(args.threads)
+    model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
+    images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
+    for path, image in zip(args.images, images, strict=True):
+        with torch.no_grad():
+            probabilities = model(normalise(image[None].to(device)))[0].float().softmax(0)
+        top = probabilities.topk(min(5, len(probabilities)))
+        print(path)
+        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            print(f"  {100 * p:6.2f} %  {checkpoint['classes'][i]}")
+
+
+def _models(args: argparse.Namespace) -> None:
+    import cxv
+
+    print(f"{'model':24s} parameters (10 classes)")
+    for name in cxv.list_models():
+        parameters = sum(p.numel() for p in cxv.create_model(name, num_classes=10).parameters())
+        print(f"{name:24s} {parameters:10,d}")
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="cxv", description="Convolutional X-formers for vision (arXiv 2201.10271).")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    p = commands.add_parser(
+        "train",
+        help="train a model with DualOpT",
+        description="Train a model by the paper's recipe: AdamW until top-1 is stale or --epochs are done, "
+        "then SGD from the best weights until it is stale or --sgd-epochs are done. Without arguments it "
+        "trains a small CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits: minutes on one CPU core.",
+    )
+    p.set_defaults(run=_train)
+    g = p.add_argument_group("model")
+    g.add_argument(
+        "--model",
+        metavar="NAME",
+        help="see `cxv models` (default: cpv-5/4; for digits cpv-2/4 with --embed-dim 64)",
+    )
+    g.add_argument("--embed-dim", type=_at_least(1), metavar="N", help="channels (default: the model's own, 128)")
+    g.add_argument(
+        "--drop-rate", type=float, metavar="P", help="dropout (default: the model's own; the paper's is 0.5)"
+    )
+    g.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        help="fused kernels or plain PyTorch (default: --fused)",
+    )
+    g = p.add_argument_group("data")
+    g.add_argument("--data", metavar="NAME", help=f"{', '.join(DATASETS)} (default: digits)")
+    g.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="for folder: it has train/CLASS/… and test/CLASS/… (or val); for cifar: where its archive is or "
+        "goes (default: data)",
+    )
+    g.add_argument(
+        "--img-size",
+        type=_at_least(1),
+        metavar="PIXELS",
+        help="side of the images (default: the dataset's own; for folder the shorter side of the first "
+        "training image, at most 64); others are cropped about the centre and resized",
+    )
+    g.add_argument("--limit-train", type=_at_least(1), metavar="N", help="train on N images, balanced over the classes")
+    g.add_argument("--limit-test", type=_at_least(1), metavar="N", help="test on N images, balanced over the classes")
+    g.add_argument("--on-corrupt", choices=("error", "skip"), help="an unreadable image: stop or skip (default: error)")
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=_at_least(0), metavar="N", help="cap of the AdamW phase (default: 300; digits: 60)")
+    g.add_argument(
+        "--sgd-epochs", type=_at_least(0), metavar="N", help="cap of the SGD phase (default: 100; digits: 20)"
+    )
+    g.add_argument(
+        "--patience",
+        type=_at_least(1),
+        metavar="N",
+        help="stale epochs that end a phase (default: 20, the paper's)",
+    )
+    g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a step (default: 128)")
+    g.add_argument("--lr", type=float, help="of AdamW (default: 0.001)")
+    g.add_argument("--sgd-lr", type=float, metavar="LR", help="of SGD (default: 0.001)")
+    g.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="fp32, or autocast to bf16 or fp16 (CUDA only) (default: fp32)",
+    )
+    g.add_argument("--seed", type=_at_least(0), metavar="N", help="of weights, order, dropout and subsets (default: 0)")
+    _add_machine(g, default=None)
+    g = p.add_argument_group("output")
+    g.add_argument("--output", metavar="DIR", help="where the run's files go (default: runs/DATA-MODEL)")
+    g.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output; other arguments default to its"
+    )
+    g.add_argument("--overwrite", action="store_true", help="delete the run in --output first")
+
+    p = commands.add_parser("eval", help="top-1 of a trained model", description="Top-1 of a trained model.")
+    p.set_defaults(run=_eval)
+    _add_checkpoint(p)
+    p.add_argument("--data", metavar="NAME", help=f"{', '.join(DATASETS)} (default: the run's)")
+    p.add_argument("--data-dir", metavar="DIR", help="its files (default: the run's); folder needs only test/ or val/")
+    p.add_argument("--limit-test", type=_at_least(1), metavar="N", help="at most N images (default: as in the run)")
+    p.add_argument("--on-corrupt", choices=("error", "skip"), help="an unreadable image (default: as in the run)")
+    p.add_argument("--batch-size", type=_at_least(1), metavar="N", help="default: the run's")
+    p.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
+    _add_machine(p, default="auto")
+
+    p = commands.add_parser("predict", help="classify images", description="The five likeliest classes of images.")
+    p.set_defaults(run=_predict)
+    _add_checkpoint(p)
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, in any format that PIL reads")
+    _add_machine(p, default="auto")
+
+    p = commands.add_parser("models", help="list the models", description="The models and their parameter counts.")
+    p.set_defaults(run=_models)
+    return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of `cxv train`, or a .pt file")
+    parser.add_argument(
+        "--which", choices=("best", "last"), default="best", help="which of its weights (default: best)"
+    )
+    parser.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        help="fused kernels or plain PyTorch (default: as in the run)",
+    )
+
+
+def _add_machine(parser: argparse._ActionsContainer, default: str | None) -> None:
+    parser.add_argument("--device", default=default, help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def _at_least(least: int):
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, got {text!r}")
+        return value
+
+    return whole_number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""Training: the DualOpT optimiser, datasets in memory, checkpoints, and the loop that ties them together."""
+
+from .checkpoint import load_model
+from .data import DATASETS, load_data
+from .dualopt import DualOpT
+from .errors import InputError
+from .loop import TrainConfig, evaluate, train
+
+__all__ = ["DATASETS", "DualOpT", "InputError", "TrainConfig", "evaluate", "load_data", "load_model", "train"]

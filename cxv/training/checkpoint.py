@@ -1,0 +1,153 @@
+"""Checkpoints: written atomically, read with ``weights_only=True``, enough to rebuild the model or go on."""
+
+import io
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError
+
+FORMAT = "cxv-checkpoint-1"
+LAST, BEST = "last.pt", "best.pt"
+
+
+def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file so that, whatever happens, ``path`` holds either all of the old content or all of the new.
+
+    Raises:
+        InputError: the disk is full, the directory is not writable, …
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name is on the disk once its directory is
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint, for :func:`atomic_write`."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    return buffer.getbuffer()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read one checkpoint file onto the CPU.
+
+    Raises:
+        InputError: it is missing, truncated, corrupt, or another program's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        other = path.with_name(BEST if path.name == LAST else LAST)
+        hint = f"; {other.name} beside it may be intact" if other.is_file() else ""
+        raise InputError(f"{path}: truncated or corrupt, not a readable checkpoint ({reason}){hint}") from error
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
+    return checkpoint
+
+
+def load_model(
+    checkpoint_dir: str | Path,
+    which: str = "best",
+    device: torch.device | str = "cpu",
+    use_fused: bool | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a trained model from its run's directory alone.
+
+    Args:
+        checkpoint_dir: the ``--output`` of the run, or one of the checkpoint files in it.
+        which: ``"best"`` or ``"last"``.
+        device: where to put the model.
+        use_fused: the fused kernels or plain PyTorch; default as in the run.
+
+    Returns:
+        The model, in ``eval()`` mode, and the checkpoint: ``classes`` (names in label order), ``img_size``
+        (pixels), ``in_chans``, ``normalisation``, ``args``, ``epoch``, ``history`` …
+
+    Raises:
+        InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it
+        names.
+    """
+    if which not in ("best", "last"):
+        raise InputError(f"which: expected best or last, got {which!r}")
+    path = Path(checkpoint_dir)
+    if not path.exists():
+        raise InputError(f"{path}: no such directory")
+    if path.is_dir():
+        path = path / f"{which}.pt"
+    checkpoint = read_checkpoint(path)
+    kwargs = dict(checkpoint["model_kwargs"])
+    if use_fused is not None:
+        kwargs["use_fused"] = use_fused
+    model = build_model(checkpoint["model_name"], kwargs)
+    load_weights(model, checkpoint, path)
+    return model.to(device).eval(), checkpoint
+
+
+def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """``cxv.create_model``, its refusals as :class:`InputError`."""
+    import cxv  # here, as the package imports this one
+
+    try:
+        return cxv.create_model(name, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--model {name}: {error}") from error
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Copy a checkpoint's weights into the model.
+
+    Raises:
+        InputError: names or shapes differ; the model is as it was.
+    """
+    here = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    there = {name: tuple(t.shape) for name, t in checkpoint["model"].items()}
+    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if odd:
+        k = odd[0]
+        raise InputError(
+            f"{path}: the weights of {checkpoint['model_name']} in it do not fit {type(model).__name__}: "
+            f"{k} is {there.get(k, 'absent')} in the file and {here.get(k, 'absent')} in the model "
+            f"({len(odd)} tensors differ)"
+        )
+    model.load_state_dict(checkpoint["model"])
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of the random generators that a training step may draw from."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what :func:`rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

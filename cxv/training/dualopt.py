@@ -1,0 +1,250 @@
+"""DualOpT: AdamW until it plateaus, then SGD from the best weights."""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+PHASES = ("adamw", "sgd")
+_PROGRESS = ("epoch", "stale", "best_top1", "best_epoch", "switch_epoch", "switch_reason")
+
+
+class DualOpT:
+    """The two-phase optimiser of CXV (arXiv 2201.10271, section 4).
+
+    Phase ``"adamw"`` trains with AdamW at a constant rate. Once top-1 has not progressed for ``patience``
+    epochs, or at the phase's cap, the best weights so far are reloaded and phase ``"sgd"`` goes on from them
+    with a fresh SGD, until it is stale or capped in turn; then :attr:`finished` is true. Both phases share
+    one best-so-far.
+
+    Example::
+
+        opt = DualOpT(model, patience=20)
+        while not opt.finished:
+            for images, labels in loader:
+                opt.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                opt.step()
+            opt.end_epoch(evaluate(model))
+        opt.load_best()
+
+    Args:
+        params: the parameters to train, or the ``nn.Module`` that owns them. Given the module, its buffers
+            (the statistics of a BatchNorm, say) are kept and reloaded with the best weights too.
+        patience: epochs without progress that end a phase, at least 1.
+        lr, betas, eps, weight_decay: AdamW's.
+        sgd_lr, momentum: SGD's. It has no weight decay and no Nesterov momentum.
+        max_epochs: the most epochs of the AdamW and of the SGD phase. ``None`` is no cap; 0 leaves that
+            phase out.
+
+    Raises:
+        InputError: (a ``ValueError``) an argument is out of its range.
+
+    The best weights are kept in host memory. It is no ``torch.optim.Optimizer``: :attr:`optimizer` is the one
+    now active, for a ``GradScaler`` or a scheduler; it is another object after the switch.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Tensor],
+        patience: int = 20,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        sgd_lr: float = 1e-3,
+        momentum: float = 0.9,
+        max_epochs: tuple[int | None, int | None] = (300, 100),
+    ):
+        self._module = params if isinstance(params, nn.Module) else None
+        self._params = list(params.parameters() if self._module is not None else _iterate(params))
+        if not self._params:
+            raise InputError("params: got no parameter to train")
+        for p in self._params:
+            if not isinstance(p, Tensor):
+                raise InputError(f"params: expected tensors or one nn.Module, got a {type(p).__name__}")
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise InputError(f"patience: expected a whole number of epochs, at least 1, got {patience!r}")
+        for name, value in (("lr", lr), ("sgd_lr", sgd_lr), ("eps", eps)):
+            _check(name, value, value > 0, "above 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise InputError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+        if len(max_epochs) != 2 or not all(n is None or (isinstance(n, int) and n >= 0) for n in max_epochs):
+            raise InputError(f"max_epochs: expected two whole numbers (or None for no cap), got {max_epochs!r}")
+        if tuple(max_epochs) == (0, 0):
+            raise InputError("max_epochs: (0, 0) leaves no epoch to train")
+
+        self.patience = patience
+        self.max_epochs = dict(zip(PHASES, max_epochs, strict=True))
+        self._adamw = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self._sgd = {"lr": sgd_lr, "momentum": momentum}
+
+        self.epoch = 0
+        """Epochs ended, in both phases together."""
+        self.stale = 0
+        """Epochs of this phase since the last progress."""
+        self.best_top1: float | None = None
+        """The best top-1 so far, in the unit given to :meth:`end_epoch`."""
+        self.best_epoch: int | None = None
+        """The epoch (from 1) that made it; the latest one of a tie."""
+        self.switch_epoch: int | None = None
+        """The last epoch of AdamW, once it is over."""
+        self.switch_reason: str | None = None
+        """Why it ended: ``"stale"`` or ``"capped"``."""
+        self._phase_epoch = 0
+        self._best: dict[str, Tensor] = {}
+        self._start("sgd" if max_epochs[0] == 0 else "adamw")
+
+    @property
+    def phase(self) -> str:
+        """``"adamw"`` or ``"sgd"``: what the next :meth:`step` runs."""
+        return self._phase
+
+    @property
+    def finished(self) -> bool:
+        """True when no epoch is left to train."""
+        last = self._phase == "sgd" or self.max_epochs["sgd"] == 0
+        return last and self.phase_over is not None
+
+    @property
+    def phase_over(self) -> str | None:
+        """Why the present phase is over, ``"stale"`` or ``"capped"``; ``None`` while it is not."""
+        if self.stale >= self.patience:
+            return "stale"
+        cap = self.max_epochs[self._phase]
+        return "capped" if cap is not None and self._phase_epoch >= cap else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the active optimiser."""
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def end_epoch(self, top1: float) -> bool:
+        """Report the epoch's top-1 (a fraction or per cent) and switch the phase when it is time.
+
+        Returns:
+            True if the epoch is the best so far. A tie counts as progress: its weights are kept and the count
+            of stale epochs goes back to 0.
+
+        Raises:
+            InputError: ``top1`` is not finite.
+            RuntimeError: the training is over (:attr:`finished`).
+        """
+        if self.finished:
+            raise RuntimeError("end_epoch: both phases of DualOpT are over")
+        top1 = float(top1)
+        if not math.isfinite(top1):
+            raise InputError(f"top1: expected a finite number, got {top1}")
+        self.epoch += 1
+        self._phase_epoch += 1
+        best = self.best_top1 is None or top1 >= self.best_top1
+        if best:
+            self.stale, self.best_top1, self.best_epoch = 0, top1, self.epoch
+            # a copy on the CPU too; never written to again, so that state_dict() may share it
+            self._best = {k: t.detach().to("cpu", copy=True) for k, t in self._tensors().items()}
+        else:
+            self.stale += 1
+        self._switch_if_due()
+        return best
+
+    @torch.no_grad()
+    def load_best(self) -> None:
+        """Copy the best weights so far (and buffers, given a module) into the model, in place."""
+        for name, tensor in self._tensors().items():
+            if name in self._best:
+                tensor.copy_(self._best[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later :meth:`load_state_dict` needs to go on bit for bit.
+
+        Tensors, numbers, strings: ``torch.load(weights_only=True)`` reads it. As in torch it refers to the
+        live state. The weights now in the model are the model's to save; ``patience`` and the caps are the
+        constructor's.
+        """
+        return {
+            "phase": self._phase,
+            "phase_epoch": self._phase_epoch,
+            **{name: getattr(self, name) for name in _PROGRESS},
+            "best": dict(self._best),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, the phase included.
+
+        If this object's caps are lower and the phase is over by them, the switch happens here.
+
+        Raises:
+            InputError: the state is of other parameters, or not DualOpT's.
+        """
+        missing = sorted({"phase", "phase_epoch", "best", "optimizer", *_PROGRESS} - set(state))
+        if missing:
+            raise InputError(f"state: not a state_dict of DualOpT, {', '.join(missing)} missing")
+        phase, best = state["phase"], state["best"]
+        if phase not in PHASES:
+            raise InputError(f"state: phase is {phase!r}, expected one of {PHASES}")
+        if best:
+            here = {name: tuple(t.shape) for name, t in self._tensors().items()}
+            there = {name: tuple(t.shape) for name, t in best.items()}
+            odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            if odd:
+                k = odd[0]
+                raise InputError(
+                    f"state: of other parameters: {k} is {there.get(k, 'absent')} there, "
+                    f"{here.get(k, 'absent')} here ({len(odd)} differ)"
+                )
+        self._start(phase)
+        try:
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"state: its optimiser does not fit these parameters: {error}") from None
+        for name in _PROGRESS:
+            setattr(self, name, state[name])
+        self._phase_epoch, self._best = state["phase_epoch"], dict(best)
+        self._switch_if_due()
+
+    def _start(self, phase: str) -> None:
+        self._phase, self._phase_epoch, self.stale = phase, 0, 0
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(self._params, **self._adamw)
+            if phase == "adamw"
+            else torch.optim.SGD(self._params, **self._sgd)
+        )
+
+    def _switch_if_due(self) -> None:
+        if self._phase != "adamw" or self.finished or self.phase_over is None:
+            return
+        self.switch_epoch, self.switch_reason = self.epoch, self.phase_over
+        self.load_best()
+        self._start("sgd")
+        self.zero_grad()  # the gradients were those of other weights
+
+    def _tensors(self) -> dict[str, Tensor]:
+        # looked up each time: a module may put another tensor in a buffer's place
+        if self._module is not None:
+            return dict(self._module.named_parameters()) | dict(self._module.named_buffers())
+        return {str(i): p for i, p in enumerate(self._params)}
+
+
+def _iterate(params: Any) -> list:
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise InputError(f"params: expected an iterable of tensors or one nn.Module, got a {type(params).__name__}")
+    return list(params)
+
+
+def _check(name: str, value: float, ok: bool, allowed: str) -> None:
+    if not (ok and math.isfinite(value)):
+        raise InputError(f"{name}: expected a finite number {allowed}, got {value!r}")

@@ -1,0 +1,461 @@
+"""The loop and its checkpoints: what a run writes, and that no accident costs more than the epoch it hits."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cxv
+from cxv.training import InputError, TrainConfig, evaluate, load_model, train
+from cxv.training import loop as loop_module
+from cxv.training.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
+from cxv.training.data import load_data
+
+TINY = {
+    "model": "cpv-1/2",
+    "embed_dim": 16,
+    "data": "digits",
+    "limit_train": 96,
+    "limit_test": 40,
+    "batch_size": 32,
+    "lr": 3e-3,
+    "epochs": 3,
+    "sgd_epochs": 2,
+    "threads": 1,
+}
+TIMES = ("images_per_second", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads(), torch.get_rng_state(), random.getstate()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    torch.set_rng_state(before[1])
+    random.setstate(before[2])
+
+
+def run(output, **kwargs):
+    lines = []
+    result = train(TrainConfig(**{**TINY, "output": str(output), **kwargs}), log=lines.append)
+    return result, "\n".join(lines)
+
+
+def curve(output):
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def assert_same_run(a, b):
+    assert curve(a) == curve(b)
+    for name in ("last.pt", "best.pt"):
+        x, y = read_checkpoint(a / name), read_checkpoint(b / name)
+        assert x["epoch"] == y["epoch"]
+        assert x["model"].keys() == y["model"].keys()
+        for k in x["model"]:
+            assert torch.equal(x["model"][k], y["model"][k]), (name, k)
+        assert torch.equal(x["sampler"], y["sampler"])
+        assert torch.equal(x["rng"]["torch"], y["rng"]["torch"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    result, log = run(output)
+    return output, result, log
+
+
+# --- what a run writes
+
+
+def test_files_of_a_run(whole):
+    output, result, log = whole
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["phase"] for row in rows] == ["adamw"] * 3 + ["sgd"] * 2
+    assert [row["lr"] for row in rows] == [3e-3] * 3 + [1e-3] * 2
+    keys = {"train_loss", "train_top1", "test_loss", "test_top1", "best_top1", *TIMES}
+    assert all(keys <= row.keys() for row in rows)
+    assert rows[-1]["best_top1"] == max(row["test_top1"] for row in rows) == result.best_top1
+    assert json.loads((output / "args.json").read_text())["batch_size"] == 32
+    assert (output / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not list(output.glob(".*"))  # no temporary file is left
+    assert f"best top-1 {result.best_top1:.2f} % at epoch {result.best_epoch} of 5" in log
+    assert str(output) in log
+    best = max(rows[:3], key=lambda row: (row["test_top1"], row["epoch"]))
+    assert (
+        f"switch to SGD after epoch 3: AdamW is capped (--epochs 3); reloaded the best weights, of epoch "
+        f"{best['epoch']} ({best['test_top1']:.2f} %)"
+    ) in log
+
+
+def test_checkpoint_is_complete_and_loads_weights_only(whole):
+    checkpoint = torch.load(whole[0] / "last.pt", weights_only=True)
+    expected = {
+        "model",
+        "model_name",
+        "model_kwargs",
+        "classes",
+        "img_size",
+        "normalisation",
+        "optimiser",
+        "rng",
+    }
+    assert expected | {"sampler", "scaler", "epoch", "history", "args"} <= checkpoint.keys()
+    assert checkpoint["normalisation"] == {"mean": 0.5, "std": 0.5}
+    assert checkpoint["model_kwargs"]["use_fused"] is True
+    assert checkpoint["optimiser"]["phase"] == "sgd"
+
+
+def test_load_model_gives_the_reported_top1(whole):
+    output, result, _ = whole
+    model, checkpoint = load_model(output)
+    assert not model.training
+    assert checkpoint["epoch"] == result.best_epoch
+    data = load_data("digits", limit_test=40, splits=("test",))
+    assert evaluate(model, data.test, 32)[1] == result.best_top1
+    assert evaluate(model, data.test, 7)[1] == result.best_top1  # exact, whatever the batches
+    with torch.no_grad():
+        logits = model(data.test.images.float() / 127.5 - 1)
+    assert 100 * (logits.argmax(1) == data.test.labels).float().mean().item() == pytest.approx(result.best_top1)
+
+
+def test_unfused_is_passed_to_the_model_and_can_be_changed_on_loading(tmp_path, monkeypatch):
+    seen = []
+    create = cxv.create_model
+    monkeypatch.setattr(cxv, "create_model", lambda name, **kw: (seen.append(kw), create(name, **kw))[1])
+    run(tmp_path / "a", fused=False, epochs=1, sgd_epochs=0)
+    load_model(tmp_path / "a", use_fused=True)
+    assert [kw["use_fused"] for kw in seen] == [False, True]
+    assert {"num_classes": 10, "in_chans": 1, "img_size": 8, "embed_dim": 16}.items() <= seen[0].items()
+
+
+def test_switch_when_stale_is_logged_with_its_reason(tmp_path, monkeypatch):
+    scripted = iter([(1.0, 50.0), (1.0, 60.0), (1.0, 40.0), (1.0, 40.0), (1.0, 61.0), (1.0, 0.0), (1.0, 0.0)])
+    monkeypatch.setattr(loop_module, "evaluate", lambda *a: next(scripted))
+    result, log = run(tmp_path / "a", patience=2, epochs=50, sgd_epochs=50)
+    assert (
+        "switch to SGD after epoch 4: AdamW is stale (top-1 made no progress for 2 epochs); "
+        "reloaded the best weights, of epoch 2 (60.00 %)"
+    ) in log
+    assert "finished: SGD is stale (top-1 made no progress for 2 epochs)" in log
+    assert (result.best_top1, result.best_epoch, result.epochs) == (61.0, 5, 7)
+
+
+class Probe(nn.Module):
+    """Records the dtype that autocast gives a linear layer."""
+
+    def __init__(self, num_classes, in_chans, img_size, use_fused):
+        super().__init__()
+        self.head = nn.Linear(in_chans * img_size**2, num_classes)
+        self.seen = set()
+
+    def forward(self, x):
+        y = self.head(x.flatten(1))
+        self.seen.add((self.training, x.dtype, y.dtype))
+        return y
+
+
+def test_bf16_runs_the_forward_inside_autocast_and_the_loss_in_fp32(tmp_path, monkeypatch):
+    made, losses = [], []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def create(name, **kwargs):
+        made.append(Probe(**kwargs))
+        return made[-1]
+
+    def recorded(logits, *args, **kwargs):
+        losses.append(logits.dtype)
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(cxv, "create_model", create)
+    monkeypatch.setattr(loop_module.F, "cross_entropy", recorded)
+    run(tmp_path / "a", precision="bf16", embed_dim=None, epochs=1, sgd_epochs=0)
+    assert made[0].seen == {(t, torch.float32, torch.bfloat16) for t in (True, False)}
+    assert set(losses) == {torch.float32}
+
+
+# --- accidents
+
+_KILLED = """
+import os, signal, sys
+from cxv.training import TrainConfig, loop, train
+config, epoch, batch = eval(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+batches, epochs = loop.batches, [0]
+def deadly(data, batch_size, device, generator=None):
+    epochs[0] += generator is not None
+    for i, pair in enumerate(batches(data, batch_size, device, generator)):
+        if generator is not None and epochs[0] == epoch and i == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield pair
+loop.batches = deadly
+train(config)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.parametrize(("epoch", "left"), [(1, 0), (3, 2), (5, 4)], ids=["first", "adamw", "sgd"])
+def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path, epoch, left):
+    output = tmp_path / "killed"
+    config = TrainConfig(**TINY, output=str(output))
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, repr(config), str(epoch), "1"],
+        env={**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(curve(output)) == left
+    with open(output / "metrics.jsonl", "a") as f:
+        f.write('{"epoch": 99, "test_')  # a line cut short: the checkpoint is the truth
+    lines = []
+    train(TrainConfig(output=str(output), resume=True), log=lines.append)
+    assert f"resumed after epoch {left}" in "\n".join(lines)
+    assert_same_run(output, whole[0])
+
+
+def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honoured(whole, tmp_path, monkeypatch):
+    output = tmp_path / "a"
+    run(output, epochs=2, sgd_epochs=0)
+    evaluate_, calls = loop_module.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate_(*args)
+
+    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    lines = []
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(output=str(output), resume=True, epochs=3, sgd_epochs=2), log=lines.append)
+    assert f"interrupted; epoch 3 is saved: go on with  cxv train --resume --output {output}" in lines
+    monkeypatch.undo()
+    train(TrainConfig(output=str(output), resume=True), log=lines.append)
+    assert_same_run(output, whole[0])
+    lines.clear()
+    train(TrainConfig(output=str(output), resume=True), log=lines.append)
+    assert "nothing left to train" in "\n".join(lines)
+    assert_same_run(output, whole[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
+    output, calls = tmp_path / "a", []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def broken(logits, y, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        loss = cross_entropy(logits, y, **kwargs)
+        return loss * value if sum(calls) == 5 else loss
+
+    monkeypatch.setattr(loop_module.F, "cross_entropy", broken)
+    message = rf"the loss is {value} at epoch 2, batch 2 of 3; the last good .*last\.pt \(after epoch 1\)"
+    with pytest.raises(InputError, match=message):
+        run(output)
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(output / "last.pt")
+    assert checkpoint["epoch"] == len(curve(output)) == 1
+    assert all(t.isfinite().all() for t in checkpoint["model"].values())
+
+
+def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    def break_weights(scaler, optimizer):
+        for p in optimizer.param_groups[0]["params"]:
+            p.data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", break_weights)
+    with pytest.raises(InputError, match=r"the test loss is nan at epoch 1, after batch 1 of 1; .*after epoch 0"):
+        run(tmp_path / "a", batch_size=96)
+    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path / "a" / "last.pt")["model"].values())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    atomic_write(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=re.escape(f"cannot write {path}: No space left on device")):
+        atomic_write(path, b"newer")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_grad_scaler_is_used_saved_and_restored(tmp_path, monkeypatch):
+    # fp16 is for CUDA; the CPU's half arithmetic is slow but runs the same lines
+    autocast = lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16)  # noqa: E731
+    monkeypatch.setattr(loop_module, "autocast_for", autocast)
+    monkeypatch.setattr(cxv, "create_model", lambda name, **kwargs: Probe(**kwargs))
+    half = {"precision": "fp16", "embed_dim": None, "sgd_epochs": 1}
+    run(tmp_path / "whole", epochs=3, **half)
+    run(tmp_path / "parts", epochs=2, **{**half, "sgd_epochs": 0})
+    scaler = read_checkpoint(tmp_path / "parts" / "last.pt")["scaler"]
+    assert scaler["_growth_tracker"] == 6
+    train(TrainConfig(output=str(tmp_path / "parts"), resume=True, epochs=3, sgd_epochs=1), log=str)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["scaler"]["_growth_tracker"] == 12
+
+
+# --- refusals
+
+
+def test_a_directory_with_a_run_is_refused_without_resume_or_overwrite(whole, tmp_path):
+    output = tmp_path / "a"
+    run(output, epochs=2, sgd_epochs=0)
+    before = (output / "last.pt").read_bytes()
+    with pytest.raises(InputError, match=r"--output: .* holds another run .*--resume.*--overwrite"):
+        run(output)
+    with pytest.raises(InputError, match="exclude each other"):
+        run(output, resume=True, overwrite=True)
+    with pytest.raises(InputError, match="unknown dataset"):
+        run(output, overwrite=True, data="nothing")
+    assert (output / "last.pt").read_bytes() == before  # an argument error deletes nothing
+    run(output, overwrite=True)
+    assert_same_run(output, whole[0])
+
+
+def test_resume_refuses_changed_arguments_by_name(whole):
+    output = str(whole[0])
+    for name, value in (
+        ("model", "cnv-1/2"),
+        ("data", "cifar10"),
+        ("seed", 1),
+        ("batch_size", 64),
+        ("precision", "bf16"),
+        ("fused", False),
+        ("embed_dim", 32),
+        ("drop_rate", 0.1),
+        ("img_size", 16),
+        ("limit_train", 50),
+        ("lr", 1.0),
+        ("patience", 3),
+    ):
+        flag = "--" + name.replace("_", "-")
+        message = rf"other arguments: {flag} \({TINY.get(name, '.*')} in the run, {value} now\)"
+        with pytest.raises(InputError, match=message):
+            train(TrainConfig(output=output, resume=True, **{name: value}))
+    with pytest.raises(InputError, match="--epochs: 2, but the run has done 3"):
+        train(TrainConfig(output=output, resume=True, epochs=2))
+
+
+def test_output_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output: .*file is not a directory"):
+        run(tmp_path / "file")
+    with pytest.raises(InputError, match=r"--output: cannot create .*file/a"):
+        run(tmp_path / "file" / "a")
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        train(TrainConfig(output=str(tmp_path), resume=True))
+
+
+def rewrite(output, **changes):
+    checkpoint = read_checkpoint(output / "last.pt")
+    (output / "last.pt").write_bytes(pack_checkpoint({**checkpoint, **changes}))
+
+
+def test_resume_refuses_other_classes_other_images_and_another_models_weights(tmp_path):
+    output = tmp_path / "a"
+    run(output, epochs=1, sgd_epochs=1)
+    saved = read_checkpoint(output / "last.pt")
+    again = TrainConfig(output=str(output), resume=True)
+    rewrite(output, classes=["cat", "dog"])
+    with pytest.raises(InputError, match="has the classes cat, dog, the data has 0, 1, 2"):
+        train(again)
+    rewrite(output, classes=saved["classes"], data_fingerprint={**saved["data_fingerprint"], "test": 1})
+    with pytest.raises(InputError, match="the test images of digits are not those"):
+        train(again)
+    other = cxv.create_model("cpv-1/2", num_classes=10, in_chans=1, img_size=8, embed_dim=8)
+    rewrite(output, data_fingerprint=saved["data_fingerprint"], model=other.state_dict())
+    with pytest.raises(InputError, match=r"weights of cpv-1/2 in it do not fit CPV: .* tensors differ"):
+        train(again)
+    with pytest.raises(InputError, match=r"last\.pt: the weights of cpv-1/2 in it do not fit CPV"):
+        load_model(output, "last")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "foreign", "missing"])
+def test_damaged_checkpoints_are_named(whole, tmp_path, damage):
+    path, content = tmp_path / "best.pt", bytearray((whole[0] / "best.pt").read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-1000])
+    elif damage == "flipped":
+        content[:60] = bytes(60)
+        path.write_bytes(content)
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, path)
+    messages = {"foreign": "not a checkpoint of cxv", "missing": "no such checkpoint"}
+    message = messages.get(damage, "truncated or corrupt")
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}: {message}"):
+        load_model(tmp_path)
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    (tmp_path / "best.pt").write_bytes(pack_checkpoint({"model": Exploit(str(tmp_path / "pwned"))}))
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        load_model(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"precision": "fp8"}, "--precision: expected one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": "fp16", "device": "cpu"}, "--precision: fp16 needs a CUDA device"),
+        ({"device": "gpu"}, "--device: 'gpu' is not a device; allowed: auto, cpu, cuda"),
+        ({"model": "cpw-5/4"}, "--model cpw-5/4: .*cpv-5/4"),
+        ({"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
+        ({"lr": -1.0}, "--lr: expected a finite number above 0, got -1.0"),
+        ({"sgd_lr": float("nan")}, "--sgd-lr: expected a finite number above 0, got nan"),
+        ({"drop_rate": 1.0}, "--drop-rate: expected at least 0 and less than 1"),
+        ({"patience": 0}, "--patience: expected at least 1"),
+        ({"epochs": 0, "sgd_epochs": 0}, "both 0"),
+        ({"threads": 0}, "--threads: expected at least 1"),
+    ],
+)
+def test_bad_arguments_are_named_and_write_nothing(tmp_path, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path / "a", **kwargs)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_log_says_which_model_is_the_default(tmp_path):
+    _, log = run(tmp_path / "a", model=None, embed_dim=None, epochs=1, sgd_epochs=0)
+    assert "no --model given: cpv-2/4 with --embed-dim 64, the default for digits" in log
+    _, log = run(tmp_path / "b", epochs=1, sgd_epochs=0)
+    assert "no --model" not in log
+
+
+@pytest.mark.slow
+def test_digits_by_default_reach_97_per_cent_and_switch_to_sgd(tmp_path):
+    lines = []
+    result = train(TrainConfig(output=str(tmp_path / "a"), threads=1), log=lines.append)
+    assert result.best_top1 >= 97
+    assert "switch to SGD" in "\n".join(lines)
