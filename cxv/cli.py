@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
+import torch
+
+from .models import create_model, list_models
 from .training.checkpoint import load_model
 from .training.data import DATASETS, decode_image, load_data, normalise
 from .training.errors import InputError
@@ -71,8 +74,6 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    import torch
-
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
@@ -87,17 +88,14 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    import cxv
-
     print(f"{'model':24s} parameters (10 classes)")
-    for name in cxv.list_models():
-        parameters = sum(p.numel() for p in cxv.create_model(name, num_classes=10).parameters())
+    for name in list_models():
+        parameters = sum(p.numel() for p in create_model(name, num_classes=10).parameters())
         print(f"{name:24s} {parameters:10,d}")
+    print("the same families with other layers/heads: cpv-2/4, cltv-8/4, …")
 
 
 def _set_threads(threads: int | None) -> None:
-    import torch
-
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -131,7 +131,7 @@ def test_predict_names_a_bad_image(capsys, run, tmp_path):
 def test_models_lists_names_and_parameters(capsys):
     code, out, _ = call(capsys, "models")
     assert code == 0
-    lines = dict(line.split()[:2] for line in out.splitlines()[1:])
+    lines = dict(line.split()[:2] for line in out.splitlines()[1:-1])
     assert lines.keys() == set(cxv.list_models())
     assert lines["cpv-5/4"] == "1,345,994"  # the paper's 1.3 M
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models import create_model
 from .errors import InputError
 
 FORMAT = "cxv-checkpoint-1"
@@ -110,11 +111,9 @@ def load_model(
 
 def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """``cxv.create_model``, its refusals as :class:`InputError`."""
-    import cxv  # here, as the package imports this one
-
     try:
-        return cxv.create_model(name, **kwargs)
-    except (ValueError, TypeError) as error:
+        return create_model(name, **kwargs)
+    except ValueError as error:
         raise InputError(f"--model {name}: {error}") from error
 
 

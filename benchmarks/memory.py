@@ -1,0 +1,165 @@
+"""What a computation needs: peak memory, bytes kept for backward, and time. Bytes are bytes, times are seconds."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+class Allocated(NamedTuple):
+    """Bytes above what was allocated at the start: the most at any time, and what is left with the result alive."""
+
+    peak: int
+    kept: int
+
+
+class Saved(NamedTuple):
+    """Bytes of the distinct storages saved for backward, without the inputs' own storages and with them."""
+
+    beyond_inputs: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repetition, in the order in which they ran."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile, seconds."""
+        if len(self.samples) == 1:
+            return self.samples * 2
+        first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range, seconds."""
+        first, third = self.quartiles
+        return third - first
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the interquartile range is over half the median: the machine was busy with something else."""
+        return self.spread > self.median / 2
+
+
+def allocated(run: Callable[[], Any], device: str | torch.device = "cpu") -> Allocated:
+    """Run once and follow PyTorch's allocator of ``device``, also inside C++ ops; the result lives to the end.
+
+    On CUDA these are the caching allocator's counters, on the CPU the allocation events of torch.profiler: bytes asked
+    for, by this thread. What does not pass through PyTorch's allocator (malloc in a library) is not seen.
+    """
+    device = torch.device(device)
+    return _allocated_cuda(run, device) if device.type == "cuda" else _allocated_cpu(run)
+
+
+def _allocated_cuda(run: Callable[[], Any], device: torch.device) -> Allocated:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    result = run()
+    torch.cuda.synchronize(device)
+    peak, kept = torch.cuda.max_memory_allocated(device) - start, torch.cuda.memory_allocated(device) - start
+    del result
+    return Allocated(peak, kept)
+
+
+def _allocated_cpu(run: Callable[[], Any]) -> Allocated:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = run()
+    del result
+    live: dict[int, int] = {}
+    peak = current = 0
+    for address, size in _allocations(recorded.profiler.kineto_results.experimental_event_tree()):
+        if size > 0:
+            live[address] = size
+            current += size
+            peak = max(peak, current)
+        else:
+            current -= live.pop(address, 0)  # memory from before the start was never counted
+    return Allocated(peak, current)
+
+
+def _allocations(roots: Iterable[Any]) -> list[tuple[int, int]]:
+    """(address, bytes) of the CPU's allocations in the order of time; a free has negative bytes."""
+    found, pending = [], list(roots)
+    while pending:
+        node = pending.pop()
+        pending.extend(node.children)
+        if node.tag.name == "Allocation" and node.extra_fields.device.type == "cpu":
+            found.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda event: event[0])]
+
+
+def saved_for_backward(run: Callable[[], Any], inputs: Iterable[Tensor] = ()) -> Saved:
+    """Bytes that autograd keeps between forward and backward of ``run``, which must not run backward itself.
+
+    Counted through ``saved_tensors_hooks``, so with whatever ``save_for_backward`` of a custom Function names. A
+    storage counts once and whole, however many of its views are saved.
+
+    Args:
+        inputs: tensors that exist anyway (inputs, parameters, buffers); their storages are left out of the first count.
+    """
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, or its address could come again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in saved.items()}
+    del result
+    return Saved(sum(size for address, size in sizes.items() if address not in given), sum(sizes.values()))
+
+
+def interleaved(
+    runs: Sequence[Callable[[], Any]],
+    device: str | torch.device = "cpu",
+    *,
+    budget: float = 0.25,
+    min_repeats: int = 3,
+    max_repeats: int = 100,
+    limit: float = 4.0,
+) -> list[Timing]:
+    """Time each of ``runs``, in turn, round after round, so that whatever else the machine does meets them all alike.
+
+    One leaves the rounds when it has run ``min_repeats`` times and spent ``budget`` seconds, or has run ``max_repeats``
+    times, or has spent ``limit`` seconds. There is no warm-up: run each once before.
+    """
+    device = torch.device(device)
+    samples: list[list[float]] = [[] for _ in runs]
+
+    def goes_on(mine: list[float]) -> bool:
+        spent = sum(mine)
+        return spent < limit and len(mine) < max_repeats and (len(mine) < min_repeats or spent < budget)
+
+    while any(map(goes_on, samples)):
+        for run, mine in zip(runs, samples, strict=True):
+            if goes_on(mine):
+                mine.append(_seconds(run, device))
+    return [Timing(tuple(s)) for s in samples]
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
