@@ -90,7 +90,7 @@ def extensions() -> tuple[list[Extension], dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", target]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", target]
     archs = "" if reason else os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     facts = {
         "CXV_TORCH_TARGET": "2.10",
@@ -104,7 +104,7 @@ def extensions() -> tuple[list[Extension], dict]:
             ["csrc/module.cpp"],
             include_dirs=[pybind11.get_include()],
             define_macros=list(facts.items()),
-            extra_compile_args=["-std=c++20", "-fvisibility=hidden"],
+            extra_compile_args=["-g0", "-std=c++20", "-fvisibility=hidden"],
             language="c++",
         ),
         CppExtension(

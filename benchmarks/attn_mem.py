@@ -113,8 +113,8 @@ def served_ops() -> Iterator[dict[str, str]]:
     served: dict[str, str] = {}
     resolve = backends.resolve
 
-    def record(op: str, tensor: Tensor, backend: str | None = None) -> str:
-        served[op] = resolve(op, tensor, backend)
+    def record(op: str, *arguments: Any) -> str:
+        served[op] = resolve(op, *arguments)
         return served[op]
 
     backends.resolve = record

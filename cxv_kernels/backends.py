@@ -1,8 +1,9 @@
 """Which implementation serves an op, and why another one declines.
 
-A backend is registered per op with a capability check: a function of (device, dtype) that returns ``None`` if
-it can serve, else the reason in words. ``"auto"`` walks :data:`_PREFERENCE` for the device, takes the first that
-can, and falls back to the reference, saying so once per (op, device type).
+A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if it
+can serve, else the reason in words; ``dim`` is the largest number of channels of a head (0: not known). ``"auto"``
+walks :data:`_PREFERENCE` for the device, takes the first that can, and falls back to the reference, saying so once per
+(op, device type).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ OPS = (
     "conv_norm",
 )
 
-Check = Callable[[torch.device, torch.dtype], str | None]
+Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 # What "auto" passes over until a GPU has judged it; naming it serves.
@@ -38,7 +39,7 @@ def _validate(name: str) -> str:
 
 
 def register(op: str, backend: str, check: Check) -> None:
-    """Declare that ``backend`` implements ``op`` wherever ``check(device, dtype)`` returns ``None``."""
+    """Declare that ``backend`` implements ``op`` wherever ``check(device, dtype, dim)`` returns ``None``."""
     _checks[op][backend] = check
 
 
@@ -68,13 +69,16 @@ def get_backend() -> str:
     return _active
 
 
-def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     check = _checks[op].get(backend)
-    return f"has no {op} kernel yet" if check is None else check(device, dtype)
+    return f"has no {op} kernel yet" if check is None else check(device, dtype, dim)
 
 
-def explain_backend(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """For each backend, ``"serves"`` or the reason why it does not serve ``op`` on this device and dtype.
+def explain_backend(
+    op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, dim: int = 0
+) -> dict[str, str]:
+    """For each backend, ``"serves"`` or the reason why it does not serve ``op`` on this device and dtype,
+    for heads of ``dim`` channels (0: any).
 
     Raises:
         ValueError: unknown op.
@@ -82,12 +86,12 @@ def explain_backend(op: str, device: str | torch.device = "cpu", dtype: torch.dt
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
     device = torch.device(device)
-    named = {name: _decline(op, name, device, dtype) or "serves" for name in BACKENDS[2:]}
+    named = {name: _decline(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
     return {"reference": "serves"} | named
 
 
-def resolve(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
-    """The backend that will serve ``op`` for inputs like ``tensor`` (its device and dtype decide).
+def resolve(op: str, tensor: torch.Tensor, backend: str | None = None, dim: int = 0) -> str:
+    """The backend that will serve ``op`` for inputs like ``tensor`` (its device and dtype) with ``dim`` channels.
 
     Args:
         backend: a name from :data:`BACKENDS`, or ``None`` for the one :func:`use_backend` has set.
@@ -102,7 +106,7 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     device, dtype = tensor.device, tensor.dtype
     reasons = []
     for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else (wanted,):
-        reason = _decline(op, name, device, dtype)
+        reason = _decline(op, name, device, dtype, dim)
         if reason is None and wanted == "auto":
             reason = _UNPROVEN.get(name)
         if reason is None:

@@ -155,6 +155,25 @@ def test_finite_wherever_float64_is(dtype, scale):
 
 
 @needs_cpp
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_nan_is_not_swallowed(feature_map):
+    for position in range(3):
+        inputs = qkv(1, 1, 70, 70, 8, 8)
+        inputs[position][0, 0, 3, 2] = float("nan")
+        got, want = (attend(*inputs, feature_map, backend=b) for b in ("cpp", "reference"))
+        assert want.isnan().any()
+        assert torch.equal(got.isnan(), want.isnan())
+
+
+@needs_cpp
+def test_keys_of_minus_infinity_have_no_weight():
+    q, k, v = qkv(1, 1, 5, 200, 4, 4)
+    k[:, :, :150, 1] = float("-inf")  # all of the first tiles, for one channel
+    got, want = (attend(q, k, v, backend=b) for b in ("cpp", "reference"))
+    torch.testing.assert_close(got, want)
+
+
+@needs_cpp
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_gradcheck(feature_map, masked):
@@ -199,7 +218,7 @@ def test_raw_op_refuses_what_does_not_fit():
         op(q, k, v, None, "cosine", 0.0)
     with pytest.raises(RuntimeError, match="v has size 5 in dimension 2, expected 150"):
         op(q, k, v[:, :, :5], None, "elu", 0.0)
-    with pytest.raises(RuntimeError, match="k must have q's dtype"):
+    with pytest.raises(RuntimeError, match="k has a dtype that does not go with q's"):
         op(q, k.float(), v, None, "elu", 0.0)
     with pytest.raises(RuntimeError, match="key_mask must be bool"):
         op(q, k, v, torch.ones(2, 3, dtype=torch.bool), "elu", 0.0)
@@ -212,8 +231,9 @@ def test_compile_fullgraph_keeps_the_fused_ops():
 
     def spy(graph, _):
         targets.extend(node.target for node in graph.graph.nodes)
-        return graph
+        return make_boxed_func(graph)
 
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     @torch.compile(fullgraph=True, backend=aot_autograd(fw_compiler=spy, bw_compiler=spy))

@@ -118,8 +118,8 @@ class LinearAttentionPass {
         stat[d] = z;
         if (p_.feature_map == FeatureMap::kSoftmax) {
           // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0.
-          stat[d] = z > 0 ? max + std::log(z) : A(INFINITY);
-          for (int64_t e = 0; e < E_; ++e) S[d * E_ + e] = z > 0 ? S[d * E_ + e] / z : A(0);
+          stat[d] = z == 0 ? A(INFINITY) : max + std::log(z);
+          for (int64_t e = 0; e < E_; ++e) S[d * E_ + e] = z == 0 ? A(0) : S[d * E_ + e] / z;
         }
       }
     }
@@ -360,7 +360,7 @@ class LinearAttentionPass {
       for (int64_t d = 0; d < Dp_; d += W) {
         const V y = load<A>(x + r * Dp_ + d);
         // max(x, 0) + min(exp(x), 1) is elu(x) + 1 without cancellation
-        store<A>(x + r * Dp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y > 0 ? y : V{}));
+        store<A>(x + r * Dp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y < 0 ? V{} : y));
       }
       if (elu) fill(x + r * Dp_ + D_, Dp_ - D_, 0);
     }
@@ -388,11 +388,13 @@ class LinearAttentionPass {
     }
   }
 
-  // x = exp(x − shift) per column; padding columns become 0 (their shift is not used).
+  // x = exp(x − shift) per column, padding columns 0. Where all that came so far is −∞ there is nothing to shift by.
   void exp_columns(A* x, const A* shift, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < Dp_; d += W)
-        store<A>(x + r * Dp_ + d, exp(load<A>(x + r * Dp_ + d) - load<A>(shift + d)));
+      for (int64_t d = 0; d < Dp_; d += W) {
+        const V s = load<A>(shift + d);
+        store<A>(x + r * Dp_ + d, exp(load<A>(x + r * Dp_ + d) - (s > -A(INFINITY) ? s : V{})));
+      }
       fill(x + r * Dp_ + D_, Dp_ - D_, 0);
     }
   }

@@ -57,7 +57,7 @@ def linear_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     with without_autocast(q):
-        if backends.resolve("linear_attention", q, backend) == "reference":
+        if backends.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1])) == "reference":
             return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
         return LinearAttention.apply(q, k, v, key_mask, feature_map, eps)[0]
 

@@ -84,12 +84,14 @@ class LinearAttentionBackward(torch.autograd.Function):
         return (*second, *(None,) * 5)
 
 
-def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+def _cpp(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
 
 
-def _cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    return CUDA_MISSING or (None if device.type == "cuda" else f"serves CUDA devices, not {device.type}")
+def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    if CUDA_MISSING or device.type != "cuda":
+        return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
+    return f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None
 
 
 backends.register("linear_attention", "cpp", _cpp)

@@ -1,0 +1,85 @@
+// What the ops' host code shares: tensors of the stable ABI to the plain structs of csrc/include, and new tensors.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+
+#include "include/linear_attention.h"
+
+namespace cxv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "cxv_kernels: q must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// The dtype of state and statistics.
+inline ScalarType accumulator_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_device(const char* name, const Tensor& t, const Tensor& q) {
+  STD_TORCH_CHECK(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), "cxv_kernels: ", name,
+                  " must be on q's device");
+}
+
+inline void check(const char* name, const Tensor& t, const Tensor& q, std::array<int64_t, 4> shape, ScalarType dtype) {
+  STD_TORCH_CHECK(t.dim() == 4, "cxv_kernels: ", name, " must have 4 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "cxv_kernels: ", name, " has a dtype that does not go with q's");
+  check_device(name, t, q);
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(t.size(i) == shape[i], "cxv_kernels: ", name, " has size ", t.size(i), " in dimension ", i,
+                    ", expected ", shape[i]);
+}
+
+inline View view(const Tensor& t) {
+  View v;
+  v.data = t.data_ptr();
+  for (int i = 0; i < 4; ++i) v.stride[i] = t.stride(i);
+  return v;
+}
+
+// A tensor of this shape whose dimensions lie in memory in the order of like's; like_layout in op.py says the same.
+inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
+  std::array<int64_t, 4> order = {0, 1, 2, 3}, strides;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+  int64_t step = 1;
+  for (int i = 3; i >= 0; --i) {
+    strides[order[i]] = step;
+    step *= std::max<int64_t>(shape[order[i]], 1);
+  }
+  AtenTensorHandle handle;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, shape.data(), strides.data(), dtype,
+                               like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
+                               like.is_cuda() ? like.get_device_index() : 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_accumulator(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, accumulator_of(like));
+}
+
+}  // namespace cxv

@@ -1,0 +1,116 @@
+// csrc/cuda's linear-attention kernels on the host, for ctypes (tests/test_cuda_source.py); with SIMT_MAIN, a program.
+#include "simt.h"
+
+#include "../../csrc/cuda/linear_attention_kernel.cuh"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+namespace {
+
+template <class F>
+void for_dtype(cxv::DType dtype, F&& f) {
+  switch (dtype) {
+    case cxv::DType::kDouble:
+      return f(double{});
+    case cxv::DType::kFloat:
+      return f(float{});
+    case cxv::DType::kHalf:
+      return f(__half{});
+    case cxv::DType::kBFloat16:
+      return f(__nv_bfloat16{});
+  }
+}
+
+int accumulator_bytes(const cxv::LinearAttention& p) { return p.dtype == cxv::DType::kDouble ? 8 : 4; }
+
+// An array of accumulators that nobody has written.
+std::vector<double> unwritten(int64_t count) {
+  std::vector<double> array(count + 1);
+  std::memset(array.data(), 0xFF, array.size() * sizeof(double));  // NaN in float, too
+  return array;
+}
+
+}  // namespace
+
+extern "C" {
+
+// threads 0: the plan's. The caller fills p but for splits and scratch memory. Returns what went wrong, or null.
+const char* simt_linear_attention(cxv::LinearAttention* in, bool forward, int threads, unsigned seed) {
+  cxv::LinearAttention p = *in;
+  auto plan = cxv::cuda::make_plan(p, accumulator_bytes(p));
+  if (threads > 0) plan.threads = threads;
+  cxv::cuda::set_splits(p, plan, forward);
+  const int64_t heads = p.batch * p.heads, matrix = p.dim * p.value_dim;
+  auto partial =
+      unwritten(forward ? heads * p.key_splits * (2 * p.dim + matrix) : heads * p.query_splits * (p.dim + matrix));
+  auto grad_state = unwritten(heads * matrix), grad_z = unwritten(heads * p.dim);
+  p.partial = partial.data();
+  p.grad_state = grad_state.data();
+  p.grad_z = grad_z.data();
+  const auto launch = [&](auto kernel, int64_t blocks, int threads, int bytes) {
+    simt::launch(blocks, threads, bytes, seed, [&] { kernel(p, plan); });
+  };
+  static std::string error;
+  try {
+    for_dtype(p.dtype, [&](auto x) {
+      if (forward)
+        cxv::cuda::forward<decltype(x)>(p, plan, launch);
+      else
+        cxv::cuda::backward<decltype(x)>(p, plan, launch);
+    });
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
+// The largest shared memory of any launch, and whether the threads' registers hold the state.
+int simt_linear_attention_plan(int dim, int value_dim, int accumulator_bytes, int* fits) {
+  cxv::LinearAttention p = {};
+  p.dim = dim;
+  p.value_dim = value_dim;
+  const auto plan = cxv::cuda::make_plan(p, accumulator_bytes);
+  *fits = plan.threads <= cxv::cuda::kMaxThreads && plan.tile % 4 == 0 && plan.chunk % 4 == 0 && plan.tile > 0 &&
+          plan.chunk > 0 && plan.threads * cxv::cuda::kRegisterTiles >= plan.dim / 4 * (plan.value_dim / 4);
+  return std::max({plan.tile_count(), plan.state_count(), plan.backward_count()}) * accumulator_bytes;
+}
+
+int simt_linear_attention_max_dim() { return int(cxv::cuda::kMaxDim); }
+}
+
+#ifdef SIMT_MAIN
+// Forward and backward of every feature map, for -fsanitize=thread: a state that shared memory holds, and one in
+// chunks.
+void run(int map, int N, int D, int E, int threads) {
+  const int B = 1, H = 2;
+  std::vector<std::vector<float>> arrays;
+  const auto tensor = [&](int channels) {
+    auto& data = arrays.emplace_back(B * H * N * channels);
+    for (size_t i = 0; i < data.size(); ++i) data[i] = float(std::sin(1.7 * double(i) + map));
+    return cxv::View{data.data(), {int64_t(H) * N * channels, int64_t(N) * channels, channels, 1}};
+  };
+  cxv::LinearAttention p = {};
+  p.dtype = cxv::DType::kFloat;
+  p.feature_map = cxv::FeatureMap(map);
+  p.eps = 1e-6;
+  p.batch = B, p.heads = H, p.queries = N, p.keys = N, p.dim = D, p.value_dim = E;
+  p.q = tensor(D), p.k = tensor(D), p.v = tensor(E), p.out = tensor(E), p.grad_out = tensor(E);
+  p.grad_q = tensor(D), p.grad_k = tensor(D), p.grad_v = tensor(E);
+  std::vector<float> state(B * H * D * E), stat(B * H * D);
+  p.state = state.data();
+  p.key_stat = stat.data();
+  for (const bool forward : {true, false})
+    if (simt_linear_attention(&p, forward, threads, 1 + map) != nullptr) std::abort();
+}
+
+int main() {
+  for (int map = 0; map < 3; ++map) run(map, 70, 20, 12, 64);
+  run(0, 20, 100, 128, 224);
+}
+#endif

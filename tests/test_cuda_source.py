@@ -1,0 +1,265 @@
+"""The CUDA kernels without a GPU: run on the host under an emulator (tests/simt), and compiled by nvcc."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxv_kernels.linear_attention.reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
+
+ROOT = Path(__file__).parent.parent
+SIMT = ROOT / "tests" / "simt"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++"))), None)
+NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
+
+needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+
+
+def build(target: Path, *flags: str) -> Path:
+    sources = [str(SIMT / name) for name in ("simt.cpp", "linear_attention.cpp")]
+    command = [CXX, "-std=c++20", "-pthread", "-Wno-unknown-pragmas", f"-I{SIMT}", *flags, *sources, "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def simt(tmp_path_factory):
+    library = ctypes.CDLL(str(build(tmp_path_factory.mktemp("simt") / "simt.so", "-O2", "-shared", "-fPIC")))
+    library.simt_linear_attention.restype = ctypes.c_char_p
+    return library
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
+
+    def __init__(self, t=None):
+        super().__init__(*((t.data_ptr(), tuple(t.stride())) if t is not None else ()))
+
+
+class Arguments(ctypes.Structure):
+    """cxv::LinearAttention, field by field."""
+
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("feature_map", ctypes.c_int),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "dim", "value_dim")),
+        *((name, View) for name in ("q", "k", "v", "out")),
+        ("key_mask", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64 * 2),
+        ("key_splits", ctypes.c_int64),
+        ("query_splits", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("partial", "state", "key_stat")),
+        *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, ctypes.c_void_p) for name in ("grad_state", "grad_z")),
+    ]
+
+
+def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=64, seed=0):
+    """out, state, key_stat and the three gradients, as the kernels write them into NaNs."""
+    (batch, heads, queries, dim), keys, value_dim = q.shape, k.shape[2], v.shape[3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out, grads = torch.full_like(grad_out, torch.nan), [torch.full_like(t, torch.nan) for t in (q, k, v)]
+    state, stat = (torch.full((batch, heads, *s), torch.nan, dtype=wide) for s in ((dim, value_dim), (dim,)))
+    sizes = batch, heads, queries, keys, dim, value_dim
+    a = Arguments(DTYPES.index(q.dtype), FEATURE_MAPS.index(feature_map), eps, *sizes)
+    a.q, a.k, a.v, a.out, a.grad_out = map(View, (q, k, v, out, grad_out))
+    a.grad_q, a.grad_k, a.grad_v = map(View, grads)
+    a.state, a.key_stat = state.data_ptr(), stat.data_ptr()
+    if key_mask is not None:
+        a.key_mask, a.mask_stride = key_mask.data_ptr(), tuple(key_mask.stride())
+    for forward in (True, False):
+        failure = simt.simt_linear_attention(ctypes.byref(a), ctypes.c_bool(forward), threads, seed)
+        assert failure is None, failure.decode()
+    return out, state, stat, *grads
+
+
+def make(shape, dtype, seed, layout="bhnd"):
+    """A tensor (B, H, N, C): contiguous, with channels before tokens (NCHW), or a slice with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "nchw":
+        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if layout == "gaps":
+        b, h, n, c = shape
+        big = torch.full((b, n, h, 2 * c + 3), torch.nan, dtype=dtype).transpose(1, 2)
+        big[..., 1 : 2 * c + 1 : 2] = x
+        return big[..., 1 : 2 * c + 1 : 2]
+    return x
+
+
+def check(simt, dtype, feature_map, queries, keys, dim, value_dim, *, batch=1, heads=2, layout="bhnd", mask=None, **kw):
+    q = make((batch, heads, queries, dim), dtype, 0, layout)
+    k = make((batch, heads, keys, dim), dtype, 1, layout)
+    v = make((batch, heads, keys, value_dim), dtype, 2, layout)
+    grad_out = make((batch, heads, queries, value_dim), dtype, 3, layout)
+    out, state, _, *grads = run(simt, q, k, v, grad_out, feature_map, key_mask=mask, **kw)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    expected_state, _ = kv_state_reference(*inputs[1:], feature_map, mask)
+    expected = linear_attention_reference(*inputs, feature_map, 1e-6, mask)
+    expected_grads = torch.autograd.grad(expected, inputs, grad_out.double())
+    # One rounding to the storage type, and sums of N or D terms of size 1 in the accumulator, which grow as a random
+    # walk and may cancel.
+    rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps * max(keys, queries, 32) ** 0.5
+    results = zip((out, state, *grads), (expected, expected_state, *expected_grads), strict=True)
+    for name, (got, want) in zip(("out", "state", "dq", "dk", "dv"), results, strict=True):
+        if want.numel() == 0:
+            continue
+        bound = rounding * want.abs() + 16 * sums * max(1, want.abs().max())
+        error = (got.double() - want).abs()
+        assert (error <= bound).all(), f"{name}: {error.max():.2e}, at most {(error / bound).max():.2f} of the bound"
+        if dtype == torch.float64:
+            assert error.max() <= 1e-12 * max(1, want.abs().max()), name
+
+
+@needs_cxx
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+class TestAgainstFloat64:
+    def test_one_token(self, simt, dtype, feature_map):
+        check(simt, dtype, feature_map, 1, 1, 5, 17)
+
+    def test_odd_sizes(self, simt, dtype, feature_map):
+        check(simt, dtype, feature_map, 63, 130, 17, 5, layout="nchw")
+
+    def test_strided_views(self, simt, dtype, feature_map):
+        check(simt, dtype, feature_map, 130, 63, 32, 32, layout="gaps")
+
+    def test_wide(self, simt, dtype, feature_map):
+        check(simt, dtype, feature_map, 63, 130, 64, 17, heads=1)
+
+    def test_key_mask(self, simt, dtype, feature_map):
+        mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.4
+        mask[1] = False  # no key is seen
+        check(simt, dtype, feature_map, 33, 70, 12, 20, batch=2, heads=1, mask=mask)
+        check(simt, dtype, feature_map, 3, 70, 12, 20, batch=2, heads=1, mask=mask[:, None].expand(2, 3, 70)[:, 1])
+
+
+@needs_cxx
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+class TestShapes:
+    def test_tiles_of_state_share_a_thread(self, simt, feature_map):
+        check(simt, torch.float64, feature_map, 40, 40, 64, 64, heads=1)
+
+    def test_largest_state_comes_in_chunks(self, simt, feature_map):
+        check(simt, torch.float64, feature_map, 9, 17, 128, 128, heads=1, threads=0)
+        check(simt, torch.float32, feature_map, 17, 9, 127, 125, heads=1, threads=256)
+
+    def test_several_splits(self, simt, feature_map):
+        check(simt, torch.float64, feature_map, 1100, 1100, 5, 6, heads=1)
+
+    @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+    def test_no_tokens(self, simt, feature_map, queries, keys):
+        check(simt, torch.float32, feature_map, queries, keys, 5, 6)
+
+    def test_no_channels(self, simt, feature_map):
+        check(simt, torch.float32, feature_map, 7, 6, 5, 0)
+        q, v = make((1, 2, 7, 0), torch.float32, 0), make((1, 2, 7, 5), torch.float32, 1)
+        out, *_, grad_v = run(simt, q, q, v, v, feature_map)
+        assert not out.any()
+        assert not grad_v.any()
+
+    def test_odd_number_of_threads(self, simt, feature_map):
+        check(simt, torch.float32, feature_map, 35, 37, 24, 20, threads=37)
+
+
+@needs_cxx
+class TestNumerics:
+    @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+    def test_same_bits_in_any_schedule(self, simt, feature_map):
+        q, k, v, g = (make((2, 1, 70, c), torch.float32, i) for i, c in enumerate((20, 20, 12, 12)))
+        mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.2
+        first = run(simt, q, k, v, g, feature_map, key_mask=mask)
+        for seed in (1, 2, 3):
+            again = run(simt, q, k, v, g, feature_map, key_mask=mask, seed=seed)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+    def test_same_bits_alone_and_in_a_batch(self, simt, feature_map):
+        q, k, v, g = (make((3, 2, 40, c), torch.float32, i) for i, c in enumerate((8, 8, 12, 12)))
+        batch = run(simt, q, k, v, g, feature_map)
+        alone = run(simt, *(t[1:2] for t in (q, k, v, g)), feature_map)
+        assert all(torch.equal(a[1:2], b) for a, b in zip(batch, alone, strict=True))
+
+    def test_large_exponents(self, simt):
+        q, k, v, g = (make((1, 1, 50, 8), torch.float32, i) for i in range(4))
+        results = run(simt, 300 * q, 300 * k, v, g, "softmax")
+        assert all(t.isfinite().all() for t in results)
+        expected = linear_attention_reference(300 * q.double(), 300 * k.double(), v.double())
+        torch.testing.assert_close(results[0].double(), expected, rtol=1e-3, atol=1e-4)
+
+    def test_a_hidden_key_may_be_anything(self, simt):
+        q, k, v, g = (make((1, 1, 9, 8), torch.float32, i) for i in range(4))
+        k[:, :, 4], v[:, :, 4] = torch.nan, torch.inf
+        mask = torch.arange(9)[None] != 4
+        for feature_map in FEATURE_MAPS:
+            assert all(t.isfinite().all() for t in run(simt, q, k, v, g, feature_map, key_mask=mask))
+
+    @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+    def test_nan_is_not_hidden(self, simt, feature_map):
+        for i in range(3):
+            q, k, v, g = inputs = [make((1, 1, 9, 8), torch.float32, i) for i in range(4)]
+            inputs[i][0, 0, 2, 3] = torch.nan
+            assert torch.equal(
+                run(simt, q, k, v, g, feature_map)[0].isnan(), linear_attention_reference(q, k, v, feature_map).isnan()
+            )
+
+    def test_plans_fit_every_shape(self, simt):
+        fits, limit = ctypes.c_int(), simt.simt_linear_attention_max_dim()
+        for dim in range(limit + 1):
+            for value_dim in range(limit + 1):
+                for size in (4, 8):
+                    shared = simt.simt_linear_attention_plan(dim, value_dim, size, ctypes.byref(fits))
+                    assert fits.value, (dim, value_dim, size)
+                    assert shared <= 48 * 1024, (dim, value_dim, size)
+
+
+@needs_cxx
+@pytest.mark.slow
+def test_no_data_race(tmp_path):
+    flags = ["-O1", "-g", "-fsanitize=thread"]
+    (tmp_path / "probe.cpp").write_text("int main() {}")
+    probe = tmp_path / "probe"
+    for command in ([CXX, *flags, f"{probe}.cpp", "-o", str(probe)], [str(probe)]):
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("the compiler's thread sanitizer does not work here")
+    program = build(tmp_path / "simt", *flags, "-DSIMT_MAIN")
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_compiles_without_spills(arch, tmp_path):
+    """The kernels alone, as torch's headers are the build's matter: every instance, no spill, no local memory."""
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        f'#include "{ROOT}/csrc/cuda/linear_attention_kernel.cuh"\n'
+        "template <class T> void launch(const cxv::LinearAttention& p, const cxv::cuda::Plan& plan) {\n"
+        "  const auto go = [&](auto kernel, int64_t blocks, int threads, int bytes) {\n"
+        "    kernel<<<blocks, threads, bytes>>>(p, plan);\n"
+        "  };\n"
+        "  cxv::cuda::forward<T>(p, plan, go);\n"
+        "  cxv::cuda::backward<T>(p, plan, go);\n"
+        "}\n"
+        + "".join(
+            f"template void launch<{t}>(const cxv::LinearAttention&, const cxv::cuda::Plan&);\n"
+            for t in ("double", "float", "__half", "__nv_bfloat16")
+        )
+    )
+    command = [NVCC, "-O3", "-std=c++20", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "cubin")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(usage) == 4 * 4 + 2 * 2, done.stderr
+    assert set(usage) == {("0", "0", "0")}, done.stderr
+    assert all(int(n) <= 48 * 1024 for n in re.findall(r"(\d+) bytes smem", done.stderr))
