@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define CXV_ISA avx512
 #define CXV_VECTOR_BYTES 64

@@ -158,7 +158,6 @@ class LinearAttentionPass {
   // softmax has no denominator: dq = p ⊙ (G − Σ_d p G) with G = dO Sᵀ.
   void query_backward(int64_t begin, int64_t end) {
     A* phi = scratch_.take(kTile * Dp_);
-    A* x = scratch_.take(kTile * Dp_);
     A* G = scratch_.take(kTile * Dp_);
     A* gradient = scratch_.take(kTile * Ep_);
     A* S = scratch_.take(Dp_ * Ep_);
@@ -182,15 +181,13 @@ class LinearAttentionPass {
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
         load_tile(phi, Dp_, p_.q, head, n, rows, D_);
-        if (softmax) {
+        if (softmax)
           softmax_rows(phi, rows);
-        } else {
-          copy(x, phi, rows * Dp_);
+        else
           apply_map(phi, rows);
-        }
-        pack(gradient, Ep_, at<T>(p_.grad_out, head / p_.heads, head % p_.heads, n), p_.grad_out.stride[2],
-             p_.grad_out.stride[3], rows, E_);
-        product<A>(G, Dp_, gradient, Ep_, 1, St, Dp_, round_up(rows), Dp_, E_, false);
+        int64_t ld;
+        const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
+        product<A>(G, Dp_, dO, ld, 1, St, Dp_, round_up(rows), Dp_, E_, false);
         for (int64_t r = 0; r < rows; ++r) {
           A* f = phi + r * Dp_;
           A* g = G + r * Dp_;
@@ -203,15 +200,15 @@ class LinearAttentionPass {
           const A den = dot(f, z, Dp_) + eps();
           const A inv = inverse(den);
           const A c = den == 0 ? A(0) : dot(f, g, Dp_) * inv;
-          scale_row(gradient + r * Ep_, Ep_, inv);
-          const V vc = splat<A>(c), vinv = splat<A>(inv), vdz = splat<A>(-c * inv);
+          const V vc = splat<A>(c), vinv = splat<A>(inv);
           for (int64_t d = 0; d < Dp_; d += W) {
-            store<A>(dz + d, load<A>(dz + d) + load<A>(f + d) * vdz);
-            const V dphi = (load<A>(g + d) - vc * load<A>(z + d)) * vinv;
-            store<A>(g + d, dphi * derivative(load<A>(x + r * Dp_ + d), load<A>(f + d)));
+            const V y = load<A>(f + d), y_over_den = y * vinv;
+            store<A>(g + d, (load<A>(g + d) - vc * load<A>(z + d)) * vinv * derivative(y));
+            store<A>(f + d, y_over_den);
+            store<A>(dz + d, load<A>(dz + d) - vc * y_over_den);
           }
         }
-        product<A>(dS, Ep_, phi, 1, Dp_, gradient, Ep_, Dp_, Ep_, rows, true);
+        product<A>(dS, Ep_, phi, 1, Dp_, dO, ld, Dp_, Ep_, rows, true);
         store_tile(p_.grad_q, head, n, G, Dp_, rows, D_);
       }
       A* partial = static_cast<A*>(p_.partial) + item * (D_ + D_ * E_);
@@ -246,7 +243,6 @@ class LinearAttentionPass {
   // dφ(k) = v dSᵀ + dz and dv = φ(k) dS.
   void key_backward(int64_t begin, int64_t end) {
     A* phi = scratch_.take(kTile * Dp_);
-    A* x = scratch_.take(kTile * Dp_);
     A* G = scratch_.take(kTile * Dp_);
     A* values = scratch_.take(kTile * Ep_);
     A* gradient = scratch_.take(kTile * Ep_);
@@ -269,21 +265,19 @@ class LinearAttentionPass {
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
         load_tile(phi, Dp_, p_.k, head, n, rows, D_);
-        if (softmax) {
+        if (softmax)
           exp_columns(phi, stat, rows);
-        } else {
-          copy(x, phi, rows * Dp_);
+        else
           apply_map(phi, rows);
-        }
         hide(phi, head, n, rows);
-        const View& v = p_.v;
-        pack(values, Ep_, at<T>(v, head / p_.heads, head % p_.heads, n), v.stride[2], v.stride[3], rows, E_);
-        product<A>(G, Dp_, values, Ep_, 1, dSt, Dp_, round_up(rows), Dp_, E_, false);
+        int64_t ld;
+        const A* y = value_tile(values, &ld, p_.v, head, n, rows);
+        product<A>(G, Dp_, y, ld, 1, dSt, Dp_, round_up(rows), Dp_, E_, false);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t d = 0; d < Dp_; d += W) {
             const int64_t i = r * Dp_ + d;
             const V f = load<A>(phi + i), dphi = load<A>(G + i) + load<A>(dz + d);
-            store<A>(G + i, softmax ? dphi * f * splat<A>(scale_) : dphi * derivative(load<A>(x + i), f));
+            store<A>(G + i, softmax ? dphi * f * splat<A>(scale_) : dphi * derivative(f));
           }
         hide(G, head, n, rows);
         product<A>(gradient, Ep_, phi, Dp_, 1, dS, Ep_, round_up(rows), Ep_, D_, false);
@@ -314,17 +308,16 @@ class LinearAttentionPass {
   }
 
   void load_tile(A* dst, int64_t ld, const View& view, int64_t head, int64_t n, int64_t rows, int64_t cols) {
-    pack(dst, ld, at<T>(view, head / p_.heads, head % p_.heads, n), view.stride[2], view.stride[3], rows, cols);
-    if (scale_ != 1) scale_row(dst, rows * ld, scale_);
+    pack(dst, ld, at<T>(view, head / p_.heads, head % p_.heads, n), view.stride[2], view.stride[3], rows, cols, scale_);
   }
   void store_tile(const View& view, int64_t head, int64_t n, const A* src, int64_t ld, int64_t rows, int64_t cols) {
     unpack(at<T>(view, head / p_.heads, head % p_.heads, n), view.stride[2], view.stride[3], src, ld, rows, cols);
   }
-  // The rows where they lie when they can be read as they are, else packed.
+  // A tile of values: where they lie when they can be read as they are, else packed into `buffer`.
   const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows) {
     const T* src = at<T>(v, head / p_.heads, head % p_.heads, n);
     if constexpr (__is_same(T, A)) {
-      if (v.stride[3] == 1 && E_ == Ep_) {
+      if (v.stride[3] == 1 && E_ == Ep_ && rows % kRows == 0) {
         *ld = v.stride[2];
         return src;
       }
@@ -359,16 +352,15 @@ class LinearAttentionPass {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < Dp_; d += W) {
         const V y = load<A>(x + r * Dp_ + d);
-        // max(x, 0) + min(exp(x), 1) is elu(x) + 1 without cancellation
         store<A>(x + r * Dp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y < 0 ? V{} : y));
       }
       if (elu) fill(x + r * Dp_ + D_, Dp_ - D_, 0);
     }
   }
-  // φ'(x), given x and φ(x).
-  V derivative(V x, V phi) const {
+  // φ'(x), given φ(x).
+  V derivative(V phi) const {
     const V one = splat<A>(1);
-    return p_.feature_map == FeatureMap::kElu ? (x > 0 ? one : phi) : (x > 0 ? one : V{});
+    return p_.feature_map == FeatureMap::kElu ? (phi < 1 ? phi : one) : (phi > 0 ? one : V{});
   }
 
   void softmax_rows(A* x, int64_t rows) const {

@@ -15,20 +15,21 @@ CXV_INLINE int64_t padded(int64_t n) {
   return (n + unit - 1) / unit * unit;
 }
 
-// dst (rows × ld) = src; columns from cols to ld, and rows up to the next multiple of kRows, are zeros.
+// dst (rows × ld) = scale · src; columns from cols to ld, and rows up to the next multiple of kRows, are zeros.
 template <class T, class A>
-void pack(A* dst, int64_t ld, const T* src, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols) {
+void pack(A* dst, int64_t ld, const T* src, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
+          A scale = 1) {
   constexpr int W = kWidth<A>;
   if (col_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       int64_t c = 0;
-      for (; c + W <= cols; c += W) store<A>(dst + r * ld + c, load_widen(src + r * row_stride + c));
-      for (; c < cols; ++c) dst[r * ld + c] = widen(src[r * row_stride + c]);
+      for (; c + W <= cols; c += W) store<A>(dst + r * ld + c, load_widen(src + r * row_stride + c) * scale);
+      for (; c < cols; ++c) dst[r * ld + c] = widen(src[r * row_stride + c]) * scale;
       for (; c < ld; ++c) dst[r * ld + c] = 0;
     }
   } else {
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) dst[r * ld + c] = widen(src[r * row_stride + c * col_stride]);
+      for (int64_t r = 0; r < rows; ++r) dst[r * ld + c] = widen(src[r * row_stride + c * col_stride]) * scale;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = cols; c < ld; ++c) dst[r * ld + c] = 0;
   }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace cxv {
 
@@ -66,20 +67,27 @@ template <class A>
 CXV_INLINE void store(A* p, Vec<A> x) {
   std::memcpy(p, &x, sizeof x);
 }
+// x with its elements rotated by Step.
+template <class A, int Step, int... I>
+CXV_INLINE Vec<A> rotate(Vec<A> x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + Step) % kWidth<A>)...);
+}
+// Combines all elements pairwise, in a fixed order.
+template <class A, int Step = kWidth<A> / 2, class Op>
+CXV_INLINE A reduce(Vec<A> x, Op op) {
+  if constexpr (Step == 0) {
+    return x[0];
+  } else {
+    return reduce<A, Step / 2>(op(x, rotate<A, Step>(x, std::make_integer_sequence<int, kWidth<A>>{})), op);
+  }
+}
 template <class A>
 CXV_INLINE A reduce_max(Vec<A> x) {
-  A m = x[0];
-  for (int i = 1; i < kWidth<A>; ++i) m = m > x[i] ? m : x[i];
-  return m;
+  return reduce<A>(x, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return vmax<A>(a, b); });
 }
 template <class A>
 CXV_INLINE A reduce_add(Vec<A> x) {
-  // Pairwise, in a fixed order.
-  A part[kWidth<A>];
-  std::memcpy(part, &x, sizeof x);
-  for (int step = kWidth<A> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) part[i] += part[i + step];
-  return part[0];
+  return reduce<A>(x, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });
 }
 
 // e^x. float: 1.1 ulp at most where the result is a normal number, 0 below. double: the C library's.
