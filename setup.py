@@ -49,25 +49,25 @@ def why_not_cpp() -> str | None:
     return None
 
 
-def why_not_cuda() -> str | None:
-    """The reason why the CUDA library cannot be built here, or None; sets CUDA_HOME for torch as a side effect."""
+def find_cuda() -> tuple[str | None, str | None]:
+    """(nvcc's version, None), with CUDA_HOME set for torch; or (None, why the CUDA library cannot be built here)."""
     if os.environ.get("CXV_CUDA") == "0":
-        return "CXV_CUDA=0"
+        return None, "CXV_CUDA=0"
     nvcc = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
     if nvcc is None:
-        return "no nvcc was found"
+        return None, "no nvcc was found"
     import torch
 
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a CPU build"
+        return None, f"torch {torch.__version__} is a CPU build"
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
     release = re.search(r"release (\d+)\.(\d+)", answer.stdout)
     if release is None:
-        return f"{nvcc} does not tell its version"
+        return None, f"{nvcc} does not tell its version"
     if release.group(1) != torch.version.cuda.split(".")[0]:
-        return f"nvcc is CUDA {release.group(1)}.{release.group(2)}, torch was built with {torch.version.cuda}"
+        return None, f"nvcc is CUDA {'.'.join(release.groups())}, torch was built with {torch.version.cuda}"
     os.environ["CUDA_HOME"] = find_cuda_home(nvcc)
-    return None
+    return ".".join(release.groups()), None
 
 
 def extensions() -> tuple[list[Extension], dict]:
@@ -79,7 +79,7 @@ def extensions() -> tuple[list[Extension], dict]:
         return [], {}
     if os.environ.get("CXV_CUDA", "") not in ("", "0", "1"):
         raise SystemExit(f"cxv: CXV_CUDA must be 0 or 1, got {os.environ['CXV_CUDA']!r}")
-    reason = why_not_cuda()  # before torch.utils.cpp_extension, which reads CUDA_HOME when imported
+    cuda, reason = find_cuda()  # before torch.utils.cpp_extension, which reads CUDA_HOME when imported
     if reason and os.environ.get("CXV_CUDA") == "1":
         raise SystemExit(f"cxv: CXV_CUDA=1, but {reason}")
     if reason:
@@ -95,7 +95,7 @@ def extensions() -> tuple[list[Extension], dict]:
     facts = {
         "CXV_TORCH_TARGET": "2.10",
         "CXV_TORCH_BUILT_WITH": torch.__version__,
-        "CXV_CUDA_VERSION": "" if reason else torch.version.cuda,
+        "CXV_CUDA_VERSION": cuda or "",
         "CXV_CUDA_ARCHS": archs,
     }
     extensions = [
