@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -70,8 +71,8 @@ inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
   }
   AtenTensorHandle handle;
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(4, shape.data(), strides.data(), dtype,
                                like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
                                like.is_cuda() ? like.get_device_index() : 0, &handle));

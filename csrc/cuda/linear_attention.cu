@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <limits>
 
@@ -30,7 +31,7 @@ struct Launch {
 
   Launch(const cxv::LinearAttention& p, const cxv::cuda::Plan& plan, const Tensor& q) : p(p), plan(plan) {
     void* current;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   template <class Kernel>
