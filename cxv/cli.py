@@ -153,7 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=_at_least(0), metavar="N", help="cap of the AdamW phase (default: 300; digits: 60)")
     g.add_argument(
-        "--sgd-epochs", type=_at_least(0), metavar="N", help="cap of the SGD phase (default: 100; digits: 20)"
+        "--sgd-epochs",
+        type=_at_least(0),
+        metavar="N",
+        help="cap of the SGD phase (default: a third of --epochs, rounded up)",
     )
     g.add_argument(
         "--patience",

@@ -36,7 +36,6 @@ METRICS, ARGS, CURVES = "metrics.jsonl", "args.json", "curves.png"
 DEFAULTS: dict[str, Any] = {
     "data": "digits",
     "epochs": 300,
-    "sgd_epochs": 100,
     "patience": 20,
     "batch_size": 128,
     "lr": 1e-3,
@@ -48,8 +47,8 @@ DEFAULTS: dict[str, Any] = {
     "on_corrupt": "error",
     "model": "cpv-5/4",
 }
-"""The paper's recipe (section 4); its batch size is not given."""
-DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60, "sgd_epochs": 20}
+"""The paper's recipe (section 4); its batch size is not given. ``sgd_epochs`` is a third of ``epochs``, rounded up."""
+DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60}
 DIGITS_MODEL: dict[str, Any] = {"model": "cpv-2/4", "embed_dim": 64}
 """For digits, when no model is named: enough for 8×8 images, and minutes on a laptop's CPU."""
 
@@ -410,6 +409,7 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
     if given.get("data", "digits") == "digits":
         defaults |= DIGITS_DEFAULTS | ({} if "model" in given else DIGITS_MODEL)
     full = defaults | given
+    full.setdefault("sgd_epochs", -(-full["epochs"] // 3))
     full.setdefault("output", f"runs/{full['data']}-{str(full['model']).replace('/', '-')}")
     output, saved = Path(full["output"]), None
     if config.resume:

@@ -13,8 +13,8 @@ def _feature_map(x: Tensor, feature_map: str) -> Tensor:
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator (…, E) / denominator (…), with 0 where the denominator is 0: a query that sees no key gets zeros."""
-    return numerator / denominator.masked_fill(denominator == 0, 1).unsqueeze(-1)
+    """numerator (…, E) / denominator (…, 1), with 0 where the denominator is 0: a query that sees no key gets zeros."""
+    return numerator / denominator.masked_fill(denominator == 0, 1)
 
 
 def kv_state_reference(
@@ -52,6 +52,6 @@ def linear_attention_reference(
         out = (x * x.shape[-1] ** -0.25).softmax(dim=-1) @ state
     else:
         phi = _feature_map(x, feature_map)
-        denominator = (phi * z.unsqueeze(-2)).sum(dim=-1)
+        denominator = phi @ z.unsqueeze(-1)
         out = divide(phi @ state, denominator + eps if feature_map == "relu" else denominator)
     return out.to(q.dtype)

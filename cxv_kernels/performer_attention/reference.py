@@ -87,10 +87,9 @@ def favor_features(
     if kernel == "relu":
         return F.relu(z) + eps
     half_norm = x.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
-    exponent = z - half_norm
-    bounded = (exponent if eps == 0 else z).detach()
+    bounded = (z if eps else z - half_norm).detach()
     shift = bounded.amax(dim=-1, keepdim=True) if is_query else _key_maximum(bounded, stabilizer, key_mask)
-    return (exponent - shift).exp() + eps
+    return (z - (half_norm + shift)).exp() + eps
 
 
 def performer_features_reference(
@@ -118,7 +117,7 @@ def _exact_exponents(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_ma
     phi = (exponent - shift).exp()
     weight = _project(q, projection) + shift
     weight = (weight - weight.detach().amax(dim=-1, keepdim=True)).exp()
-    return divide(weight @ (phi.transpose(-2, -1) @ v), (weight * phi.sum(dim=-2).unsqueeze(-2)).sum(dim=-1))
+    return divide(weight @ (phi.transpose(-2, -1) @ v), weight @ phi.sum(dim=-2).unsqueeze(-1))
 
 
 def performer_attention_reference(
@@ -142,4 +141,4 @@ def performer_attention_reference(
     phi_q = favor_features(q, projection, True, kernel, eps)
     phi_k = _hide(favor_features(k, projection, False, kernel, eps, stabilizer, key_mask), key_mask)
     state, z = phi_k.transpose(-2, -1) @ v, phi_k.sum(dim=-2)
-    return divide(phi_q @ state, (phi_q * z.unsqueeze(-2)).sum(dim=-1)).to(out_dtype)
+    return divide(phi_q @ state, phi_q @ z.unsqueeze(-1)).to(out_dtype)
