@@ -3,17 +3,17 @@
 Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` unless told otherwise.
 """
 
+from ._version import __version__
 from .backends import BACKENDS, OPS, explain_backend, get_backend, use_backend
 from .conv_norm import conv_norm
 from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
 
-__version__ = "0.1.0"
-
 __all__ = [
     "BACKENDS",
     "OPS",
+    "__version__",
     "conv_norm",
     "explain_backend",
     "get_backend",

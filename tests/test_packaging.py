@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cxv_kernels import _extension
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -65,13 +67,27 @@ def test_cxv_cuda_is_honoured(tmp_path):
     assert "CXV_CUDA must be 0 or 1, got 'yes'" in wrong.stderr
 
 
-def test_the_toolkits_root_is_nvccs_own_word(tmp_path, monkeypatch):
-    """An nvcc on PATH may be a wrapper elsewhere."""
+@pytest.fixture
+def code(monkeypatch):
+    """What setup.py defines."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    executable(tmp_path / "nvcc", "echo '#$ TOP=/opt/some/cuda' >&2")
-    code = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
     monkeypatch.setenv("CXV_CUDA", "0")
-    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), code)
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), names)
+    return names
+
+
+def test_what_this_machine_can_build_was_built(code, monkeypatch):
+    assert code["why_not_cpp"]() is not None or _extension.CPP_MISSING is None
+    monkeypatch.delenv("CXV_CUDA")
+    monkeypatch.setenv("CUDA_HOME", os.environ.get("CUDA_HOME", ""))  # find_cuda sets it
+    version, reason = code["find_cuda"]()
+    assert reason or _extension.CUDA_MISSING is None, f"nvcc {version} is here: {_extension.CUDA_MISSING}"
+
+
+def test_the_toolkits_root_is_nvccs_own_word(code, tmp_path):
+    """An nvcc on PATH may be a wrapper elsewhere."""
+    executable(tmp_path / "nvcc", "echo '#$ TOP=/opt/some/cuda' >&2")
     assert code["find_cuda_home"](str(tmp_path / "nvcc")) == "/opt/some/cuda"
     executable(tmp_path / "nvcc", "exit 1")
     assert code["find_cuda_home"](str(tmp_path / "nvcc")) == str(tmp_path.parent)

@@ -44,42 +44,27 @@ struct Launch {
   }
 };
 
-template <class F>
-void for_dtype(cxv::DType dtype, F&& f) {
-  switch (dtype) {
-    case cxv::DType::kDouble:
-      return f(double{});
-    case cxv::DType::kFloat:
-      return f(float{});
-    case cxv::DType::kHalf:
-      return f(__half{});
-    case cxv::DType::kBFloat16:
-      return f(__nv_bfloat16{});
-  }
-}
-
-int accumulator_bytes(const Tensor& q) { return q.scalar_type() == cxv::ScalarType::Double ? 8 : 4; }
-
 cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, std::string feature_map,
                      double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const auto plan = cxv::cuda::make_plan(p, accumulator_bytes(q));
+  const auto plan = cxv::cuda::make_plan(p, cxv::cuda::accumulator_bytes(p));
   cxv::cuda::set_splits(p, plan, /*forward=*/true);
   const Launch launch(p, plan, q);
-  return cxv::forward(p, q,
-                      [&] { for_dtype(p.dtype, [&](auto x) { cxv::cuda::forward<decltype(x)>(p, plan, launch); }); });
+  return cxv::forward(
+      p, q, [&] { cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::forward<decltype(x)>(p, plan, launch); }); });
 }
 
 cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, Tensor state,
                       Tensor key_stat, std::string feature_map, double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const auto plan = cxv::cuda::make_plan(p, accumulator_bytes(q));
+  const auto plan = cxv::cuda::make_plan(p, cxv::cuda::accumulator_bytes(p));
   cxv::cuda::set_splits(p, plan, /*forward=*/false);
   const Launch launch(p, plan, q);
-  return cxv::backward(p, grad_out, q, k, v, state, key_stat,
-                       [&] { for_dtype(p.dtype, [&](auto x) { cxv::cuda::backward<decltype(x)>(p, plan, launch); }); });
+  return cxv::backward(p, grad_out, q, k, v, state, key_stat, [&] {
+    cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::backward<decltype(x)>(p, plan, launch); });
+  });
 }
 
 }  // namespace

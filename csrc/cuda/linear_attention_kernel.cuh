@@ -30,6 +30,23 @@ struct Accumulate<double> {
   using type = double;
 };
 
+// f(T{}) for the storage type T of a dtype.
+template <class F>
+void for_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kDouble:
+      return f(double{});
+    case DType::kFloat:
+      return f(float{});
+    case DType::kHalf:
+      return f(__half{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+  }
+}
+
+inline int accumulator_bytes(const LinearAttention& p) { return p.dtype == DType::kDouble ? 8 : 4; }
+
 __host__ __device__ inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // How a block works. It follows from D, E and the accumulator alone, so that no sum's order depends on anything else.

@@ -12,22 +12,6 @@
 
 namespace {
 
-template <class F>
-void for_dtype(cxv::DType dtype, F&& f) {
-  switch (dtype) {
-    case cxv::DType::kDouble:
-      return f(double{});
-    case cxv::DType::kFloat:
-      return f(float{});
-    case cxv::DType::kHalf:
-      return f(__half{});
-    case cxv::DType::kBFloat16:
-      return f(__nv_bfloat16{});
-  }
-}
-
-int accumulator_bytes(const cxv::LinearAttention& p) { return p.dtype == cxv::DType::kDouble ? 8 : 4; }
-
 // An array of accumulators that nobody has written.
 std::vector<double> unwritten(int64_t count) {
   std::vector<double> array(count + 1);
@@ -42,7 +26,7 @@ extern "C" {
 // threads 0: the plan's. The caller fills p but for splits and scratch memory. Returns what went wrong, or null.
 const char* simt_linear_attention(cxv::LinearAttention* in, bool forward, int threads, unsigned seed) {
   cxv::LinearAttention p = *in;
-  auto plan = cxv::cuda::make_plan(p, accumulator_bytes(p));
+  auto plan = cxv::cuda::make_plan(p, cxv::cuda::accumulator_bytes(p));
   if (threads > 0) plan.threads = threads;
   cxv::cuda::set_splits(p, plan, forward);
   const int64_t heads = p.batch * p.heads, matrix = p.dim * p.value_dim;
@@ -57,7 +41,7 @@ const char* simt_linear_attention(cxv::LinearAttention* in, bool forward, int th
   };
   static std::string error;
   try {
-    for_dtype(p.dtype, [&](auto x) {
+    cxv::cuda::for_dtype(p.dtype, [&](auto x) {
       if (forward)
         cxv::cuda::forward<decltype(x)>(p, plan, launch);
       else
