@@ -1,7 +1,6 @@
 // What the ops' host code shares: tensors of the stable ABI to the plain structs of csrc/include, and new tensors.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -11,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <optional>
 
 #include "include/linear_attention.h"
 
@@ -69,14 +69,18 @@ inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
     strides[order[i]] = step;
     step *= std::max<int64_t>(shape[order[i]], 1);
   }
-  AtenTensorHandle handle;
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, shape.data(), strides.data(), dtype,
-                               like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
-                               like.is_cuda() ? like.get_device_index() : 0, &handle));
-  return Tensor(handle);
+  // Through the dispatcher, so that PyTorch's fill of uninitialised memory in deterministic mode reaches it.
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack = {from(like),
+                                       from(IntHeaderOnlyArrayRef(shape)),
+                                       from(IntHeaderOnlyArrayRef(strides)),
+                                       from(std::nullopt),
+                                       from(std::nullopt),
+                                       from(std::nullopt),
+                                       from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline Tensor new_accumulator(const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -313,7 +313,7 @@ def test_same_bits_for_any_threads_and_any_batch(feature_map):
 
 
 @needs_cpp
-def test_every_output_element_is_written(monkeypatch):
+def test_every_output_element_is_written():
     """Memory from the allocator is poisoned with NaN; what the kernels leave unwritten would show."""
     torch.use_deterministic_algorithms(True)
     try:
