@@ -90,11 +90,14 @@ def explain_backend(
     return {"reference": "serves"} | named
 
 
-def resolve(op: str, tensor: torch.Tensor, backend: str | None = None, dim: int = 0) -> str:
+def resolve(
+    op: str, tensor: torch.Tensor, backend: str | None = None, dim: int = 0, declined: str | None = None
+) -> str:
     """The backend that will serve ``op`` for inputs like ``tensor`` (its device and dtype) with ``dim`` channels.
 
     Args:
         backend: a name from :data:`BACKENDS`, or ``None`` for the one :func:`use_backend` has set.
+        declined: why no fused kernel takes the call's other arguments, if so.
 
     Raises:
         ValueError: unknown backend.
@@ -106,7 +109,7 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None = None, dim: int 
     device, dtype = tensor.device, tensor.dtype
     reasons = []
     for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else (wanted,):
-        reason = _decline(op, name, device, dtype, dim)
+        reason = declined or _decline(op, name, device, dtype, dim)
         if reason is None and wanted == "auto":
             reason = _UNPROVEN.get(name)
         if reason is None:

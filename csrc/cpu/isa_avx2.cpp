@@ -18,10 +18,10 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "linear_attention_kernel.h"
+#include "all_kernels.h"
 
 namespace cxv {
-const LinearAttentionKernels kLinearAttentionAvx2 = CXV_ISA::kKernels;
+const Kernels kAvx2Kernels = CXV_ISA::kKernels;
 }  // namespace cxv
 
 #if defined(__clang__)

@@ -19,10 +19,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
-#include "linear_attention_kernel.h"
+#include "all_kernels.h"
 
 namespace cxv {
-const LinearAttentionKernels kLinearAttentionAvx512 = CXV_ISA::kKernels;
+const Kernels kAvx512Kernels = CXV_ISA::kKernels;
 }  // namespace cxv
 
 #if defined(__clang__)

@@ -2,8 +2,8 @@
 #define CXV_ISA baseline
 #define CXV_VECTOR_BYTES 16
 
-#include "linear_attention_kernel.h"
+#include "all_kernels.h"
 
 namespace cxv {
-const LinearAttentionKernels kLinearAttentionBaseline = CXV_ISA::kKernels;
+const Kernels kBaselineKernels = CXV_ISA::kKernels;
 }  // namespace cxv

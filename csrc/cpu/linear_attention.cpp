@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "isa.h"
+#include "kernels.h"
 
 namespace {
 
@@ -16,20 +16,6 @@ constexpr int64_t kMaxSplits = 64;
 
 int64_t splits(int64_t tokens) {
   return std::clamp<int64_t>((tokens + kSplitTokens - 1) / kSplitTokens, 1, kMaxSplits);
-}
-
-const cxv::LinearAttentionKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cxv::cpu_isa()) {
-    case cxv::Isa::kAvx512:
-      return cxv::kLinearAttentionAvx512;
-    case cxv::Isa::kAvx2:
-      return cxv::kLinearAttentionAvx2;
-    case cxv::Isa::kBaseline:
-      break;
-  }
-#endif
-  return cxv::kLinearAttentionBaseline;
 }
 
 void run(cxv::LinearAttentionKernels::Pass pass, const cxv::LinearAttention& p, int64_t splits_of_a_head) {
@@ -49,9 +35,9 @@ cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mas
                      double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
   return cxv::forward(p, q, [&] {
-    run(kernels().key_pass, p, p.key_splits);
-    run(kernels().key_reduce, p, 1);
-    run(kernels().query_pass, p, p.query_splits);
+    run(cxv::kernels().linear_attention.key_pass, p, p.key_splits);
+    run(cxv::kernels().linear_attention.key_reduce, p, 1);
+    run(cxv::kernels().linear_attention.query_pass, p, p.query_splits);
   });
 }
 
@@ -59,9 +45,9 @@ cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::option
                       Tensor key_stat, std::string feature_map, double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
   return cxv::backward(p, grad_out, q, k, v, state, key_stat, [&] {
-    run(kernels().query_backward, p, p.query_splits);
-    run(kernels().query_backward_reduce, p, 1);
-    run(kernels().key_backward, p, p.key_splits);
+    run(cxv::kernels().linear_attention.query_backward, p, p.query_splits);
+    run(cxv::kernels().linear_attention.query_backward_reduce, p, 1);
+    run(cxv::kernels().linear_attention.key_backward, p, p.key_splits);
   });
 }
 

@@ -4,14 +4,10 @@
 
 #include "../include/linear_attention.h"
 #include "../include/tile.h"
+#include "worker.h"
 
 namespace cxv {
 namespace CXV_ISA {
-
-template <class T>
-T* at(const View& view, int64_t b, int64_t h, int64_t n) {
-  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + n * view.stride[2];
-}
 
 // Tokens [begin, end) of one split: the same for every batch and thread count.
 struct Range {
@@ -23,27 +19,6 @@ struct Range {
     if (begin > tokens) begin = tokens;
     if (end > tokens) end = tokens;
   }
-};
-
-// Zeroed, aligned memory for the tiles of one worker.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : raw_(new A[count + kWidth<A>]()) {
-    next_ = raw_ + (CXV_VECTOR_BYTES - reinterpret_cast<uintptr_t>(raw_) % CXV_VECTOR_BYTES) / sizeof(A);
-  }
-  ~Scratch() { delete[] raw_; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  A* take(int64_t count) {
-    A* p = next_;
-    next_ += count;
-    return p;
-  }
-
- private:
-  A* raw_;
-  A* next_;
 };
 
 template <class T>
@@ -413,26 +388,12 @@ class LinearAttentionPass {
   Scratch<A> scratch_;
 };
 
-template <class F>
-void for_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kDouble:
-      return f(double{});
-    case DType::kFloat:
-      return f(float{});
-    case DType::kHalf:
-      return f(Half{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-  }
-}
-
 #define CXV_PASS(name)                                                                         \
   [](const LinearAttention& p, int64_t begin, int64_t end) {                                   \
     for_dtype(p.dtype, [&](auto x) { LinearAttentionPass<decltype(x)>(p).name(begin, end); }); \
   }
 
-inline constexpr LinearAttentionKernels kKernels = {
+inline constexpr LinearAttentionKernels kLinearAttention = {
     CXV_PASS(key_pass),
     CXV_PASS(key_reduce),
     CXV_PASS(query_pass),

@@ -1,18 +1,11 @@
 // What a linear-attention kernel is told: plain pointers and strides. Torch-free.
 #pragma once
 
-#include <cstdint>
+#include "view.h"
 
 namespace cxv {
 
-enum class DType { kDouble, kFloat, kHalf, kBFloat16 };
 enum class FeatureMap { kSoftmax, kElu, kRelu };
-
-// A (B, H, N, C) tensor; strides in elements.
-struct View {
-  void* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
-};
 
 // Accumulators ("acc") are double for double and float otherwise, contiguous, one block per head.
 struct LinearAttention {
@@ -47,11 +40,5 @@ struct LinearAttentionKernels {
   Pass query_backward_reduce;  // item = head
   Pass key_backward;           // item = head · key_splits + split
 };
-
-extern const LinearAttentionKernels kLinearAttentionBaseline;
-#if defined(__x86_64__)
-extern const LinearAttentionKernels kLinearAttentionAvx2;
-extern const LinearAttentionKernels kLinearAttentionAvx512;
-#endif
 
 }  // namespace cxv

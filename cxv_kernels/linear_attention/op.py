@@ -1,5 +1,6 @@
 """The fused op: fake implementations, autograd, and what its kernels can serve."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,19 +8,9 @@ from torch import Tensor
 
 from .. import backends
 from .._extension import CPP_MISSING, CUDA_MISSING
+from ..autograd import double_backward, like_layout, serves_cpu
 from ..validation import accumulate_dtype
 from .reference import linear_attention_reference
-
-
-def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of this shape whose dimensions lie in memory in the order of ``like``'s (csrc: new_like)."""
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
-    strides, step = [0] * like.dim(), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step = step * max(shape[dim], 1)
-    return like.new_empty_strided(shape, strides)
-
 
 if CPP_MISSING is None:
 
@@ -76,16 +67,10 @@ class LinearAttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         *differentiable, key_mask = ctx.saved_tensors
-        with torch.enable_grad():
-            grad_out, q, k, v = inputs = [t.detach().requires_grad_() for t in differentiable]
-            out = linear_attention_reference(q, k, v, ctx.feature_map, ctx.eps, key_mask)
-            first = torch.autograd.grad(out, (q, k, v), grad_out, create_graph=True)
-            second = torch.autograd.grad(first, inputs, grads, allow_unused=True)
-        return (*second, *(None,) * 5)
-
-
-def _cpp(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
+        grad_out, *inputs = differentiable
+        reference = partial(linear_attention_reference, feature_map=ctx.feature_map, eps=ctx.eps, key_mask=key_mask)
+        second = double_backward(reference, inputs, [grad_out], grads)
+        return (*second[0], *second[1], *(None,) * 5)
 
 
 def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
@@ -94,5 +79,5 @@ def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     return f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None
 
 
-backends.register("linear_attention", "cpp", _cpp)
+backends.register("linear_attention", "cpp", serves_cpu)
 backends.register("linear_attention", "cuda", _cuda)

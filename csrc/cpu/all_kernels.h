@@ -1,0 +1,15 @@
+// Every kernel for one instruction set: included by isa_*.cpp alone.
+#pragma once
+
+#include "kernels.h"
+#include "linear_attention_kernel.h"
+
+namespace cxv {
+namespace CXV_ISA {
+
+inline constexpr Kernels kKernels = {
+    .linear_attention = kLinearAttention,
+};
+
+}  // namespace CXV_ISA
+}  // namespace cxv

@@ -1,0 +1,48 @@
+"""What the fused ops' autograd shares."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._extension import CPP_MISSING
+
+
+def serves_cpu(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """The capability check of C++ kernels that take every dtype and size."""
+    return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
+
+
+def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of this shape whose dimensions lie in memory in the order of ``like``'s (csrc: new_like)."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    strides, step = [0] * like.dim(), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * max(shape[dim], 1)
+    return like.new_empty_strided(shape, strides)
+
+
+def double_backward(
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """The gradient of a fused backward pass, by differentiating that of ``reference(*inputs)``.
+
+    Args:
+        grad_outputs: what the backward pass was given, one per output; grads: one per input, for the gradients that it
+            returned.
+
+    Returns:
+        The gradients of ``grad_outputs`` and those of ``inputs``.
+    """
+    with torch.enable_grad():
+        inputs, grad_outputs = ([t.detach().requires_grad_() for t in group] for group in (inputs, grad_outputs))
+        out = reference(*inputs)
+        first = torch.autograd.grad(out, inputs, grad_outputs, create_graph=True)
+        used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
+        wanted = (*grad_outputs, *inputs)
+        second = torch.autograd.grad([f for f, _ in used], wanted, [g for _, g in used], allow_unused=True)
+    return tuple(second[: len(grad_outputs)]), tuple(second[len(grad_outputs) :])
