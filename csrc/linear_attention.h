@@ -1,10 +1,11 @@
-// linear_attention's host code that the CPU and CUDA share: checks, and the tensors of the two directions.
+// Linear attention's host code that the CPU and CUDA share: checks, and the tensors of the two directions.
 #pragma once
 
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "include/linear_attention.h"
 #include "tensor.h"
 
 namespace cxv {
@@ -17,17 +18,17 @@ inline FeatureMap feature_map_of(const std::string& name) {
 }
 
 inline LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v,
-                                const std::optional<Tensor>& key_mask, const std::string& feature_map, double eps) {
+                                const std::optional<Tensor>& key_mask, FeatureMap feature_map, double eps) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                   "cxv_kernels: q, k and v must have 4 dimensions (B, H, N, D)");
   LinearAttention p = {};
   p.dtype = dtype_of(q);
-  p.feature_map = feature_map_of(feature_map);
+  p.feature_map = feature_map;
   p.eps = eps;
   p.batch = q.size(0);
   p.heads = q.size(1);
   p.queries = q.size(2);
-  p.dim = q.size(3);
+  p.dim = p.features = q.size(3);
   p.keys = k.size(2);
   p.value_dim = v.size(3);
   check("k", k, q, {p.batch, p.heads, p.keys, p.dim}, q.scalar_type());
@@ -49,13 +50,13 @@ inline LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& 
 
 using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 
-// Allocates (out, state, key_stat) and the partial states, and has `run` fill them. p.key_splits is set.
+// Allocates (out, state, key_stat) and `partials` blocks of workspace, and has `run` fill them. p.key_splits is set.
 template <class Run>
-Tensors forward(LinearAttention& p, const Tensor& q, Run&& run) {
+Tensors forward(LinearAttention& p, const Tensor& q, int64_t partials, int64_t partial_size, Run&& run) {
   Tensor out = new_like(q, {p.batch, p.heads, p.queries, p.value_dim});
-  Tensor state = new_accumulator(q, {p.batch, p.heads, p.dim, p.value_dim});
-  Tensor key_stat = new_accumulator(q, {p.batch, p.heads, p.dim});
-  Tensor partial = new_accumulator(q, {p.batch * p.heads * p.key_splits, 2 * p.dim + p.dim * p.value_dim});
+  Tensor state = new_accumulator(q, {p.batch, p.heads, p.features, p.value_dim});
+  Tensor key_stat = new_accumulator(q, {p.batch, p.heads, p.features});
+  Tensor partial = new_accumulator(q, {partials, partial_size});
   p.out = view(out);
   p.state = state.data_ptr();
   p.key_stat = key_stat.data_ptr();
@@ -67,21 +68,18 @@ Tensors forward(LinearAttention& p, const Tensor& q, Run&& run) {
 // Allocates (grad_q, grad_k, grad_v) and the workspace, and has `run` fill them. p.query_splits is set.
 template <class Run>
 Tensors backward(LinearAttention& p, const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                 Tensor state, Tensor key_stat, Run&& run) {
+                 Tensor state, Tensor key_stat, int64_t partials, int64_t partial_size, Run&& run) {
   check("grad_out", grad_out, q, {p.batch, p.heads, p.queries, p.value_dim}, q.scalar_type());
-  check("state", state, q, {p.batch, p.heads, p.dim, p.value_dim}, accumulator_of(q));
-  check_device("key_stat", key_stat, q);
-  STD_TORCH_CHECK(key_stat.scalar_type() == accumulator_of(q) && key_stat.numel() == p.batch * p.heads * p.dim,
-                  "cxv_kernels: key_stat must be (B, H, D) in the dtype of state");
+  check("state", state, q, {p.batch, p.heads, p.features, p.value_dim}, accumulator_of(q));
+  check_accumulator("key_stat", key_stat, q, {p.batch, p.heads, p.features});
   state = torch::stable::contiguous(state);
   key_stat = torch::stable::contiguous(key_stat);
   Tensor grad_q = new_like(q, {p.batch, p.heads, p.queries, p.dim});
   Tensor grad_k = new_like(k, {p.batch, p.heads, p.keys, p.dim});
   Tensor grad_v = new_like(v, {p.batch, p.heads, p.keys, p.value_dim});
-  const int64_t heads = p.batch * p.heads;
-  Tensor partial = new_accumulator(q, {heads * p.query_splits, p.dim + p.dim * p.value_dim});
-  Tensor grad_state = new_accumulator(q, {heads, p.dim * p.value_dim});
-  Tensor grad_z = new_accumulator(q, {heads, p.dim});
+  Tensor partial = new_accumulator(q, {partials, partial_size});
+  Tensor grad_state = new_accumulator(q, {p.batch * p.heads, p.features * p.value_dim});
+  Tensor grad_z = new_accumulator(q, {p.batch * p.heads, p.features});
   p.grad_out = view(grad_out);
   p.grad_q = view(grad_q);
   p.grad_k = view(grad_k);

@@ -11,4 +11,26 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def(
       "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
       " Tensor key_stat, str feature_map, float eps) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  // linear_attention's state and key_stat alone.
+  m.def("kv_state_forward(Tensor k, Tensor v, Tensor? key_mask, str feature_map) -> (Tensor state, Tensor key_stat)");
+  // grad_z: what is added to v·grad_stateᵀ in the gradient of φ(k).
+  m.def(
+      "kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v, Tensor? key_mask, Tensor key_stat,"
+      " str feature_map) -> (Tensor grad_k, Tensor grad_v)");
+
+  // projection (M, D) in the dtype of state; kernel softmax | relu. As above with M for D; key_max (B, H).
+  m.def(
+      "performer_attention_forward(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, str kernel,"
+      " float eps) -> (Tensor out, Tensor state, Tensor key_stat, Tensor key_max)");
+  m.def(
+      "performer_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection,"
+      " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  // x (B, H, N, D) → phi (B, H, N, M).
+  m.def(
+      "performer_features_forward(Tensor x, Tensor projection, bool is_query, str kernel, float eps)"
+      " -> (Tensor phi, Tensor key_max)");
+  m.def(
+      "performer_features_backward(Tensor grad_phi, Tensor x, Tensor projection, Tensor key_max, bool is_query,"
+      " str kernel, float eps) -> Tensor");
 }

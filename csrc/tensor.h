@@ -12,7 +12,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "include/linear_attention.h"
+#include "include/view.h"
 
 namespace cxv {
 
@@ -51,6 +51,16 @@ inline void check(const char* name, const Tensor& t, const Tensor& q, std::array
   for (int i = 0; i < 4; ++i)
     STD_TORCH_CHECK(t.size(i) == shape[i], "cxv_kernels: ", name, " has size ", t.size(i), " in dimension ", i,
                     ", expected ", shape[i]);
+}
+
+// A statistic: in the dtype of state, of this shape up to its strides.
+inline void check_accumulator(const char* name, const Tensor& t, const Tensor& q,
+                              std::initializer_list<int64_t> shape) {
+  check_device(name, t, q);
+  bool fits = t.dim() == int64_t(shape.size()) && t.scalar_type() == accumulator_of(q);
+  int64_t i = 0;
+  for (const int64_t size : shape) fits = fits && t.size(i++) == size;
+  STD_TORCH_CHECK(fits, "cxv_kernels: ", name, " has a shape or dtype that does not go with q's");
 }
 
 inline View view(const Tensor& t) {

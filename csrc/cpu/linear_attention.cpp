@@ -1,54 +1,63 @@
-// linear_attention on the CPU: splits and threads. The arithmetic is in linear_attention_kernel.h.
-#include "../linear_attention.h"
-
+// linear_attention and kv_state on the CPU. The arithmetic is in linear_attention_kernel.h.
 #include <torch/csrc/stable/library.h>
 
-#include "kernels.h"
+#include "linear_attention_passes.h"
 
 namespace {
 
 using torch::stable::Tensor;
 
-// Tokens of a split: fixed, so that the order of every sum depends on N alone; more tokens than
-// kMaxSplits · kSplitTokens make longer splits, not more of them.
-constexpr int64_t kSplitTokens = 1024;
-constexpr int64_t kMaxSplits = 64;
-
-int64_t splits(int64_t tokens) {
-  return std::clamp<int64_t>((tokens + kSplitTokens - 1) / kSplitTokens, 1, kMaxSplits);
-}
-
-void run(cxv::LinearAttentionKernels::Pass pass, const cxv::LinearAttention& p, int64_t splits_of_a_head) {
-  const int64_t items = p.batch * p.heads * splits_of_a_head;
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { pass(p, begin, end); });
-}
-
 cxv::LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
                               const std::string& feature_map, double eps) {
-  auto p = cxv::describe(q, k, v, key_mask, feature_map, eps);
-  p.key_splits = splits(p.keys);
-  p.query_splits = splits(p.queries);
+  auto p = cxv::describe(q, k, v, key_mask, cxv::feature_map_of(feature_map), eps);
+  cxv::set_splits(p);
   return p;
 }
 
 cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, std::string feature_map,
                      double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
-  return cxv::forward(p, q, [&] {
-    run(cxv::kernels().linear_attention.key_pass, p, p.key_splits);
-    run(cxv::kernels().linear_attention.key_reduce, p, 1);
-    run(cxv::kernels().linear_attention.query_pass, p, p.query_splits);
-  });
+  return cxv::run_forward(p, q);
 }
 
 cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, Tensor state,
                       Tensor key_stat, std::string feature_map, double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
-  return cxv::backward(p, grad_out, q, k, v, state, key_stat, [&] {
-    run(cxv::kernels().linear_attention.query_backward, p, p.query_splits);
-    run(cxv::kernels().linear_attention.query_backward_reduce, p, 1);
-    run(cxv::kernels().linear_attention.key_backward, p, p.key_splits);
-  });
+  return cxv::run_backward(p, grad_out, q, k, v, state, key_stat);
+}
+
+std::tuple<Tensor, Tensor> kv_state_forward(Tensor k, Tensor v, std::optional<Tensor> key_mask,
+                                            std::string feature_map) {
+  auto p = describe(k, k, v, key_mask, feature_map, 0);
+  Tensor state = cxv::new_accumulator(k, {p.batch, p.heads, p.dim, p.value_dim});
+  Tensor key_stat = cxv::new_accumulator(k, {p.batch, p.heads, p.dim});
+  Tensor partial = cxv::new_accumulator(
+      k, {cxv::wave(cxv::heads(p) * p.key_splits), cxv::kernels().linear_attention.key_partial(p)});
+  p.state = state.data_ptr();
+  p.key_stat = key_stat.data_ptr();
+  p.partial = partial.data_ptr();
+  cxv::run_key_pass(p, k);
+  return {state, key_stat};
+}
+
+std::tuple<Tensor, Tensor> kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v,
+                                             std::optional<Tensor> key_mask, Tensor key_stat, std::string feature_map) {
+  auto p = describe(k, k, v, key_mask, feature_map, 0);
+  cxv::check_accumulator("grad_state", grad_state, k, {p.batch, p.heads, p.dim, p.value_dim});
+  cxv::check_accumulator("grad_z", grad_z, k, {p.batch, p.heads, p.dim});
+  cxv::check_accumulator("key_stat", key_stat, k, {p.batch, p.heads, p.dim});
+  grad_state = torch::stable::contiguous(grad_state);
+  grad_z = torch::stable::contiguous(grad_z);
+  key_stat = torch::stable::contiguous(key_stat);
+  Tensor grad_k = cxv::new_like(k, {p.batch, p.heads, p.keys, p.dim});
+  Tensor grad_v = cxv::new_like(v, {p.batch, p.heads, p.keys, p.value_dim});
+  p.grad_k = cxv::view(grad_k);
+  p.grad_v = cxv::view(grad_v);
+  p.grad_state = grad_state.data_ptr();
+  p.grad_z = grad_z.data_ptr();
+  p.key_stat = key_stat.data_ptr();
+  cxv::run(cxv::kernels().linear_attention.key_backward, p, 0, cxv::heads(p) * p.key_splits);
+  return {grad_k, grad_v};
 }
 
 }  // namespace
@@ -56,4 +65,6 @@ cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::option
 STABLE_TORCH_LIBRARY_IMPL(cxv_kernels, CPU, m) {
   m.impl("linear_attention_forward", TORCH_BOX(&forward));
   m.impl("linear_attention_backward", TORCH_BOX(&backward));
+  m.impl("kv_state_forward", TORCH_BOX(&kv_state_forward));
+  m.impl("kv_state_backward", TORCH_BOX(&kv_state_backward));
 }

@@ -1,10 +1,8 @@
 // Linear attention in tiles of tokens, for one instruction set. The derivation is in
-// cxv_kernels/linear_attention/README.md; names follow it.
+// cxv_kernels/linear_attention/README.md; names follow it, and feature_map.h has φ.
 #pragma once
 
-#include "../include/linear_attention.h"
-#include "../include/tile.h"
-#include "worker.h"
+#include "feature_map.h"
 
 namespace cxv {
 namespace CXV_ISA {
@@ -30,186 +28,214 @@ class LinearAttentionPass {
  public:
   explicit LinearAttentionPass(const LinearAttention& p)
       : p_(p),
-        D_(p.dim),
+        M_(p.features),
         E_(p.value_dim),
-        Dp_(padded<A>(p.dim)),
+        Mp_(padded<A>(p.features)),
         Ep_(padded<A>(p.value_dim)),
-        scale_(p.feature_map == FeatureMap::kSoftmax ? A(std::pow(double(p.dim), -0.25)) : A(1)),
-        scratch_(3 * kTile * (Dp_ + Ep_) + 3 * (Dp_ * Ep_) + Ep_ * Dp_ + 4 * Dp_) {}
+        scratch_(Features<A>::scratch(p) + 2 * kTile * (Mp_ + Ep_) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
+        features_(p, scratch_) {}
+
+  // A partial state of the key pass: the maxima (M), z (M), S (M × E) of e, Σ v (E) and the number of keys for c.
+  static int64_t key_partial(const LinearAttention& p) {
+    return 2 * p.features + p.features * p.value_dim + p.value_dim + 1;
+  }
+  // Of the queries' backward pass: dz (M), dS (M × E).
+  static int64_t query_partial(const LinearAttention& p) { return p.features + p.features * p.value_dim; }
 
   void key_pass(int64_t begin, int64_t end) {
-    A* phi = scratch_.take(kTile * Dp_);
+    A* phi = scratch_.take(kTile * Mp_);
     A* values = scratch_.take(kTile * Ep_);
-    A* S = scratch_.take(Dp_ * Ep_);
-    A* max = scratch_.take(Dp_);
-    A* z = scratch_.take(Dp_);
+    A* S = scratch_.take(Mp_ * Ep_);
+    A* max = scratch_.take(Mp_);
+    A* z = scratch_.take(Mp_);
+    A* sum = scratch_.take(Ep_);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.key_splits;
-      fill(S, Dp_ * Ep_, 0);
-      fill(z, Dp_, 0);
-      fill(max, Dp_, -A(INFINITY));
+      fill(S, Mp_ * Ep_, 0);
+      fill(z, Mp_, 0);
+      fill(max, Mp_, -A(INFINITY));
+      fill(sum, Ep_, 0);
+      A count = 0;
       const Range range(p_.keys, p_.key_splits, item % p_.key_splits);
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, Dp_, p_.k, head, n, rows, D_);
-        if (p_.feature_map == FeatureMap::kSoftmax) {
-          raise_max(phi, max, z, S, head, n, rows);
-          exp_columns(phi, max, rows);
-        } else {
-          apply_map(phi, rows);
-        }
+        load_tile(phi, p_.k, head, n, rows);
+        features_.key_exponents(phi, rows);
+        if (features_.shifted()) raise_max(phi, max, z, S, head, n, rows);
+        features_.keys(phi, max, rows);
         hide(phi, head, n, rows);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < Dp_; d += W) store<A>(z + d, load<A>(z + d) + load<A>(phi + r * Dp_ + d));
+        add_rows(z, phi, Mp_, Mp_, rows);
         int64_t ld;
         const A* x = value_tile(values, &ld, p_.v, head, n, rows);
-        product<A>(S, Ep_, phi, 1, Dp_, x, ld, Dp_, Ep_, rows, true);
+        product<A>(S, Ep_, phi, 1, Mp_, x, ld, Mp_, Ep_, rows, true);
+        if (features_.constant() != 0) count += add_seen(sum, x, ld, head, n, rows);
       }
-      A* partial = static_cast<A*>(p_.partial) + item * (2 * D_ + D_ * E_);
-      copy(partial, max, D_);
-      copy(partial + D_, z, D_);
-      for (int64_t d = 0; d < D_; ++d) copy(partial + 2 * D_ + d * E_, S + d * Ep_, E_);
+      A* partial = static_cast<A*>(p_.partial) + (item - p_.wave_begin) * key_partial(p_);
+      copy(partial, max, M_);
+      copy(partial + M_, z, M_);
+      for (int64_t m = 0; m < M_; ++m) copy(partial + 2 * M_ + m * E_, S + m * Ep_, E_);
+      copy(partial + 2 * M_ + M_ * E_, sum, E_);
+      partial[2 * M_ + M_ * E_ + E_] = count;
     }
   }
 
-  void key_reduce(int64_t begin, int64_t end) {
-    const int64_t size = 2 * D_ + D_ * E_;
+  void key_fold(int64_t begin, int64_t end) {
+    const int64_t size = key_partial(p_);
     for (int64_t head = begin; head < end; ++head) {
-      const A* partial = static_cast<const A*>(p_.partial) + head * p_.key_splits * size;
-      A* S = static_cast<A*>(p_.state) + head * D_ * E_;
-      A* stat = static_cast<A*>(p_.key_stat) + head * D_;
-      fill(S, D_ * E_, 0);
-      for (int64_t d = 0; d < D_; ++d) {
-        A max = -A(INFINITY), z = 0;
-        for (int64_t s = 0; s < p_.key_splits; ++s) max = partial[s * size + d] > max ? partial[s * size + d] : max;
-        for (int64_t s = 0; s < p_.key_splits; ++s) {
-          const A* part = partial + s * size;
-          const A weight = p_.feature_map != FeatureMap::kSoftmax ? A(1)
-                           : max > -A(INFINITY)                   ? std::exp(part[d] - max)
-                                                                  : A(0);
-          z += weight * part[D_ + d];
-          for (int64_t e = 0; e < E_; ++e) S[d * E_ + e] += weight * part[2 * D_ + d * E_ + e];
+      A* S = static_cast<A*>(p_.state) + head * M_ * E_;
+      A* z = static_cast<A*>(p_.key_stat) + head * M_;
+      A* max = static_cast<A*>(p_.running) + head * (M_ + E_ + 1);
+      A* sum = max + M_;
+      const int64_t first = head * p_.key_splits, last = first + p_.key_splits;
+      for (int64_t item = first > p_.wave_begin ? first : p_.wave_begin; item < last && item < p_.wave_end; ++item) {
+        const A* partial = static_cast<const A*>(p_.partial) + (item - p_.wave_begin) * size;
+        if (item == first) {
+          copy(max, partial, M_);
+          copy(z, partial + M_, M_);
+          copy(S, partial + 2 * M_, M_ * E_);
+          copy(sum, partial + 2 * M_ + M_ * E_, E_ + 1);
+          continue;
         }
-        stat[d] = z;
-        if (p_.feature_map == FeatureMap::kSoftmax) {
-          // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0.
-          stat[d] = z == 0 ? A(INFINITY) : max + std::log(z);
-          for (int64_t e = 0; e < E_; ++e) S[d * E_ + e] = z == 0 ? A(0) : S[d * E_ + e] / z;
+        for (int64_t m = 0; m < M_; ++m) {
+          A old = 1, now = 1;
+          if (features_.shifted()) {
+            const A top = partial[m] > max[m] ? partial[m] : max[m];
+            old = max[m] == top ? A(1) : std::exp(max[m] - top);
+            now = partial[m] == top ? A(1) : std::exp(partial[m] - top);
+            max[m] = top;
+          }
+          z[m] = z[m] * old + partial[M_ + m] * now;
+          const A* from = partial + 2 * M_ + m * E_;
+          for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = S[m * E_ + e] * old + from[e] * now;
         }
+        for (int64_t e = 0; e <= E_; ++e) sum[e] += partial[2 * M_ + M_ * E_ + e];
       }
+      if (last <= p_.wave_end) finish(S, z, max, sum, head);
     }
   }
 
   void query_pass(int64_t begin, int64_t end) {
-    A* phi = scratch_.take(kTile * Dp_);
+    A* phi = scratch_.take(kTile * Mp_);
     A* out = scratch_.take(kTile * Ep_);
-    A* S = scratch_.take(Dp_ * Ep_);
-    A* z = scratch_.take(Dp_);
+    A* S = scratch_.take(Mp_ * Ep_);
+    A* z = scratch_.take(Mp_);
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
         load_state(S, p_.state, head);
-        if (p_.feature_map != FeatureMap::kSoftmax) copy(z, static_cast<const A*>(p_.key_stat) + head * D_, D_);
+        load_statistic(z, head);
         loaded = head;
       }
       const Range range(p_.queries, p_.query_splits, item % p_.query_splits);
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, Dp_, p_.q, head, n, rows, D_);
-        if (p_.feature_map == FeatureMap::kSoftmax)
-          softmax_rows(phi, rows);
-        else
-          apply_map(phi, rows);
-        product<A>(out, Ep_, phi, Dp_, 1, S, Ep_, round_up(rows), Ep_, D_, false);
-        if (p_.feature_map != FeatureMap::kSoftmax)
-          for (int64_t r = 0; r < rows; ++r) scale_row(out + r * Ep_, Ep_, inverse(dot(phi + r * Dp_, z, Dp_) + eps()));
+        load_tile(phi, p_.q, head, n, rows);
+        features_.queries(phi, bias(z), rows);
+        if (features_.constant() != 0) add_constant(phi, rows);
+        product<A>(out, Ep_, phi, Mp_, 1, S, Ep_, round_up(rows), Ep_, M_, false);
+        if (!features_.normalised())
+          for (int64_t r = 0; r < rows; ++r)
+            scale_row(out + r * Ep_, Ep_, inverse(features_.dot(phi + r * Mp_, z, Mp_) + eps()));
         store_tile(p_.out, head, n, out, Ep_, rows, E_);
       }
     }
   }
 
   // dφ(q) = (dO Sᵀ − c zᵀ)/den with c = φ(q)·(dO Sᵀ)/den, and the sums dS = Σ φ(q)ᵀ dO/den, dz = −Σ φ(q) c/den.
-  // softmax has no denominator: dq = p ⊙ (G − Σ_d p G) with G = dO Sᵀ.
+  // Normalised maps have no denominator: the exponent's gradient is p ⊙ (G − Σ_m p G) with G = dO Sᵀ; dz is its sum.
   void query_backward(int64_t begin, int64_t end) {
-    A* phi = scratch_.take(kTile * Dp_);
-    A* G = scratch_.take(kTile * Dp_);
+    A* phi = scratch_.take(kTile * Mp_);
+    A* G = scratch_.take(kTile * Mp_);
     A* gradient = scratch_.take(kTile * Ep_);
-    A* S = scratch_.take(Dp_ * Ep_);
-    A* St = scratch_.take(Ep_ * Dp_);
-    A* dS = scratch_.take(Dp_ * Ep_);
-    A* z = scratch_.take(Dp_);
-    A* dz = scratch_.take(Dp_);
-    const bool softmax = p_.feature_map == FeatureMap::kSoftmax;
+    A* S = scratch_.take(Mp_ * Ep_);
+    A* St = scratch_.take(E_ * Mp_);
+    A* dS = scratch_.take(Mp_ * Ep_);
+    A* z = scratch_.take(Mp_);
+    A* dz = scratch_.take(Mp_);
+    const FeatureMap map = p_.feature_map;
+    const int64_t Mp = Mp_;
+    const V constant = splat<A>(features_.constant());
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
         load_state(S, p_.state, head);
         transpose(St, S);
-        if (!softmax) copy(z, static_cast<const A*>(p_.key_stat) + head * D_, D_);
+        load_statistic(z, head);
         loaded = head;
       }
-      fill(dS, Dp_ * Ep_, 0);
-      fill(dz, Dp_, 0);
+      fill(dS, Mp_ * Ep_, 0);
+      fill(dz, Mp_, 0);
       const Range range(p_.queries, p_.query_splits, item % p_.query_splits);
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, Dp_, p_.q, head, n, rows, D_);
-        if (softmax)
-          softmax_rows(phi, rows);
-        else
-          apply_map(phi, rows);
+        load_tile(phi, p_.q, head, n, rows);
+        features_.queries(phi, bias(z), rows);
         int64_t ld;
         const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
-        product<A>(G, Dp_, dO, ld, 1, St, Dp_, round_up(rows), Dp_, E_, false);
+        product<A>(G, Mp_, dO, ld, 1, St, Mp_, round_up(rows), Mp_, E_, false);
         for (int64_t r = 0; r < rows; ++r) {
-          A* f = phi + r * Dp_;
-          A* g = G + r * Dp_;
-          if (softmax) {
-            const V c = splat<A>(dot(f, g, Dp_));
-            const V scale = splat<A>(scale_);
-            for (int64_t d = 0; d < Dp_; d += W) store<A>(g + d, scale * load<A>(f + d) * (load<A>(g + d) - c));
+          A* e = phi + r * Mp;
+          A* g = G + r * Mp;
+          if (features_.normalised()) {
+            const V c = splat<A>(features_.dot(e, g, Mp));
+            for (int64_t d = 0; d < Mp; d += W) {
+              const V y = load<A>(e + d) * (load<A>(g + d) - c);
+              store<A>(g + d, y);
+              if (map == FeatureMap::kFavorExact) store<A>(dz + d, load<A>(dz + d) + y);
+            }
             continue;
           }
-          const A den = dot(f, z, Dp_) + eps();
+          // Padding columns of z and G are 0, so that those of φ do not count.
+          V phi_z{}, phi_G{};
+          for (int64_t d = 0; d < Mp; d += W) {
+            const V y = load<A>(e + d) + constant;
+            phi_z += y * load<A>(z + d);
+            phi_G += y * load<A>(g + d);
+          }
+          const A den = reduce_add<A>(phi_z) + eps();
           const A inv = inverse(den);
-          const A c = den == 0 ? A(0) : dot(f, g, Dp_) * inv;
-          const V vc = splat<A>(c), vinv = splat<A>(inv);
-          for (int64_t d = 0; d < Dp_; d += W) {
-            const V y = load<A>(f + d), y_over_den = y * vinv;
-            store<A>(g + d, (load<A>(g + d) - vc * load<A>(z + d)) * vinv * derivative(y));
-            store<A>(f + d, y_over_den);
-            store<A>(dz + d, load<A>(dz + d) - vc * y_over_den);
+          const V c = splat<A>(den == 0 ? A(0) : reduce_add<A>(phi_G) * inv), vinv = splat<A>(inv);
+          for (int64_t d = 0; d < Mp; d += W) {
+            const V y = load<A>(e + d), phi_over_den = (y + constant) * vinv;
+            store<A>(g + d, (load<A>(g + d) - c * load<A>(z + d)) * vinv * Features<A>::derivative(map, y));
+            store<A>(e + d, phi_over_den);
+            store<A>(dz + d, load<A>(dz + d) - c * phi_over_den);
           }
         }
-        product<A>(dS, Ep_, phi, 1, Dp_, dO, ld, Dp_, Ep_, rows, true);
-        store_tile(p_.grad_q, head, n, G, Dp_, rows, D_);
+        product<A>(dS, Ep_, phi, 1, Mp_, dO, ld, Mp_, Ep_, rows, true);
+        features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, false);
       }
-      A* partial = static_cast<A*>(p_.partial) + item * (D_ + D_ * E_);
-      copy(partial, dz, D_);
-      for (int64_t d = 0; d < D_; ++d) copy(partial + D_ + d * E_, dS + d * Ep_, E_);
+      A* partial = static_cast<A*>(p_.partial) + (item - p_.wave_begin) * query_partial(p_);
+      copy(partial, dz, M_);
+      for (int64_t m = 0; m < M_; ++m) copy(partial + M_ + m * E_, dS + m * Ep_, E_);
     }
   }
 
-  void query_backward_reduce(int64_t begin, int64_t end) {
-    const int64_t size = D_ + D_ * E_;
+  void query_backward_fold(int64_t begin, int64_t end) {
+    const int64_t size = query_partial(p_);
     for (int64_t head = begin; head < end; ++head) {
-      A* dS = static_cast<A*>(p_.grad_state) + head * D_ * E_;
-      A* dz = static_cast<A*>(p_.grad_z) + head * D_;
-      fill(dS, D_ * E_, 0);
-      fill(dz, D_, 0);
-      for (int64_t s = 0; s < p_.query_splits; ++s) {
-        const A* partial = static_cast<const A*>(p_.partial) + (head * p_.query_splits + s) * size;
-        for (int64_t d = 0; d < D_; ++d) dz[d] += partial[d];
-        for (int64_t i = 0; i < D_ * E_; ++i) dS[i] += partial[D_ + i];
+      A* dS = static_cast<A*>(p_.grad_state) + head * M_ * E_;
+      A* dz = static_cast<A*>(p_.grad_z) + head * M_;
+      const int64_t first = head * p_.query_splits, last = first + p_.query_splits;
+      for (int64_t item = first > p_.wave_begin ? first : p_.wave_begin; item < last && item < p_.wave_end; ++item) {
+        const A* partial = static_cast<const A*>(p_.partial) + (item - p_.wave_begin) * size;
+        if (item == first) {
+          copy(dz, partial, M_);
+          copy(dS, partial + M_, M_ * E_);
+          continue;
+        }
+        for (int64_t m = 0; m < M_; ++m) dz[m] += partial[m];
+        for (int64_t i = 0; i < M_ * E_; ++i) dS[i] += partial[M_ + i];
       }
-      if (p_.feature_map == FeatureMap::kSoftmax) {
-        const A* S = static_cast<const A*>(p_.state) + head * D_ * E_;
-        for (int64_t d = 0; d < D_; ++d) {
+      if (features_.normalised() && last <= p_.wave_end) {
+        // dz = dL − Σ_e dS S; L, the keys' log Σ exp, is in the queries' exponents of exact FAVOR+ alone.
+        const A* S = static_cast<const A*>(p_.state) + head * M_ * E_;
+        for (int64_t m = 0; m < M_; ++m) {
           A sum = 0;
-          for (int64_t e = 0; e < E_; ++e) sum += dS[d * E_ + e] * S[d * E_ + e];
-          dz[d] = -sum;
+          for (int64_t e = 0; e < E_; ++e) sum += dS[m * E_ + e] * S[m * E_ + e];
+          dz[m] -= sum;
         }
       }
     }
@@ -217,49 +243,86 @@ class LinearAttentionPass {
 
   // dφ(k) = v dSᵀ + dz and dv = φ(k) dS.
   void key_backward(int64_t begin, int64_t end) {
-    A* phi = scratch_.take(kTile * Dp_);
-    A* G = scratch_.take(kTile * Dp_);
+    A* phi = scratch_.take(kTile * Mp_);
+    A* G = scratch_.take(kTile * Mp_);
     A* values = scratch_.take(kTile * Ep_);
     A* gradient = scratch_.take(kTile * Ep_);
-    A* dS = scratch_.take(Dp_ * Ep_);
-    A* dSt = scratch_.take(Ep_ * Dp_);
-    A* dz = scratch_.take(Dp_);
-    A* stat = scratch_.take(Dp_);
-    const bool softmax = p_.feature_map == FeatureMap::kSoftmax;
+    A* dS = scratch_.take(Mp_ * Ep_);
+    A* dSt = scratch_.take(E_ * Mp_);
+    A* dz = scratch_.take(Mp_);
+    A* shift = scratch_.take(Mp_);
+    const FeatureMap map = p_.feature_map;
+    const int64_t Mp = Mp_;
+    const V constant = splat<A>(features_.constant());
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.key_splits;
       if (head != loaded) {
         load_state(dS, p_.grad_state, head);
         transpose(dSt, dS);
-        copy(dz, static_cast<const A*>(p_.grad_z) + head * D_, D_);
-        copy(stat, static_cast<const A*>(p_.key_stat) + head * D_, D_);
+        copy(dz, static_cast<const A*>(p_.grad_z) + head * M_, M_);
+        if (p_.feature_map == FeatureMap::kFavor)
+          fill(shift, M_, static_cast<const A*>(p_.key_max)[head]);
+        else
+          copy(shift, static_cast<const A*>(p_.key_stat) + head * M_, M_);
         loaded = head;
       }
       const Range range(p_.keys, p_.key_splits, item % p_.key_splits);
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, Dp_, p_.k, head, n, rows, D_);
-        if (softmax)
-          exp_columns(phi, stat, rows);
-        else
-          apply_map(phi, rows);
-        hide(phi, head, n, rows);
+        load_tile(phi, p_.k, head, n, rows);
+        features_.key_exponents(phi, rows);
+        features_.keys(phi, shift, rows);
         int64_t ld;
         const A* y = value_tile(values, &ld, p_.v, head, n, rows);
-        product<A>(G, Dp_, y, ld, 1, dSt, Dp_, round_up(rows), Dp_, E_, false);
+        product<A>(G, Mp_, y, ld, 1, dSt, Mp_, round_up(rows), Mp_, E_, false);
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < Dp_; d += W) {
-            const int64_t i = r * Dp_ + d;
-            const V f = load<A>(phi + i), dphi = load<A>(G + i) + load<A>(dz + d);
-            store<A>(G + i, softmax ? dphi * f * splat<A>(scale_) : dphi * derivative(f));
+          for (int64_t d = 0; d < Mp; d += W) {
+            const int64_t i = r * Mp + d;
+            const V e = load<A>(phi + i);
+            store<A>(G + i, (load<A>(G + i) + load<A>(dz + d)) * Features<A>::derivative(map, e));
+            store<A>(phi + i, e + constant);
           }
+        hide(phi, head, n, rows);
         hide(G, head, n, rows);
-        product<A>(gradient, Ep_, phi, Dp_, 1, dS, Ep_, round_up(rows), Ep_, D_, false);
-        store_tile(p_.grad_k, head, n, G, Dp_, rows, D_);
+        product<A>(gradient, Ep_, phi, Mp_, 1, dS, Ep_, round_up(rows), Ep_, M_, false);
         store_tile(p_.grad_v, head, n, gradient, Ep_, rows, E_);
+        features_.store_gradient(row<T>(p_.grad_k, head, n), p_.grad_k.stride, G, rows, true);
       }
     }
+  }
+
+  // performer_features: q is x, out φ, grad_out its gradient, key_max what the keys of a head are shifted by, or null
+  // for queries. The factor M^-½ of the softmax kernel is here.
+  void features_max(int64_t begin, int64_t end) {
+    A* phi = scratch_.take(kTile * Mp_);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.query_splits;
+      A max = -A(INFINITY);
+      const Range range(p_.queries, p_.query_splits, item % p_.query_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_tile(phi, p_.q, head, n, rows);
+        if (p_.eps == 0) features_.subtract_half_norm(phi, rows);
+        for (int64_t r = 0; r < rows; ++r) max = row_max(phi + r * Mp_, max);
+      }
+      static_cast<A*>(p_.partial)[item] = max;
+    }
+  }
+  void features_forward(int64_t begin, int64_t end) {
+    features(begin, end, [&](A* phi, A*, int64_t head, int64_t n, int64_t rows) {
+      add_constant(phi, rows);
+      unpack(row<T>(p_.out, head, n), p_.out.stride[2], p_.out.stride[3], phi, Mp_, rows, M_, feature_scale());
+    });
+  }
+  void features_backward(int64_t begin, int64_t end) {
+    features(begin, end, [&](A* phi, A* G, int64_t head, int64_t n, int64_t rows) {
+      pack(G, Mp_, row<T>(p_.grad_out, head, n), p_.grad_out.stride[2], p_.grad_out.stride[3], rows, M_,
+           feature_scale());
+      for (int64_t i = 0; i < rows * Mp_; i += W)
+        store<A>(G + i, load<A>(G + i) * Features<A>::derivative(p_.feature_map, load<A>(phi + i)));
+      features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, true);
+    });
   }
 
  private:
@@ -268,29 +331,61 @@ class LinearAttentionPass {
   static void fill(A* p, int64_t n, A value) {
     for (int64_t i = 0; i < n; ++i) p[i] = value;
   }
-  static void copy(A* dst, const A* src, int64_t n) { std::memcpy(dst, src, n * sizeof(A)); }
+  static void copy(A* dst, const A* src, int64_t n) {
+    if (n > 0) std::memcpy(dst, src, n * sizeof(A));
+  }
   static A inverse(A den) { return den == 0 ? A(1) : A(1) / den; }
   A eps() const { return p_.feature_map == FeatureMap::kRelu ? A(p_.eps) : A(0); }
+  A feature_scale() const { return p_.feature_map == FeatureMap::kFavorRelu ? A(1) : A(1 / std::sqrt(double(M_))); }
 
-  static A dot(const A* a, const A* b, int64_t n) {
-    V sum{};
-    for (int64_t i = 0; i < n; i += W) sum += load<A>(a + i) * load<A>(b + i);
-    return reduce_add<A>(sum);
-  }
   static void scale_row(A* row, int64_t n, A factor) {
     const V f = splat<A>(factor);
     for (int64_t i = 0; i < n; i += W) store<A>(row + i, load<A>(row + i) * f);
   }
+  static void add_rows(A* sum, const A* x, int64_t ld, int64_t cols, int64_t rows) {
+    for (int64_t d = 0; d < cols; d += W) {
+      V total = load<A>(sum + d);
+      for (int64_t r = 0; r < rows; ++r) total += load<A>(x + r * ld + d);
+      store<A>(sum + d, total);
+    }
+  }
+  // Adds the rows of seen keys, and returns how many they are.
+  A add_seen(A* sum, const A* x, int64_t ld, int64_t head, int64_t n, int64_t rows) const {
+    if (p_.key_mask == nullptr) {
+      add_rows(sum, x, ld, Ep_, rows);
+      return A(rows);
+    }
+    const bool* seen = mask(head, n);
+    A count = 0;
+    for (int64_t r = 0; r < rows; ++r)
+      if (seen[r * p_.mask_stride[1]]) {
+        add_rows(sum, x + r * ld, ld, Ep_, 1);
+        count += 1;
+      }
+    return count;
+  }
+  void add_constant(A* phi, int64_t rows) const {
+    const V c = splat<A>(features_.constant());
+    for (int64_t i = 0; i < rows * Mp_; i += W) store<A>(phi + i, load<A>(phi + i) + c);
+  }
+  A row_max(const A* row, A max) const {
+    for (int64_t m = 0; m < M_; ++m) max = row[m] > max ? row[m] : max;
+    return max;
+  }
 
-  void load_tile(A* dst, int64_t ld, const View& view, int64_t head, int64_t n, int64_t rows, int64_t cols) {
-    pack(dst, ld, at<T>(view, head / p_.heads, head % p_.heads, n), view.stride[2], view.stride[3], rows, cols, scale_);
+  template <class S>
+  S* row(const View& view, int64_t head, int64_t n) const {
+    return at<S>(view, head / p_.heads, head % p_.heads, n);
+  }
+  void load_tile(A* dst, const View& view, int64_t head, int64_t n, int64_t rows) {
+    features_.load(dst, row<T>(view, head, n), view.stride, rows);
   }
   void store_tile(const View& view, int64_t head, int64_t n, const A* src, int64_t ld, int64_t rows, int64_t cols) {
-    unpack(at<T>(view, head / p_.heads, head % p_.heads, n), view.stride[2], view.stride[3], src, ld, rows, cols);
+    unpack(row<T>(view, head, n), view.stride[2], view.stride[3], src, ld, rows, cols);
   }
   // A tile of values: where they lie when they can be read as they are, else packed into `buffer`.
   const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows) {
-    const T* src = at<T>(v, head / p_.heads, head % p_.heads, n);
+    const T* src = row<T>(v, head, n);
     if constexpr (__is_same(T, A)) {
       if (v.stride[3] == 1 && E_ == Ep_ && rows % kRows == 0) {
         *ld = v.stride[2];
@@ -302,13 +397,20 @@ class LinearAttentionPass {
     return buffer;
   }
   void load_state(A* dst, const void* src, int64_t head) {
-    const A* from = static_cast<const A*>(src) + head * D_ * E_;
-    for (int64_t d = 0; d < D_; ++d) copy(dst + d * Ep_, from + d * E_, E_);
+    const A* from = static_cast<const A*>(src) + head * M_ * E_;
+    for (int64_t m = 0; m < M_; ++m) copy(dst + m * Ep_, from + m * E_, E_);
   }
   void transpose(A* dst, const A* src) {
     for (int64_t e = 0; e < E_; ++e)
-      for (int64_t d = 0; d < D_; ++d) dst[e * Dp_ + d] = src[d * Ep_ + e];
+      for (int64_t m = 0; m < M_; ++m) dst[e * Mp_ + m] = src[m * Ep_ + e];
   }
+  // z, or for exact FAVOR+ log Σ exp, where a head that sees no key has no bias.
+  void load_statistic(A* dst, int64_t head) {
+    const A* from = static_cast<const A*>(p_.key_stat) + head * M_;
+    if (p_.feature_map == FeatureMap::kSoftmax) return;
+    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalised() && from[m] == A(INFINITY) ? A(0) : from[m];
+  }
+  const A* bias(const A* statistic) const { return p_.feature_map == FeatureMap::kFavorExact ? statistic : nullptr; }
 
   const bool* mask(int64_t head, int64_t n) const {
     return p_.key_mask + (head / p_.heads) * p_.mask_stride[0] + n * p_.mask_stride[1];
@@ -318,74 +420,87 @@ class LinearAttentionPass {
     if (p_.key_mask == nullptr) return;
     const bool* seen = mask(head, n);
     for (int64_t r = 0; r < rows; ++r)
-      if (!seen[r * p_.mask_stride[1]]) fill(tile + r * Dp_, Dp_, 0);
+      if (!seen[r * p_.mask_stride[1]]) fill(tile + r * Mp_, Mp_, 0);
   }
 
-  // φ in place, padding columns left at 0.
-  void apply_map(A* x, int64_t rows) const {
-    const bool elu = p_.feature_map == FeatureMap::kElu;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < Dp_; d += W) {
-        const V y = load<A>(x + r * Dp_ + d);
-        store<A>(x + r * Dp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y < 0 ? V{} : y));
-      }
-      if (elu) fill(x + r * Dp_ + D_, Dp_ - D_, 0);
-    }
-  }
-  // φ'(x), given φ(x).
-  V derivative(V phi) const {
-    const V one = splat<A>(1);
-    return p_.feature_map == FeatureMap::kElu ? (phi < 1 ? phi : one) : (phi > 0 ? one : V{});
-  }
-
-  void softmax_rows(A* x, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      A* row = x + r * Dp_;
-      fill(row + D_, Dp_ - D_, -A(INFINITY));
-      V top = load<A>(row);
-      for (int64_t d = W; d < Dp_; d += W) top = vmax<A>(top, load<A>(row + d));
-      const V max = splat<A>(reduce_max<A>(top));
-      V sum{};
-      for (int64_t d = 0; d < Dp_; d += W) {
-        const V y = exp(load<A>(row + d) - max);
-        store<A>(row + d, y);
-        sum += y;
-      }
-      scale_row(row, Dp_, A(1) / reduce_add<A>(sum));
-    }
-  }
-
-  // x = exp(x − shift) per column, padding columns 0. Where all that came so far is −∞ there is nothing to shift by.
-  void exp_columns(A* x, const A* shift, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < Dp_; d += W) {
-        const V s = load<A>(shift + d);
-        store<A>(x + r * Dp_ + d, exp(load<A>(x + r * Dp_ + d) - (s > -A(INFINITY) ? s : V{})));
-      }
-      fill(x + r * Dp_ + D_, Dp_ - D_, 0);
-    }
-  }
-
-  // Raises the running maxima to this tile's and rescales z and S by exp(old − new): exact in one pass.
+  // Raises the running maxima to this tile's and rescales z and S by exp(old − new): exact in one pass. FAVOR+ has one
+  // maximum for all features.
   void raise_max(const A* x, A* max, A* z, A* S, int64_t head, int64_t n, int64_t rows) const {
     const bool* seen = p_.key_mask == nullptr ? nullptr : mask(head, n);
-    for (int64_t d = 0; d < Dp_; d += W) {
-      const V old = load<A>(max + d);
+    if (p_.feature_map == FeatureMap::kFavor) {
+      V top = splat<A>(-A(INFINITY));
+      const int64_t whole = M_ / W * W;
+      A rest = max[0];
+      for (int64_t r = 0; r < rows; ++r) {
+        if (seen != nullptr && !seen[r * p_.mask_stride[1]]) continue;
+        for (int64_t m = 0; m < whole; m += W) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
+        for (int64_t m = whole; m < M_; ++m) rest = x[r * Mp_ + m] > rest ? x[r * Mp_ + m] : rest;
+      }
+      const A old = max[0], body = reduce_max<A>(top), now = body > rest ? body : rest;
+      if (now == old) return;
+      fill(max, Mp_, now);
+      const A factor = std::exp(old - now);
+      scale_row(z, Mp_, factor);
+      scale_row(S, Mp_ * Ep_, factor);
+      return;
+    }
+    for (int64_t m = 0; m < Mp_; m += W) {
+      const V old = load<A>(max + m);
       V top = old;
       for (int64_t r = 0; r < rows; ++r)
-        if (seen == nullptr || seen[r * p_.mask_stride[1]]) top = vmax<A>(top, load<A>(x + r * Dp_ + d));
-      store<A>(max + d, top);
+        if (seen == nullptr || seen[r * p_.mask_stride[1]]) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
+      store<A>(max + m, top);
       const V factor = old == top ? splat<A>(1) : exp(old - top);
-      store<A>(z + d, load<A>(z + d) * factor);
+      store<A>(z + m, load<A>(z + m) * factor);
       for (int i = 0; i < W; ++i)
-        if (factor[i] != 1) scale_row(S + (d + i) * Ep_, Ep_, factor[i]);
+        if (factor[i] != 1) scale_row(S + (m + i) * Ep_, Ep_, factor[i]);
+    }
+  }
+
+  // The last of a head's partial states is in.
+  void finish(A* S, A* z, const A* max, const A* sum, int64_t head) const {
+    const A c = features_.constant(), count = sum[E_];
+    for (int64_t m = 0; m < M_; ++m) {
+      if (features_.normalised()) {
+        // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0.
+        const A total = z[m];
+        z[m] = total == 0 ? A(INFINITY) : max[m] + std::log(total);
+        for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = total == 0 ? A(0) : S[m * E_ + e] / total;
+      } else if (c != 0) {
+        z[m] += c * count;
+        for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] += c * sum[e];
+      }
+    }
+    if (p_.key_max != nullptr)
+      static_cast<A*>(p_.key_max)[head] = p_.feature_map == FeatureMap::kFavor && M_ > 0 && count > 0 ? max[0] : A(0);
+  }
+
+  // φ(q) less its constant, tile by tile: f(phi, a second tile, head, n, rows).
+  template <class F>
+  void features(int64_t begin, int64_t end, F&& f) {
+    A* phi = scratch_.take(kTile * Mp_);
+    A* G = scratch_.take(kTile * Mp_);
+    A* shift = scratch_.take(Mp_);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.query_splits;
+      if (p_.key_max != nullptr) fill(shift, Mp_, static_cast<const A*>(p_.key_max)[head]);
+      const Range range(p_.queries, p_.query_splits, item % p_.query_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_tile(phi, p_.q, head, n, rows);
+        if (p_.key_max != nullptr)
+          features_.keys(phi, shift, rows);
+        else
+          features_.queries(phi, nullptr, rows);
+        f(phi, G, head, n, rows);
+      }
     }
   }
 
   const LinearAttention& p_;
-  const int64_t D_, E_, Dp_, Ep_;
-  const A scale_;
+  const int64_t M_, E_, Mp_, Ep_;
   Scratch<A> scratch_;
+  Features<A> features_;
 };
 
 #define CXV_PASS(name)                                                                         \
@@ -395,11 +510,16 @@ class LinearAttentionPass {
 
 inline constexpr LinearAttentionKernels kLinearAttention = {
     CXV_PASS(key_pass),
-    CXV_PASS(key_reduce),
+    CXV_PASS(key_fold),
     CXV_PASS(query_pass),
     CXV_PASS(query_backward),
-    CXV_PASS(query_backward_reduce),
+    CXV_PASS(query_backward_fold),
     CXV_PASS(key_backward),
+    CXV_PASS(features_max),
+    CXV_PASS(features_forward),
+    CXV_PASS(features_backward),
+    LinearAttentionPass<float>::key_partial,
+    LinearAttentionPass<float>::query_partial,
 };
 
 #undef CXV_PASS

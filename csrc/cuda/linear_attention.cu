@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 
 cxv::LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
                               const std::string& feature_map, double eps) {
-  const auto p = cxv::describe(q, k, v, key_mask, feature_map, eps);
+  const auto p = cxv::describe(q, k, v, key_mask, cxv::feature_map_of(feature_map), eps);
   STD_TORCH_CHECK(p.dim <= cxv::cuda::kMaxDim, "cxv_kernels: on CUDA q and k may have a head dimension D of at most ",
                   cxv::cuda::kMaxDim, ", got ", p.dim);
   STD_TORCH_CHECK(p.value_dim <= cxv::cuda::kMaxDim, "cxv_kernels: on CUDA v may have a head dimension E of at most ",
@@ -51,8 +51,9 @@ cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mas
   const auto plan = cxv::cuda::make_plan(p, cxv::cuda::accumulator_bytes(p));
   cxv::cuda::set_splits(p, plan, /*forward=*/true);
   const Launch launch(p, plan, q);
-  return cxv::forward(
-      p, q, [&] { cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::forward<decltype(x)>(p, plan, launch); }); });
+  return cxv::forward(p, q, p.batch * p.heads * p.key_splits, 2 * p.dim + p.dim * p.value_dim, [&] {
+    cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::forward<decltype(x)>(p, plan, launch); });
+  });
 }
 
 cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, Tensor state,
@@ -62,7 +63,8 @@ cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::option
   const auto plan = cxv::cuda::make_plan(p, cxv::cuda::accumulator_bytes(p));
   cxv::cuda::set_splits(p, plan, /*forward=*/false);
   const Launch launch(p, plan, q);
-  return cxv::backward(p, grad_out, q, k, v, state, key_stat, [&] {
+  const int64_t partials = p.batch * p.heads * p.query_splits, partial_size = p.dim + p.dim * p.value_dim;
+  return cxv::backward(p, grad_out, q, k, v, state, key_stat, partials, partial_size, [&] {
     cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::backward<decltype(x)>(p, plan, launch); });
   });
 }

@@ -1,44 +1,59 @@
-// What a linear-attention kernel is told: plain pointers and strides. Torch-free.
+// What a linear-attention kernel is told. Torch-free.
 #pragma once
 
 #include "view.h"
 
 namespace cxv {
 
-enum class FeatureMap { kSoftmax, kElu, kRelu };
+// The last three are functions of the projection x·Wᵀ: FAVOR+ with the constant eps added to φ, FAVOR+ proper (eps =
+// 0), and relu with eps added.
+enum class FeatureMap { kSoftmax, kElu, kRelu, kFavor, kFavorExact, kFavorRelu };
 
 // Accumulators ("acc") are double for double and float otherwise, contiguous, one block per head.
 struct LinearAttention {
   DType dtype;
   FeatureMap feature_map;
-  double eps;  // relu: added to the denominator
+  double eps;  // kRelu: added to the denominator; kFavor, kFavorRelu: to each feature
   int64_t batch, heads, queries, keys, dim, value_dim;
   View q, k, v, out;
   const bool* key_mask = nullptr;  // (B, keys) or null
   int64_t mask_stride[2] = {0, 0};
 
-  // The key pass folds `splits` runs of tokens of a head into partial states, which `key_reduce` adds in order.
+  // The key pass folds `splits` runs of tokens of a head into partial states, which are added in order.
   int64_t key_splits, query_splits;
-  void* partial;   // acc, heads in all × splits × (D + D + D·E): max, z, S
-  void* state;     // acc (B, H, D, E): S, for softmax already divided by z
-  void* key_stat;  // acc (B, H, D): z; for softmax log Σ exp
+  void* partial;   // acc, one block per item of the pass that writes it
+  void* state;     // acc (B, H, M, E): S; for softmax and exact FAVOR+ divided by z
+  void* key_stat;  // acc (B, H, M): z; for softmax and exact FAVOR+ log Σ exp
 
   // Backward.
   View grad_out, grad_q, grad_k, grad_v;
-  void* grad_state;  // acc (B, H, D, E): dS
-  void* grad_z;      // acc (B, H, D): what is added to v·dSᵀ in dφ(k): dz; for softmax −Σ dS·S
+  void* grad_state;  // acc (B, H, M, E): dS
+  void* grad_z;      // acc (B, H, M): what is added to v·dSᵀ in dφ(k): dz; where S is normalised dL − Σ dS·S
+
+  // Random features; M is D without a projection.
+  int64_t features;
+  const void* projection = nullptr;  // acc (M, D)
+  void* key_max = nullptr;           // acc (B, H): what kFavor shifts the keys' exponents by
+  // CPU: only the items [wave_begin, wave_end) of a pass have a block in `partial` at a time.
+  int64_t wave_begin = 0, wave_end = 0;
+  void* running = nullptr;  // acc, heads × (M + E + 1): the maxima, Σ v and the number of keys so far
 };
 
 // One instruction set's kernels. Each does the items [begin, end) of its pass; items are independent, and what one
 // computes depends on nothing but its own head, so neither threads nor batch change a bit.
 struct LinearAttentionKernels {
   using Pass = void (*)(const LinearAttention&, int64_t begin, int64_t end);
-  Pass key_pass;               // item = head · key_splits + split
-  Pass key_reduce;             // item = head
-  Pass query_pass;             // item = head · query_splits + split
-  Pass query_backward;         // item = head · query_splits + split; writes grad_q and partial (z, S)
-  Pass query_backward_reduce;  // item = head
-  Pass key_backward;           // item = head · key_splits + split
+  Pass key_pass;             // item = head · key_splits + split; writes a partial state
+  Pass key_fold;             // item = head; adds the wave's partial states
+  Pass query_pass;           // item = head · query_splits + split
+  Pass query_backward;       // item = head · query_splits + split; writes grad_q and a partial (dz, dS)
+  Pass query_backward_fold;  // item = head
+  Pass key_backward;         // item = head · key_splits + split
+  Pass features_max;         // item = head · query_splits + split of q; writes the largest exponent
+  Pass features_forward;     // item = head · query_splits + split: φ(q) into out
+  Pass features_backward;    // item = head · query_splits + split: grad_q of φ(q)
+  int64_t (*key_partial)(const LinearAttention&);    // the size of a block of key_pass
+  int64_t (*query_partial)(const LinearAttention&);  // of query_backward
 };
 
 }  // namespace cxv

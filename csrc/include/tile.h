@@ -37,19 +37,20 @@ void pack(A* dst, int64_t ld, const T* src, int64_t row_stride, int64_t col_stri
     for (int64_t c = 0; c < ld; ++c) dst[r * ld + c] = 0;
 }
 
-// dst = the first rows × cols of src (rows × ld).
+// dst = scale · the first rows × cols of src (rows × ld).
 template <class T, class A>
-void unpack(T* dst, int64_t row_stride, int64_t col_stride, const A* src, int64_t ld, int64_t rows, int64_t cols) {
+void unpack(T* dst, int64_t row_stride, int64_t col_stride, const A* src, int64_t ld, int64_t rows, int64_t cols,
+            A scale = 1) {
   constexpr int W = kWidth<A>;
   if (col_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       int64_t c = 0;
-      for (; c + W <= cols; c += W) store_narrow(dst + r * row_stride + c, load<A>(src + r * ld + c));
-      for (; c < cols; ++c) narrow(src[r * ld + c], dst + r * row_stride + c);
+      for (; c + W <= cols; c += W) store_narrow(dst + r * row_stride + c, load<A>(src + r * ld + c) * scale);
+      for (; c < cols; ++c) narrow(src[r * ld + c] * scale, dst + r * row_stride + c);
     }
   } else {
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) narrow(src[r * ld + c], dst + r * row_stride + c * col_stride);
+      for (int64_t r = 0; r < rows; ++r) narrow(src[r * ld + c] * scale, dst + r * row_stride + c * col_stride);
   }
 }
 

@@ -11,7 +11,7 @@ from ..validation import (
     check_keys_values,
     without_autocast,
 )
-from .op import LinearAttention
+from .op import KvState, LinearAttention
 from .reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
 
 __all__ = ["kv_state", "linear_attention"]
@@ -89,6 +89,7 @@ def kv_state(
     k, v = autocast_inputs(k, v)
     check_keys_values(k, v)
     check_key_mask(key_mask, k)
-    backends.resolve("kv_state", k, backend)
     with without_autocast(k):
-        return kv_state_reference(k, v, feature_map, key_mask)
+        if backends.resolve("kv_state", k, backend) == "reference":
+            return kv_state_reference(k, v, feature_map, key_mask)
+        return KvState.apply(k, v, key_mask, feature_map)[:2]

@@ -10,7 +10,7 @@ from .. import backends
 from .._extension import CPP_MISSING, CUDA_MISSING
 from ..autograd import double_backward, like_layout, serves_cpu
 from ..validation import accumulate_dtype
-from .reference import linear_attention_reference
+from .reference import kv_state_reference, linear_attention_reference
 
 if CPP_MISSING is None:
 
@@ -24,6 +24,15 @@ if CPP_MISSING is None:
     @torch.library.register_fake("cxv_kernels::linear_attention_backward")
     def _(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
         return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
+
+    @torch.library.register_fake("cxv_kernels::kv_state_forward")
+    def _(k, v, key_mask, feature_map):
+        state = k.new_empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=accumulate_dtype(k.dtype))
+        return state, state.new_empty((*k.shape[:2], k.shape[3]))
+
+    @torch.library.register_fake("cxv_kernels::kv_state_backward")
+    def _(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
+        return tuple(like_layout(t, tuple(t.shape)) for t in (k, v))
 
 
 class LinearAttention(torch.autograd.Function):
@@ -73,6 +82,50 @@ class LinearAttentionBackward(torch.autograd.Function):
         return (*second[0], *second[1], *(None,) * 5)
 
 
+class KvState(torch.autograd.Function):
+    """(k, v, key_mask, feature_map) → (S, z, key_stat); the last carries no gradient."""
+
+    @staticmethod
+    def forward(k, v, key_mask, feature_map):
+        state, stat = torch.ops.cxv_kernels.kv_state_forward(k, v, key_mask, feature_map)
+        z = stat.isfinite().to(stat.dtype) if feature_map == "softmax" else stat.clone()
+        return state, z, stat
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        k, v, key_mask, ctx.feature_map = inputs
+        state, _, stat = output
+        ctx.mark_non_differentiable(stat)
+        ctx.save_for_backward(k, v, key_mask, state, stat)
+
+    @staticmethod
+    def backward(ctx: Any, grad_state: Tensor, grad_z: Tensor, _: Tensor):
+        grads = KvStateBackward.apply(grad_state, grad_z, *ctx.saved_tensors, ctx.feature_map)
+        return (*grads, None, None)
+
+
+class KvStateBackward(torch.autograd.Function):
+    """The fused backward of kv_state, itself differentiable."""
+
+    @staticmethod
+    def forward(grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map):
+        if feature_map == "softmax":  # S is normalised, and z is 1: what S's gradient does to the normalisation
+            grad_z = -(grad_state * state).sum(dim=-1)
+        return torch.ops.cxv_kernels.kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_state, grad_z, k, v, key_mask, _, _, ctx.feature_map = inputs
+        ctx.save_for_backward(grad_state, grad_z, k, v, key_mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        grad_state, grad_z, k, v, key_mask = ctx.saved_tensors
+        reference = partial(kv_state_reference, feature_map=ctx.feature_map, key_mask=key_mask)
+        second = double_backward(reference, [k, v], [grad_state, grad_z], grads)
+        return (*second[0], *second[1], *(None,) * 4)
+
+
 def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if CUDA_MISSING or device.type != "cuda":
         return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
@@ -80,4 +133,5 @@ def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
 
 
 backends.register("linear_attention", "cpp", serves_cpu)
+backends.register("kv_state", "cpp", serves_cpu)
 backends.register("linear_attention", "cuda", _cuda)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import backends
 from ..validation import (
+    accumulate_dtype,
     autocast_inputs,
     check_attention,
     check_choice,
@@ -14,7 +15,9 @@ from ..validation import (
     check_tensor,
     without_autocast,
 )
+from .op import PerformerAttention, PerformerFeatures, declined
 from .reference import (
+    DEFAULT_EPS,
     KERNELS,
     STABILIZERS,
     num_random_features,
@@ -33,6 +36,8 @@ def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None
         raise ValueError(f"eps must be None or a finite number of at least 0, got {eps}")
     check_tensor("projection", projection, 2, "(M, D)")
     check_same("projection", projection, "q", x, dtype=False)
+    if projection.shape[0] == 0:
+        raise ValueError("projection must have at least one row, got M = 0")
     if projection.shape[1] != x.shape[-1]:
         raise ValueError(f"projection has D = {projection.shape[1]}, the heads have D = {x.shape[-1]}: they must agree")
 
@@ -68,7 +73,12 @@ def performer_attention(
         backend: see :func:`cxv_kernels.use_backend`; None takes the one set there.
 
     Returns:
-        (B, H, N_q, E) in q's dtype. State, statistics and the division are float32 (float64 for float64).
+        (B, H, N_q, E) in q's dtype, its dimensions laid out in memory in q's order. State, statistics and the
+        division are float32 (float64 for float64).
+
+    Saved for backward: q, k, v and the state, O(M·E) per head. The fused kernels serve ``stabilizer="head"`` and a
+    projection without gradient; double backward goes through the reference, forward-mode AD needs
+    ``backend="reference"``.
 
     Raises:
         ValueError: a wrong rank, shape, device, option or backend; TypeError: a wrong or mixed dtype;
@@ -78,9 +88,12 @@ def performer_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     _check_options(q, projection, kernel, eps, stabilizer)
-    backends.resolve("performer_attention", q, backend)
+    serving = backends.resolve("performer_attention", q, backend, declined=declined(projection, stabilizer))
     with without_autocast(q):
-        return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
+        if serving == "reference":
+            return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
+        eps = DEFAULT_EPS[kernel] if eps is None else eps
+        return PerformerAttention.apply(q, k, v, projection.to(accumulate_dtype(q.dtype)), key_mask, kernel, eps)[0]
 
 
 def performer_features(
@@ -111,6 +124,9 @@ def performer_features(
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, H, N, D)")
     _check_options(x, projection, kernel, eps, stabilizer)
-    backends.resolve("performer_features", x, backend)
+    serving = backends.resolve("performer_features", x, backend, declined=declined(projection, stabilizer))
     with without_autocast(x):
-        return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)
+        if serving == "reference":
+            return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)
+        eps = DEFAULT_EPS[kernel] if eps is None else eps
+        return PerformerFeatures.apply(x, projection.to(accumulate_dtype(x.dtype)), is_query, kernel, eps)[0]

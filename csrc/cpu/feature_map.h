@@ -1,0 +1,177 @@
+// φ of a tile of tokens, and its gradient, for one instruction set. The derivations are in the README.md of
+// cxv_kernels/linear_attention and cxv_kernels/performer_attention. Torch-free.
+#pragma once
+
+#include "../include/linear_attention.h"
+#include "../include/tile.h"
+#include "worker.h"
+
+namespace cxv {
+namespace CXV_ISA {
+
+// Of what φ(x) = e(x) + c: tiles hold e. Padding columns of e are 0.
+template <class A>
+class Features {
+  using V = Vec<A>;
+  static constexpr int W = kWidth<A>;
+
+ public:
+  static int64_t scratch(const LinearAttention& p) {
+    return p.projection == nullptr ? 0
+                                   : kTile * (2 * padded<A>(p.dim) + 1) + p.dim * padded<A>(p.features) +
+                                         p.features * padded<A>(p.dim) + 4 * W;
+  }
+
+  Features(const LinearAttention& p, Scratch<A>& scratch)
+      : map_(p.feature_map),
+        projected_(p.projection != nullptr),
+        D_(p.dim),
+        M_(p.features),
+        Dp_(padded<A>(p.dim)),
+        Mp_(padded<A>(p.features)),
+        c_(map_ == FeatureMap::kFavor || map_ == FeatureMap::kFavorRelu ? A(p.eps) : A(0)),
+        scale_(map_ == FeatureMap::kElu || map_ == FeatureMap::kRelu ? A(1) : A(std::pow(double(p.dim), -0.25))) {
+    if (!projected_) return;
+    x_ = scratch.take(kTile * Dp_);
+    dx_ = scratch.take(kTile * Dp_);
+    Wt_ = scratch.take(D_ * Mp_);
+    W_ = scratch.take(M_ * Dp_);
+    half_norm_ = scratch.take(kTile);
+    const A* source = static_cast<const A*>(p.projection);
+    for (int64_t m = 0; m < M_; ++m)
+      for (int64_t d = 0; d < D_; ++d) W_[m * Dp_ + d] = Wt_[d * Mp_ + m] = source[m * D_ + d];
+  }
+
+  int64_t size() const { return M_; }
+  int64_t stride() const { return Mp_; }
+  A constant() const { return c_; }
+  bool normalised() const { return map_ == FeatureMap::kSoftmax || map_ == FeatureMap::kFavorExact; }
+  // A key's exponent is stabilised by a running maximum.
+  bool shifted() const { return normalised() || map_ == FeatureMap::kFavor; }
+
+  // tile (rows × Mp) = what φ is a function of: x, for softmax D^-¼·x, with a projection D^-¼·x·Wᵀ.
+  template <class T>
+  void load(A* tile, const T* x, const int64_t* stride, int64_t rows) {
+    if (!projected_) return pack(tile, Mp_, x, stride[2], stride[3], rows, D_, scale_);
+    pack(x_, Dp_, x, stride[2], stride[3], rows, D_, scale_);
+    product<A>(tile, Mp_, x_, Dp_, 1, Wt_, Mp_, (rows + kRows - 1) / kRows * kRows, Mp_, D_, false);
+    if (map_ == FeatureMap::kFavorRelu) return;
+    for (int64_t r = 0; r < rows; ++r) half_norm_[r] = A(0.5) * dot(x_ + r * Dp_, x_ + r * Dp_, Dp_);
+  }
+
+  // Exact FAVOR+ takes the keys' maxima over the whole exponent.
+  void key_exponents(A* tile, int64_t rows) {
+    if (map_ == FeatureMap::kFavorExact) subtract_half_norm(tile, rows);
+  }
+  void subtract_half_norm(A* tile, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const V h = splat<A>(half_norm_[r]);
+      for (int64_t d = 0; d < Mp_; d += W) store<A>(tile + r * Mp_ + d, load_at(tile, r, d) - h);
+    }
+  }
+  // e of keys, given each feature's shift.
+  void keys(A* tile, const A* shift, int64_t rows) const {
+    if (!shifted()) return rectify(tile, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const V h = splat<A>(map_ == FeatureMap::kFavor ? half_norm_[r] : A(0));
+      for (int64_t d = 0; d < Mp_; d += W) {
+        // Where all that came so far is −∞ there is nothing to shift by.
+        const V s = cxv::CXV_ISA::load<A>(shift + d);
+        store<A>(tile + r * Mp_ + d, exp(load_at(tile, r, d) - ((s > -A(INFINITY) ? s : V{}) + h)));
+      }
+      clear_padding(tile + r * Mp_);
+    }
+  }
+  // e of queries. Normalised: the softmax of exponent + bias (of exact FAVOR+, else null).
+  void queries(A* tile, const A* bias, int64_t rows) const {
+    if (!shifted()) return rectify(tile, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = tile + r * Mp_;
+      if (bias != nullptr)
+        for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, load_at(row, 0, d) + cxv::CXV_ISA::load<A>(bias + d));
+      for (int64_t d = M_; d < Mp_; ++d) row[d] = -A(INFINITY);
+      V top = load_at(row, 0, 0);
+      for (int64_t d = W; d < Mp_; d += W) top = vmax<A>(top, load_at(row, 0, d));
+      const A max = reduce_max<A>(top);
+      if (map_ == FeatureMap::kFavor) {
+        const V shift = splat<A>(max + half_norm_[r]);
+        for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, exp(load_at(row, 0, d) - shift));
+        continue;
+      }
+      V sum{};
+      for (int64_t d = 0; d < Mp_; d += W) {
+        const V y = exp(load_at(row, 0, d) - max);
+        store<A>(row + d, y);
+        sum += y;
+      }
+      const V inverse = splat<A>(A(1) / reduce_add<A>(sum));
+      for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, load_at(row, 0, d) * inverse);
+    }
+  }
+  // φ'(z), given e(z).
+  static V derivative(FeatureMap map, V e) {
+    const V one = splat<A>(1);
+    switch (map) {
+      case FeatureMap::kElu:
+        return e < 1 ? e : one;
+      case FeatureMap::kRelu:
+      case FeatureMap::kFavorRelu:
+        return e > 0 ? one : V{};
+      default:
+        return e;
+    }
+  }
+  // Stores the gradient of the tokens that load() read last, given that of the tile (rows × Mp, padding 0).
+  template <class T>
+  void store_gradient(T* grad, const int64_t* stride, A* tile, int64_t rows, bool keys) {
+    const int64_t all_rows = (rows + kRows - 1) / kRows * kRows;
+    const A* source = tile;
+    if (projected_) {
+      product<A>(dx_, Dp_, tile, Mp_, 1, W_, Dp_, all_rows, Dp_, M_, false);
+      // −‖x‖²/2 is in the exponent; in an exact query's it cancels.
+      if (map_ == FeatureMap::kFavor || (map_ == FeatureMap::kFavorExact && keys))
+        for (int64_t r = 0; r < rows; ++r) {
+          V sum{};
+          for (int64_t d = 0; d < Mp_; d += W) sum += load_at(tile, r, d);
+          const V s = splat<A>(reduce_add<A>(sum));
+          for (int64_t d = 0; d < Dp_; d += W) {
+            A* y = dx_ + r * Dp_ + d;
+            store<A>(y, cxv::CXV_ISA::load<A>(y) - s * cxv::CXV_ISA::load<A>(x_ + r * Dp_ + d));
+          }
+        }
+      source = dx_;
+    }
+    unpack(grad, stride[2], stride[3], source, projected_ ? Dp_ : Mp_, rows, D_, scale_);
+  }
+
+  static A dot(const A* a, const A* b, int64_t n) {
+    V sum{};
+    for (int64_t i = 0; i < n; i += W) sum += cxv::CXV_ISA::load<A>(a + i) * cxv::CXV_ISA::load<A>(b + i);
+    return reduce_add<A>(sum);
+  }
+
+ private:
+  V load_at(const A* tile, int64_t r, int64_t d) const { return cxv::CXV_ISA::load<A>(tile + r * Mp_ + d); }
+  void clear_padding(A* row) const {
+    for (int64_t d = M_; d < Mp_; ++d) row[d] = 0;
+  }
+  void rectify(A* tile, int64_t rows) const {
+    const bool elu = map_ == FeatureMap::kElu;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < Mp_; d += W) {
+        const V y = load_at(tile, r, d);
+        store<A>(tile + r * Mp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y < 0 ? V{} : y));
+      }
+      if (elu) clear_padding(tile + r * Mp_);
+    }
+  }
+
+  const FeatureMap map_;
+  const bool projected_;
+  const int64_t D_, M_, Dp_, Mp_;
+  const A c_, scale_;
+  A *x_ = nullptr, *dx_ = nullptr, *Wt_ = nullptr, *W_ = nullptr, *half_norm_ = nullptr;
+};
+
+}  // namespace CXV_ISA
+}  // namespace cxv

@@ -1,0 +1,139 @@
+"""The fused ops: fake implementations, autograd, and what the kernels can serve."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._extension import CPP_MISSING
+from ..autograd import double_backward, like_layout, serves_cpu
+from ..validation import accumulate_dtype
+from .reference import performer_attention_reference, performer_features_reference
+
+if CPP_MISSING is None:
+
+    @torch.library.register_fake("cxv_kernels::performer_attention_forward")
+    def _(q, k, v, projection, key_mask, kernel, eps):
+        heads, features, value_dim = tuple(q.shape[:2]), projection.shape[0], v.shape[3]
+        out = like_layout(q, (*q.shape[:3], value_dim))
+        state = q.new_empty((*heads, features, value_dim), dtype=accumulate_dtype(q.dtype))
+        return out, state, state.new_empty((*heads, features)), state.new_empty(heads)
+
+    @torch.library.register_fake("cxv_kernels::performer_attention_backward")
+    def _(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
+        return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
+
+    @torch.library.register_fake("cxv_kernels::performer_features_forward")
+    def _(x, projection, is_query, kernel, eps):
+        phi = like_layout(x, (*x.shape[:3], projection.shape[0]))
+        return phi, x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+
+    @torch.library.register_fake("cxv_kernels::performer_features_backward")
+    def _(grad_phi, x, projection, key_max, is_query, kernel, eps):
+        return like_layout(x, tuple(x.shape))
+
+
+def declined(projection: Tensor, stabilizer: str) -> str | None:
+    """Why no fused kernel takes these arguments, if so."""
+    if stabilizer != "head":
+        return f"does not serve stabilizer={stabilizer!r}"
+    return "does not serve a projection that requires grad" if projection.requires_grad else None
+
+
+class PerformerAttention(torch.autograd.Function):
+    """(q, k, v, projection, key_mask, kernel, eps) → (out, state, key_stat, key_max); only out carries a gradient."""
+
+    @staticmethod
+    def forward(q, k, v, projection, key_mask, kernel, eps):
+        return torch.ops.cxv_kernels.performer_attention_forward(q, k, v, projection, key_mask, kernel, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.kernel, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None):
+        if grad_out is None:
+            return (None,) * 7
+        grads = PerformerAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.kernel, ctx.eps)
+        return (*grads, *(None,) * 4)
+
+
+class PerformerAttentionBackward(torch.autograd.Function):
+    """The fused backward, itself differentiable: its gradient is that of the reference's."""
+
+    @staticmethod
+    def forward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
+        return torch.ops.cxv_kernels.performer_attention_backward(
+            grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.kernel, ctx.eps = inputs[-2:]
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        grad_out, q, k, v, projection, key_mask = ctx.saved_tensors
+        reference = partial(
+            performer_attention_reference, projection=projection, kernel=ctx.kernel, eps=ctx.eps, key_mask=key_mask
+        )
+        second = double_backward(reference, [q, k, v], [grad_out], grads)
+        return (*second[0], *second[1], *(None,) * 7)
+
+
+class PerformerFeatures(torch.autograd.Function):
+    """(x, projection, is_query, kernel, eps) → (φ, key_max); key_max carries no gradient."""
+
+    @staticmethod
+    def forward(x, projection, is_query, kernel, eps):
+        return torch.ops.cxv_kernels.performer_features_forward(x, projection, is_query, kernel, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, projection, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, projection, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_phi: Tensor | None, _: None):
+        if grad_phi is None:
+            return (None,) * 5
+        return (PerformerFeaturesBackward.apply(grad_phi, *ctx.saved_tensors, *ctx.options), *(None,) * 4)
+
+
+class PerformerFeaturesBackward(torch.autograd.Function):
+    """The fused backward of performer_features, itself differentiable."""
+
+    @staticmethod
+    def forward(grad_phi, x, projection, key_max, is_query, kernel, eps):
+        return torch.ops.cxv_kernels.performer_features_backward(
+            grad_phi, x, projection, key_max, is_query, kernel, eps
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_phi, x, projection, _, *ctx.options = inputs
+        ctx.save_for_backward(grad_phi, x, projection)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        grad_phi, x, projection = ctx.saved_tensors
+        is_query, kernel, eps = ctx.options
+
+        def reference(x: Tensor) -> Tensor:
+            return performer_features_reference(x, projection, is_query, kernel, eps)
+
+        second = double_backward(reference, [x], [grad_phi], [grad])
+        return (*second[0], *second[1], *(None,) * 5)
+
+
+backends.register("performer_attention", "cpp", serves_cpu)
+backends.register("performer_features", "cpp", serves_cpu)
