@@ -32,3 +32,9 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
         "every other token": torch.stack([x, x], dim=3).flatten(2, 3)[:, :, ::2],
         "expanded batch": x[:1].expand_as(x),
     }
+
+
+def qkv(batch=2, num_heads=3, queries=70, keys=150, dim=32, value_dim=32, dtype=torch.float64, grad=False):
+    """q (B, H, N_q, D), k (B, H, N_k, D) and v (B, H, N_k, E), normal random."""
+    shapes = ((queries, dim), (keys, dim), (keys, value_dim))
+    return [heads(batch, num_heads, n, d, dtype=dtype, grad=grad) for n, d in shapes]

@@ -59,6 +59,10 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partial", "state", "key_stat")),
         *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("grad_state", "grad_z")),
+        ("features", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("projection", "key_max")),
+        *((name, ctypes.c_int64) for name in ("wave_begin", "wave_end")),
+        ("running", ctypes.c_void_p),
     ]
 
 

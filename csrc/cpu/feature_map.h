@@ -94,7 +94,8 @@ class Features {
       for (int64_t d = W; d < Mp_; d += W) top = vmax<A>(top, load_at(row, 0, d));
       const A max = reduce_max<A>(top);
       if (map_ == FeatureMap::kFavor) {
-        const V shift = splat<A>(max + half_norm_[r]);
+        // With c = 0 the maximum is over the whole exponent, and half the squared norm cancels.
+        const V shift = splat<A>(c_ == 0 ? max : max + half_norm_[r]);
         for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, exp(load_at(row, 0, d) - shift));
         continue;
       }

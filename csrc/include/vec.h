@@ -94,10 +94,13 @@ CXV_INLINE A reduce_add(Vec<A> x) {
 // C library's.
 CXV_INLINE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  using I = VecTraits<float>::Int;
   const V low = splat<float>(-87.33654f), high = splat<float>(88.72283f);
   const V magic = splat<float>(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer
+#if CXV_VECTOR_BYTES == 64
+  const V clamped = (V)_mm512_min_ps((__m512)splat<float>(89.f), (__m512)x);  // NaN stays; e^89 overflows
+#else
   const V clamped = x > high ? high : (x < low ? low : x);
+#endif
   const V shifted = clamped * 1.44269504088896341f + magic;
   const V n = shifted - magic;
   V r = clamped - n * 0.693145751953125f;  // ln 2 in two parts
@@ -108,6 +111,11 @@ CXV_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
+#if CXV_VECTOR_BYTES == 64
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (V)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+  using I = VecTraits<float>::Int;
   I exponent;
   std::memcpy(&exponent, &shifted, sizeof exponent);
   exponent = exponent - 0x4B400000;  // n as an integer
@@ -120,6 +128,7 @@ CXV_INLINE Vec<float> exp(Vec<float> x) {
   y = x < low ? V{} : y;
   y = x > high ? splat<float>(INFINITY) : y;
   return x != x ? x : y;
+#endif
 }
 CXV_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);

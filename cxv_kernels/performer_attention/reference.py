@@ -135,7 +135,8 @@ def performer_attention_reference(
     out_dtype, dtype = q.dtype, accumulate_dtype(q.dtype)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if k.shape[2] == 0:
-        return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3]).to(out_dtype)
+        nothing = (q.sum(dim=-1, keepdim=True) + k.sum() + v.sum()) * 0
+        return nothing.expand(*q.shape[:3], v.shape[3]).to(out_dtype)
     if kernel == "softmax" and eps == 0:
         return _exact_exponents(q, k, v, projection, key_mask).to(out_dtype)
     phi_q = favor_features(q, projection, True, kernel, eps)
