@@ -33,4 +33,7 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def(
       "performer_features_backward(Tensor grad_phi, Tensor x, Tensor projection, Tensor key_max, bool is_query,"
       " str kernel, float eps) -> Tensor");
+
+  // x and residual contiguous, of one shape and dtype; seed one int64; element i is element offset + i of the mask.
+  m.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p, int offset) -> Tensor");
 }

@@ -20,6 +20,7 @@ OPS = (
     "performer_features",
     "nystrom_attention",
     "conv_norm",
+    "dropout",
 )
 
 Check = Callable[[torch.device, torch.dtype, int], str | None]

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import backends, conv_norm, kv_state, linear_attention, nystrom_attention
+from . import backends, conv_norm, dropout, kv_state, linear_attention, nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
 from .validation import FLOAT_DTYPES, accumulate_dtype
 
@@ -81,6 +81,9 @@ def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> l
     image, weight, channels = (batch, dim, 9, 11), (dim + 3, dim, 3, 3), (dim + 3,)
     # the convolution is rounded to the dtype before the norm
     found.append(Case("conv_norm", "3×3", conv_norm, (image, weight, channels, channels, channels), 9 * dim, 4))
+    seed = torch.tensor(12345)
+    drop = lambda x, residual, **options: dropout(x, 0.3, seed.to(x.device), residual=residual, **options)  # noqa: E731
+    found.append(Case("dropout", "p=0.3", drop, (query, query), 1))
     return found
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
-    """Raise ``TypeError`` unless ``x`` is a floating tensor, ``ValueError`` unless it has ``ndim`` dimensions."""
+def check_tensor(name: str, x: Tensor, ndim: int | None, layout: str = "") -> None:
+    """Raise ``TypeError`` unless ``x`` is a floating tensor, ``ValueError`` unless of ``ndim`` dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != ndim:
+    if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions {layout}, got shape {tuple(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")

@@ -1,0 +1,26 @@
+// What a dropout kernel is told. Torch-free.
+#pragma once
+
+#include "view.h"
+
+namespace cxv {
+
+// out = x · keep / P(keep) + residual over contiguous arrays; element i of them is element offset + i of the mask.
+struct Dropout {
+  DType dtype;
+  const void* x;
+  const void* residual;  // or null
+  void* out;
+  int64_t count, offset;
+  uint64_t seed;
+  int32_t threshold;  // an element is kept if its 16 random bits are below: P(keep) = threshold / 65536
+};
+
+// Elements that share 16 Philox counters; a kernel's work is dealt in blocks of the mask.
+inline constexpr int64_t kDropoutBlock = 128;
+
+struct DropoutKernels {
+  void (*apply)(const Dropout&, int64_t begin, int64_t end);  // blocks of the mask, from that of `offset` on
+};
+
+}  // namespace cxv

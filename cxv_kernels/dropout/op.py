@@ -1,0 +1,39 @@
+"""The fused op: fake implementation, autograd, and what its kernel can serve."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._extension import CPP_MISSING
+from ..autograd import serves_cpu
+
+if CPP_MISSING is None:
+
+    @torch.library.register_fake("cxv_kernels::dropout")
+    def _(x, residual, seed, p, offset):
+        return torch.empty_like(x)
+
+
+class Dropout(torch.autograd.Function):
+    """(x, residual, seed, p, offset) → out. It is linear in x, so its gradient is itself, of any order."""
+
+    @staticmethod
+    def forward(x, residual, seed, p, offset):
+        return torch.ops.cxv_kernels.dropout(x, residual, seed, p, offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, residual, seed, ctx.p, ctx.offset = inputs
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        (seed,) = ctx.saved_tensors
+        grad_x = Dropout.apply(grad.contiguous(), None, seed, ctx.p, ctx.offset) if ctx.needs_input_grad[0] else None
+        return grad_x, grad if ctx.has_residual else None, None, None, None
+
+
+backends.register("dropout", "cpp", serves_cpu)
