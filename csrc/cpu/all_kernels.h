@@ -1,6 +1,7 @@
 // Every kernel for one instruction set: included by isa_*.cpp alone.
 #pragma once
 
+#include "conv_norm_kernel.h"
 #include "kernels.h"
 #include "linear_attention_kernel.h"
 
@@ -9,6 +10,7 @@ namespace CXV_ISA {
 
 inline constexpr Kernels kKernels = {
     .linear_attention = kLinearAttention,
+    .conv_norm = kConvNorm,
 };
 
 }  // namespace CXV_ISA

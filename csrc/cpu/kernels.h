@@ -1,6 +1,7 @@
 // What each instruction set's build (isa_*.cpp) exports: every kernel, in one table.
 #pragma once
 
+#include "../include/conv_norm.h"
 #include "../include/linear_attention.h"
 #include "isa.h"
 
@@ -8,6 +9,7 @@ namespace cxv {
 
 struct Kernels {
   LinearAttentionKernels linear_attention;
+  ConvNormKernels conv_norm;
 };
 
 extern const Kernels kBaselineKernels;
