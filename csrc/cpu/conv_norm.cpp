@@ -132,13 +132,14 @@ void run(cxv::ConvNormKernels::Pass pass, const ConvNorm& p, int64_t items) {
 }
 
 // Can x̂ be read off the result, as (out − β)/γ? Rounding out to a unit roundoff of u leaves an error of u(|x̂| + |β/γ|),
-// and what is subnormal or infinite leaves more.
+// and what is subnormal or infinite leaves more. Of one or two channels du is little more than what cancels.
 template <class A>
 bool invertible(const ConvNorm& p, ScalarType dtype) {
   const bool low = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   const A ratio = low ? 4 : 16;
   const A smallest = dtype == ScalarType::Half ? A(0x1p-14) : std::numeric_limits<A>::min();
   const A largest = dtype == ScalarType::Half ? A(65504) : std::numeric_limits<A>::max() / 2;
+  if (p.channels <= 2) return false;
   const A root = std::sqrt(A(p.channels));  // |x̂| is less
   for (int64_t c = 0; c < p.channels; ++c) {
     const A gamma = std::abs(static_cast<const A*>(p.gamma)[c]), beta = std::abs(static_cast<const A*>(p.beta)[c]);

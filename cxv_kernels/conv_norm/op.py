@@ -63,9 +63,7 @@ class ConvNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(grad_out, x, weight, bias, gamma, beta, out, rstd, eps, needed):
-        grads = torch.ops.cxv_kernels.conv_norm_backward(
-            grad_out, x, weight, bias, out, rstd, gamma, beta, eps, needed
-        )
+        grads = torch.ops.cxv_kernels.conv_norm_backward(grad_out, x, weight, bias, out, rstd, gamma, beta, eps, needed)
         return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
     @staticmethod
