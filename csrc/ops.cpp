@@ -36,4 +36,15 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
 
   // x and residual contiguous, of one shape and dtype; seed one int64; element i is element offset + i of the mask.
   m.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p, int offset) -> Tensor");
+
+  // x (B, C_in, H, W), weight (C_out, C_in, 3, 3), bias (C_out) in x's dtype; gamma, beta (C_out) and rstd (B, H, W) in
+  // float32, or float64 for float64 inputs. out (B, C_out, H, W) lies in memory as the convolution's output does.
+  m.def(
+      "conv_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps)"
+      " -> (Tensor out, Tensor rstd)");
+  // needed: the gradients that are wanted, in the order of the results; the others come back empty, (0).
+  m.def(
+      "conv_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor rstd,"
+      " Tensor gamma, Tensor beta, float eps, bool[5] needed) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
+      " Tensor grad_gamma, Tensor grad_beta)");
 }

@@ -19,7 +19,7 @@ namespace cxv {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline DType dtype_of(const Tensor& t) {
+inline DType dtype_of(const Tensor& t, const char* name = "q") {
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return DType::kDouble;
@@ -30,7 +30,7 @@ inline DType dtype_of(const Tensor& t) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "cxv_kernels: q must be float64, float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "cxv_kernels: ", name, " must be float64, float32, float16 or bfloat16");
   }
 }
 

@@ -79,8 +79,16 @@ def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> l
         Case("nystrom_attention", "16 landmarks", partial(nystrom_attention, num_landmarks=16), attention, tokens, 8),
     ]
     image, weight, channels = (batch, dim, 9, 11), (dim + 3, dim, 3, 3), (dim + 3,)
+
+    def channels_last(x: Tensor, *rest: Tensor, **options) -> Tensor:
+        return conv_norm(x.contiguous(memory_format=torch.channels_last), *rest, **options)
+
     # the convolution is rounded to the dtype before the norm
-    found.append(Case("conv_norm", "3×3", conv_norm, (image, weight, channels, channels, channels), 9 * dim, 4))
+    convolution = ((image, weight, channels, channels, channels), 9 * dim, 4)
+    found += [
+        Case("conv_norm", "NCHW", conv_norm, *convolution),
+        Case("conv_norm", "channels_last", channels_last, *convolution),
+    ]
     seed = torch.tensor(12345)
     drop = lambda x, residual, **options: dropout(x, 0.3, seed.to(x.device), residual=residual, **options)  # noqa: E731
     found.append(Case("dropout", "p=0.3", drop, (query, query), 1))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_cpp
 from torch import nn
 
 import cxv
@@ -152,15 +153,34 @@ def test_features_head_and_classifier():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast_and_channels_last(name):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_autocast_and_channels_last(name, layout):
     model = small(name, use_fused=True)
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(x.contiguous(memory_format=torch.channels_last))
+        logits = model(x)
         features = model.forward_features(x)
     assert logits.dtype == torch.bfloat16
     assert features.is_contiguous(memory_format=torch.channels_last)
     logits.float().sum().backward()
+
+
+@needs_cpp
+def test_no_layout_is_changed_around_conv_and_norm():
+    model = small("cltv-5/4", use_fused=True)
+    layer, x = model.layers[1].conv_norm, torch.randn(2, 3, 8, 8)
+    seen = []
+    for module in model.layers:
+        module.conv_norm.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+        module.conv_norm.register_full_backward_hook(lambda _, gi, go: seen.extend((*gi, *go)))
+    model(x).sum().backward()
+    assert len(seen) == 8
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+    features = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.autograd.grad(layer(features), (features, *layer.parameters()), features)
+    copied = [e.input_shapes for e in profile.events() if e.name in ("aten::copy_", "aten::clone")]
+    assert not [shapes for shapes in copied if shapes[0] and shapes[0][0] == 2]
 
 
 @pytest.mark.parametrize("name", NAMES)

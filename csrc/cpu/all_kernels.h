@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dropout_kernel.h"
+#include "conv_norm_kernel.h"
 #include "kernels.h"
 #include "linear_attention_kernel.h"
 
@@ -11,6 +12,7 @@ namespace CXV_ISA {
 inline constexpr Kernels kKernels = {
     .linear_attention = kLinearAttention,
     .dropout = kDropout,
+    .conv_norm = kConvNorm,
 };
 
 }  // namespace CXV_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../include/dropout.h"
+#include "../include/conv_norm.h"
 #include "../include/linear_attention.h"
 #include "isa.h"
 
@@ -10,6 +11,7 @@ namespace cxv {
 struct Kernels {
   LinearAttentionKernels linear_attention;
   DropoutKernels dropout;
+  ConvNormKernels conv_norm;
 };
 
 extern const Kernels kBaselineKernels;

@@ -113,7 +113,6 @@ class CXV(nn.Module):
             )
             for i in range(depth)
         )
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = self._classifier()
 
     def _classifier(self) -> nn.Module:
@@ -136,10 +135,12 @@ class CXV(nn.Module):
         self.head = self._classifier().to(weight.device, weight.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → (B, C, H/stem_stride, W/stem_stride)."""
+        """(B, in_chans, H, W) → (B, C, H/stem_stride, W/stem_stride), channels_last in memory."""
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"input must be (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
-        x = self.stem(x)
+        # channels_last from end to end: attention, MLP and norm read a pixel's channels together, and of all that could
+        # be converted the image is the smallest
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for layer in self.layers:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)
@@ -149,7 +150,7 @@ class CXV(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) → (B, num_classes), or the pooled features (B, C) with ``pre_logits``."""
-        x = self.pool(x).flatten(1)
+        x = x.permute(0, 2, 3, 1).mean((1, 2))  # as AdaptiveAvgPool2d, but its gradient is channels_last too
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

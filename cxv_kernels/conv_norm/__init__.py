@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_same, check_tensor, without_autocast
+from ..validation import accumulate_dtype, autocast_inputs, check_same, check_tensor, without_autocast
+from .op import ConvNorm
 from .reference import conv_norm_reference
 
 __all__ = ["conv_norm"]
@@ -33,7 +34,11 @@ def conv_norm(
         backend: see :func:`cxv_kernels.use_backend`.
 
     Returns:
-        (B, C_out, H, W) in x's dtype (autocast's under autocast), channels_last in memory.
+        (B, C_out, H, W) in x's dtype (autocast's under autocast). In memory it lies as the convolution's own output:
+        channels_last if x or weight does, else NCHW; from the reference always channels_last.
+
+    Saved for backward: x, the output (so it must not be changed in place) and one number per pixel. Double backward
+    goes through the reference; forward-mode AD needs ``backend="reference"``.
 
     Raises:
         ValueError: a wrong rank, shape, device or backend; TypeError: a wrong or mixed dtype; RuntimeError: the
@@ -58,6 +63,8 @@ def conv_norm(
         check_same(name, t, "x", x, dtype=False)
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
-    backends.resolve("conv_norm", x, backend)
     with without_autocast(x):
-        return conv_norm_reference(x, weight, bias, gamma, beta, eps)
+        if backends.resolve("conv_norm", x, backend) == "reference":
+            return conv_norm_reference(x, weight, bias, gamma, beta, eps)
+        dtype = accumulate_dtype(x.dtype)
+        return ConvNorm.apply(x, weight, bias, gamma.to(dtype), beta.to(dtype), eps)[0]
