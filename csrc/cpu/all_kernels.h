@@ -3,12 +3,14 @@
 
 #include "kernels.h"
 #include "linear_attention_kernel.h"
+#include "nystrom_attention_kernel.h"
 
 namespace cxv {
 namespace CXV_ISA {
 
 inline constexpr Kernels kKernels = {
     .linear_attention = kLinearAttention,
+    .nystrom_attention = kNystromAttention,
 };
 
 }  // namespace CXV_ISA

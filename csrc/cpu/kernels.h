@@ -2,12 +2,14 @@
 #pragma once
 
 #include "../include/linear_attention.h"
+#include "../include/nystrom_attention.h"
 #include "isa.h"
 
 namespace cxv {
 
 struct Kernels {
   LinearAttentionKernels linear_attention;
+  NystromAttentionKernels nystrom_attention;
 };
 
 extern const Kernels kBaselineKernels;
