@@ -410,6 +410,18 @@ def test_compile_fullgraph_keeps_the_fused_ops():
 
 
 @needs_cpp
+@pytest.mark.slow
+def test_compile_inductor():
+    inputs = [*qkv(dtype=torch.float32, grad=True), residual_weight(dtype=torch.float32, grad=True)]
+
+    def loss(q, k, v, weight):
+        return nystrom_attention(q, k, v, 16, residual_weight=weight).sin().sum()
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs), rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
 def test_compile_dynamic_shapes():
     compiled = torch.compile(lambda *t: nystrom_attention(*t, 16), fullgraph=True, dynamic=True, backend="aot_eager")
     for queries, keys in ((64, 64), (100, 33), (33, 100)):
