@@ -47,4 +47,18 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
       "conv_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor rstd,"
       " Tensor gamma, Tensor beta, float eps, bool[5] needed) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
       " Tensor grad_gamma, Tensor grad_beta)");
+
+  // What Nyström attention has beyond scaled-dot-product attention. x (B, H, N, D); means (B, H, m, D) in float32, or
+  // float64 for float64. summary and mixed (B, H, m, E), mixed = softmax(D^-½ q_means k_meansᵀ)⁺ summary.
+  m.def("nystrom_means(Tensor x, int landmarks) -> Tensor means");
+  m.def("nystrom_means_backward(Tensor grad_means, Tensor x) -> Tensor grad_x");
+  m.def("nystrom_mix(Tensor q_means, Tensor k_means, Tensor summary) -> Tensor mixed");
+  m.def(
+      "nystrom_mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary)"
+      " -> (Tensor grad_q_means, Tensor grad_k_means, Tensor grad_summary)");
+  // attention + the convolution along N of v (B, H, N, E) with weight (H, 1, K, 1), K odd.
+  m.def("nystrom_residual(Tensor attention, Tensor v, Tensor weight) -> Tensor out");
+  m.def(
+      "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight)"
+      " -> (Tensor grad_v, Tensor grad_weight)");
 }

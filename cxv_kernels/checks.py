@@ -59,6 +59,9 @@ def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> l
     def performer_phi(x: Tensor, is_query: bool, **options) -> Tensor:
         return performer_features(x, projection.to(x.device), is_query, **options)
 
+    def nystrom_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options) -> Tensor:
+        return nystrom_attention(q, k, v, 16, residual_weight=weight, **options)
+
     attention = (query, key, value)
     found = [
         Case("linear_attention", m, partial(linear_attention, feature_map=m), attention, tokens)
@@ -77,6 +80,7 @@ def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> l
         Case("performer_features", "key", partial(performer_phi, is_query=False), (key,), dim, 2),
         # the pseudo-inverse enlarges the roundings of the landmarks' softmax
         Case("nystrom_attention", "16 landmarks", partial(nystrom_attention, num_landmarks=16), attention, tokens, 8),
+        Case("nystrom_attention", "residual", nystrom_residual, (*(query,) * 3, (heads, 1, 33, 1)), tokens, 8),
     ]
     image, weight, channels = (batch, dim, 9, 11), (dim + 3, dim, 3, 3), (dim + 3,)
 

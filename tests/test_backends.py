@@ -74,6 +74,7 @@ def test_reasons_name_the_device():
 
 def test_a_fallback_is_announced_once(monkeypatch):
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setitem(backends._checks, "nystrom_attention", {})
     q = heads(1, 1, 4, 4)
     with pytest.warns(UserWarning, match="nystrom_attention on cpu is served by the reference .*explain_backend"):
         cxv_kernels.nystrom_attention(q, q, q)

@@ -5,6 +5,7 @@
 #include "conv_norm_kernel.h"
 #include "kernels.h"
 #include "linear_attention_kernel.h"
+#include "nystrom_attention_kernel.h"
 
 namespace cxv {
 namespace CXV_ISA {
@@ -13,6 +14,7 @@ inline constexpr Kernels kKernels = {
     .linear_attention = kLinearAttention,
     .dropout = kDropout,
     .conv_norm = kConvNorm,
+    .nystrom_attention = kNystromAttention,
 };
 
 }  // namespace CXV_ISA

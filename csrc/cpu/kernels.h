@@ -4,6 +4,7 @@
 #include "../include/dropout.h"
 #include "../include/conv_norm.h"
 #include "../include/linear_attention.h"
+#include "../include/nystrom_attention.h"
 #include "isa.h"
 
 namespace cxv {
@@ -12,6 +13,7 @@ struct Kernels {
   LinearAttentionKernels linear_attention;
   DropoutKernels dropout;
   ConvNormKernels conv_norm;
+  NystromAttentionKernels nystrom_attention;
 };
 
 extern const Kernels kBaselineKernels;

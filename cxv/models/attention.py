@@ -107,7 +107,9 @@ class NystromAttention(_Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.split_heads(t) for t in self.qkv(to_tokens(x)).chunk(3, dim=-1))
-        out = cxv_kernels.nystrom_attention(q, k, v, self.num_landmarks, backend=self.backend) + self.res_conv(v)
+        out = cxv_kernels.nystrom_attention(
+            q, k, v, self.num_landmarks, residual_weight=self.res_conv.weight, backend=self.backend
+        )
         return to_pixels(self.proj_drop(self.proj(self.merge_heads(out))), x)
 
 

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_attention, without_autocast
+from ..validation import autocast_inputs, check_attention, check_same, check_tensor, without_autocast
+from .op import nystrom_attention_fused
 from .reference import nystrom_attention_reference
 
 __all__ = ["nystrom_attention"]
@@ -15,6 +16,7 @@ def nystrom_attention(
     v: Tensor,
     num_landmarks: int = 64,
     *,
+    residual_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Nyström approximation of softmax attention (Xiong et al. 2021, eq. 13; paper section 3.1).
@@ -27,19 +29,43 @@ def nystrom_attention(
         q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
             any strides. Under autocast they are cast to its dtype.
         num_landmarks: at most this many landmarks; no more than tokens are used.
+        residual_weight: (H, 1, K, 1) in q's dtype (cast with it under autocast), K odd, as ``nn.Conv2d`` holds it. Each
+            head of v, convolved along its tokens with its row and zeros beyond both ends, is added to the output;
+            N_q = N_k then. With K = 33 it is the residual of the paper's CNV.
         backend: see :func:`cxv_kernels.use_backend`.
 
     Returns:
         (B, H, N_q, E) in q's dtype; the landmarks' matrices are float32 (float64 for float64).
 
+    Saved for backward by the fused op: q, k, v, O(m·(D + E)) per head for m landmarks, and what
+    ``F.scaled_dot_product_attention`` keeps (its output and one number per query). Double backward goes through the
+    reference, and needs PyTorch's ``SDPBackend.MATH``; forward-mode AD ``backend="reference"`` as well.
+
     Raises:
-        ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1; TypeError: a wrong or mixed
-        dtype; RuntimeError: the named backend cannot serve.
+        ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1, an even K, a residual where
+        N_q ≠ N_k; TypeError: a wrong or mixed dtype; RuntimeError: the named backend cannot serve.
     """
-    q, k, v = autocast_inputs(q, k, v)
+    if residual_weight is None:
+        q, k, v = autocast_inputs(q, k, v)
+    else:
+        q, k, v, residual_weight = autocast_inputs(q, k, v, residual_weight)
     check_attention(q, k, v)
     if num_landmarks < 1:
         raise ValueError(f"num_landmarks must be at least 1, got {num_landmarks}")
-    backends.resolve("nystrom_attention", q, backend)
+    if residual_weight is not None:
+        _check_residual(residual_weight, q, v)
+    landmarks = min(num_landmarks, q.shape[2], k.shape[2])
     with without_autocast(q):
-        return nystrom_attention_reference(q, k, v, num_landmarks)
+        if backends.resolve("nystrom_attention", q, backend) == "reference" or landmarks == 0:
+            return nystrom_attention_reference(q, k, v, landmarks, residual_weight)
+        return nystrom_attention_fused(q, k, v, landmarks, residual_weight)
+
+
+def _check_residual(weight: Tensor, q: Tensor, v: Tensor) -> None:
+    check_tensor("residual_weight", weight, 4, "(H, 1, K, 1)")
+    check_same("residual_weight", weight, "q", q)
+    heads, kernel = q.shape[1], weight.shape[2]
+    if weight.shape != (heads, 1, kernel, 1) or kernel % 2 == 0:
+        raise ValueError(f"residual_weight must have shape ({heads}, 1, K, 1) with K odd, got {tuple(weight.shape)}")
+    if q.shape[2] != v.shape[2]:
+        raise ValueError(f"residual_weight needs as many queries as keys, got {q.shape[2]} and {v.shape[2]}")

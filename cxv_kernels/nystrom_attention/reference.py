@@ -36,13 +36,30 @@ def iterative_pinv(a: Tensor, iterations: int = 6) -> Tensor:
     return z
 
 
-def nystrom_attention_reference(q: Tensor, k: Tensor, v: Tensor, num_landmarks: int = 64) -> Tensor:
-    """See :func:`cxv_kernels.nystrom_attention`."""
-    landmarks = min(num_landmarks, q.shape[2], k.shape[2])
+def mix_reference(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
+    """A⁺ summary (B, H, m, E) with A = softmax(D^-½ q_means k_meansᵀ); means (B, H, m, D) in float32 or float64."""
+    inverse = iterative_pinv((q_means * q_means.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1))
+    return (inverse @ summary.to(inverse.dtype)).to(summary.dtype)
+
+
+def residual_reference(v: Tensor, weight: Tensor) -> Tensor:
+    """Each head of v (B, H, N, E) convolved along its tokens with weight (H, 1, K, 1)."""
+    if v.numel() == 0:
+        return v * weight.sum()
+    return F.conv2d(v, weight, padding=(weight.shape[2] // 2, 0), groups=v.shape[1])
+
+
+def nystrom_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, landmarks: int = 64, residual_weight: Tensor | None = None
+) -> Tensor:
+    """See :func:`cxv_kernels.nystrom_attention`; no more landmarks than tokens are used."""
+    landmarks = min(landmarks, q.shape[2], k.shape[2])
     if landmarks == 0:  # no query: an empty result; no key: zeros
-        return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
-    dtype = accumulate_dtype(q.dtype)
-    q_means, k_means = segment_means(q.to(dtype), landmarks), segment_means(k.to(dtype), landmarks)
-    inverse = iterative_pinv((q_means * q.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1))
-    summary = F.scaled_dot_product_attention(q_means.to(q.dtype), k, v)
-    return F.scaled_dot_product_attention(q, k_means.to(q.dtype), (inverse @ summary.to(dtype)).to(q.dtype))
+        out = (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
+    else:
+        dtype = accumulate_dtype(q.dtype)
+        q_means, k_means = segment_means(q.to(dtype), landmarks), segment_means(k.to(dtype), landmarks)
+        summary = F.scaled_dot_product_attention(q_means.to(q.dtype), k, v)
+        mixed = mix_reference(q_means, k_means, summary)
+        out = F.scaled_dot_product_attention(q, k_means.to(q.dtype), mixed)
+    return out if residual_weight is None else out + residual_reference(v, residual_weight)

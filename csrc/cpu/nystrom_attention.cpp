@@ -1,0 +1,156 @@
+// nystrom_attention on the CPU: checks, memory and threads. The arithmetic is in nystrom_attention_kernel.h.
+#include "../include/nystrom_attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../tensor.h"
+#include "kernels.h"
+
+namespace {
+
+using cxv::check;
+using torch::stable::Tensor;
+
+const cxv::NystromAttentionKernels& passes() { return cxv::kernels().nystrom_attention; }
+
+template <class P>
+void run(cxv::NystromAttentionKernels::Pass<P> pass, const P& p, int64_t items) {
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { pass(p, begin, end); });
+}
+
+void check_four(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, "cxv_kernels: ", name, " must have 4 dimensions, got ", t.dim());
+}
+
+cxv::NystromMeans describe_means(const Tensor& x, int64_t landmarks) {
+  cxv::NystromMeans p = {};
+  p.dtype = cxv::dtype_of(x);
+  p.batch = x.size(0);
+  p.heads = x.size(1);
+  p.tokens = x.size(2);
+  p.landmarks = landmarks;
+  p.dim = x.size(3);
+  STD_TORCH_CHECK(landmarks >= 1 && landmarks <= p.tokens, "cxv_kernels: landmarks must be from 1 to the number of ",
+                  "tokens ", p.tokens, ", got ", landmarks);
+  return p;
+}
+
+Tensor means(Tensor x, int64_t landmarks) {
+  check_four("x", x);
+  auto p = describe_means(x, landmarks);
+  Tensor out = cxv::new_accumulator(x, {p.batch, p.heads, landmarks, p.dim});
+  p.x = cxv::view(x);
+  p.means = cxv::view(out);
+  run(passes().means, p, p.batch * p.heads * landmarks);
+  return out;
+}
+
+Tensor means_backward(Tensor grad_means, Tensor x) {
+  check_four("x", x);
+  check_four("grad_means", grad_means);
+  auto p = describe_means(x, grad_means.size(2));
+  check("grad_means", grad_means, x, {p.batch, p.heads, p.landmarks, p.dim}, cxv::accumulator_of(x));
+  Tensor grad_x = cxv::new_like(x, {p.batch, p.heads, p.tokens, p.dim});
+  p.x = cxv::view(grad_x);
+  p.means = cxv::view(grad_means);
+  run(passes().spread, p, p.batch * p.heads * p.landmarks);
+  return grad_x;
+}
+
+cxv::NystromMix describe_mix(const Tensor& q_means, const Tensor& k_means, const Tensor& summary) {
+  check_four("q_means", q_means);
+  check_four("summary", summary);
+  cxv::NystromMix p = {};
+  p.dtype = cxv::dtype_of(summary);
+  p.batch = q_means.size(0);
+  p.heads = q_means.size(1);
+  p.landmarks = q_means.size(2);
+  p.dim = q_means.size(3);
+  p.value_dim = summary.size(3);
+  const auto accumulator = cxv::accumulator_of(summary);
+  check("q_means", q_means, summary, {p.batch, p.heads, p.landmarks, p.dim}, accumulator);
+  check("k_means", k_means, summary, {p.batch, p.heads, p.landmarks, p.dim}, accumulator);
+  check("summary", summary, q_means, {p.batch, p.heads, p.landmarks, p.value_dim}, summary.scalar_type());
+  p.q = cxv::view(q_means);
+  p.k = cxv::view(k_means);
+  p.y = cxv::view(summary);
+  return p;
+}
+
+Tensor mix(Tensor q_means, Tensor k_means, Tensor summary) {
+  auto p = describe_mix(q_means, k_means, summary);
+  Tensor out = cxv::new_like(summary, {p.batch, p.heads, p.landmarks, p.value_dim});
+  p.x = cxv::view(out);
+  run(passes().mix, p, p.batch * p.heads);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary) {
+  auto p = describe_mix(q_means, k_means, summary);
+  check("grad_mixed", grad_mixed, summary, {p.batch, p.heads, p.landmarks, p.value_dim}, summary.scalar_type());
+  Tensor grad_q = cxv::new_like(q_means, {p.batch, p.heads, p.landmarks, p.dim});
+  Tensor grad_k = cxv::new_like(k_means, {p.batch, p.heads, p.landmarks, p.dim});
+  Tensor grad_summary = cxv::new_like(summary, {p.batch, p.heads, p.landmarks, p.value_dim});
+  p.grad_x = cxv::view(grad_mixed);
+  p.grad_q = cxv::view(grad_q);
+  p.grad_k = cxv::view(grad_k);
+  p.grad_y = cxv::view(grad_summary);
+  run(passes().mix_backward, p, p.batch * p.heads);
+  return {grad_q, grad_k, grad_summary};
+}
+
+cxv::NystromResidual describe_residual(const Tensor& v, const Tensor& weight) {
+  check_four("v", v);
+  check_four("weight", weight);
+  cxv::NystromResidual p = {};
+  p.dtype = cxv::dtype_of(v);
+  p.batch = v.size(0);
+  p.heads = v.size(1);
+  p.tokens = v.size(2);
+  p.value_dim = v.size(3);
+  p.kernel = weight.size(2);
+  STD_TORCH_CHECK(p.kernel % 2 == 1, "cxv_kernels: weight must have an odd size in dimension 2, got ", p.kernel);
+  check("weight", weight, v, {p.heads, 1, p.kernel, 1}, v.scalar_type());
+  p.v = cxv::view(v);
+  p.weight = cxv::view(weight);
+  p.tiles = (p.tokens + passes().residual_tile - 1) / passes().residual_tile;
+  return p;
+}
+
+Tensor residual(Tensor attention, Tensor v, Tensor weight) {
+  auto p = describe_residual(v, weight);
+  check("attention", attention, v, {p.batch, p.heads, p.tokens, p.value_dim}, v.scalar_type());
+  Tensor out = cxv::new_like(attention, {p.batch, p.heads, p.tokens, p.value_dim});
+  p.attention = cxv::view(attention);
+  p.out = cxv::view(out);
+  run(passes().residual, p, p.batch * p.heads * p.tiles);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> residual_backward(Tensor grad_out, Tensor v, Tensor weight) {
+  auto p = describe_residual(v, weight);
+  check("grad_out", grad_out, v, {p.batch, p.heads, p.tokens, p.value_dim}, v.scalar_type());
+  Tensor grad_v = cxv::new_like(v, {p.batch, p.heads, p.tokens, p.value_dim});
+  Tensor grad_weight = cxv::new_like(weight, {p.heads, 1, p.kernel, 1});
+  Tensor partial = cxv::new_accumulator(v, {p.batch * p.heads * p.tiles, p.kernel});
+  p.grad_out = cxv::view(grad_out);
+  p.grad_v = cxv::view(grad_v);
+  p.grad_weight = cxv::view(grad_weight);
+  p.partial = partial.data_ptr();
+  run(passes().residual_backward, p, p.batch * p.heads * p.tiles);
+  run(passes().residual_weight_backward, p, p.heads);
+  return {grad_v, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cxv_kernels, CPU, m) {
+  m.impl("nystrom_means", TORCH_BOX(&means));
+  m.impl("nystrom_means_backward", TORCH_BOX(&means_backward));
+  m.impl("nystrom_mix", TORCH_BOX(&mix));
+  m.impl("nystrom_mix_backward", TORCH_BOX(&mix_backward));
+  m.impl("nystrom_residual", TORCH_BOX(&residual));
+  m.impl("nystrom_residual_backward", TORCH_BOX(&residual_backward));
+}

@@ -1,0 +1,400 @@
+// What Nyström attention has beyond scaled-dot-product attention, for one instruction set. The derivation is in
+// cxv_kernels/nystrom_attention/README.md; names follow it.
+#pragma once
+
+#include "../include/nystrom_attention.h"
+#include "../include/tile.h"
+#include "worker.h"
+
+namespace cxv {
+namespace CXV_ISA {
+
+CXV_INLINE int64_t whole_blocks(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
+
+template <class T>
+class NystromMeansPass {
+  using A = typename Accumulate<T>::type;
+  static constexpr int W = kWidth<A>;
+
+ public:
+  explicit NystromMeansPass(const NystromMeans& p)
+      : p_(p), D_(p.dim), Dp_(padded<A>(p.dim)), scratch_((kTile + 1) * Dp_) {}
+
+  void means(int64_t begin, int64_t end) {
+    A* tile = scratch_.take(kTile * Dp_);
+    A* mean = scratch_.take(Dp_);
+    for (int64_t item = begin; item < end; ++item) {
+      const Segment s(p_, item);
+      for (int64_t d = 0; d < Dp_; ++d) mean[d] = 0;
+      for (int64_t n = 0; n < s.size; n += kTile) {
+        const int64_t rows = s.size - n < kTile ? s.size - n : kTile;
+        pack(tile, Dp_, s.tokens + n * p_.x.stride[2], p_.x.stride[2], p_.x.stride[3], rows, D_);
+        for (int64_t d = 0; d < Dp_; d += W) {
+          Vec<A> sum = load<A>(mean + d);
+          for (int64_t r = 0; r < rows; ++r) sum += load<A>(tile + r * Dp_ + d);
+          store<A>(mean + d, sum);
+        }
+      }
+      for (int64_t d = 0; d < D_; ++d) s.mean[d * p_.means.stride[3]] = mean[d] / A(s.size);
+    }
+  }
+
+  void spread(int64_t begin, int64_t end) {
+    A* share = scratch_.take(Dp_);
+    for (int64_t item = begin; item < end; ++item) {
+      const Segment s(p_, item);
+      for (int64_t d = 0; d < D_; ++d) share[d] = s.mean[d * p_.means.stride[3]] / A(s.size);
+      unpack(s.tokens, p_.x.stride[2], p_.x.stride[3], share, 0, s.size, D_);
+    }
+  }
+
+ private:
+  // The tokens of one landmark: the first `tokens mod landmarks` have one more.
+  struct Segment {
+    T* tokens;
+    A* mean;
+    int64_t size;
+    Segment(const NystromMeans& p, int64_t item) {
+      const int64_t head = item / p.landmarks, i = item % p.landmarks, longer = p.tokens % p.landmarks;
+      size = p.tokens / p.landmarks;
+      const int64_t first = i * size + (i < longer ? i : longer);
+      size += i < longer;
+      tokens = at<T>(p.x, head / p.heads, head % p.heads, first);
+      mean = at<A>(p.means, head / p.heads, head % p.heads, i);
+    }
+  };
+
+  const NystromMeans& p_;
+  const int64_t D_, Dp_;
+  Scratch<A> scratch_;
+};
+
+template <class T>
+class NystromMixPass {
+  using A = typename Accumulate<T>::type;
+  using V = Vec<A>;
+  static constexpr int W = kWidth<A>;
+  static constexpr int kIterations = 6;
+
+ public:
+  explicit NystromMixPass(const NystromMix& p, bool backward)
+      : p_(p),
+        m_(p.landmarks),
+        D_(p.dim),
+        E_(p.value_dim),
+        mp_(padded<A>(p.landmarks)),
+        Dp_(padded<A>(p.dim)),
+        Ep_(padded<A>(p.value_dim)),
+        rows_(whole_blocks(p.landmarks)),
+        scale_(A(1 / std::sqrt(double(p.dim)))),
+        scratch_((backward ? 4 * kIterations + 7 : 6) * mp_ * mp_ + 5 * mp_ * (Dp_ + Ep_) + mp_) {
+    q_ = scratch_.take(mp_ * Dp_);
+    kt_ = scratch_.take(Dp_ * mp_);
+    y_ = scratch_.take(mp_ * Ep_);
+    x_ = scratch_.take(mp_ * Ep_);
+    sums_ = scratch_.take(mp_);
+    a_ = matrix();
+    if (backward) {
+      for (auto& z : z_) z = matrix();
+      for (int i = 0; i < kIterations; ++i) w_[i] = matrix(), u_[i] = matrix(), t_[i] = matrix();
+    } else {
+      for (int i = 0; i <= kIterations; ++i) z_[i] = i < 2 ? matrix() : z_[i - 2];
+      for (int i = 0; i < kIterations; ++i) {
+        w_[i] = i == 0 ? matrix() : w_[0];
+        u_[i] = i == 0 ? matrix() : u_[0];
+        t_[i] = i == 0 ? matrix() : t_[0];
+      }
+    }
+  }
+
+  void mix(int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      invert(head);
+      load_tile<T>(y_, Ep_, p_.y, head, E_);
+      product<A>(x_, Ep_, z_[kIterations], mp_, 1, y_, Ep_, rows_, Ep_, m_, false);
+      store_tile<T>(p_.x, head, x_, Ep_, E_);
+    }
+  }
+
+  // Every gradient of a matrix is kept transposed: then no product reads a transposed right operand.
+  void mix_backward(int64_t begin, int64_t end) {
+    A* k = scratch_.take(mp_ * Dp_);
+    A* dx = scratch_.take(mp_ * Ep_);
+    A* dxt = scratch_.take(Ep_ * mp_);
+    A* dqk = scratch_.take(mp_ * Dp_);
+    A* dz = matrix();  // dZᵀ
+    A* da = matrix();  // dAᵀ
+    A* r = matrix();
+    A* s = matrix();
+    A* dw = matrix();
+    for (int64_t head = begin; head < end; ++head) {
+      const A top = invert(head);
+      load_tile<T>(y_, Ep_, p_.y, head, E_);
+      load_tile<T>(dx, Ep_, p_.grad_x, head, E_);
+      load_transposed<T>(dxt, p_.grad_x, head, E_);
+      product<A>(x_, Ep_, z_[kIterations], 1, mp_, dx, Ep_, rows_, Ep_, m_, false);
+      store_tile<T>(p_.grad_y, head, x_, Ep_, E_);
+      product<A>(dz, mp_, y_, Ep_, 1, dxt, mp_, rows_, mp_, E_, false);
+      for (int64_t i = 0; i < rows_ * mp_; ++i) da[i] = 0;
+      for (int i = kIterations - 1; i >= 0; --i) {
+        times(r, dz, z_[i]);  // dTᵀ; R = −¼ dTᵀ is the gradient of WU
+        each(r, [&](A* p) { store<A>(p, load<A>(p) * A(-0.25)); });
+        times(dw, u_[i], r);
+        times(s, r, w_[i]);  // minus the gradient of U, so that of W(7 − W)
+        times(dw, w_[i], s, true);
+        times(dw, s, w_[i], true);
+        each(dw, [&](A* p) { store<A>(p, load<A>(p) - load<A>(s + (p - dw)) * A(7)); });
+        times(r, t_[i], dz);
+        times(r, dw, a_, true);
+        times(da, z_[i], dw, true);
+        std::swap(r, dz);
+      }
+      // Z₀ = Aᵀ / the largest column sum; columns that tie share its gradient.
+      V dot{};
+      for (int64_t i = 0; i < m_ * mp_; i += W) dot += load<A>(dz + i) * load<A>(a_ + i);
+      int64_t ties = 0;
+      for (int64_t j = 0; j < m_; ++j) ties += sums_[j] == top;
+      const A inverse = A(1) / top, dsum = -reduce_add<A>(dot) * inverse * inverse / A(ties > 0 ? ties : 1);
+      for (int64_t i = 0; i < m_; ++i)
+        for (int64_t j = 0; j < m_; ++j)
+          s[i * mp_ + j] = da[j * mp_ + i] + dz[i * mp_ + j] * inverse + (sums_[j] == top ? dsum : A(0));
+      for (int64_t i = 0; i < m_; ++i) {
+        A* row = s + i * mp_;
+        const A* weights = a_ + i * mp_;
+        for (int64_t j = m_; j < mp_; ++j) row[j] = 0;
+        V mean{};
+        for (int64_t j = 0; j < mp_; j += W) mean += load<A>(weights + j) * load<A>(row + j);
+        const V shift = splat<A>(reduce_add<A>(mean));
+        for (int64_t j = 0; j < mp_; j += W) store<A>(row + j, load<A>(weights + j) * (load<A>(row + j) - shift));
+      }
+      for (int64_t i = m_ * mp_; i < rows_ * mp_; ++i) s[i] = 0;
+      load_tile<A>(k, Dp_, p_.k, head, D_, scale_);
+      product<A>(dqk, Dp_, s, mp_, 1, k, Dp_, rows_, Dp_, m_, false);
+      store_tile<A>(p_.grad_q, head, dqk, Dp_, D_);
+      product<A>(dqk, Dp_, s, 1, mp_, q_, Dp_, rows_, Dp_, m_, false);
+      store_tile<A>(p_.grad_k, head, dqk, Dp_, D_);
+    }
+  }
+
+ private:
+  A* matrix() { return scratch_.take(mp_ * mp_); }
+
+  // c = a b, or += with add.
+  void times(A* c, const A* a, const A* b, bool add = false) const {
+    product<A>(c, mp_, a, mp_, 1, b, mp_, rows_, mp_, m_, add);
+  }
+  template <class F>
+  void each(A* matrix, F&& f) const {
+    for (A* p = matrix; p < matrix + rows_ * mp_; p += W) f(p);
+  }
+  // c = diagonal·I + factor·b
+  void affine(A* c, A diagonal, A factor, const A* b) const {
+    each(c, [&](A* p) { store<A>(p, load<A>(b + (p - c)) * splat<A>(factor)); });
+    for (int64_t i = 0; i < m_; ++i) c[i * mp_ + i] += diagonal;
+  }
+
+  // A, and the iterates Z with what each was made of: W = AZ, U = 15 − W(7 − W), T = ¼(13 − WU), Z' = ZT. Returns A's
+  // largest column sum. Its largest row sum, the scale's other factor, is 1, and so has no gradient.
+  A invert(int64_t head) {
+    load_tile<A>(q_, Dp_, p_.q, head, D_, scale_);
+    load_transposed<A>(kt_, p_.k, head, D_);
+    product<A>(a_, mp_, q_, Dp_, 1, kt_, mp_, rows_, mp_, D_, false);
+    softmax_rows();
+    for (int64_t j = 0; j < mp_; j += W) {
+      V sum{};
+      for (int64_t i = 0; i < m_; ++i) sum += load<A>(a_ + i * mp_ + j);
+      store<A>(sums_ + j, sum);
+    }
+    A top = sums_[0];
+    for (int64_t j = 1; j < m_; ++j) top = sums_[j] > top ? sums_[j] : top;
+    const A inverse = A(1) / top;
+    for (int64_t i = 0; i < rows_; ++i)
+      for (int64_t j = 0; j < mp_; ++j) z_[0][i * mp_ + j] = i < m_ && j < m_ ? a_[j * mp_ + i] * inverse : A(0);
+    for (int i = 0; i < kIterations; ++i) {
+      times(w_[i], a_, z_[i]);
+      affine(t_[i], 7, -1, w_[i]);
+      times(u_[i], w_[i], t_[i]);
+      affine(u_[i], 15, -1, u_[i]);
+      times(t_[i], w_[i], u_[i]);
+      affine(t_[i], A(3.25), A(-0.25), t_[i]);
+      times(z_[i + 1], z_[i], t_[i]);
+    }
+    return top;
+  }
+
+  void softmax_rows() const {
+    for (int64_t i = 0; i < m_; ++i) {
+      A* row = a_ + i * mp_;
+      for (int64_t j = m_; j < mp_; ++j) row[j] = -A(INFINITY);
+      V top = load<A>(row);
+      for (int64_t j = W; j < mp_; j += W) top = vmax<A>(top, load<A>(row + j));
+      const V max = splat<A>(reduce_max<A>(top));
+      V sum{};
+      for (int64_t j = 0; j < mp_; j += W) {
+        const V x = exp(load<A>(row + j) - max);
+        store<A>(row + j, x);
+        sum += x;
+      }
+      const V factor = splat<A>(A(1) / reduce_add<A>(sum));
+      for (int64_t j = 0; j < mp_; j += W) store<A>(row + j, load<A>(row + j) * factor);
+      for (int64_t j = m_; j < mp_; ++j) row[j] = 0;  // a NaN would reach the next head
+    }
+  }
+
+  template <class U>
+  void load_tile(A* dst, int64_t ld, const View& view, int64_t head, int64_t cols, A scale = 1) {
+    pack(dst, ld, at<U>(view, head / p_.heads, head % p_.heads, 0), view.stride[2], view.stride[3], m_, cols, scale);
+  }
+  // dst (cols × mp) = the transpose of a (landmarks × cols) tile
+  template <class U>
+  void load_transposed(A* dst, const View& view, int64_t head, int64_t cols) {
+    pack(dst, mp_, at<U>(view, head / p_.heads, head % p_.heads, 0), view.stride[3], view.stride[2], cols, m_);
+  }
+  template <class U>
+  void store_tile(const View& view, int64_t head, const A* src, int64_t ld, int64_t cols) {
+    unpack(at<U>(view, head / p_.heads, head % p_.heads, 0), view.stride[2], view.stride[3], src, ld, m_, cols);
+  }
+
+  const NystromMix& p_;
+  const int64_t m_, D_, E_, mp_, Dp_, Ep_, rows_;
+  const A scale_;
+  Scratch<A> scratch_;
+  A *q_, *kt_, *y_, *x_, *sums_, *a_;
+  A *z_[kIterations + 1], *w_[kIterations], *u_[kIterations], *t_[kIterations];
+};
+
+inline constexpr int64_t kResidualTile = 2 * kTile;  // tokens: the kernel's overlap is read twice
+
+// A tile's convolution is its product with the band matrix of the weight: A(i, l) = w(l − i), zeros outside.
+template <class T>
+class NystromResidualPass {
+  using A = typename Accumulate<T>::type;
+  using V = Vec<A>;
+  static constexpr int W = kWidth<A>;
+
+ public:
+  explicit NystromResidualPass(const NystromResidual& p)
+      : p_(p),
+        E_(p.value_dim),
+        Ep_(padded<A>(p.value_dim)),
+        K_(p.kernel),
+        Kp_(whole_blocks(p.kernel)),
+        scratch_(Ep_ * (3 * kResidualTile + 2 * Kp_ + 4 * kRows) + Kp_ * W + padded<A>(Kp_ + 4 * kRows)) {
+    tile_ = scratch_.take(kResidualTile * Ep_);
+    near_ = scratch_.take((kResidualTile + Kp_ + 2 * kRows) * Ep_);
+    weight_ = scratch_.take(padded<A>(Kp_ + 4 * kRows)) + kRows;
+  }
+
+  void residual(int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const Tile t(p_, item);
+      load_weight(t.head, false);
+      load_near(near_, p_.v, t);
+      const View& x = p_.attention;
+      pack(tile_, Ep_, at<T>(x, t.image, t.head, t.first), x.stride[2], x.stride[3], t.rows, E_);
+      convolve(t.rows, true);
+      unpack(at<T>(p_.out, t.image, t.head, t.first), p_.out.stride[2], p_.out.stride[3], tile_, Ep_, t.rows, E_);
+    }
+  }
+
+  void residual_backward(int64_t begin, int64_t end) {
+    A* values = scratch_.take((kResidualTile + Kp_ + 2 * kRows) * Ep_);
+    A* sums = scratch_.take(Kp_ * W);
+    for (int64_t item = begin; item < end; ++item) {
+      const Tile t(p_, item);
+      load_weight(t.head, true);
+      load_near(near_, p_.grad_out, t);
+      convolve(t.rows, false);
+      const View& dv = p_.grad_v;
+      unpack(at<T>(dv, t.image, t.head, t.first), dv.stride[2], dv.stride[3], tile_, Ep_, t.rows, E_);
+      load_near(values, p_.v, t);
+      A* partial = static_cast<A*>(p_.partial) + item * K_;
+      for (int64_t tap = 0; tap < K_; tap += kRows) {
+        correlate(sums, near_ + K_ / 2 * Ep_, values + tap * Ep_, t.rows);
+        for (int64_t i = 0; i < kRows && tap + i < K_; ++i) partial[tap + i] = reduce_add<A>(load<A>(sums + i * W));
+      }
+    }
+  }
+
+  void residual_weight_backward(int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head)
+      for (int64_t tap = 0; tap < K_; ++tap) {
+        double sum = 0;
+        for (int64_t image = 0; image < p_.batch; ++image)
+          for (int64_t tile = 0; tile < p_.tiles; ++tile)
+            sum += static_cast<const A*>(p_.partial)[((image * p_.heads + head) * p_.tiles + tile) * K_ + tap];
+        narrow(A(sum), at<T>(p_.grad_weight, head, 0, tap));
+      }
+  }
+
+ private:
+  struct Tile {
+    int64_t image, head, first, rows;
+    Tile(const NystromResidual& p, int64_t item) {
+      const int64_t head_of_all = item / p.tiles;
+      image = head_of_all / p.heads;
+      head = head_of_all % p.heads;
+      first = item % p.tiles * kResidualTile;
+      rows = p.tokens - first < kResidualTile ? p.tokens - first : kResidualTile;
+    }
+  };
+
+  // Zeros lie around the weight: kRows outputs that are a token apart read it at once.
+  void load_weight(int64_t head, bool flipped) {
+    for (int64_t tap = 0; tap < K_; ++tap)
+      weight_[flipped ? K_ - 1 - tap : tap] = widen(*at<const T>(p_.weight, head, 0, tap));
+  }
+
+  // dst = a tile's tokens and those that the kernel reaches, zeros where there are none.
+  void load_near(A* dst, const View& view, const Tile& t) {
+    const int64_t first = t.first - K_ / 2, last = first + whole_blocks(t.rows) + K_ - 1;
+    const int64_t from = first < 0 ? 0 : first, to = last > p_.tokens ? p_.tokens : last;
+    for (int64_t i = 0; i < (from - first) * Ep_; ++i) dst[i] = 0;
+    pack(dst + (from - first) * Ep_, Ep_, at<const T>(view, t.image, t.head, from), view.stride[2], view.stride[3],
+         to - from, E_);
+    for (int64_t i = (to - first) * Ep_; i < (last - first) * Ep_; ++i) dst[i] = 0;
+  }
+
+  void convolve(int64_t rows, bool add) {
+    for (int64_t i = 0; i < rows; i += kRows)
+      product<A>(tile_ + i * Ep_, Ep_, weight_, -1, 1, near_ + i * Ep_, Ep_, kRows, Ep_, K_ + kRows - 1, add);
+  }
+
+  // sums (kRows × W) = Σ over the tile of x(n) y(n + i), for i < kRows, W partial sums each.
+  void correlate(A* sums, const A* x, const A* y, int64_t rows) const {
+    V acc[kRows] = {};
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t e = 0; e < Ep_; e += W) {
+        const V g = load<A>(x + r * Ep_ + e);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) acc[i] += g * load<A>(y + (r + i) * Ep_ + e);
+      }
+    for (int i = 0; i < kRows; ++i) store<A>(sums + i * W, acc[i]);
+  }
+
+  const NystromResidual& p_;
+  const int64_t E_, Ep_, K_, Kp_;
+  Scratch<A> scratch_;
+  A *weight_, *tile_, *near_;
+};
+
+#define CXV_PASS(Params, pass, ...)                                                                                \
+  [](const Params& p, int64_t begin, int64_t end) {                                                                \
+    for_dtype(p.dtype, [&](auto x) { Params##Pass<decltype(x)>(p __VA_OPT__(, ) __VA_ARGS__).pass(begin, end); }); \
+  }
+
+inline constexpr NystromAttentionKernels kNystromAttention = {
+    .residual_tile = kResidualTile,
+    .means = CXV_PASS(NystromMeans, means),
+    .spread = CXV_PASS(NystromMeans, spread),
+    .mix = CXV_PASS(NystromMix, mix, false),
+    .mix_backward = CXV_PASS(NystromMix, mix_backward, true),
+    .residual = CXV_PASS(NystromResidual, residual),
+    .residual_backward = CXV_PASS(NystromResidual, residual_backward),
+    .residual_weight_backward = CXV_PASS(NystromResidual, residual_weight_backward),
+};
+
+#undef CXV_PASS
+
+}  // namespace CXV_ISA
+}  // namespace cxv

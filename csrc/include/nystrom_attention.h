@@ -1,0 +1,50 @@
+// What nystrom_attention's kernels are told: plain pointers and strides. Torch-free. "acc" is double for double and
+// float otherwise.
+#pragma once
+
+#include "view.h"
+
+namespace cxv {
+
+// Means of `landmarks` runs of tokens, or, backward, their gradient spread over the tokens.
+struct NystromMeans {
+  DType dtype;
+  int64_t batch, heads, tokens, landmarks, dim;
+  View x;      // (B, H, tokens, dim); backward: its gradient, written
+  View means;  // acc (B, H, landmarks, dim); backward: its gradient, read
+};
+
+// X = A⁺ Y with A = softmax(D^-½ q̃ k̃ᵀ), and its gradients.
+struct NystromMix {
+  DType dtype;  // of Y and X
+  int64_t batch, heads, landmarks, dim, value_dim;
+  View q, k;  // acc (B, H, landmarks, dim)
+  View y, x;  // (B, H, landmarks, value_dim)
+  View grad_x, grad_q, grad_k, grad_y;
+};
+
+// out = attention + the convolution of v along the tokens with its head's weight, and its gradients.
+struct NystromResidual {
+  DType dtype;
+  int64_t batch, heads, tokens, value_dim, kernel;
+  View attention, v, out;  // (B, H, tokens, value_dim)
+  View weight;             // (H, 1, kernel, 1)
+  View grad_out, grad_v, grad_weight;
+  int64_t tiles;  // of a head
+  void* partial;  // acc, heads in all × tiles × kernel: the tiles' shares of the weight's gradient
+};
+
+// One instruction set's kernels. Each does the items [begin, end) of its pass; items are independent, and what one
+// computes depends on nothing but its own head, so neither threads nor batch change a bit.
+struct NystromAttentionKernels {
+  template <class P>
+  using Pass = void (*)(const P&, int64_t begin, int64_t end);
+  int64_t residual_tile;                           // tokens
+  Pass<NystromMeans> means, spread;                // item = head · landmarks + landmark
+  Pass<NystromMix> mix, mix_backward;              // item = head
+  Pass<NystromResidual> residual;                  // item = head · tiles + tile
+  Pass<NystromResidual> residual_backward;         // item = head · tiles + tile; writes grad_v and partial
+  Pass<NystromResidual> residual_weight_backward;  // item = head of one image
+};
+
+}  // namespace cxv
