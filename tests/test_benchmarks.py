@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import attn_mem  # noqa: E402
+import common  # noqa: E402
 import memory  # noqa: E402
 from attn_mem_plot import draw  # noqa: E402
 
@@ -189,6 +190,24 @@ def test_interleaved_stops_at_its_limits():
     assert timing.spread == 0
 
 
+def test_interleaved_goes_on_without_what_runs_out_of_memory():
+    left = [None, None]
+
+    def full():
+        if not left:
+            raise torch.OutOfMemoryError("full")
+        left.pop()
+
+    def wrong():
+        raise RuntimeError("something else")
+
+    lost, kept = memory.interleaved([full, lambda: None], max_repeats=4)
+    assert lost is None
+    assert len(kept.samples) == 4
+    with pytest.raises(RuntimeError, match="something else"):
+        memory.interleaved([wrong])
+
+
 def test_timing_quartiles():
     timing = memory.Timing((4.0, 1.0, 2.0, 3.0, 5.0))
     assert (timing.median, timing.quartiles, timing.spread) == (3.0, (2.0, 4.0), 2.0)
@@ -264,6 +283,27 @@ def test_out_of_memory_is_a_row(tmp_path, monkeypatch, capsys):
     assert "out of memory" in capsys.readouterr().out
     rows = json.loads((tmp_path / "attn_mem-cpu.json").read_text())["attention"]
     assert [r["status"] for r in rows if r["implementation"] in ("reference", "torch")] == ["out of memory", "ok"]
+
+
+def test_out_of_memory_in_the_timing_rounds_is_a_row(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def full_later(q, k, v):
+        calls.append(0)
+        if len(calls) > 4:  # the check's two, the peak's and the saved bytes' had their memory
+            raise torch.OutOfMemoryError("full")
+        return q + k + v
+
+    monkeypatch.setattr(attn_mem, "attention", lambda mechanism, backend, _: full_later)
+    arguments = ["--quick", "--device", "cpu", "--no-models", "--lengths", "64", "--mechanisms", "nystrom,sdpa"]
+    assert attn_mem.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "out of memory" in capsys.readouterr().out
+    reference, *_, sdpa = json.loads((tmp_path / "attn_mem-cpu.json").read_text())["attention"]
+    assert (reference["status"], sdpa["status"]) == ("out of memory", "ok")
+    assert reference["peak_bytes"] > 0
+    assert reference["saved_bytes"] == 0
+    assert reference["forward"] is reference["forward_backward"] is None
+    assert sdpa["forward"]
 
 
 def test_crossover_is_where_it_wins_from_there_on():
