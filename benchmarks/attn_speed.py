@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,11 +34,12 @@ from common import (
     exponent,
     in_float64,
     lengths_of,
+    marking_out_of_memory,
     measure,
-    out_of_memory,
     positive,
     relative_error,
     some_of,
+    with_gradients,
     write_json,
 )
 from floors import Rates, Work, conv_work, linear_work, nystrom_work, performer_work, rates
@@ -191,40 +193,44 @@ def _add_compiled(
     if not settings.compile:
         row.status, case.notes[row.implementation] = "left out", "--no-compile"
         return
-    try:
+    with _excusing(run, case, "does not compile"):
         run.forward()
         run.forward_backward()
-    except Exception as error:  # whatever dynamo, inductor, the C++ compiler or Triton raise
-        if isinstance(error, RuntimeError) and out_of_memory(error):
-            row.status = "out of memory"
-            return
-        row.status = "does not compile"
-        case.notes[row.implementation] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+
+
+@contextmanager
+def _excusing(run: Run, case: Case, status: str) -> Iterator[None]:
+    """What is not ours may raise whatever it likes: the row says so, and the run goes on."""
+    try:
+        with marking_out_of_memory(run.row):
+            yield
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0][:120]
+        run.row.status, case.notes[run.row.implementation] = status, f"{type(error).__name__}: {first_line}"
 
 
 def _add_peer(case: Case, name: str, projection: Tensor, inputs: tuple[Tensor, ...], grad_out: Tensor) -> None:
     """The package that does the same, if it is installed, and if it does the same: a note where not."""
     package, build = peers.PEERS[case.op]
-    row = Row(name, package, {}, grad_out.shape[2])
-    try:
-        peer = build(HEADS, projection)
-        one_head = build(1, projection)
-    except ImportError as error:
-        row.status, case.notes[package] = "not installed", str(error)
-        case.runs.append(Run(row, F.scaled_dot_product_attention, inputs, grad_out))
-        return
-    # One head of one sample: what packages let a batch share (a stabiliser, the pseudo-inverse's scale) is alike there.
-    head = tuple(x.detach()[:1, :1].float().requires_grad_() for x in inputs)
-    check = Run(row, one_head.as_ours, head, grad_out[:1, :1].float())
-    exact = in_float64(attention(case.op, "softmax", projection.double(), "reference"), head, check.grad_out)
-    row.error, row.tolerance = relative_error(check.forward_backward(), exact()), peers.AGREEMENT
-    if not row.error <= row.tolerance:
-        row.status = "differs"
-    with torch.no_grad():
-        packed = peer.pack(*inputs)
-        grad = peer.pack_grad(grad_out)
-    packed = tuple(x.detach().requires_grad_() for x in packed)
-    case.runs.append(Run(row, peer.function, packed, grad, held=(projection,)))
+    run = Run(Row(name, package, {}, grad_out.shape[2]), F.scaled_dot_product_attention, inputs, grad_out)
+    case.runs.append(run)
+    with _excusing(run, case, "fails"):
+        try:
+            peer, one_head = build(HEADS, projection), build(1, projection)
+        except ImportError as error:
+            run.row.status, case.notes[package] = "not installed", str(error)
+            return
+        # One head of one sample: there what packages let a batch share (a stabiliser, a scale) is as ours.
+        head, head_grad = tuple(x.detach()[:1, :1].float().requires_grad_() for x in inputs), grad_out[:1, :1].float()
+        exact = in_float64(attention(case.op, "softmax", projection.double(), "reference"), head, head_grad)
+        run.row.error = relative_error(with_gradients(one_head.as_ours, head, head_grad), exact())
+        run.row.tolerance = peers.AGREEMENT
+        if not run.row.error <= peers.AGREEMENT:
+            run.row.status = "differs"
+            return
+        run.function, run.grad_out, run.held = peer.function, peer.pack_grad(grad_out), (projection,)
+        run.inputs = tuple(x.detach().requires_grad_() for x in peer.pack(*inputs))
+        run.forward_backward()
 
 
 def plain_conv_norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -200,6 +200,7 @@ def report(results: dict[str, Any]) -> str:
     parts = [
         f"{env['device_name']}{threads}, torch {env['torch'].partition('+')[0]}, {env['dtype']}"
         + (f"; {versions}" if versions else "")
+        + "".join(f"; {name}={value}" for name, value in env["malloc"].items())
         + ".",
         f"Batch {settings['batch']}, {settings['heads']} heads of {settings['head_dim']}, N = {settings['tokens']:,}; "
         "conv_norm: " + next((c["shape"] for c in results["ops"] if c["op"] == "conv_norm"), "not measured") + ". "

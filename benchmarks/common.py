@@ -213,6 +213,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "triton": version_of("triton"),
         "cxv": cxv.__version__,
         "build": _extension.build_info(),
+        # whether freed memory stays in the process decides how often large results are paged in again
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))},
     }
 
 
