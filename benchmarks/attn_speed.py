@@ -20,7 +20,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 import peers
 import torch
 import torch.nn.functional as F
-from attn_speed_report import crossover_table, floor_table, op_table, report, scaling_table
+from attn_speed_report import crossover_table, floor_table, noise_lines, op_table, report, scaling_table
 from common import (
     DTYPES,
     HEAD_DIM,
@@ -459,6 +459,7 @@ def benchmark(settings: Settings, path: Path) -> bool:
             results["crossover"].append(crossovers(batch, settings))
             keep()
         print(crossover_table(results).text(), flush=True)
+    print("\n".join(noise_lines(results)))
     sections = results["ops"] + results["scaling"] + results["crossover"]
     print(f"{path}, {results['wall_s']:.0f} s")
     return all(row["status"] != "failed" for section in sections for row in section["rows"])
@@ -513,7 +514,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         compile=not arguments.no_compile,
         budget=arguments.budget or (0.01 if quick else 1.0),
         min_repeats=3 if quick else 5,
-        max_repeats=5 if quick else 200,
+        max_repeats=5 if quick else 100,
         rates_scale=8 if quick else 1,
     )
 

@@ -162,9 +162,12 @@ def crossover_table(results: dict[str, Any], brief: bool = False) -> Table:
                 a, b = (times.get((who, n), {}).get(part) for who in (name, "sdpa"))
                 ratio = f"{a['median_s'] / b['median_s']:.2f}×" if a and b else ""
                 cells.append("noisy" if ratio and (_noisy(a) or _noisy(b)) else ratio)
-            failed = any(row["status"] == "failed" for row in mine)
-            words = "FAILED its check" if failed else f"never up to {longest:,}"
-            rows.append([*cells, f"{found['tokens']:,}" if found["tokens"] else words])
+            words = f"{found['tokens']:,}" if found["tokens"] else f"never up to {longest:,}"
+            if any(row["status"] == "failed" for row in mine):
+                words = "FAILED its check"
+            elif any(_noisy(row[part]) for row in case["rows"] if row["name"] in (name, "sdpa") and row[part]):
+                words += " (noisy)"
+            rows.append([*cells, words])
     header = ["op", "batch", "pass", *(() if brief else [f"{n:,}" for n in lengths]), "faster from N ="]
     title = [
         "Time as the ratio to F.scaled_dot_product_attention at each N, and the least N from which on it is below 1."
@@ -181,6 +184,21 @@ def floor_table(results: dict[str, Any], brief: bool = False) -> Table:
         rows.append([*cells, _ms(line["measured_s"]), f"{line['times_floor']:.1f}"])
     header = ["op", "implementation", "pass", "GFLOP", "MB", "floor, ms", "bound by", "measured, ms", "× floor"]
     return Table([rates_line(results)], header, rows, left=3)
+
+
+def noise_lines(results: dict[str, Any]) -> list[str]:
+    """A warning where the machine was busy; nothing where it was not."""
+    rows = [row for part in ("ops", "scaling", "crossover") for case in results[part] for row in case["rows"]]
+    noisy = [row for row in rows if any(row[part] and _noisy(row[part]) for part in PASSES)]
+    if not noisy:
+        return []
+    words = (
+        f"Noisy: in {len(noisy)} of {len(rows)} rows an interquartile range is over half its median: the machine was"
+    )
+    return [
+        f"{words} busy.",
+        "Do not trust those times, nor what is drawn from them: run again. Memory is not affected.",
+    ]
 
 
 def rates_line(results: dict[str, Any]) -> str:
@@ -217,4 +235,4 @@ def report(results: dict[str, Any]) -> str:
         ]
     if results["floors"]:
         parts += [rates_line(results), floor_table(results, brief=True).markdown()]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *noise_lines(results)])

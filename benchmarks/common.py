@@ -76,7 +76,8 @@ def timing_json(timing: Timing | None) -> dict[str, Any] | None:
     if timing is None:
         return None
     first, third = timing.quartiles
-    return {"median_s": timing.median, "q1_s": first, "q3_s": third, "samples_s": list(timing.samples)}
+    samples = [round(sample, 9) for sample in timing.samples]
+    return {"median_s": timing.median, "q1_s": first, "q3_s": third, "samples_s": samples}
 
 
 @contextmanager
