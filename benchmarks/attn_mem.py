@@ -1,12 +1,8 @@
 """Memory and time of the attention mechanisms and of the three models, reference against fused. See README.md."""
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
-import json
 import os
-import platform
 import sys
 import time
 import warnings
@@ -14,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Both are read when torch is imported: its profiler and its CPU allocator write a line or more per measurement.
 os.environ["KINETO_LOG_LEVEL"] = os.environ.get("KINETO_LOG_LEVEL", "99")
@@ -23,68 +19,41 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 import torch
 import torch.nn.functional as F
 from attn_mem_plot import draw
-from memory import Saved, Timing, allocated, interleaved, saved_for_backward
+from common import (
+    DTYPES,
+    HEAD_DIM,
+    HEADS,
+    TOLERANCE,
+    Parser,
+    Row,
+    Run,
+    crossover,
+    environment,
+    in_float64,
+    lengths_of,
+    marking_out_of_memory,
+    measure,
+    name_of,
+    positive,
+    relative_error,
+    some_of,
+    write_json,
+)
+from memory import Timing, allocated
 from torch import Tensor
 
 import cxv
 import cxv_kernels
-from cxv_kernels import _extension, backends
+from cxv_kernels import backends
 
-HEADS, HEAD_DIM = 4, 32  # the paper's models
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 BATCH = {"cpu": 1, "cuda": 8}
 MODEL_BATCH, IMAGE_SIZE = 32, 32
 TABLE1_GB = {"cpv-5/4": 3.2, "cnv-5/4": 3.1, "cltv-5/4": 1.8}  # "GPU GB" of the paper's Table 1
 MECHANISMS = ("performer", "linear", "nystrom", "sdpa")
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# Largest error allowed against float64, relative to the largest entry: a few roundings of the result in 16 bits; in 32
-# and 64 bits, where sums and exponents lose more than the result's own rounding, about 170 and 4,500 roundings.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 MODEL_TOLERANCE = 10  # times the op's: five layers deep
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Row:
-    """One measurement, of a mechanism at one length or of a model; bytes above the baseline, times in seconds."""
-
-    name: str
-    implementation: str  # "reference", "fused", or "torch" for SDPA
-    backends: dict[str, str]  # which backend served each op
-    tokens: int | None = None
-    status: str = "ok"  # or "failed" (the check), "out of memory", "= reference" (no fused kernel, not measured again)
-    error: float | None = None  # against float64, relative to the largest entry
-    tolerance: float | None = None
-    peak: int | None = None
-    saved: Saved | None = None
-    forward: Timing | None = None  # without grad
-    forward_backward: Timing | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The row's raw numbers under names that tell their units."""
-        return {
-            "name": self.name,
-            "implementation": self.implementation,
-            "backends": self.backends,
-            "tokens": self.tokens,
-            "status": self.status,
-            "max_relative_error": self.error,
-            "tolerance": self.tolerance,
-            "peak_bytes": self.peak,
-            "saved_bytes": self.saved and self.saved.beyond_inputs,
-            "saved_bytes_with_inputs": self.saved and self.saved.total,
-            "forward": _timing_json(self.forward),
-            "forward_backward": _timing_json(self.forward_backward),
-        }
-
-
-def _timing_json(timing: Timing | None) -> dict[str, Any] | None:
-    if timing is None:
-        return None
-    first, third = timing.quartiles
-    return {"median_s": timing.median, "q1_s": first, "q3_s": third, "samples_s": list(timing.samples)}
 
 
 @dataclass
@@ -100,11 +69,6 @@ class Settings:
     model_batch: int
     budget: float  # seconds per callable and length
     max_repeats: int
-
-    @property
-    def dtype_name(self) -> str:
-        """``"float32"`` for torch.float32."""
-        return str(self.dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -124,18 +88,6 @@ def served_ops() -> Iterator[dict[str, str]]:
         backends.resolve = resolve
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is CUDA's or the CPU allocator's way of saying so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def relative_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest |got − exact| / max|exact| over the tensors; NaN where one is not finite."""
-    pairs = zip(got, exact, strict=True)
-    errors = [((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-300)).item() for a, b in pairs]
-    return float("nan") if any(e != e for e in errors) else max(errors)
-
-
 # --- attention ---------------------------------------------------------------------------------------------------
 
 
@@ -146,42 +98,6 @@ def attention(mechanism: str, backend: str | None, projection: Tensor) -> Attend
     if mechanism == "linear":
         return lambda q, k, v: cxv_kernels.linear_attention(q, k, v, backend=backend)
     return lambda q, k, v: cxv_kernels.nystrom_attention(q, k, v, backend=backend)
-
-
-@dataclass
-class AttentionRun:
-    """One mechanism, one implementation, on the inputs that all of a length share."""
-
-    row: Row
-    attend: Attend
-    inputs: tuple[Tensor, ...]  # q, k, v
-    grad_out: Tensor
-
-    @torch.no_grad()
-    def forward(self) -> Tensor:
-        """The output, without what backward would need."""
-        return self.attend(*self.inputs)
-
-    def forward_backward(self) -> tuple[Tensor, ...]:
-        """The output and the gradients of q, k and v."""
-        out = self.attend(*self.inputs)
-        return (out, *torch.autograd.grad(out, self.inputs, self.grad_out))
-
-    def measure_memory(self, exact: Sequence[Tensor] | None, tolerance: float, projection: Tensor) -> None:
-        """Check against ``exact``, then fill in the row's memory; a failed check leaves it empty.
-
-        The reference's error is reported, not judged: in float64 it is the yardstick itself.
-        """
-        row = self.row
-        if exact is not None:
-            row.error = relative_error(self.forward_backward(), exact)
-        if row.implementation == "fused":
-            row.tolerance = tolerance
-            if not row.error <= tolerance:
-                row.status = "failed"
-                return
-        row.peak = allocated(self.forward_backward, self.grad_out.device).peak
-        row.saved = saved_for_backward(lambda: self.attend(*self.inputs), (*self.inputs, projection))
 
 
 def sweep(settings: Settings) -> Iterator[list[Row]]:
@@ -197,56 +113,29 @@ def sweep(settings: Settings) -> Iterator[list[Row]]:
         q, k, v, grad_out = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
         inputs = tuple(x.requires_grad_() for x in (q, k, v))
         rows: list[Row] = []
-        runs: list[AttentionRun] = []
+        runs: list[Run] = []
         for mechanism in settings.mechanisms:
             for run in _implementations(mechanism, projection, inputs, grad_out):
                 rows.append(run.row)
                 if run.row.status == "ok":
                     runs.append(run)
-        _measure(runs, settings, projection)
+        rounds = {"budget": settings.budget, "max_repeats": settings.max_repeats}
+        measure(runs, TOLERANCE[dtype], device, **rounds)
         yield rows
 
 
-def _implementations(
-    mechanism: str, projection: Tensor, inputs: tuple[Tensor, ...], grad_out: Tensor
-) -> Iterator[AttentionRun]:
+def _implementations(mechanism: str, projection: Tensor, inputs: tuple[Tensor, ...], grad_out: Tensor) -> Iterator[Run]:
     tokens = grad_out.shape[2]
     if mechanism == "sdpa":
-        yield AttentionRun(Row("sdpa", "torch", {}, tokens), F.scaled_dot_product_attention, inputs, grad_out)
+        yield Run(Row("sdpa", "torch", {}, tokens), F.scaled_dot_product_attention, inputs, grad_out)
         return
     op = f"{mechanism}_attention"
+    exact = in_float64(attention(mechanism, "reference", projection.double()), inputs, grad_out)
     for implementation, backend in (("reference", "reference"), ("fused", None)):
         row = Row(mechanism, implementation, {op: backends.resolve(op, grad_out, backend)}, tokens)
         if implementation == "fused" and row.backends[op] == "reference":
             row.status = "= reference"
-        yield AttentionRun(row, attention(mechanism, backend, projection), inputs, grad_out)
-
-
-def _measure(runs: list[AttentionRun], settings: Settings, projection: Tensor) -> None:
-    """Fill in the rows of ``runs``: check and memory one by one, then the times of all in turn."""
-    exact: dict[str, Sequence[Tensor] | None] = {"sdpa": None}
-    for run in runs:
-        try:
-            if run.row.name not in exact:
-                exact[run.row.name] = _in_float64(run, projection)
-            run.measure_memory(exact[run.row.name], TOLERANCE[settings.dtype], projection)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            run.row.status = "out of memory"
-    del exact
-    timed = [run for run in runs if run.row.status == "ok"]
-    calls = [call for run in timed for call in (run.forward, run.forward_backward)]
-    timings = interleaved(calls, settings.device, budget=settings.budget, max_repeats=settings.max_repeats)
-    for run, forward, forward_backward in zip(timed, timings[::2], timings[1::2], strict=True):
-        run.row.forward, run.row.forward_backward = forward, forward_backward
-
-
-def _in_float64(run: AttentionRun, projection: Tensor) -> tuple[Tensor, ...]:
-    """Output and gradients of the reference in float64 on the same inputs."""
-    inputs = tuple(x.detach().double().requires_grad_() for x in run.inputs)
-    attend = attention(run.row.name, "reference", projection.double())
-    return AttentionRun(run.row, attend, inputs, run.grad_out.double()).forward_backward()
+        yield Run(row, attention(mechanism, backend, projection), inputs, grad_out, (projection,), exact)
 
 
 def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -261,12 +150,8 @@ def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for name, implementation in measured if sdpa else ():
         mine = [row for row in rows if (row.name, row.implementation) == (name, implementation)]
         for quantity, value in quantities.items():
-            least = None
-            for row in sorted(mine, key=lambda row: -row.tokens):
-                a, b = value(row), value(sdpa[row.tokens])
-                if a is None or (b is not None and a >= b):
-                    break
-                least = row.tokens
+            pairs = {row.tokens: (value(row), value(sdpa[row.tokens])) for row in mine}
+            least = crossover({n: a is not None and (b is None or a < b) for n, (a, b) in pairs.items()})
             found.append({"name": name, "implementation": implementation, "quantity": quantity, "tokens": least})
     return found
 
@@ -324,12 +209,8 @@ def training_steps(settings: Settings) -> Iterator[list[Row]]:
         for implementation in ("reference", "fused"):
             row = Row(name, implementation, {})
             rows.append(row)
-            try:
+            with marking_out_of_memory(row):
                 _measure_model(row, settings)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                row.status = "out of memory"
             gc.collect()
         yield rows
 
@@ -415,41 +296,9 @@ def crossover_lines(found: Sequence[dict[str, Any]], longest: int) -> list[str]:
     return lines
 
 
-def environment(settings: Settings) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    cuda = settings.device.type == "cuda"
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": settings.device.type,
-        "device_name": torch.cuda.get_device_name(settings.device) if cuda else cpu_name(),
-        "cpu_name": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "dtype": settings.dtype_name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "cxv": cxv.__version__,
-        "build": _extension.build_info(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def measure(settings: Settings) -> tuple[dict[str, Any], bool]:
+def benchmark(settings: Settings) -> tuple[dict[str, Any], bool]:
     """Run everything, print the tables as they grow; returns the results for the JSON and whether every check held."""
-    start, env = time.perf_counter(), environment(settings)
+    start, env = time.perf_counter(), environment(settings.device, settings.dtype)
     print(f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}")
     attention_rows: list[Row] = []
     model_rows: list[Row] = []
@@ -467,9 +316,7 @@ def measure(settings: Settings) -> tuple[dict[str, Any], bool]:
     if found:
         print("Beats softmax attention (F.scaled_dot_product_attention) in forward + backward:")
         print("\n".join(crossover_lines(found, max(settings.lengths))), flush=True)
-    noisy = [
-        row for row in attention_rows if row.forward_backward and (row.forward.noisy or row.forward_backward.noisy)
-    ]
+    noisy = [row for row in attention_rows if row.noisy]
     if noisy:
         print(f"\nNoisy: in {len(noisy)} rows an interquartile range is over half its median: the machine was busy. Do")
         print("not trust those times, nor the crossovers in time: run again. Memory is not affected.", flush=True)
@@ -482,8 +329,10 @@ def measure(settings: Settings) -> tuple[dict[str, Any], bool]:
             print(model_line(row, rows[0]), flush=True)
         model_rows += rows
     if settings.dtype in (torch.float16, torch.bfloat16):
-        print(f"\nIn {settings.dtype_name} the performer's and linear attention's reference computes in float32: it is")
-        print("the oracle, not the fastest plain PyTorch. The models train under autocast, their weights in float32.")
+        print(
+            f"\nIn {name_of(settings.dtype)} the performer's and linear attention's reference computes in float32: it"
+        )
+        print("is the oracle, not the fastest PyTorch. The models train under autocast, their weights in float32.")
     results = {
         "benchmark": "attn_mem",
         "environment": env,
@@ -507,77 +356,31 @@ def measure(settings: Settings) -> tuple[dict[str, Any], bool]:
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def lengths_of(text: str) -> tuple[int, ...]:
-    """``"256,1024"`` → (256, 1024), ascending."""
-    return tuple(sorted({positive(part) for part in text.split(",")}))
-
-
-def mechanisms_of(text: str) -> tuple[str, ...]:
-    """``"linear,sdpa"`` → ("linear", "sdpa"), in the table's order."""
-    names = text.split(",")
-    for name in names:
-        if name not in MECHANISMS:
-            raise argparse.ArgumentTypeError(f"must be some of {', '.join(MECHANISMS)}, got {name!r}")
-    return tuple(name for name in MECHANISMS if name in names)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a bad value."""
-    parser = _Parser("attn_mem", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the inputs; 16 bits: autocast")
+    parser = Parser("attn_mem", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_shared("JSON and PNG")
     parser.add_argument("--batch", type=positive, help=f"of the sweep; unset: {BATCH['cpu']} on cpu, 8 on cuda")
     parser.add_argument("--lengths", type=lengths_of, help="numbers of tokens, comma-separated; unset: 256 to 16384")
-    parser.add_argument("--mechanisms", type=mechanisms_of, default=MECHANISMS, help="comma-separated")
+    parser.add_argument("--mechanisms", type=some_of(MECHANISMS), default=MECHANISMS, help="comma-separated")
     parser.add_argument("--no-models", action="store_true", help="leave out the training steps")
     parser.add_argument("--threads", type=positive, help="of the CPU; unset: PyTorch's choice")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of JSON and PNG")
     parser.add_argument("--quick", action="store_true", help="short lengths, small batch, few repetitions: a test")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.json", help="measure nothing: redraw FILE.png from FILE.json"
     )
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: cuda is not available (no GPU, or a CPU build of PyTorch)")
     if arguments.plot:
-        arguments.results = _read_results(arguments.plot, parser)
+        arguments.results = parser.results("--plot", arguments.plot, "attn_mem")
     else:
-        try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"argument --out: cannot make {arguments.out}: {error.strerror}")
+        parser.check_shared(arguments)
     return arguments
-
-
-def _read_results(path: Path, parser: _Parser) -> dict[str, Any]:
-    if not path.is_file():
-        parser.error(f"argument --plot: no such file: {path}")
-    try:
-        results = json.loads(path.read_text())
-        if results["benchmark"] == "attn_mem":
-            return results
-    except (ValueError, KeyError, TypeError):
-        pass
-    parser.error(f"argument --plot: {path} is not a JSON of this benchmark")
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """What the flags ask for; ``--quick`` changes defaults, not what was given."""
     quick = arguments.quick
-    kind = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = arguments.device
     return Settings(
         device=torch.device(kind),
         dtype=DTYPES[arguments.dtype],
@@ -602,9 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_of(arguments)
     with warnings.catch_warnings():  # the table says what is served by the reference
         warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
-        results, correct = measure(settings)
+        results, correct = benchmark(settings)
     path = arguments.out / f"attn_mem-{settings.device.type}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     draw(results, path.with_suffix(".png"))
     print(f"\n{path} and .png, {results['wall_s']:.0f} s")
     return 0 if correct else 1

@@ -135,24 +135,39 @@ def interleaved(
     min_repeats: int = 3,
     max_repeats: int = 100,
     limit: float = 4.0,
-) -> list[Timing]:
+) -> list[Timing | None]:
     """Time each of ``runs``, in turn, round after round, so that whatever else the machine does meets them all alike.
 
     One leaves the rounds when it has run ``min_repeats`` times and spent ``budget`` seconds, or has run ``max_repeats``
     times, or has spent ``limit`` seconds. There is no warm-up: run each once before.
+
+    Returns:
+        A Timing for each; None for one that ran out of memory, which takes no more turns.
     """
     device = torch.device(device)
-    samples: list[list[float]] = [[] for _ in runs]
+    samples: list[list[float] | None] = [[] for _ in runs]
 
-    def goes_on(mine: list[float]) -> bool:
+    def goes_on(mine: list[float] | None) -> bool:
+        if mine is None:
+            return False
         spent = sum(mine)
         return spent < limit and len(mine) < max_repeats and (len(mine) < min_repeats or spent < budget)
 
     while any(map(goes_on, samples)):
-        for run, mine in zip(runs, samples, strict=True):
-            if goes_on(mine):
-                mine.append(_seconds(run, device))
-    return [Timing(tuple(s)) for s in samples]
+        for i, run in enumerate(runs):
+            if goes_on(samples[i]):
+                try:
+                    samples[i].append(_seconds(run, device))
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    samples[i] = None
+    return [None if mine is None else Timing(tuple(mine)) for mine in samples]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is CUDA's or the CPU allocator's way of saying so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import cxv_kernels
 
@@ -14,7 +15,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import attn_mem  # noqa: E402
+import attn_speed  # noqa: E402
+import attn_speed_report  # noqa: E402
+import common  # noqa: E402
+import floors  # noqa: E402
 import memory  # noqa: E402
+import peers  # noqa: E402
 from attn_mem_plot import draw  # noqa: E402
 
 MB = 1_000_000
@@ -189,6 +195,24 @@ def test_interleaved_stops_at_its_limits():
     assert timing.spread == 0
 
 
+def test_interleaved_goes_on_without_what_runs_out_of_memory():
+    left = [None, None]
+
+    def full():
+        if not left:
+            raise torch.OutOfMemoryError("full")
+        left.pop()
+
+    def wrong():
+        raise RuntimeError("something else")
+
+    lost, kept = memory.interleaved([full, lambda: None], max_repeats=4)
+    assert lost is None
+    assert len(kept.samples) == 4
+    with pytest.raises(RuntimeError, match="something else"):
+        memory.interleaved([wrong])
+
+
 def test_timing_quartiles():
     timing = memory.Timing((4.0, 1.0, 2.0, 3.0, 5.0))
     assert (timing.median, timing.quartiles, timing.spread) == (3.0, (2.0, 4.0), 2.0)
@@ -266,6 +290,27 @@ def test_out_of_memory_is_a_row(tmp_path, monkeypatch, capsys):
     assert [r["status"] for r in rows if r["implementation"] in ("reference", "torch")] == ["out of memory", "ok"]
 
 
+def test_out_of_memory_in_the_timing_rounds_is_a_row(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def full_later(q, k, v):
+        calls.append(0)
+        if len(calls) > 4:  # the check's two, the peak's and the saved bytes' had their memory
+            raise torch.OutOfMemoryError("full")
+        return q + k + v
+
+    monkeypatch.setattr(attn_mem, "attention", lambda mechanism, backend, _: full_later)
+    arguments = ["--quick", "--device", "cpu", "--no-models", "--lengths", "64", "--mechanisms", "nystrom,sdpa"]
+    assert attn_mem.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "out of memory" in capsys.readouterr().out
+    reference, *_, sdpa = json.loads((tmp_path / "attn_mem-cpu.json").read_text())["attention"]
+    assert (reference["status"], sdpa["status"]) == ("out of memory", "ok")
+    assert reference["peak_bytes"] > 0
+    assert reference["saved_bytes"] == 0
+    assert reference["forward"] is reference["forward_backward"] is None
+    assert sdpa["forward"]
+
+
 def test_crossover_is_where_it_wins_from_there_on():
     def row(name, tokens, peak):
         implementation = "torch" if name == "sdpa" else "fused"
@@ -317,3 +362,264 @@ def test_no_cuda(capsys):
     with pytest.raises(SystemExit):
         attn_mem.main(["--device", "cuda"])
     assert "--device: cuda is not available" in capsys.readouterr().err
+
+
+# --- attn_speed ---
+
+SPEED = ["--quick", "--no-compile", "--device", "cpu", "--threads", "1"]
+SPEED_JSON = BENCHMARKS / "results" / "attn_speed-cpu.json"
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The script sets them for its process; here that is the tests'."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def speed(tmp_path, *arguments):
+    """The exit status and the JSON of a tiny run."""
+    status = attn_speed.main([*SPEED, *arguments, "--out", str(tmp_path)])
+    return status, json.loads((tmp_path / "attn_speed-cpu.json").read_text())
+
+
+def of(case, implementation):
+    return next(row for row in case["rows"] if row["implementation"] == implementation)
+
+
+@pytest.fixture(scope="module")
+def quick_speed(tmp_path_factory):
+    threads = torch.get_num_threads()
+    status, results = speed(tmp_path_factory.mktemp("speed"))
+    torch.set_num_threads(threads)
+    assert status == 0
+    return results
+
+
+def test_quick_speed_is_complete(quick_speed):
+    cases = [(case["op"], case["variant"]) for case in quick_speed["ops"]]
+    assert cases == [
+        ("performer_attention", ""),
+        *(("linear_attention", m) for m in ("softmax", "elu", "relu")),
+        ("nystrom_attention", ""),
+        ("conv_norm", "channels_last"),
+        ("conv_norm", "NCHW"),
+    ]
+    assert {"device_name", "python", "torch", "cxv", "dtype", "threads", "build", "peers"} <= set(
+        quick_speed["environment"]
+    )
+    assert [case["op"] for case in quick_speed["scaling"]] == ["performer_attention", "linear_attention"]
+    assert quick_speed["rates"]["flops"] > 0
+    assert quick_speed["rates"]["bandwidth"] > 0
+    assert len(quick_speed["floors"]) == 2 * (len(cases) + 2)  # two passes; the convolution alone twice
+
+
+def test_quick_speed_checks_what_it_measures(quick_speed):
+    for case in quick_speed["ops"]:
+        assert of(case, case["baseline"])["status"] == "ok"
+        for row in case["rows"]:
+            if row["status"] != "ok":
+                assert row["status"] in ("= reference", "not installed", "left out")
+                assert row["peak_bytes"] is row["forward"] is None
+                continue
+            assert row["forward"]["q1_s"] <= row["forward"]["median_s"] <= row["forward"]["q3_s"]
+            assert len(row["forward_backward"]["samples_s"]) >= 3
+            assert row["saved_bytes"] is not None
+            if row["implementation"] == "fused":
+                assert row["max_relative_error"] <= row["tolerance"]
+    for line in quick_speed["floors"]:
+        assert line["times_floor"] == pytest.approx(line["measured_s"] / line["floor_s"])
+
+
+def test_tables_are_drawn_from_the_json_alone(quick_speed, tmp_path, capsys):
+    path = tmp_path / "again.json"
+    path.write_text(json.dumps(quick_speed))
+    assert attn_speed.main(["--markdown", str(path)]) == 0
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed == attn_speed_report.report(json.loads(path.read_text()))
+    for name in ("Performer", "linear elu", "Nyström", "conv_norm NCHW", "conv2d alone", "× floor", "faster from N"):
+        assert name in printed
+    tables = [[line for line in part.splitlines() if line[:1] == "|"] for part in printed.split("\n\n")]
+    assert all(len({line.count("|") for line in table}) <= 1 for table in tables)
+
+
+def test_the_readme_has_the_committed_numbers():
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    _, begins, rest = readme.partition("<!-- attn_speed -->\n")
+    if not begins or not SPEED_JSON.exists():
+        pytest.skip("no such tables yet")
+    block, ends, _ = rest.partition("<!-- /attn_speed -->")
+    assert ends
+    assert block.strip() == attn_speed_report.report(json.loads(SPEED_JSON.read_text())).strip()
+
+
+def test_a_wrong_kernel_gets_no_speed_anywhere(tmp_path, monkeypatch, capsys):
+    right = attn_speed.attention
+
+    def wrong(op, variant, projection, backend):
+        attend = right(op, variant, projection, backend or "reference")
+        return attend if backend else lambda q, k, v: attend(q, k, v) * 1.001
+
+    monkeypatch.setattr(attn_speed, "attention", wrong)
+    monkeypatch.setattr(attn_speed.backends, "resolve", lambda op, tensor, backend=None, *_: backend or "cpp")
+    status, results = speed(tmp_path, "--ops", "performer")
+    assert status == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: error" in printed
+    assert "FAILED its check" in printed
+    assert of(results["ops"][0], "reference")["status"] == "ok"
+    judged = [row for part in ("ops", "scaling", "crossover") for case in results[part] for row in case["rows"]]
+    judged = [row for row in judged if row["implementation"] == "fused"]
+    assert len(judged) == 5
+    for row in judged:
+        assert (row["status"], row["peak_bytes"], row["forward"]) == ("failed", None, None)
+    assert results["scaling"][0]["exponent"] is None
+    assert all(found["tokens"] is None for found in results["crossover"][0]["faster_from"])
+    assert {line["implementation"] for line in results["floors"]} == {"reference"}
+
+
+def test_what_does_not_compile_is_a_row(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        def run(*_):
+            raise ValueError("no compiler\nand more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    arguments = ["--quick", "--device", "cpu", "--ops", "conv_norm", "--out", str(tmp_path)]
+    assert attn_speed.main(arguments) == 0
+    results = json.loads((tmp_path / "attn_speed-cpu.json").read_text())
+    row = of(results["ops"][0], "torch.compile")
+    assert (row["status"], row["note"], row["forward"]) == ("does not compile", "ValueError: no compiler", None)
+    assert of(results["ops"][0], "conv2d, layer_norm")["status"] == "ok"
+    assert results["crossover"] == results["scaling"] == []
+
+
+def test_out_of_memory_in_one_implementation_leaves_the_others(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(attn_speed.F, "scaled_dot_product_attention", full)
+    status, results = speed(tmp_path, "--ops", "linear")
+    assert status == 0
+    assert of(results["ops"][0], "sdpa")["status"] == "out of memory"
+    assert of(results["ops"][0], "reference")["status"] == "ok"
+    assert {found["tokens"] for found in results["crossover"][0]["faster_from"]} == {64}
+
+
+def test_a_run_that_dies_keeps_what_it_had(tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attn_speed, "crossovers", dies)
+    with pytest.raises(KeyboardInterrupt):
+        speed(tmp_path, "--ops", "linear")
+    assert [path.name for path in tmp_path.iterdir()] == ["attn_speed-cpu.json"]
+    results = json.loads((tmp_path / "attn_speed-cpu.json").read_text())
+    assert len(results["ops"]) == 3
+    assert results["floors"]
+    assert results["scaling"]
+    assert results["crossover"] == []
+    attn_speed_report.report(results)
+
+
+@pytest.mark.parametrize("op", peers.PEERS)
+def test_peers_compute_the_same(op):
+    package, build = peers.PEERS[op]
+    if peers.version_of(package) is None:
+        pytest.skip(f"{package} is not installed")
+    projection = attn_speed.projection_on(torch.device("cpu"))
+    q, k, v = qkv(tokens=128, batch=1, heads=1)
+    ours = attn_speed.attention(op, "softmax", projection, "reference")(q, k, v)
+    assert common.relative_error([build(1, projection).as_ours(q, k, v)], [ours.double()]) < 1e-4
+
+
+def test_a_peer_that_computes_something_else_gets_no_time(tmp_path, monkeypatch, capsys):
+    other = peers.Peer(lambda q, k, v: 1.01 * attn_mem.attention("linear", "reference", None)(q, k, v))
+    monkeypatch.setitem(peers.PEERS, "linear_attention", ("other", lambda heads, projection: other))
+    status, results = speed(tmp_path, "--ops", "linear")
+    assert status == 0
+    row = of(results["ops"][0], "other")
+    assert (row["status"], row["forward"]) == ("differs", None)
+    assert "computes something else: error 1.0e-02" in capsys.readouterr().out
+
+
+def test_exponent_is_that_of_a_power():
+    assert common.exponent({n: 3e-9 * n**1.25 for n in (64, 256, 1024)}) == pytest.approx(1.25)
+    assert common.exponent({64: 1.0, 256: 4.4, 1024: 15.0}) == pytest.approx(0.9767, abs=1e-3)
+    assert common.exponent({64: 1.0}) is None
+
+
+def test_crossover_of_wins():
+    assert common.crossover({64: False, 128: True, 256: True}) == 128
+    assert common.crossover({256: True, 64: True, 128: False}) == 256
+    assert common.crossover({64: True, 128: False}) is None
+    assert common.crossover({}) is None
+
+
+def test_faster_from_needs_every_longer_length():
+    def row(name, tokens, seconds):
+        timing = memory.Timing((seconds,)) if seconds else None
+        return common.Row(name, "fused", {}, tokens, forward=timing, forward_backward=timing)
+
+    rows = [row("linear", n, t) for n, t in {64: 1, 128: 3, 256: 1, 512: 1}.items()]
+    rows += [row("performer", n, t) for n, t in {64: 1, 128: 1, 256: 1, 512: None}.items()]
+    rows += [row("sdpa", n, 2) for n in (64, 128, 256)] + [row("sdpa", 512, None)]
+    found = {(f["name"], f["pass"]): f["tokens"] for f in attn_speed.faster_from(rows)}
+    assert found["linear", "forward"] == found["linear", "forward_backward"] == 256  # SDPA did not fit at 512
+    assert found["performer", "forward"] is None
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["performer", "linear", "nystrom"])
+def test_work_of_attention_is_that_of_its_products(name):
+    """What PyTorch counts in the reference, less the denominators, which the floors leave out."""
+    batch, heads, tokens, features = 2, 4, 256, 110
+    settings = attn_speed.settings_of(attn_speed.parse(["--device", "cpu"]))
+    q, k, v = (x.detach() for x in qkv(tokens))
+    projection = attn_speed.projection_on(torch.device("cpu"))
+    op = f"{name}_attention"
+    found = counted(lambda: attn_speed.attention(op, "softmax", projection, "reference")(q, k, v))
+    denominators = 2 * batch * heads * tokens * features if name == "performer" else 0
+    forward, both = attn_speed.attention_work(op, settings, batch, tokens)
+    assert forward.flop == found - denominators
+    assert both.flop > 2 * forward.flop
+    assert forward.nbytes == 4 * nbytes(q)
+
+
+def test_work_of_conv_norm_is_that_of_its_convolution():
+    x, weight = (torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True))
+
+    def run():
+        torch.nn.functional.conv2d(x, weight, padding=1).sum().backward()
+
+    assert counted(run) == floors.conv_work(2 * 36, 8, 8, 4)[1].flop
+    assert floors.Work(2e9, 1e9).seconds(1e9, 1e9) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ops", "linear,magic"], "--ops: must be some of performer, linear, nystrom, conv_norm, got 'magic'"),
+        (["--budget", "0"], "--budget: must be a positive number of seconds, got '0'"),
+        (["--budget", "soon"], "--budget: must be a positive number of seconds, got 'soon'"),
+        (["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
+        (["--markdown", "missing.json"], "--markdown: no such file: missing.json"),
+        (["--markdown", __file__], "is not a JSON of this benchmark"),
+        (["--out", __file__], "--out: cannot make"),
+    ],
+)
+def test_bad_values_of_speed(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        attn_speed.main(arguments)
+    message = capsys.readouterr().err
+    assert exit_status.value.code == 2
+    assert message.startswith("attn_speed: error: ")
+    assert words in message
+    assert message.count("\n") == 1
