@@ -79,6 +79,11 @@ class Rates:
     bandwidth: float  # bytes per second
     bandwidth_by: str
 
+    def best(self, other: "Rates") -> "Rates":
+        """The higher of each rate."""
+        a, b = max(self, other, key=lambda r: r.flops), max(self, other, key=lambda r: r.bandwidth)
+        return Rates(a.flops, a.flops_by, b.bandwidth, b.bandwidth_by)
+
 
 def rates(device: torch.device, dtype: torch.dtype, scale: int = 1, budget: float = 0.5) -> Rates:
     """Measure them: the fastest single call of matrix products and a convolution, large and cache-resident, and of a

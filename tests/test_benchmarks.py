@@ -601,6 +601,7 @@ def test_work_of_conv_norm_is_that_of_its_convolution():
 
     assert counted(run) == floors.conv_work(2 * 36, 8, 8, 4)[1].flop
     assert floors.Work(2e9, 1e9).seconds(1e9, 1e9) == 2
+    assert floors.Rates(2, "a", 1, "b").best(floors.Rates(1, "c", 3, "d")) == floors.Rates(2, "a", 3, "d")
 
 
 @pytest.mark.parametrize(
