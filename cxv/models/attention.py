@@ -1,30 +1,21 @@
-"""The three mechanisms of CXV as layers over pixels, x (B, C, H, W) → (B, C, H, W) (paper section 3.1)."""
+"""The three mechanisms of CXV as residual branches, x (B, C, H, W) → x + attention(x) (paper section 3.1)."""
 
 import torch
 from torch import Tensor, nn
 
 import cxv_kernels
 
-
-def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H·W, C), pixels in raster order; a view if x is channels_last."""
-    return x.flatten(2).transpose(1, 2)
+from .residual import Drop, ResidualBranch, convolve, to_pixels, to_tokens
 
 
-def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H·W, C) → (B, C, H, W), channels_last in memory; a view."""
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+class _Attention(ResidualBranch):
+    """Heads over the tokens of a residual branch."""
 
-
-class _Attention(nn.Module):
-    """Heads, and whether the fused kernels serve: ``use_fused=False`` pins the reference."""
-
-    def __init__(self, dim: int, num_heads: int, use_fused: bool):
-        super().__init__()
+    def __init__(self, dim: int, num_heads: int, drop_rate: float, use_fused: bool):
+        super().__init__(drop_rate, use_fused)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide the embedding dimension {dim}, got {num_heads}")
         self.num_heads = num_heads
-        self.backend = None if use_fused else "reference"
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """(B, N, C) → (B, heads, N, C/heads), a view."""
@@ -52,11 +43,10 @@ class PerformerAttention(_Attention):
         stabilizer: str = "head",
         use_fused: bool = False,
     ):
-        super().__init__(dim, num_heads, use_fused)
+        super().__init__(dim, num_heads, drop_rate, use_fused)
         self.kernel, self.eps, self.stabilizer = kernel, eps, stabilizer
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(drop_rate)
         head_dim = dim // num_heads
         self.register_buffer("projection", torch.empty(cxv_kernels.num_random_features(head_dim), head_dim))
         self.redraw_projection_()
@@ -68,13 +58,13 @@ class PerformerAttention(_Attention):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self.projection.copy_(cxv_kernels.orthogonal_projection(*self.projection.shape, generator=generator))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, drop: Drop) -> Tensor:
         tokens = to_tokens(x)
         q, k, v = (self.split_heads(layer(tokens)) for layer in (self.q, self.k, self.v))
         out = cxv_kernels.performer_attention(
             q, k, v, self.projection, self.kernel, eps=self.eps, stabilizer=self.stabilizer, backend=self.backend
         )
-        return to_pixels(self.proj_drop(self.proj(self.merge_heads(out))), x)
+        return to_pixels(drop(self.proj(self.merge_heads(out)), tokens), x)
 
 
 class NystromAttention(_Attention):
@@ -89,7 +79,7 @@ class NystromAttention(_Attention):
         residual_conv_kernel: int = 33,
         use_fused: bool = False,
     ):
-        super().__init__(dim, num_heads, use_fused)
+        super().__init__(dim, num_heads, drop_rate, use_fused)
         if residual_conv_kernel % 2 == 0:
             raise ValueError(f"residual_conv_kernel must be odd, got {residual_conv_kernel}")
         self.num_landmarks = num_landmarks
@@ -103,14 +93,14 @@ class NystromAttention(_Attention):
             bias=False,
         )
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self.split_heads(t) for t in self.qkv(to_tokens(x)).chunk(3, dim=-1))
+    def branch(self, x: Tensor, drop: Drop) -> Tensor:
+        tokens = to_tokens(x)
+        q, k, v = (self.split_heads(t) for t in self.qkv(tokens).chunk(3, dim=-1))
         out = cxv_kernels.nystrom_attention(
             q, k, v, self.num_landmarks, residual_weight=self.res_conv.weight, backend=self.backend
         )
-        return to_pixels(self.proj_drop(self.proj(self.merge_heads(out))), x)
+        return to_pixels(drop(self.proj(self.merge_heads(out)), tokens), x)
 
 
 class LinearAttention(_Attention):
@@ -127,14 +117,14 @@ class LinearAttention(_Attention):
         feature_map: str = "softmax",
         use_fused: bool = False,
     ):
-        super().__init__(dim, num_heads, use_fused)
+        super().__init__(dim, num_heads, 0.0, use_fused)
         if kernel_size % 2 == 0:
             raise ValueError(f"attn_kernel_size must be odd, got {kernel_size}")
         self.feature_map = feature_map
         self.q, self.k, self.v = (nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2) for _ in range(3))
         self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self.split_heads(to_tokens(layer(x))) for layer in (self.q, self.k, self.v))
+    def branch(self, x: Tensor, drop: Drop) -> Tensor:
+        q, k, v = (self.split_heads(to_tokens(convolve(layer, x))) for layer in (self.q, self.k, self.v))
         out = cxv_kernels.linear_attention(q, k, v, self.feature_map, backend=self.backend)
-        return self.proj(to_pixels(self.merge_heads(out), x))
+        return x + convolve(self.proj, to_pixels(self.merge_heads(out), x))

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import cxv_kernels
 
 from .attention import LinearAttention, NystromAttention, PerformerAttention
+from .residual import Drop, ResidualBranch, convolve, to_pixels, to_tokens
 
 
 class ConvNorm(nn.Module):
@@ -26,19 +27,20 @@ class ConvNorm(nn.Module):
         return cxv_kernels.conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, backend=self.backend)
 
 
-class Mlp(nn.Module):
-    """1×1 convolution, GELU, dropout, 1×1 convolution, dropout."""
+class Mlp(ResidualBranch):
+    """x + the MLP of x: 1×1 convolution, GELU, dropout, 1×1 convolution, dropout."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop_rate: float):
-        super().__init__()
+    num_drops = 2
+
+    def __init__(self, dim: int, hidden_dim: int, drop_rate: float, use_fused: bool = False):
+        super().__init__(drop_rate, use_fused)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
         self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop_rate)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
-        self.drop2 = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+    def branch(self, x: Tensor, drop: Drop, drop_out: Drop) -> Tensor:
+        hidden = drop(to_tokens(self.act(convolve(self.fc1, x))))
+        return to_pixels(drop_out(to_tokens(convolve(self.fc2, to_pixels(hidden, x))), to_tokens(x)), x)
 
 
 class Layer(nn.Module):
@@ -49,9 +51,7 @@ class Layer(nn.Module):
         self.conv_norm, self.attn, self.mlp = conv_norm, attn, mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_norm(x)
-        x = x + self.attn(x)
-        return x + self.mlp(x)
+        return self.mlp(self.attn(self.conv_norm(x)))
 
 
 class CXV(nn.Module):
@@ -109,7 +109,7 @@ class CXV(nn.Module):
             Layer(
                 ConvNorm(embed_dim if i else embed_dim // 2, embed_dim, use_fused),
                 make_attention(embed_dim, num_heads, drop_rate, use_fused),
-                Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate),
+                Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate, use_fused),
             )
             for i in range(depth)
         )

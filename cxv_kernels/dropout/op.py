@@ -27,12 +27,13 @@ class Dropout(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, residual, seed, ctx.p, ctx.offset = inputs
         ctx.has_residual = residual is not None
-        ctx.save_for_backward(seed)
+        ctx.seed = seed  # not "saved": a checkpoint that needs no more of what it recomputes stops before this op
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        (seed,) = ctx.saved_tensors
-        grad_x = Dropout.apply(grad.contiguous(), None, seed, ctx.p, ctx.offset) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            Dropout.apply(grad.contiguous(), None, ctx.seed, ctx.p, ctx.offset) if ctx.needs_input_grad[0] else None
+        )
         return grad_x, grad if ctx.has_residual else None, None, None, None
 
 

@@ -1,0 +1,91 @@
+"""Residual branches that keep their input alone for backward, and pixels as tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import cxv_kernels
+
+# Tokens of a chunk: its widest tensors stay in a CPU's last-level cache, and what backward recomputes at once is small.
+CHUNK_TOKENS = 8192
+
+# (x, residual) → dropout(x) + residual; without a residual, dropout(x)
+Drop = Callable[..., Tensor]
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, H·W, C), pixels in raster order; a view if x is channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, H·W, C) → (B, C, H, W), channels_last in memory; a view."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x); a 1×1 convolution is a matrix product over the tokens."""
+    if conv.kernel_size != (1, 1):
+        return conv(x)
+    return to_pixels(nn.functional.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+
+
+class ResidualBranch(nn.Module):
+    """x (B, C, H, W) → x + branch(x), dropout included.
+
+    With ``use_fused`` the images go through in chunks, and only x is kept for backward, which recomputes a chunk at a
+    time. Dropout's masks are functions of seeds, so what is recomputed drops the same elements.
+
+    Args:
+        drop_rate: probability of a zero in training. use_fused: see above; False also pins the reference.
+    """
+
+    num_drops = 1  # dropouts of the branch
+
+    def __init__(self, drop_rate: float, use_fused: bool):
+        super().__init__()
+        self.drop_rate = drop_rate
+        self.use_fused = use_fused
+        self.backend = None if use_fused else "reference"
+
+    def branch(self, x: Tensor, drop: Drop, *more_drops: Drop) -> Tensor:
+        """x + the branch of x, for images that do not see one another."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → the same."""
+        dropping = self.training and self.drop_rate > 0
+        seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
+        if not self.use_fused or torch.compiler.is_exporting():
+            return self._run(x, 0, *seeds)
+        keep = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():  # the compiler plans memory itself
+            return self._checkpointed(x, 0, *seeds) if keep else self._run(x, 0, *seeds)
+        images = max(1, CHUNK_TOKENS // max(1, x.shape[2] * x.shape[3]))
+        if keep:
+            chunks = [self._checkpointed(part, images * i, *seeds) for i, part in enumerate(x.split(images))]
+            return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        out = torch.empty_like(x)
+        for first in range(0, x.shape[0], images):
+            out[first : first + images] = self._run(x[first : first + images], first, *seeds)
+        return out
+
+    def _checkpointed(self, x: Tensor, first_image: int, *seeds: Tensor) -> Tensor:
+        return checkpoint(self._run, x, first_image, *seeds, use_reentrant=False, preserve_rng_state=False)
+
+    def _run(self, x: Tensor, first_image: int, *seeds: Tensor) -> Tensor:
+        return self.branch(x, *(self._drop(first_image, seed) for seed in seeds or [None] * self.num_drops))
+
+    def _drop(self, first_image: int, seed: Tensor | None) -> Drop:
+        def drop(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            if seed is None:
+                return x if residual is None else x + residual
+            offset = first_image * x[0].numel()
+            return cxv_kernels.dropout(x, self.drop_rate, seed, residual=residual, offset=offset, backend=self.backend)
+
+        return drop
+
+    def extra_repr(self) -> str:
+        return f"drop_rate={self.drop_rate}, use_fused={self.use_fused}"
