@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import cxv_kernels
 
-from .residual import Drop, ResidualBranch, convolve, to_pixels, to_tokens
+from .residual import Drop, ResidualBranch, convolve, pointwise, to_pixels, to_tokens
 
 
 class _Attention(ResidualBranch):
@@ -24,6 +24,11 @@ class _Attention(ResidualBranch):
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, heads, N, C/heads) → (B, N, C)."""
         return x.transpose(1, 2).flatten(2)
+
+    def project(self, out: Tensor, drop: Drop, x: Tensor) -> Tensor:
+        """x + dropout(proj(out)) of the heads' output (B, heads, N, C/heads)."""
+        y = pointwise(to_pixels(self.merge_heads(out), x), self.proj.weight, self.proj.bias)
+        return to_pixels(drop(to_tokens(y), to_tokens(x)), x)
 
 
 class PerformerAttention(_Attention):
@@ -59,12 +64,13 @@ class PerformerAttention(_Attention):
         self.projection.copy_(cxv_kernels.orthogonal_projection(*self.projection.shape, generator=generator))
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        tokens = to_tokens(x)
-        q, k, v = (self.split_heads(layer(tokens)) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            self.split_heads(to_tokens(pointwise(x, layer.weight, layer.bias))) for layer in (self.q, self.k, self.v)
+        )
         out = cxv_kernels.performer_attention(
             q, k, v, self.projection, self.kernel, eps=self.eps, stabilizer=self.stabilizer, backend=self.backend
         )
-        return to_pixels(drop(self.proj(self.merge_heads(out)), tokens), x)
+        return self.project(out, drop, x)
 
 
 class NystromAttention(_Attention):
@@ -95,12 +101,11 @@ class NystromAttention(_Attention):
         self.proj = nn.Linear(dim, dim)
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        tokens = to_tokens(x)
-        q, k, v = (self.split_heads(t) for t in self.qkv(tokens).chunk(3, dim=-1))
+        q, k, v = (self.split_heads(t) for t in to_tokens(pointwise(x, self.qkv.weight)).chunk(3, dim=-1))
         out = cxv_kernels.nystrom_attention(
             q, k, v, self.num_landmarks, residual_weight=self.res_conv.weight, backend=self.backend
         )
-        return to_pixels(drop(self.proj(self.merge_heads(out)), tokens), x)
+        return self.project(out, drop, x)
 
 
 class LinearAttention(_Attention):

@@ -25,11 +25,17 @@ def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear map weight (C_out, C_in) at every pixel of x (B, C_in, H, W)."""
+    # float32 on a CPU: oneDNN's convolution is up to twice as fast as the BLAS behind F.linear
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return nn.functional.conv2d(x, weight[:, :, None, None], bias)
+    return to_pixels(nn.functional.linear(to_tokens(x), weight, bias), x)
+
+
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x); a 1×1 convolution is a matrix product over the tokens."""
-    if conv.kernel_size != (1, 1):
-        return conv(x)
-    return to_pixels(nn.functional.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+    """conv(x), where a 1×1 kernel is a linear map."""
+    return pointwise(x, conv.weight.flatten(1), conv.bias) if conv.kernel_size == (1, 1) else conv(x)
 
 
 class ResidualBranch(nn.Module):
