@@ -78,7 +78,8 @@ def assert_fused_matches(inputs, amplification=4.0, grad_out=None):
     names = [name for name, t in zip(NAMES[1:], inputs, strict=True) if t is not None]
     assert got_all[0].dtype == dtype
     assert [g.dtype for g in got_all[1:]] == [t.dtype for t in leaves]
-    depth = max(9 * inputs[0].shape[1], inputs[0].shape[0] * inputs[0][0:1, 0:1].numel(), 9 * len(inputs[1]))
+    (batch, c_in, height, width), c_out = inputs[0].shape, len(inputs[1])
+    depth = max(9 * c_in, 9 * c_out, batch * height * width)
     for name, got, expected in zip(("out", *names), got_all, want_all, strict=True):
         assert got.shape == expected.shape
         error = (got.detach().double() - expected.detach()).abs()
@@ -315,6 +316,8 @@ def test_raw_op_refuses_what_does_not_fit():
     op = OPS.conv_norm_forward
     for match, arguments in (
         (r"x must have 4 dimensions \(B, C_in, H, W\), got 3", (x[0], weight, bias, gamma, beta)),
+        ("x must have at least one channel", (x[:, :0], weight[:, :0], bias, gamma, beta)),
+        ("weight must have at least one output channel", (x, weight[:0], bias, gamma, beta)),
         ("x must be float64, float32", (x.int(), weight, bias, gamma, beta)),
         ("weight has size 4 in dimension 1, expected 5", (x, weight[:, :4], bias, gamma, beta)),
         ("weight has a dtype that does not go with x's", (x, weight.float(), bias, gamma, beta)),
@@ -370,17 +373,15 @@ def test_compile_inductor():
 
 @needs_cpp
 def test_compile_dynamic_shapes_and_frozen_inputs():
-    compiled = torch.compile(lambda *t: conv_norm(*t).square().sum(), fullgraph=True, dynamic=True, backend="aot_eager")
+    def loss(*inputs):
+        return conv_norm(*inputs).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, size in ((2, (6, 9)), (3, (8, 5)), (4, (5, 5))):
         x, weight, bias, gamma, beta = setup(batch=batch, size=size)
-        gamma.requires_grad_(), weight.requires_grad_()
-        inputs = (x, weight, bias, gamma, beta)
-        got, want = (torch.autograd.grad(f(*inputs), (weight, gamma)) for f in (compiled, loss_of))
+        inputs = (x, weight.requires_grad_(), bias, gamma.requires_grad_(), beta)
+        got, want = (torch.autograd.grad(f(*inputs), (weight, gamma)) for f in (compiled, loss))
         torch.testing.assert_close(got, want)
-
-
-def loss_of(*inputs):
-    return conv_norm(*inputs).square().sum()
 
 
 @needs_cpp
@@ -507,6 +508,9 @@ def test_bad_input():
     for error, match, arguments in (
         (ValueError, r"x must have 4 dimensions \(B, C_in, H, W\), got shape", (x[0], weight, bias, gamma, beta)),
         (ValueError, r"weight must be \(C_out, 5, 3, 3\) for x of 5 channels", (x, weight[:, :4], bias, gamma, beta)),
+        (ValueError, "at least one channel, row and column", (x[:, :0], weight[:, :0], bias, gamma, beta)),
+        (ValueError, "at least one channel, row and column", (x[:, :, :0], weight, bias, gamma, beta)),
+        (ValueError, "at least one channel", (x, weight[:0], bias[:0], gamma[:0], beta[:0])),
         (ValueError, "gamma has 6 channels, weight 7", (x, weight, bias, gamma[:6], beta)),
         (TypeError, "weight is torch.float32, x torch.float64", (x, weight.float(), bias, gamma, beta)),
         (TypeError, "bias is torch.float32, x torch.float64", (x, weight, bias.float(), gamma, beta)),

@@ -98,8 +98,12 @@ ConvNorm describe(const Tensor& x, const Tensor& weight, std::optional<Tensor>& 
   STD_TORCH_CHECK(x.dim() == 4, "cxv_kernels: x must have 4 dimensions (B, C_in, H, W), got ", x.dim());
   ConvNorm p = {};
   p.dtype = cxv::dtype_of(x, "x");
+  // of an x without channels PyTorch's convolution has another shape
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0,
+                  "cxv_kernels: x must have at least one channel, row and column");
   STD_TORCH_CHECK(weight.dim() == 4, "cxv_kernels: weight must have 4 dimensions, got ", weight.dim());
   p.channels = weight.size(0);
+  STD_TORCH_CHECK(p.channels > 0, "cxv_kernels: weight must have at least one output channel");
   check("weight", weight, x, {p.channels, x.size(1), 3, 3}, x.scalar_type());
   if (bias.has_value()) {
     check("bias", *bias, x, {p.channels}, x.scalar_type());

@@ -206,6 +206,7 @@ class ConvNormPass {
       const V bias = splat<A>(bias_[c]);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
+        __builtin_prefetch(u + c * p_.pixels + j * W + kWide);  // as in backward_tile
         const V v = load_some(u + c * p_.pixels + j * W, count - j * W) + bias;
         store<A>(tile + c * kWide + j * W, v);
         sum[j] += v;
@@ -257,6 +258,8 @@ class ConvNormPass {
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
         const int64_t left = count - j * W;
+        __builtin_prefetch(y_ + row + j * W + kWide);  // the next tile: its rows are too short for the hardware's
+        __builtin_prefetch(g_ + row + j * W + kWide);
         const V x = p_.from_conv ? (load<A>(xhat + c * kWide + j * W) - shift[j] - offset[j]) * r[j]
                                  : (load_some(y_ + row + j * W, left) - beta) * inverse;
         const V dy = load_some(g_ + row + j * W, left), da = dy * gamma;

@@ -48,6 +48,10 @@ def conv_norm(
     check_tensor("x", x, 4, "(B, C_in, H, W)")
     check_tensor("weight", weight, 4, "(C_out, C_in, 3, 3)")
     check_same("weight", weight, "x", x)
+    if 0 in x.shape[1:] or weight.shape[0] == 0:
+        raise ValueError(
+            f"x and weight must have at least one channel, row and column, got {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
     if weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(
             f"weight must be (C_out, {x.shape[1]}, 3, 3) for x of {x.shape[1]} channels, got {tuple(weight.shape)}"
