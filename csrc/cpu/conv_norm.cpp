@@ -140,7 +140,7 @@ void run(cxv::ConvNormKernels::Pass pass, const ConvNorm& p, int64_t items) {
 template <class A>
 bool invertible(const ConvNorm& p, ScalarType dtype) {
   const bool low = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  const A ratio = low ? 4 : 16;
+  const A ratio = low ? 4 : 32;
   const A smallest = dtype == ScalarType::Half ? A(0x1p-14) : std::numeric_limits<A>::min();
   const A largest = dtype == ScalarType::Half ? A(65504) : std::numeric_limits<A>::max() / 2;
   if (p.channels <= 2) return false;
