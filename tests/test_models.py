@@ -87,6 +87,62 @@ def test_use_fused_changes_nothing_but_the_kernels(name):
             torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("mode", ["fused", "checkpointed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_drops_the_same_fused_or_not(name, mode, monkeypatch):
+    """One seed, one mask: in float64 the gradients of the whole model agree with dropout on, chunk by chunk."""
+    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)  # chunks of two images, the last of one
+    reference, fused = (small(name, use_fused=u).double().train() for u in (False, True))
+    fused.load_state_dict(reference.state_dict())
+    if mode == "checkpointed":
+        fused.set_grad_checkpointing()
+    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    results = []
+    for model in (reference, fused):
+        torch.manual_seed(7)
+        y = model(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
+        assert not torch.equal(model(x), y)  # the next mask is another
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_hundred_steps_fused_and_not(name):
+    """From one seed, in float32, with dropout: the loss curves are one until roundings have grown."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(64, 3, 12, 12, generator=generator), torch.randint(4, (64,), generator=generator)
+    curves = []
+    for use_fused in (False, True):
+        torch.manual_seed(1)
+        model = small(name, embed_dim=32, use_fused=use_fused).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        curve = []
+        for step in range(200):
+            part = slice(step % 4 * 16, step % 4 * 16 + 16)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[part]), labels[part])
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.detach())
+        curves.append(torch.stack(curve))
+    reference, fused = curves
+    assert reference[-10:].mean() < 0.7 * reference[:10].mean()
+    torch.testing.assert_close(fused[:20], reference[:20], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fused, reference, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_is_the_same_in_chunks(name, monkeypatch):
+    model = small(name, use_fused=True).double().eval()
+    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    whole = model(x).detach()
+    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), whole, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_alone_is_the_same_as_in_a_batch(name):
     model = small(name, use_fused=True).double().eval()
