@@ -44,10 +44,11 @@ def conv_norm(
         ValueError: a wrong rank, shape, device or backend; TypeError: a wrong or mixed dtype; RuntimeError: the
         named backend cannot serve.
     """
-    x, weight = autocast_inputs(x, weight)
+    (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, C_in, H, W)")
     check_tensor("weight", weight, 4, "(C_out, C_in, 3, 3)")
-    check_same("weight", weight, "x", x)
+    cast = torch.is_autocast_enabled(x.device.type)  # then weight and bias may have another dtype
+    check_same("weight", weight, "x", x, dtype=not cast)
     if 0 in x.shape[1:] or weight.shape[0] == 0:
         raise ValueError(
             f"x and weight must have at least one channel, row and column, got {tuple(x.shape)}, {tuple(weight.shape)}"
@@ -58,8 +59,7 @@ def conv_norm(
         )
     if bias is not None:
         check_tensor("bias", bias, 1, "(C_out,)")
-        bias = bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
-        check_same("bias", bias, "x", x)
+        check_same("bias", bias, "x", x, dtype=not cast)
     for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta)):
         if t is None:
             continue
@@ -69,6 +69,7 @@ def conv_norm(
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     with without_autocast(x):
         if backends.resolve("conv_norm", x, backend) == "reference":
-            return conv_norm_reference(x, weight, bias, gamma, beta, eps)
+            bias = None if bias is None else bias.to(x.dtype)
+            return conv_norm_reference(x, weight.to(x.dtype), bias, gamma, beta, eps)
         dtype = accumulate_dtype(x.dtype)
         return ConvNorm.apply(x, weight, bias, gamma.to(dtype), beta.to(dtype), eps)[0]

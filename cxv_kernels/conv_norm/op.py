@@ -32,12 +32,17 @@ if CPP_MISSING is None:
         )
 
 
+def _as(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The parameters in x's dtype; under autocast theirs is another, and no copy of them is kept for backward."""
+    return tuple(None if t is None else t.to(x.dtype) for t in parameters)
+
+
 class ConvNorm(torch.autograd.Function):
     """(x, weight, bias, gamma, beta, eps) → (out, rstd); rstd carries no gradient."""
 
     @staticmethod
     def forward(x, weight, bias, gamma, beta, eps):
-        return torch.ops.cxv_kernels.conv_norm_forward(x, weight, bias, gamma, beta, eps)
+        return torch.ops.cxv_kernels.conv_norm_forward(x, *_as(x, weight, bias), gamma, beta, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -63,8 +68,11 @@ class ConvNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(grad_out, x, weight, bias, gamma, beta, out, rstd, eps, needed):
-        grads = torch.ops.cxv_kernels.conv_norm_backward(grad_out, x, weight, bias, out, rstd, gamma, beta, eps, needed)
-        return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+        grads = torch.ops.cxv_kernels.conv_norm_backward(
+            grad_out, x, *_as(x, weight, bias), out, rstd, gamma, beta, eps, needed
+        )
+        inputs = (x, weight, bias, gamma, beta)
+        return tuple(g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needed, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -79,7 +87,8 @@ class ConvNormBackward(torch.autograd.Function):
 
         def reference(*tensors: Tensor) -> Tensor:
             rest = iter(tensors)
-            return conv_norm_reference(*(next(rest) if there else None for there in given), ctx.eps)
+            x, weight, bias, gamma, beta = (next(rest) if there else None for there in given)
+            return conv_norm_reference(x, *_as(x, weight, bias), gamma, beta, ctx.eps)
 
         pairs = [(t, g) for t, g in zip(inputs, grads, strict=True) if t is not None]
         (of_grad,), rest = double_backward(reference, [t for t, _ in pairs], [grad_out], [g for _, g in pairs])
