@@ -141,6 +141,10 @@ def test_inference_is_the_same_in_chunks(name, monkeypatch):
     monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)
     with torch.no_grad():
         torch.testing.assert_close(model(x), whole, rtol=1e-12, atol=1e-12)
+        seen = []
+        model.layers[0].conv_norm.register_forward_hook(lambda *call: seen.append((call[2], call[2].clone())))
+        torch.testing.assert_close(model(x), whole, rtol=1e-12, atol=1e-12)
+        assert torch.equal(*seen[0])  # what a hook holds is not written over
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import cxv_kernels
 
 from .attention import LinearAttention, NystromAttention, PerformerAttention
-from .residual import Drop, ResidualBranch, convolve, to_pixels, to_tokens
+from .residual import Drop, ResidualBranch, convolve, to_pixels, to_tokens, watched
 
 
 class ConvNorm(nn.Module):
@@ -51,7 +51,9 @@ class Layer(nn.Module):
         self.conv_norm, self.attn, self.mlp = conv_norm, attn, mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.attn(self.conv_norm(x)))
+        # without gradients what the norm returns is this layer's alone, unless a hook has seen it
+        inplace = not (torch.is_grad_enabled() or watched(self.conv_norm, self.attn, self.mlp))
+        return self.mlp(self.attn(self.conv_norm(x), inplace), inplace)
 
 
 class CXV(nn.Module):

@@ -38,6 +38,13 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return pointwise(x, conv.weight.flatten(1), conv.bias) if conv.kernel_size == (1, 1) else conv(x)
 
 
+def watched(*modules: nn.Module) -> bool:
+    """Whether a forward hook may hold on to what goes into or comes out of one of these modules."""
+    own = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    shared = nn.modules.module
+    return bool(own or shared._global_forward_hooks or shared._global_forward_pre_hooks)
+
+
 class ResidualBranch(nn.Module):
     """x (B, C, H, W) → x + branch(x), dropout included.
 
@@ -60,8 +67,8 @@ class ResidualBranch(nn.Module):
         """x + the branch of x, for images that do not see one another."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → the same."""
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """(B, C, H, W) → the same; ``inplace`` allows the result to be written into x where no gradient is wanted."""
         dropping = self.training and self.drop_rate > 0
         seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
         if not self.use_fused or torch.compiler.is_exporting():
@@ -73,7 +80,7 @@ class ResidualBranch(nn.Module):
         if keep:
             chunks = [self._checkpointed(part, images * i, *seeds) for i, part in enumerate(x.split(images))]
             return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        out = torch.empty_like(x)
+        out = x if inplace else torch.empty_like(x)
         for first in range(0, x.shape[0], images):
             out[first : first + images] = self._run(x[first : first + images], first, *seeds)
         return out
