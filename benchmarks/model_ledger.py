@@ -148,7 +148,7 @@ def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> dict[str, i
     """
     if backends.resolve("conv_norm", images) == "reference":
         return None
-    batch, in_chans, height, width = images.shape
+    batch, _, height, width = images.shape
     channels, depth, size, stride = model.embed_dim, len(model.layers), dtype.itemsize, model.stem[0].stride[0]
     pixels = batch * -(-height // stride) * -(-width // stride)
     layer_inputs = pixels * (channels // 2 + (depth - 1) * channels) * size

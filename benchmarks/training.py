@@ -67,7 +67,9 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
         return F.cross_entropy(model(images), labels)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, dtype: torch.dtype
+) -> None:
     """Forward, backward, update."""
     optimizer.zero_grad()
     loss_of(model, images, labels, dtype).backward()
@@ -97,8 +99,8 @@ def served_ops() -> Iterator[dict[str, str]]:
     served: dict[str, str] = {}
     resolve = backends.resolve
 
-    def record(op: str, *arguments: Any) -> str:
-        served[op] = resolve(op, *arguments)
+    def record(op: str, *arguments: Any, **options: Any) -> str:
+        served[op] = resolve(op, *arguments, **options)
         return served[op]
 
     backends.resolve = record
