@@ -61,9 +61,9 @@ def memory_table(results: dict[str, Any], brief: bool = False) -> Table:
     header = ["model", "", "mode", "peak, GB", "× eager", "kept, MB", "× eager", within, "inference"]
     table1 = ", ".join(f"{name} {gb}" for name, gb in settings["table1_gb"].items())
     title = [
-        f"A training step with AdamW, batch {batch}, 3×{side}×{side}. Peak: all that it holds. Table 1 of the paper (GPU GB,",
-        f"float32, batch 32): {table1}. Kept: after the forward pass, for backward.",
-        "Inference: its peak beyond weights and images, over the bytes of one activation.",
+        f"A training step with AdamW, batch {batch}, 3×{side}×{side}. Peak: all that it holds, where Table 1 (GPU GB,",
+        f"float32, batch 32) of the paper has {table1}. Kept: after the forward pass, for",
+        "backward. Inference: its peak beyond weights and images, over the bytes of one activation.",
     ]
     return Table(title, header, rows, left=3)
 
@@ -97,8 +97,8 @@ def ledger_table(results: dict[str, Any], brief: bool = False) -> Table:
         rows.append([*_key(row), *cells, f"{foretold / 1e6:,.1f}" if foretold else ""])
     header = ["MB", "", "mode", *GROUPS, "sum", "allocator", "remainder", "predicted"]
     title = [
-        "Kept for backward by kind, each storage once, with the first op that keeps it (mostly the attention's input is",
-        "conv + norm's output); their sum, the allocator's count, and the sum that the shapes foretell.",
+        "Kept for backward by kind, each storage once, with the first op that keeps it (so what attention reads is",
+        "conv + norm's), their sum, the allocator's count, and the sum that the shapes foretell.",
     ]
     return Table(title, header, rows, left=3)
 
