@@ -356,9 +356,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=2, help="of the CPU")
     parser.add_argument("--budget", type=seconds, help="seconds of steps per mode, at least 3 steps; unset: 1")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager model as well")
-    parser.add_argument(
-        "--quick", action="store_true", help="one layer, small images, small batch, few repetitions: a test"
-    )
+    parser.add_argument("--quick", action="store_true", help="one layer, small images, few repetitions: a test")
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="measure nothing: redraw FILE.png")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE.json's tables as Markdown"
