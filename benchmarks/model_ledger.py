@@ -155,7 +155,9 @@ def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> dict[str, i
     dropping = [b.num_drops for layer in model.layers for b in (layer.attn, layer.mlp) if b.drop_rate and b.training]
     kinds = dict.fromkeys(KINDS, 0)
     kinds[STEM] = images.numel() * size + pixels * (channels // 4) * size  # the image converted, the first output
-    kinds[HEAD] = batch * channels * size + batch * model.num_classes * 4  # pooled features, log-softmax
+    wide = max(size, 4)  # of what is never rounded to 16 bits
+    # the pooled features, log-softmax, and what the loss divides by
+    kinds[HEAD] = batch * channels * size + (batch * model.num_classes + 1) * wide
     cast = [model.stem[0].weight, model.stem[1].weight, model.head.weight]
     if model.grad_checkpointing:
         kinds[LAYER_INPUT] = layer_inputs
@@ -163,7 +165,7 @@ def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> dict[str, i
     else:
         kinds[CONV_INPUT] = layer_inputs
         kinds[CONV_OUTPUT] = kinds[MLP_INPUT] = depth * pixels * channels * size
-        kinds[CONV_PIXELS] = depth * pixels * (8 if dtype == torch.float64 else 4)
+        kinds[CONV_PIXELS] = depth * pixels * wide
         kinds[OTHER] = 8 * sum(dropping)
         cast += [p for layer in model.layers for p in layer.conv_norm.conv.parameters()]
     if dtype in LOW:

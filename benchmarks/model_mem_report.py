@@ -21,8 +21,6 @@ def _key(row: dict[str, Any]) -> list[str]:
 
 def _status(row: dict[str, Any]) -> str:
     """Why there is no number."""
-    if row["status"] == "= reference":
-        return "= reference (no fused kernel serves it here)"
     if row["status"] == "failed":
         return f"FAILED: error {row['error']:.1e} against float64, {row['tolerance']:.0e} allowed"
     return f"{row['status']} ({row['note']})" if row.get("note") else row["status"]
@@ -55,7 +53,8 @@ def memory_table(results: dict[str, Any], brief: bool = False) -> Table:
         largest = "" if row["largest_batch"] is None else f"{row['largest_batch']:,}"
         cells = [_gb(peak), _ratio(peak, eager and eager["peaks"][batch]), _mb(row["kept"])]
         cells += [_ratio(row["kept"], eager and eager["kept"]), largest]
-        rows.append([*_key(row), *cells, f"{row['inference'] / row['largest_activation']:.2f}"])
+        units = row["inference"] and f"{row['inference'] / row['largest_activation']:.2f}"
+        rows.append([*_key(row), *cells, units or ""])
     how = {row["largest_batch_by"] for row in results["memory"]} - {None}
     within = f"batch in {settings['budget_bytes'] / 1e9:g} GB" + "".join(f" ({word})" for word in sorted(how))
     header = ["model", "", "mode", "peak, GB", "× eager", "kept, MB", "× eager", within, "inference"]

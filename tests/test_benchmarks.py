@@ -466,7 +466,7 @@ def test_a_wrong_kernel_gets_no_speed_anywhere(tmp_path, monkeypatch, capsys):
         return attend if backend else lambda q, k, v: attend(q, k, v) * 1.001
 
     monkeypatch.setattr(attn_speed, "attention", wrong)
-    monkeypatch.setattr(attn_speed.backends, "resolve", lambda op, tensor, backend=None, *_: backend or "cpp")
+    monkeypatch.setattr(attn_speed.backends, "resolve", lambda op, tensor, backend=None, *_, **__: backend or "cpp")
     status, results = speed(tmp_path, "--ops", "performer")
     assert status == 1
     printed = capsys.readouterr().out
@@ -657,18 +657,16 @@ def test_quick_model_mem_is_complete(quick_model_mem):
     assert [row["mode"] for row in rows] == 2 * list(training.MODES)
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
     for row in rows:
-        if row["status"] == "= reference":
-            continue
         assert row["status"] == "ok"
         assert row["kept"] >= sum(row["ledger"].values()) > 0
-        assert row["inference"] > 0
+        assert (row["inference"] is not None) == (row["mode"] in ("eager", "fused"))
         assert (row["largest_batch_by"] == "predicted") == (row["mode"] != "reference")
         if row["predicted"]:
             assert sum(row["predicted"].values()) == pytest.approx(row["kept"], rel=0.02)
     for row in quick_model_mem["speed"]:
         assert len(row["step"]["samples_s"]) >= 2
         assert row["images_per_s"] == pytest.approx(4 / row["step"]["median_s"])
-    assert {row["side"] for row in quick_model_mem["sizes"]} in ({8, 16, 32}, set())
+    assert {row["side"] for row in quick_model_mem["sizes"]} == {8, 16, 32}
 
 
 def test_model_tables_are_drawn_from_the_json_alone(quick_model_mem, tmp_path, capsys):
