@@ -664,7 +664,7 @@ def test_quick_model_mem_is_complete(quick_model_mem):
         if row["predicted"]:
             assert sum(row["predicted"].values()) == pytest.approx(row["kept"], rel=0.02)
     for row in quick_model_mem["speed"]:
-        assert len(row["step"]["samples_s"]) >= 2
+        assert len(row["step"]["samples_s"]) >= (1 if row["mode"] == "reference" else 2)
         assert row["images_per_s"] == pytest.approx(4 / row["step"]["median_s"])
     assert {row["side"] for row in quick_model_mem["sizes"]} == {8, 16, 32}
 
@@ -699,7 +699,7 @@ def test_a_wrong_model_gets_no_number(tmp_path, monkeypatch, capsys):
     assert status == 1
     assert "FAILED: error 5.0e-01" in capsys.readouterr().out
     assert [row["status"] for row in results["memory"]] == ["ok", "ok", "failed", "failed"]
-    assert [row["mode"] for row in results["speed"]] == ["eager", "reference"]
+    assert {row["mode"] for row in results["speed"]} == {"eager", "reference"}
     assert results["sizes"] == []
     assert results["memory"][2]["kept"] is None
 
