@@ -7,8 +7,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,28 @@ from common import (
     measure,
     name_of,
     positive,
-    relative_error,
     some_of,
     write_json,
 )
 from memory import Timing, allocated
 from torch import Tensor
+from training import (
+    IMAGE_SIZE,
+    MODEL_TOLERANCE,
+    TABLE1_GB,
+    build,
+    check_model,
+    served_ops,
+    train_two_steps,
+)
 
-import cxv
 import cxv_kernels
 from cxv_kernels import backends
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 BATCH = {"cpu": 1, "cuda": 8}
-MODEL_BATCH, IMAGE_SIZE = 32, 32
-TABLE1_GB = {"cpv-5/4": 3.2, "cnv-5/4": 3.1, "cltv-5/4": 1.8}  # "GPU GB" of the paper's Table 1
+MODEL_BATCH = 32
 MECHANISMS = ("performer", "linear", "nystrom", "sdpa")
-MODEL_TOLERANCE = 10  # times the op's: five layers deep
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -69,23 +74,6 @@ class Settings:
     model_batch: int
     budget: float  # seconds per callable and length
     max_repeats: int
-
-
-@contextmanager
-def served_ops() -> Iterator[dict[str, str]]:
-    """In the block, fill a dict with the backend that serves each op called."""
-    served: dict[str, str] = {}
-    resolve = backends.resolve
-
-    def record(op: str, *arguments: Any) -> str:
-        served[op] = resolve(op, *arguments)
-        return served[op]
-
-    backends.resolve = record
-    try:
-        yield served
-    finally:
-        backends.resolve = resolve
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -159,49 +147,6 @@ def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
 # --- models ------------------------------------------------------------------------------------------------------
 
 
-def train_two_steps(name: str, use_fused: bool, settings: Settings) -> tuple[Any, ...]:
-    """Build a model and take two steps with AdamW; what is alive after a step is returned.
-
-    AdamW allocates its state at the end of the first step, so that one gets a single image, and the second, of the
-    whole batch, holds all that every later step does. In 16 bits the weights stay float32, and autocast is on.
-    """
-    device, dtype, batch = settings.device, settings.dtype, settings.model_batch
-    low = dtype in (torch.float16, torch.bfloat16)
-    torch.manual_seed(0)
-    images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device, dtype=torch.float32 if low else dtype)
-    labels = torch.randint(10, (batch,), device=device)
-    model = cxv.create_model(name, num_classes=10, use_fused=use_fused).to(device, images.dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    for size in (1, batch):
-        optimizer.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=low):
-            loss = F.cross_entropy(model(images[:size]), labels[:size])
-        loss.backward()
-        optimizer.step()
-    return model, optimizer, images, labels
-
-
-def check_model(name: str, settings: Settings) -> tuple[dict[str, str], float | None]:
-    """What serves the fused model's ops, and the error of its logits, for two images, against the reference in float64.
-
-    No error where the reference serves them all.
-    """
-    device, dtype = settings.device, settings.dtype
-    low = dtype in (torch.float16, torch.bfloat16)
-    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)).to(device)
-
-    def model(use_fused: bool, dtype: torch.dtype) -> torch.nn.Module:
-        torch.manual_seed(0)
-        return cxv.create_model(name, use_fused=use_fused).to(device, dtype).eval()
-
-    with torch.no_grad():
-        with served_ops() as served, torch.autocast(device.type, dtype, enabled=low):
-            logits = model(True, torch.float32 if low else dtype)(images.to(torch.float32 if low else dtype))
-        if set(served.values()) == {"reference"}:
-            return served, None
-        return served, relative_error([logits], [model(False, torch.float64)(images.double())])
-
-
 def training_steps(settings: Settings) -> Iterator[list[Row]]:
     """Measure the models one after the other; yields the reference's and the fused row of each."""
     for name in settings.models:
@@ -219,7 +164,7 @@ def _measure_model(row: Row, settings: Settings) -> None:
     """Fill in the row: for the fused model what serves it and the check, then the peak of training."""
     fused = row.implementation == "fused"
     if fused:
-        row.backends, row.error = check_model(row.name, settings)
+        row.backends, row.error = check_model(row.name, settings.device, settings.dtype)
         if row.error is None:
             row.status = "= reference"
             return
@@ -227,8 +172,13 @@ def _measure_model(row: Row, settings: Settings) -> None:
         if not row.error <= row.tolerance:
             row.status = "failed"
             return
+
+    def train() -> tuple[Any, ...]:
+        make = partial(build, row.name, row.implementation)
+        return train_two_steps(make, settings.model_batch, IMAGE_SIZE, settings.device, settings.dtype)
+
     with served_ops() as row.backends:
-        row.peak = allocated(lambda: train_two_steps(row.name, fused, settings), settings.device).peak
+        row.peak = allocated(train, settings.device).peak
 
 
 # --- the report --------------------------------------------------------------------------------------------------

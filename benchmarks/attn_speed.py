@@ -38,6 +38,7 @@ from common import (
     measure,
     positive,
     relative_error,
+    seconds,
     some_of,
     with_gradients,
     write_json,
@@ -466,17 +467,6 @@ def benchmark(settings: Settings, path: Path) -> bool:
     sections = results["ops"] + results["scaling"] + results["crossover"]
     print(f"{path}, {results['wall_s']:.0f} s")
     return all(row["status"] != "failed" for section in sections for row in section["rows"])
-
-
-def seconds(text: str) -> float:
-    """A positive number of seconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
-    return value
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -259,12 +259,15 @@ class Parser(argparse.ArgumentParser):
         """One line, exit status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def add_shared(self, outputs: str) -> None:
-        """--device, --dtype and --out, which becomes a folder that exists."""
+    def add_shared(self, outputs: str, dtypes: tuple[str, ...] | None = None) -> None:
+        """--device, --dtype (several, of this default, if ``dtypes``) and --out, which becomes a folder that exists."""
         self.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one"
         )
-        self.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the inputs")
+        if dtypes:
+            self.add_argument("--dtype", type=some_of(tuple(DTYPES)), default=dtypes, help="comma-separated")
+        else:
+            self.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the inputs")
         self.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help=f"folder of {outputs}")
 
     def check_shared(self, arguments: argparse.Namespace) -> None:
@@ -297,6 +300,17 @@ def positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
 
 
 def lengths_of(text: str) -> tuple[int, ...]:

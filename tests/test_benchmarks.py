@@ -20,7 +20,11 @@ import attn_speed_report  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import memory  # noqa: E402
+import model_ledger  # noqa: E402
+import model_mem  # noqa: E402
+import model_mem_report  # noqa: E402
 import peers  # noqa: E402
+import training  # noqa: E402
 from attn_mem_plot import draw  # noqa: E402
 
 MB = 1_000_000
@@ -462,7 +466,7 @@ def test_a_wrong_kernel_gets_no_speed_anywhere(tmp_path, monkeypatch, capsys):
         return attend if backend else lambda q, k, v: attend(q, k, v) * 1.001
 
     monkeypatch.setattr(attn_speed, "attention", wrong)
-    monkeypatch.setattr(attn_speed.backends, "resolve", lambda op, tensor, backend=None, *_: backend or "cpp")
+    monkeypatch.setattr(attn_speed.backends, "resolve", lambda op, tensor, backend=None, *_, **__: backend or "cpp")
     status, results = speed(tmp_path, "--ops", "performer")
     assert status == 1
     printed = capsys.readouterr().out
@@ -622,5 +626,187 @@ def test_bad_values_of_speed(arguments, words, capsys):
     message = capsys.readouterr().err
     assert exit_status.value.code == 2
     assert message.startswith("attn_speed: error: ")
+    assert words in message
+    assert message.count("\n") == 1
+
+
+# --- model_mem ---
+
+MODEL_MEM_JSON = BENCHMARKS / "results" / "model_mem-cpu.json"
+
+
+def model_memory(tmp_path, *arguments):
+    """The exit status and the JSON of a tiny run."""
+    given = ["--quick", "--device", "cpu", "--threads", "1", "--models", "cltv-5/4", *arguments]
+    status = model_mem.main([*given, "--out", str(tmp_path)])
+    return status, json.loads((tmp_path / "model_mem-cpu.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quick_model_mem(tmp_path_factory):
+    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("models")
+    status, results = model_memory(folder)
+    torch.set_num_threads(threads)
+    assert status == 0
+    assert (folder / "model_mem-cpu.png").stat().st_size > 10_000
+    return results
+
+
+def test_quick_model_mem_is_complete(quick_model_mem):
+    rows = quick_model_mem["memory"]
+    assert [row["mode"] for row in rows] == 2 * list(training.MODES)
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["kept"] >= sum(row["ledger"].values()) > 0
+        assert (row["inference"] is not None) == (row["mode"] in ("eager", "fused"))
+        assert (row["largest_batch_by"] == "predicted") == (row["mode"] != "reference")
+        if row["predicted"]:
+            assert sum(row["predicted"].values()) == pytest.approx(row["kept"], rel=0.02)
+    for row in quick_model_mem["speed"]:
+        assert len(row["step"]["samples_s"]) >= (1 if row["mode"] == "reference" else 2)
+        assert row["images_per_s"] == pytest.approx(4 / row["step"]["median_s"])
+    assert {row["side"] for row in quick_model_mem["sizes"]} == {8, 16, 32}
+
+
+def test_model_tables_are_drawn_from_the_json_alone(quick_model_mem, tmp_path, capsys):
+    path = tmp_path / "again.json"
+    path.write_text(json.dumps(quick_model_mem))
+    assert model_mem.main(["--markdown", str(path)]) == 0
+    printed = capsys.readouterr().out.rstrip("\n")
+    assert printed == model_mem_report.report(json.loads(path.read_text()))
+    for name in ("peak, GB", "batch in 16 GB (predicted)", "conv + norm: in", "images/s", "4 × 8²"):
+        assert name in printed
+    tables = [[line for line in part.splitlines() if line[:1] == "|"] for part in printed.split("\n\n")]
+    assert all(len({line.count("|") for line in table}) <= 1 for table in tables)
+    assert model_mem.main(["--plot", str(path)]) == 0
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_readme_has_the_committed_models():
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    _, begins, rest = readme.partition("<!-- model_mem -->\n")
+    if not begins or not MODEL_MEM_JSON.exists():
+        pytest.skip("no such tables yet")
+    block, ends, _ = rest.partition("<!-- /model_mem -->")
+    assert ends
+    assert block.strip() == model_mem_report.report(json.loads(MODEL_MEM_JSON.read_text())).strip()
+
+
+def test_a_wrong_model_gets_no_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model_mem, "check_model", lambda *_: ({"conv_norm": "cpp"}, 0.5))
+    status, results = model_memory(tmp_path, "--dtype", "float32")
+    assert status == 1
+    assert "FAILED: error 5.0e-01" in capsys.readouterr().out
+    assert [row["status"] for row in results["memory"]] == ["ok", "ok", "failed", "failed"]
+    assert {row["mode"] for row in results["speed"]} == {"eager", "reference"}
+    assert results["sizes"] == []
+    assert results["memory"][2]["kept"] is None
+
+
+def test_a_model_that_does_not_fit_is_a_row(tmp_path, monkeypatch):
+    build = training.build
+
+    def full(name, mode):
+        if mode == "eager":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return build(name, mode)
+
+    monkeypatch.setattr(model_mem, "build", full)
+    status, results = model_memory(tmp_path, "--dtype", "float32")
+    assert status == 0
+    assert [row["status"] for row in results["memory"]][:2] == ["out of memory", "ok"]
+    assert "eager" not in [row["mode"] for row in results["speed"]]
+    model_mem_report.report(results)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compiled_models_are_a_row(tmp_path, monkeypatch, compiles):
+    def compiled(model, **_):
+        if compiles:
+            return model
+        return lambda images: (_ for _ in ()).throw(ValueError("no compiler\nand more"))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    status, results = model_memory(tmp_path, "--dtype", "float32", "--compile")
+    assert status == 0
+    row = next(row for row in results["speed"] if row["mode"] == "torch.compile")
+    if compiles:
+        assert row["step"]["median_s"] > 0
+        assert row["note"].startswith("compiled in")
+    else:
+        assert (row["status"], row["step"], row["note"]) == ("fails", None, "ValueError: no compiler")
+
+
+def test_the_eager_model_is_the_reference_but_for_dropout():
+    images, labels = training.random_batch(2, 8, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    eager = training.build("cpv-2/2", "eager")
+    with training.served_ops() as served:
+        eager.train()(images).sum().backward()
+    assert "dropout" not in served
+    torch.manual_seed(0)
+    reference = training.build("cpv-2/2", "reference")
+    assert torch.equal(eager.eval()(images), reference.eval()(images))
+    with training.served_ops() as served:
+        training.loss_of(reference.train(), images, labels, torch.float32)
+    assert served["dropout"] == "reference"
+
+
+@pytest.mark.parametrize("mode", training.MODES)
+def test_ledger_is_all_that_autograd_saves(mode):
+    model = training.build("cpv-2/2", mode).train()
+    images, labels = training.random_batch(2, 16, torch.device("cpu"), torch.float32)
+    loss = lambda: training.loss_of(model, images, labels, torch.float32)  # noqa: E731
+    loss()
+    given = (*model.parameters(), *model.buffers(), images, labels)
+    ledger = model_ledger.measured(model, images, labels, torch.float32)
+    assert ledger.total == memory.saved_for_backward(loss, given).beyond_inputs
+    assert ledger.total == pytest.approx(ledger.allocated, abs=3 * model_ledger.RNG_STATE)
+    assert not model._forward_hooks
+
+
+def test_a_ledger_by_hand():
+    """The stem, what it hands to conv + norm, and the head, of a model without layers to speak of."""
+    model = training.build("cltv-1/1", "fused").train()
+    model.layers = torch.nn.ModuleList()
+    model.head = torch.nn.Linear(64, 10)
+    images, labels = training.random_batch(2, 4, torch.device("cpu"), torch.float32)
+    training.loss_of(model, images, labels, torch.float32)
+    kinds = model_ledger.measured(model, images, labels, torch.float32).kinds
+    pixels = 2 * 4 * 4
+    head = 2 * 64 * 4 + 2 * 10 * 4  # the pooled features, log-softmax
+    expected = {model_ledger.STEM: pixels * (3 + 32) * 4, model_ledger.HEAD: head}
+    assert {kind: nbytes for kind, nbytes in kinds.items() if nbytes > 8} == pytest.approx(expected, abs=8)
+
+
+def test_largest_that_fits():
+    for limit in range(20):
+        assert model_mem.largest_that(lambda n, limit=limit: n <= limit, 12) == min(limit, 12)
+
+
+def test_line_through_peaks():
+    assert model_mem.line_through({"8": 30, "16": 51, "32": 78}) == (14, 2)
+    assert model_mem.line_through({"8": 30}) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--models", "cpv-5/4,magic"], "--models: must be some of cpv-5/4, cnv-5/4, cltv-5/4, got 'magic'"),
+        (["--dtype", "bfloat16,int8"], "--dtype: must be some of float64, float32, float16, bfloat16, got 'int8'"),
+        (["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
+        (["--budget", "-1"], "--budget: must be a positive number of seconds, got '-1'"),
+        (["--markdown", "missing.json"], "--markdown: no such file: missing.json"),
+        (["--plot", __file__], "is not a JSON of this benchmark"),
+        (["--out", __file__], "--out: cannot make"),
+    ],
+)
+def test_bad_values_of_model_mem(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        model_mem.main(arguments)
+    message = capsys.readouterr().err
+    assert exit_status.value.code == 2
+    assert message.startswith("model_mem: error: ")
     assert words in message
     assert message.count("\n") == 1
