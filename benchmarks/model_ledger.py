@@ -167,7 +167,6 @@ def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> dict[str, i
         kinds[CONV_OUTPUT] = kinds[MLP_INPUT] = depth * pixels * channels * size
         kinds[CONV_PIXELS] = depth * pixels * wide
         kinds[OTHER] = 8 * sum(dropping)
-        cast += [p for layer in model.layers for p in layer.conv_norm.conv.parameters()]
     if dtype in LOW:
         kinds[WEIGHTS] = sum(p.numel() for p in cast) * size
     return kinds

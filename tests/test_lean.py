@@ -134,12 +134,7 @@ def inference(name, dtype, batch=32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_inference_takes_three_tensors_and_a_chunk(name, dtype):
+def test_inference_takes_two_tensors_and_a_chunk(name, dtype):
+    """A layer's input, which its caller holds, and the norm's output, which attention and MLP write over."""
     peak, tensor, chunk = inference(name, dtype)
-    assert peak <= 3 * tensor + chunk
-
-
-@pytest.mark.xfail(strict=True, reason="the layer's input lives in its caller while the MLP reads and writes two more")
-def test_inference_takes_two_tensors_and_a_chunk():
-    peak, tensor, chunk = inference("cltv-5/4", torch.float32)
     assert peak <= 2 * tensor + chunk
