@@ -66,14 +66,14 @@ def _noisy(timing: dict[str, Any]) -> bool:
     return timing["q3_s"] - timing["q1_s"] > timing["median_s"] / 2
 
 
-def _times(row: dict[str, Any], baseline: dict[str, Any] | None, part: str, brief: bool) -> list[str]:
+def _times(row: dict[str, Any], baseline: dict[str, Any] | None, part: str) -> list[str]:
     """The median, its spread and the ratio to the baseline."""
     timing, of = row[part], baseline and baseline[part]
     ratio = f"{timing['median_s'] / of['median_s']:.2f}×" if of else ""
     if _noisy(timing) or (of and _noisy(of)):
         ratio = "noisy"
     spread = f"({_ms(timing['q3_s'] - timing['q1_s'])})" if len(timing["samples_s"]) > 1 else "(once)"
-    return [_ms(timing["median_s"]), *([] if brief else [spread]), ratio]
+    return [_ms(timing["median_s"]), spread, ratio]
 
 
 def _status(row: dict[str, Any]) -> str:
@@ -100,8 +100,7 @@ def _served(row: dict[str, Any], brief: bool) -> str:
 
 def op_table(cases: Sequence[dict[str, Any]], brief: bool = False) -> Table:
     """Every implementation of the ops: times, ratios to the op's baseline, bytes."""
-    spread = [] if brief else ["(iqr)"]
-    header = ["op", "implementation", "forward, ms", *spread, "ratio", "fwd + bwd, ms", *spread, "ratio"]
+    header = ["op", "implementation", "forward, ms", "(iqr)", "ratio", "fwd + bwd, ms", "(iqr)", "ratio"]
     header += ["saved, MB", "× input", "peak, MB", *([] if brief else ["error"])]
     rows = []
     for case in cases:
@@ -113,7 +112,7 @@ def op_table(cases: Sequence[dict[str, Any]], brief: bool = False) -> Table:
                 rows.append([*cells, _status(row)])
                 continue
             for part in PASSES:
-                cells += _times(row, baseline, part, brief)
+                cells += _times(row, baseline, part)
             saved = row["saved_bytes"]
             cells += [_mb(saved), f"{saved / case['input_bytes']:.2f}", _mb(row["peak_bytes"])]
             error = row["max_relative_error"]

@@ -144,7 +144,7 @@ def noise_lines(results: dict[str, Any]) -> list[str]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """All tables as Markdown."""
+    """The README's tables as Markdown; the ledger and the other sizes are the terminal's and the JSON's."""
     env = results["environment"]
     threads = f", {env['threads']} threads" if env["device"] == "cpu" else ""
     parts = [
@@ -152,9 +152,8 @@ def report(results: dict[str, Any]) -> str:
         + "".join(f"; {name}={value}" for name, value in env["malloc"].items())
         + "."
     ]
-    tables = {"memory": (memory_table, ledger_table), "speed": (speed_table,), "sizes": (sizes_table,)}
-    for section, makers in tables.items():
-        for make in makers if results[section] else ():
+    for section, make in {"memory": memory_table, "speed": speed_table}.items():
+        if results[section]:
             table = make(results, brief=True)
             parts += [" ".join(table.title), table.markdown()]
     return "\n\n".join([*parts, *noise_lines(results)])
