@@ -5,6 +5,14 @@ from pathlib import Path
 
 import torch
 
+# What the Python side expects of the C++ library: one that was built from older sources must not be half used.
+_OPS = (
+    *(f"{op}_attention_{way}" for op in ("linear", "performer") for way in ("forward", "backward")),
+    *(f"{op}_{way}" for op in ("kv_state", "performer_features", "conv_norm") for way in ("forward", "backward")),
+    *(f"nystrom_{part}{way}" for part in ("means", "mix", "residual") for way in ("", "_backward")),
+    "dropout",
+)
+
 
 def _load(name: str) -> str | None:
     """Load cxv_kernels/<name>.*so; None if that went well, else the reason in words."""
@@ -18,7 +26,14 @@ def _load(name: str) -> str | None:
     return None
 
 
-CPP_MISSING = _load("_cpu")
+def _load_cpp() -> str | None:
+    reason = _load("_cpu")
+    if reason is None and not all(hasattr(torch.ops.cxv_kernels, op) for op in _OPS):
+        reason = "was built from other sources than these: run `pip install` again"
+    return reason
+
+
+CPP_MISSING = _load_cpp()
 
 
 def _load_cuda() -> str | None:

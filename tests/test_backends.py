@@ -1,16 +1,20 @@
 """Who serves an op, and the reasons; imports without side effects; the report of ``python -m cxv_kernels``."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import heads, needs_cpp
 
 import cxv_kernels
-from cxv_kernels import backends, checks
+from cxv_kernels import _extension, backends, checks
+
+SCHEMAS = Path(__file__).parent.parent / "csrc" / "ops.cpp"
 
 
 def test_every_check_passes_here():
@@ -143,3 +147,11 @@ def test_report(capsys):
     out = capsys.readouterr().out
     assert "all checks passed" in out
     assert "not served by triton" in out
+
+
+@needs_cpp
+def test_a_library_of_older_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(_extension, "_OPS", (*_extension._OPS, "of_tomorrow"))
+    assert "was built from other sources" in _extension._load_cpp()
+    schemas = set(re.findall(r'"(\w+)\(', SCHEMAS.read_text()))
+    assert schemas == set(_extension._OPS[:-1])

@@ -1,10 +1,6 @@
 """conv_norm: 3×3 convolution, then LayerNorm over channels. The reference against its definition, the fused kernels
 against the reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import needs_cpp
@@ -479,28 +475,6 @@ def test_saved_bytes():
     rstd = 4 * 16 * 16 * 4
     assert saved("cpp") == rstd
     assert saved("reference") >= 32 * rstd
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    """The narrower kernels, chosen by the environment, in a process of their own."""
-    code = (
-        "import torch, cxv_kernels._extension as e, cxv_kernels.checks as c\n"
-        "print(e.build_info()['cpu_isa'])\n"
-        "for case in c.cases(dim=19):\n"
-        "    for dtype in c.FLOAT_DTYPES:\n"
-        "        if case.op == 'conv_norm': assert c.run(case, 'cpp', 'cpu', dtype).passed, (case, dtype)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"CXV_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] in (isa, "baseline")
 
 
 def test_bad_input():

@@ -1,9 +1,5 @@
 """nystrom_attention: the reference against its definition with every map written out, the fused kernels against it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -525,28 +521,6 @@ def test_saved_bytes(dtype):
     assert bytes_saved == mine + statistics + output
     assert saved("cpp", weight)[0] == bytes_saved
     assert saved("reference")[0] >= 3 * bytes_saved
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    """The narrower kernels, chosen by the environment, in a process of their own."""
-    code = (
-        "import torch, cxv_kernels._extension as e, cxv_kernels.checks as c\n"
-        "print(e.build_info()['cpu_isa'])\n"
-        "for case in c.cases(dim=19):\n"
-        "    for dtype in c.FLOAT_DTYPES:\n"
-        "        if case.op == 'nystrom_attention': assert c.run(case, 'cpp', 'cpu', dtype).passed, (case, dtype)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"CXV_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] in (isa, "baseline")
 
 
 @needs_cpp
