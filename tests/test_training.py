@@ -19,6 +19,7 @@ from cxv.training import checkpoint as checkpoint_module
 from cxv.training import loop as loop_module
 from cxv.training.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
 from cxv.training.data import load_data
+from cxv.training.interrupt import deferred_interrupts, interruptible
 
 TINY = {
     "model": "cpv-1/2",
@@ -460,3 +461,32 @@ def test_digits_by_default_reach_97_per_cent_and_switch_to_sgd(tmp_path):
     result = train(TrainConfig(output=str(tmp_path / "a"), threads=1), log=lines.append)
     assert result.best_top1 >= 97
     assert "switch to SGD" in "\n".join(lines)
+
+
+def test_an_interrupt_waits_for_the_next_batch():
+    """Ctrl-C in the middle of a step is raised between two; a second one at once."""
+    reached = []
+
+    def steps():
+        with deferred_interrupts():
+            for i in interruptible(range(5)):
+                if i == 2:
+                    signal.raise_signal(signal.SIGINT)
+                reached.append(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        steps()
+    assert reached == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("goes on")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("not reached")
+    assert reached[-1] == "goes on"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupts():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # somebody else's business
+    finally:
+        signal.signal(signal.SIGINT, before)

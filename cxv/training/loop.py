@@ -29,6 +29,7 @@ from .curves import plot_curves
 from .data import MEAN, STD, Data, ImageSet, batches, load_data
 from .dualopt import DualOpT
 from .errors import InputError
+from .interrupt import deferred_interrupts, interruptible
 from .progress import Progress
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -219,15 +220,16 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     atomic_write(output / ARGS, (json.dumps(_arguments(config), indent=2) + "\n").encode())
 
     try:
-        while not opt.finished:
-            row = _train_epoch(model, data, opt, scaler, sampler, config, device, autocast, output)
-            best = opt.end_epoch(row["test_top1"])
-            row["best_top1"] = opt.best_top1
-            history.append(row)
-            save(best)
-            log(_epoch_line(row, best))
-            if row["phase"] != opt.phase:
-                log(_switch_line(opt, config))
+        with deferred_interrupts():
+            while not opt.finished:
+                row = _train_epoch(model, data, opt, scaler, sampler, config, device, autocast, output)
+                best = opt.end_epoch(row["test_top1"])
+                row["best_top1"] = opt.best_top1
+                history.append(row)
+                save(best)
+                log(_epoch_line(row, best))
+                if row["phase"] != opt.phase:
+                    log(_switch_line(opt, config))
     except KeyboardInterrupt:
         epoch = read_checkpoint(output / LAST)["epoch"]
         log(f"interrupted; epoch {epoch} is saved: go on with  cxv train --resume --output {output}")
@@ -261,7 +263,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
     try:
-        for x, y in batches(data, batch_size, device):
+        for x, y in interruptible(batches(data, batch_size, device)):
             with autocast():
                 logits = model(x)
             loss += F.cross_entropy(logits.float(), y, reduction="sum")
@@ -326,7 +328,7 @@ def _train_epoch(
     hits = torch.zeros((), dtype=torch.int64, device=device)
     model.train()
     with Progress(total, f"epoch {epoch} {_NAMES[phase]}") as progress:
-        for step, (x, y) in enumerate(batches(data.train, config.batch_size, device, sampler), 1):
+        for step, (x, y) in enumerate(interruptible(batches(data.train, config.batch_size, device, sampler)), 1):
             opt.zero_grad()
             with autocast():
                 logits = model(x)
