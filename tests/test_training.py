@@ -478,11 +478,16 @@ def test_an_interrupt_waits_for_the_next_batch():
         steps()
     assert reached == [0, 1, 2]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+
+    @deferred_interrupts()
+    def two_signals():
         signal.raise_signal(signal.SIGINT)
         reached.append("goes on")
         signal.raise_signal(signal.SIGINT)
         reached.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        two_signals()
     assert reached[-1] == "goes on"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
