@@ -17,7 +17,11 @@ def dropout_seed(device: str | torch.device = "cpu", generator: torch.Generator 
 
 
 def dropout_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
-    """Which of the elements offset … offset + count − 1 :func:`dropout` keeps: bool (count,), on seed's device."""
+    """Which of the elements offset … offset + count − 1 :func:`dropout` keeps: bool (count,), on seed's device.
+
+    Raises:
+        ValueError: p out of range.
+    """
     return keep_mask(seed, count, _check_probability(p), offset)
 
 
