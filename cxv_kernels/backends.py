@@ -27,7 +27,7 @@ Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 # What "auto" passes over until a GPU has judged it; naming it serves.
-_UNPROVEN = {"cuda": "has not been checked on a GPU yet and serves only when it is named"}
+_UNPROVEN = dict.fromkeys(("triton", "cuda"), "has not been checked on a GPU yet and serves only when it is named")
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _announced: set[tuple[str, str]] = set()
 _active = "auto"
