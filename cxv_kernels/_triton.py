@@ -4,13 +4,19 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "cxv_kernels_triton"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
+
+# What compiles kernels without a GPU takes the launches instead: (kernel, grid, arguments, options).
+recorder: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
 
 
 def define(schema: str, module: str) -> None:
@@ -55,3 +61,25 @@ def serves_triton(device: torch.device, dtype: torch.dtype, dim: int, tensor_cor
         what = "matrix products" if tensor_cores else "bfloat16"
         return f"serves {what} from sm_80 on, not sm_{major}{minor}"
     return None
+
+
+def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """``kernel[grid](*arguments, **options)`` on the first tensor's device and its current stream, without waiting.
+
+    Raises:
+        RuntimeError: the launch failed; the message has the op, the tensors' shapes and dtypes, and the cause.
+    """
+    if 0 in grid:
+        return
+    if recorder is not None:
+        return recorder(kernel, grid, arguments, options)
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    try:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel[grid](*arguments, **options)
+        else:
+            kernel[grid](*arguments, **options)
+    except Exception as error:
+        tensors = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in arguments if isinstance(a, Tensor))
+        raise RuntimeError(f"{op}: Triton could not run {kernel.__name__} on {device} ({tensors}): {error}") from error
