@@ -151,14 +151,18 @@ class PerformerAttention(_Attention):
             self.split_heads(to_tokens(pointwise(y, layer.weight, layer.bias))) for layer in (self.q, self.k, self.v)
         )
         q, k = self.place(q, k)
+        if not self.local_heads:
+            return self.project(self.favor(q, k, v), drop, x)
         sizes = (self.num_heads - self.local_heads, self.local_heads)
-        (q, q_local), (k, k_local), (v, v_local) = (t.split(sizes, dim=1) for t in (q, k, v))
-        out = cxv_kernels.performer_attention(
+        far, near = zip(*(t.split(sizes, dim=1) for t in (q, k, v)), strict=True)
+        out = torch.cat((self.favor(*far), local_attention(*near, self.local_window)), dim=1)
+        return self.project(out, drop, x)
+
+    def favor(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """FAVOR+ with this layer's features: (B, heads, N, D) each."""
+        return cxv_kernels.performer_attention(
             q, k, v, self.projection, self.kernel, eps=self.eps, stabilizer=self.stabilizer, backend=self.backend
         )
-        if self.local_heads:
-            out = torch.cat((out, local_attention(q_local, k_local, v_local, self.local_window)), dim=1)
-        return self.project(out, drop, x)
 
 
 class NystromAttention(_Attention):
@@ -195,12 +199,12 @@ class NystromAttention(_Attention):
         self.proj = nn.Linear(self.inner_dim, dim)
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        qkv = to_tokens(pointwise(self.entry(x), self.qkv.weight))
-        q, k, v = (self.split_heads(t) for t in qkv.chunk(3, dim=-1))
-        q, k = self.place(q, k)
-        pad = -q.shape[2] % self.num_landmarks if self.front_pad else 0
+        y = self.entry(x)
+        pad = -(y.shape[2] * y.shape[3]) % self.num_landmarks if self.front_pad else 0
         if pad:
-            q, k, v = (F.pad(t, (0, 0, pad, 0)) for t in (q, k, v))
+            y = F.pad(to_tokens(y), (0, 0, pad, 0)).transpose(1, 2).unsqueeze(-1)
+        q, k, v = (self.split_heads(t) for t in to_tokens(pointwise(y, self.qkv.weight)).chunk(3, dim=-1))
+        q, k = self.place(q, k)
         out = cxv_kernels.nystrom_attention(
             q, k, v, self.num_landmarks, residual_weight=self.res_conv.weight, backend=self.backend
         )

@@ -152,10 +152,11 @@ class CXV(nn.Module):
         for name, allowed in {**choices, "conv_residual": CONV_RESIDUALS}.items():
             if given[name] not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given[name]!r}")
-        if embed_dim % 2**stem_convs:
-            raise ValueError(f"embed_dim must be a multiple of {2**stem_convs} for its stem, got {embed_dim}")
-        if embed_dim % 4 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of 4 and of num_heads = {num_heads}, got {embed_dim}")
+        halved = 2 ** max(stem_convs, 2)
+        if embed_dim % halved or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of {halved} and of num_heads = {num_heads}, got {embed_dim}"
+            )
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
