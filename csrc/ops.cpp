@@ -48,10 +48,19 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
       " Tensor gamma, Tensor beta, float eps, bool[5] needed) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
       " Tensor grad_gamma, Tensor grad_beta)");
 
-  // What Nyström attention has beyond scaled-dot-product attention. x (B, H, N, D); means (B, H, m, D) in float32, or
-  // float64 for float64. summary and mixed (B, H, m, E), mixed = softmax(D^-½ q_means k_meansᵀ)⁺ summary.
+  // Nyström attention. x, q, k (B, H, N, D), v (B, H, N, E); means (B, H, m, D) and log_sums (B, H, m) in float32, or
+  // float64 for float64; the logits are D^-½ times the products. summary = softmax(q_means kᵀ) v (B, H, m, E),
+  // mixed = softmax(q_means k_meansᵀ)⁺ summary, out = softmax(q k_meansᵀ) mixed.
   m.def("nystrom_means(Tensor x, int landmarks) -> Tensor means");
   m.def("nystrom_means_backward(Tensor grad_means, Tensor x) -> Tensor grad_x");
+  m.def("nystrom_summary(Tensor q_means, Tensor k, Tensor v) -> (Tensor summary, Tensor log_sums)");
+  m.def(
+      "nystrom_summary_backward(Tensor grad_summary, Tensor q_means, Tensor k, Tensor v, Tensor summary, Tensor"
+      " log_sums) -> (Tensor grad_q_means, Tensor grad_k, Tensor grad_v)");
+  m.def("nystrom_readout(Tensor q, Tensor k_means, Tensor mixed) -> Tensor out");
+  m.def(
+      "nystrom_readout_backward(Tensor grad_out, Tensor q, Tensor k_means, Tensor mixed)"
+      " -> (Tensor grad_q, Tensor grad_k_means, Tensor grad_mixed)");
   m.def("nystrom_mix(Tensor q_means, Tensor k_means, Tensor summary) -> Tensor mixed");
   m.def(
       "nystrom_mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary)"

@@ -59,6 +59,87 @@ Tensor means_backward(Tensor grad_means, Tensor x) {
   return grad_x;
 }
 
+// x (B, H, N, dim), means (B, H, m, dim), and the values' width.
+cxv::NystromTokens describe_tokens(const Tensor& x, const Tensor& means, int64_t value_dim) {
+  check_four("x", x);
+  check_four("means", means);
+  cxv::NystromTokens p = {};
+  p.dtype = cxv::dtype_of(x);
+  p.batch = x.size(0);
+  p.heads = x.size(1);
+  p.tokens = x.size(2);
+  p.landmarks = means.size(2);
+  p.dim = x.size(3);
+  p.value_dim = value_dim;
+  check("means", means, x, {p.batch, p.heads, p.landmarks, p.dim}, cxv::accumulator_of(x));
+  p.x = cxv::view(x);
+  p.means = cxv::view(means);
+  p.tiles = (p.tokens + passes().tile - 1) / passes().tile;
+  return p;
+}
+
+cxv::View checked(const char* name, const Tensor& t, const Tensor& x, const cxv::NystromTokens& p, int64_t rows) {
+  check(name, t, x, {p.batch, p.heads, rows, p.value_dim}, x.scalar_type());
+  return cxv::view(t);
+}
+
+Tensor readout(Tensor q, Tensor k_means, Tensor mixed) {
+  check_four("mixed", mixed);
+  auto p = describe_tokens(q, k_means, mixed.size(3));
+  p.landmark_values = checked("mixed", mixed, q, p, p.landmarks);
+  Tensor out = cxv::new_like(q, {p.batch, p.heads, p.tokens, p.value_dim});
+  p.token_values = cxv::view(out);
+  run(passes().readout, p, p.batch * p.heads * p.tiles);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> readout_backward(Tensor grad_out, Tensor q, Tensor k_means, Tensor mixed) {
+  check_four("mixed", mixed);
+  auto p = describe_tokens(q, k_means, mixed.size(3));
+  p.landmark_values = checked("mixed", mixed, q, p, p.landmarks);
+  p.grad_token_values = checked("grad_out", grad_out, q, p, p.tokens);
+  Tensor grad_q = cxv::new_like(q, {p.batch, p.heads, p.tokens, p.dim});
+  Tensor grad_k_means = cxv::new_like(k_means, {p.batch, p.heads, p.landmarks, p.dim});
+  Tensor grad_mixed = cxv::new_like(mixed, {p.batch, p.heads, p.landmarks, p.value_dim});
+  p.grad_x = cxv::view(grad_q);
+  p.grad_means = cxv::view(grad_k_means);
+  p.grad_landmark_values = cxv::view(grad_mixed);
+  run(passes().readout_backward, p, p.batch * p.heads);
+  return {grad_q, grad_k_means, grad_mixed};
+}
+
+std::tuple<Tensor, Tensor> summary(Tensor q_means, Tensor k, Tensor v) {
+  check_four("v", v);
+  auto p = describe_tokens(k, q_means, v.size(3));
+  p.token_values = checked("v", v, k, p, p.tokens);
+  Tensor out = cxv::new_like(v, {p.batch, p.heads, p.landmarks, p.value_dim});
+  Tensor log_sums = cxv::new_accumulator(k, {p.batch, p.heads, p.landmarks});
+  p.landmark_values = cxv::view(out);
+  p.log_sums = log_sums.data_ptr();
+  run(passes().summary, p, p.batch * p.heads);
+  return {out, log_sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> summary_backward(Tensor grad_summary, Tensor q_means, Tensor k, Tensor v,
+                                                    Tensor summary, Tensor log_sums) {
+  check_four("v", v);
+  auto p = describe_tokens(k, q_means, v.size(3));
+  p.token_values = checked("v", v, k, p, p.tokens);
+  p.landmark_values = checked("summary", summary, k, p, p.landmarks);
+  p.grad_landmark_values = checked("grad_summary", grad_summary, k, p, p.landmarks);
+  cxv::check_accumulator("log_sums", log_sums, k, {p.batch, p.heads, p.landmarks});
+  STD_TORCH_CHECK(log_sums.is_contiguous(), "cxv_kernels: log_sums must be contiguous");
+  p.log_sums = log_sums.data_ptr();
+  Tensor grad_q_means = cxv::new_like(q_means, {p.batch, p.heads, p.landmarks, p.dim});
+  Tensor grad_k = cxv::new_like(k, {p.batch, p.heads, p.tokens, p.dim});
+  Tensor grad_v = cxv::new_like(v, {p.batch, p.heads, p.tokens, p.value_dim});
+  p.grad_means = cxv::view(grad_q_means);
+  p.grad_x = cxv::view(grad_k);
+  p.grad_token_values = cxv::view(grad_v);
+  run(passes().summary_backward, p, p.batch * p.heads);
+  return {grad_q_means, grad_k, grad_v};
+}
+
 cxv::NystromMix describe_mix(const Tensor& q_means, const Tensor& k_means, const Tensor& summary) {
   check_four("q_means", q_means);
   check_four("summary", summary);
@@ -149,6 +230,10 @@ std::tuple<Tensor, Tensor> residual_backward(Tensor grad_out, Tensor v, Tensor w
 STABLE_TORCH_LIBRARY_IMPL(cxv_kernels, CPU, m) {
   m.impl("nystrom_means", TORCH_BOX(&means));
   m.impl("nystrom_means_backward", TORCH_BOX(&means_backward));
+  m.impl("nystrom_summary", TORCH_BOX(&summary));
+  m.impl("nystrom_summary_backward", TORCH_BOX(&summary_backward));
+  m.impl("nystrom_readout", TORCH_BOX(&readout));
+  m.impl("nystrom_readout_backward", TORCH_BOX(&readout_backward));
   m.impl("nystrom_mix", TORCH_BOX(&mix));
   m.impl("nystrom_mix_backward", TORCH_BOX(&mix_backward));
   m.impl("nystrom_residual", TORCH_BOX(&residual));

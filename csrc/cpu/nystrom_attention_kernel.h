@@ -1,4 +1,4 @@
-// What Nyström attention has beyond scaled-dot-product attention, for one instruction set. The derivation is in
+// Nyström attention's passes, for one instruction set. The derivation is in
 // cxv_kernels/nystrom_attention/README.md; names follow it.
 #pragma once
 
@@ -67,6 +67,252 @@ class NystromMeansPass {
   const NystromMeans& p_;
   const int64_t D_, Dp_;
   Scratch<A> scratch_;
+};
+
+// Each of the first `rows` rows of a (… × ld) becomes its softmax over the first `cols` columns, zeros beyond.
+template <class A>
+void softmax_rows(A* a, int64_t ld, int64_t rows, int64_t cols) {
+  using V = Vec<A>;
+  constexpr int W = kWidth<A>;
+  for (A* row = a; row < a + rows * ld; row += ld) {
+    for (int64_t j = cols; j < ld; ++j) row[j] = -A(INFINITY);
+    V top = load<A>(row);
+    for (int64_t j = W; j < ld; j += W) top = vmax<A>(top, load<A>(row + j));
+    const V max = splat<A>(reduce_max<A>(top));
+    V sum{};
+    for (int64_t j = 0; j < ld; j += W) {
+      const V x = exp(load<A>(row + j) - max);
+      store<A>(row + j, x);
+      sum += x;
+    }
+    const V factor = splat<A>(A(1) / reduce_add<A>(sum));
+    for (int64_t j = 0; j < ld; j += W) store<A>(row + j, load<A>(row + j) * factor);
+    for (int64_t j = cols; j < ld; ++j) row[j] = 0;  // a NaN would reach the next head
+  }
+}
+
+// Tokens are the rows of every tile, landmarks the columns of its logits.
+template <class T>
+class NystromTokensPass {
+  using A = typename Accumulate<T>::type;
+  using V = Vec<A>;
+  static constexpr int W = kWidth<A>;
+
+ public:
+  explicit NystromTokensPass(const NystromTokens& p)
+      : p_(p),
+        m_(p.landmarks),
+        D_(p.dim),
+        E_(p.value_dim),
+        mp_(padded<A>(p.landmarks)),
+        Dp_(padded<A>(p.dim)),
+        Ep_(padded<A>(p.value_dim)),
+        landmark_rows_(whole_blocks(p.landmarks)),
+        scale_(A(1 / std::sqrt(double(p.dim)))),
+        scratch_(kTile * (2 * Dp_ + 2 * Ep_ + 2 * mp_) + mp_ * (3 * Dp_ + 4 * Ep_ + 4)) {
+    x_ = scratch_.take(kTile * Dp_);
+    values_ = scratch_.take(kTile * Ep_);
+    weights_ = scratch_.take(kTile * mp_);
+    means_ = scratch_.take(mp_ * Dp_);
+    means_t_ = scratch_.take(Dp_ * mp_);
+  }
+
+  void readout(int64_t begin, int64_t end) {
+    A* x = scratch_.take(mp_ * Ep_);
+    for (int64_t item = begin, head = -1; item < end; ++item) {
+      if (item / p_.tiles != head) {
+        head = item / p_.tiles;
+        load_means(head);
+        load_landmarks(x, p_.landmark_values, head);
+      }
+      const Tile t(p_, head, item % p_.tiles);
+      logits(t);
+      softmax_rows(weights_, mp_, t.rows, m_);
+      product<A>(values_, Ep_, weights_, mp_, 1, x, Ep_, whole_blocks(t.rows), Ep_, m_, false);
+      store_tile(p_.token_values, t, values_, Ep_, E_);
+    }
+  }
+
+  void readout_backward(int64_t begin, int64_t end) {
+    A* x_t = scratch_.take(Ep_ * mp_);
+    A* dx = scratch_.take(mp_ * Ep_);
+    Gradient g(*this);
+    for (int64_t head = begin; head < end; ++head) {
+      load_means(head);
+      load_landmarks_transposed(x_t, p_.landmark_values, head);
+      for (int64_t i = 0; i < mp_ * Ep_; ++i) dx[i] = 0;
+      g.start();
+      for (int64_t tile = 0; tile < p_.tiles; ++tile) {
+        const Tile t(p_, head, tile);
+        logits(t);
+        softmax_rows(weights_, mp_, t.rows, m_);
+        load_tile(values_, Ep_, p_.grad_token_values, t, E_);
+        product<A>(g.tile, mp_, values_, Ep_, 1, x_t, mp_, whole_blocks(t.rows), mp_, E_, false);
+        product<A>(dx, Ep_, weights_, 1, mp_, values_, Ep_, landmark_rows_, Ep_, t.rows, true);
+        for (int64_t r = 0; r < t.rows; ++r) {
+          A* row = g.tile + r * mp_;
+          const A* weights = weights_ + r * mp_;
+          V mean{};
+          for (int64_t j = 0; j < mp_; j += W) mean += load<A>(weights + j) * load<A>(row + j);
+          const V shift = splat<A>(reduce_add<A>(mean));
+          for (int64_t j = 0; j < mp_; j += W) store<A>(row + j, load<A>(weights + j) * (load<A>(row + j) - shift));
+        }
+        g.add(t);
+      }
+      g.finish(head);
+      store_landmarks(p_.grad_landmark_values, head, dx);
+    }
+  }
+
+  void summary(int64_t begin, int64_t end) {
+    A* y = scratch_.take(mp_ * Ep_);
+    A* top = scratch_.take(mp_);
+    A* sum = scratch_.take(mp_);
+    A* factor = scratch_.take(mp_);
+    for (int64_t head = begin; head < end; ++head) {
+      load_means(head);
+      for (int64_t i = 0; i < mp_ * Ep_; ++i) y[i] = 0;
+      for (int64_t j = 0; j < mp_; ++j) top[j] = -A(INFINITY), sum[j] = 0;
+      for (int64_t tile = 0; tile < p_.tiles; ++tile) {
+        const Tile t(p_, head, tile);
+        logits(t);
+        for (int64_t j = 0; j < mp_; j += W) {
+          const V before = load<A>(top + j);
+          V max = before;
+          for (int64_t r = 0; r < t.rows; ++r) max = vmax<A>(max, load<A>(weights_ + r * mp_ + j));
+          const V shrink = exp(before - max);
+          V total = load<A>(sum + j) * shrink;
+          for (int64_t r = 0; r < t.rows; ++r) {
+            const V weight = exp(load<A>(weights_ + r * mp_ + j) - max);
+            store<A>(weights_ + r * mp_ + j, weight);
+            total += weight;
+          }
+          store<A>(top + j, max);
+          store<A>(sum + j, total);
+          store<A>(factor + j, shrink);
+        }
+        scale_rows(y, factor);
+        load_tile(values_, Ep_, p_.token_values, t, E_);
+        product<A>(y, Ep_, weights_, 1, mp_, values_, Ep_, landmark_rows_, Ep_, t.rows, true);
+      }
+      A* log_sums = static_cast<A*>(p_.log_sums) + head * m_;
+      for (int64_t i = 0; i < m_; ++i) log_sums[i] = top[i] + std::log(sum[i]), factor[i] = A(1) / sum[i];
+      scale_rows(y, factor);
+      store_landmarks(p_.landmark_values, head, y);
+    }
+  }
+
+  void summary_backward(int64_t begin, int64_t end) {
+    A* y = scratch_.take(mp_ * Ep_);
+    A* dy = scratch_.take(mp_ * Ep_);
+    A* dy_t = scratch_.take(Ep_ * mp_);
+    A* dv = scratch_.take(kTile * Ep_);
+    A* shift = scratch_.take(mp_);
+    A* log_sums = scratch_.take(mp_);
+    Gradient g(*this);
+    for (int64_t head = begin; head < end; ++head) {
+      load_means(head);
+      load_landmarks(y, p_.landmark_values, head);
+      load_landmarks(dy, p_.grad_landmark_values, head);
+      load_landmarks_transposed(dy_t, p_.grad_landmark_values, head);
+      for (int64_t i = 0; i < m_; ++i) {
+        V dot{};
+        for (int64_t e = i * Ep_; e < (i + 1) * Ep_; e += W) dot += load<A>(y + e) * load<A>(dy + e);
+        shift[i] = reduce_add<A>(dot);
+        log_sums[i] = static_cast<const A*>(p_.log_sums)[head * m_ + i];
+      }
+      g.start();
+      for (int64_t tile = 0; tile < p_.tiles; ++tile) {
+        const Tile t(p_, head, tile);
+        const int64_t rows = whole_blocks(t.rows);
+        logits(t);
+        load_tile(values_, Ep_, p_.token_values, t, E_);
+        product<A>(g.tile, mp_, values_, Ep_, 1, dy_t, mp_, rows, mp_, E_, false);
+        for (int64_t r = 0; r < t.rows; ++r)
+          for (int64_t j = 0; j < mp_; j += W) {
+            const V weight = exp(load<A>(weights_ + r * mp_ + j) - load<A>(log_sums + j));
+            A* d = g.tile + r * mp_ + j;
+            store<A>(weights_ + r * mp_ + j, weight);
+            store<A>(d, weight * (load<A>(d) - load<A>(shift + j)));
+          }
+        product<A>(dv, Ep_, weights_, mp_, 1, dy, Ep_, rows, Ep_, m_, false);
+        store_tile(p_.grad_token_values, t, dv, Ep_, E_);
+        g.add(t);
+      }
+      g.finish(head);
+    }
+  }
+
+ private:
+  struct Tile {
+    int64_t head, first, rows;
+    Tile(const NystromTokens& p, int64_t head, int64_t tile)
+        : head(head), first(tile * kTile), rows(p.tokens - first < kTile ? p.tokens - first : kTile) {}
+  };
+
+  // From the gradient of a tile's logits to those of its tokens, and of the landmarks over all tiles.
+  struct Gradient {
+    NystromTokensPass& pass;
+    A *tile, *dx, *dmeans;
+    explicit Gradient(NystromTokensPass& pass) : pass(pass) {
+      tile = pass.scratch_.take(kTile * pass.mp_);
+      dx = pass.scratch_.take(kTile * pass.Dp_);
+      dmeans = pass.scratch_.take(pass.mp_ * pass.Dp_);
+    }
+    void start() {
+      for (int64_t i = 0; i < pass.mp_ * pass.Dp_; ++i) dmeans[i] = 0;
+    }
+    void add(const Tile& t) {
+      const int64_t mp = pass.mp_, Dp = pass.Dp_;
+      product<A>(dx, Dp, tile, mp, 1, pass.means_, Dp, whole_blocks(t.rows), Dp, pass.m_, false);
+      pass.store_tile(pass.p_.grad_x, t, dx, Dp, pass.D_);
+      product<A>(dmeans, Dp, tile, 1, mp, pass.x_, Dp, pass.landmark_rows_, Dp, t.rows, true);
+    }
+    void finish(int64_t head) {
+      const View& view = pass.p_.grad_means;
+      unpack(pass.row<A>(view, head, 0), view.stride[2], view.stride[3], dmeans, pass.Dp_, pass.m_, pass.D_,
+             pass.scale_);
+    }
+  };
+
+  template <class U>
+  U* row(const View& view, int64_t head, int64_t first) const {
+    return at<U>(view, head / p_.heads, head % p_.heads, first);
+  }
+  void load_means(int64_t head) {
+    const View& v = p_.means;
+    pack(means_, Dp_, row<A>(v, head, 0), v.stride[2], v.stride[3], m_, D_, scale_);
+    pack(means_t_, mp_, row<A>(v, head, 0), v.stride[3], v.stride[2], D_, m_, scale_);
+  }
+  void load_landmarks(A* dst, const View& v, int64_t head) {
+    pack(dst, Ep_, row<T>(v, head, 0), v.stride[2], v.stride[3], m_, E_);
+  }
+  void load_landmarks_transposed(A* dst, const View& v, int64_t head) {
+    pack(dst, mp_, row<T>(v, head, 0), v.stride[3], v.stride[2], E_, m_);
+  }
+  void store_landmarks(const View& v, int64_t head, const A* src) {
+    unpack(row<T>(v, head, 0), v.stride[2], v.stride[3], src, Ep_, m_, E_);
+  }
+  void load_tile(A* dst, int64_t ld, const View& v, const Tile& t, int64_t cols) {
+    pack(dst, ld, row<T>(v, t.head, t.first), v.stride[2], v.stride[3], t.rows, cols);
+  }
+  void store_tile(const View& v, const Tile& t, const A* src, int64_t ld, int64_t cols) {
+    unpack(row<T>(v, t.head, t.first), v.stride[2], v.stride[3], src, ld, t.rows, cols);
+  }
+  void logits(const Tile& t) {
+    load_tile(x_, Dp_, p_.x, t, D_);
+    product<A>(weights_, mp_, x_, Dp_, 1, means_t_, mp_, whole_blocks(t.rows), mp_, D_, false);
+  }
+  void scale_rows(A* y, const A* factor) const {
+    for (int64_t i = 0; i < m_; ++i)
+      for (int64_t e = i * Ep_; e < (i + 1) * Ep_; e += W) store<A>(y + e, load<A>(y + e) * factor[i]);
+  }
+
+  const NystromTokens& p_;
+  const int64_t m_, D_, E_, mp_, Dp_, Ep_, landmark_rows_;
+  const A scale_;
+  Scratch<A> scratch_;
+  A *x_, *values_, *weights_, *means_, *means_t_;
 };
 
 template <class T>
@@ -199,7 +445,7 @@ class NystromMixPass {
     load_tile<A>(q_, Dp_, p_.q, head, D_, scale_);
     load_transposed<A>(kt_, p_.k, head, D_);
     product<A>(a_, mp_, q_, Dp_, 1, kt_, mp_, rows_, mp_, D_, false);
-    softmax_rows();
+    softmax_rows(a_, mp_, m_, m_);
     for (int64_t j = 0; j < mp_; j += W) {
       V sum{};
       for (int64_t i = 0; i < m_; ++i) sum += load<A>(a_ + i * mp_ + j);
@@ -220,25 +466,6 @@ class NystromMixPass {
       times(z_[i + 1], z_[i], t_[i]);
     }
     return top;
-  }
-
-  void softmax_rows() const {
-    for (int64_t i = 0; i < m_; ++i) {
-      A* row = a_ + i * mp_;
-      for (int64_t j = m_; j < mp_; ++j) row[j] = -A(INFINITY);
-      V top = load<A>(row);
-      for (int64_t j = W; j < mp_; j += W) top = vmax<A>(top, load<A>(row + j));
-      const V max = splat<A>(reduce_max<A>(top));
-      V sum{};
-      for (int64_t j = 0; j < mp_; j += W) {
-        const V x = exp(load<A>(row + j) - max);
-        store<A>(row + j, x);
-        sum += x;
-      }
-      const V factor = splat<A>(A(1) / reduce_add<A>(sum));
-      for (int64_t j = 0; j < mp_; j += W) store<A>(row + j, load<A>(row + j) * factor);
-      for (int64_t j = m_; j < mp_; ++j) row[j] = 0;  // a NaN would reach the next head
-    }
   }
 
   template <class U>
@@ -384,9 +611,14 @@ class NystromResidualPass {
   }
 
 inline constexpr NystromAttentionKernels kNystromAttention = {
+    .tile = kTile,
     .residual_tile = kResidualTile,
     .means = CXV_PASS(NystromMeans, means),
     .spread = CXV_PASS(NystromMeans, spread),
+    .readout = CXV_PASS(NystromTokens, readout),
+    .readout_backward = CXV_PASS(NystromTokens, readout_backward),
+    .summary = CXV_PASS(NystromTokens, summary),
+    .summary_backward = CXV_PASS(NystromTokens, summary_backward),
     .mix = CXV_PASS(NystromMix, mix, false),
     .mix_backward = CXV_PASS(NystromMix, mix_backward, true),
     .residual = CXV_PASS(NystromResidual, residual),

@@ -14,6 +14,20 @@ struct NystromMeans {
   View means;  // acc (B, H, landmarks, dim); backward: its gradient, read
 };
 
+// Attention between a head's tokens and its landmarks, with the logits D^-½ x meansᵀ. Read-out: x = q, each token's
+// softmax is over the landmarks, token_values = softmax · landmark_values. Summary: x = k, each landmark's softmax is
+// over the tokens, landmark_values = softmaxᵀ · token_values.
+struct NystromTokens {
+  DType dtype;
+  int64_t batch, heads, tokens, landmarks, dim, value_dim;
+  View x;                              // (B, H, tokens, dim)
+  View means;                          // acc (B, H, landmarks, dim)
+  View token_values, landmark_values;  // (B, H, tokens or landmarks, value_dim)
+  View grad_x, grad_means, grad_token_values, grad_landmark_values;
+  void* log_sums;  // acc, heads in all × landmarks: the summary's log Σ e^logit
+  int64_t tiles;   // of a head
+};
+
 // X = A⁺ Y with A = softmax(D^-½ q̃ k̃ᵀ), and its gradients.
 struct NystromMix {
   DType dtype;  // of Y and X
@@ -39,8 +53,11 @@ struct NystromResidual {
 struct NystromAttentionKernels {
   template <class P>
   using Pass = void (*)(const P&, int64_t begin, int64_t end);
-  int64_t residual_tile;                           // tokens
+  int64_t tile, residual_tile;                     // tokens
   Pass<NystromMeans> means, spread;                // item = head · landmarks + landmark
+  Pass<NystromTokens> readout;                     // item = head · tiles + tile
+  Pass<NystromTokens> readout_backward;            // item = head
+  Pass<NystromTokens> summary, summary_backward;   // item = head
   Pass<NystromMix> mix, mix_backward;              // item = head
   Pass<NystromResidual> residual;                  // item = head · tiles + tile
   Pass<NystromResidual> residual_backward;         // item = head · tiles + tile; writes grad_v and partial

@@ -27,9 +27,12 @@ def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The linear map weight (C_out, C_in) at every pixel of x (B, C_in, H, W)."""
-    # float32 on a CPU: oneDNN's convolution is up to twice as fast as the BLAS behind F.linear
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return nn.functional.conv2d(x, weight[:, :, None, None], bias)
+    # float32 on a CPU: oneDNN's convolution is up to twice as fast as the BLAS behind F.linear, and its backward is a
+    # fifth faster where all tokens are one row of pixels
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and not torch.is_autocast_enabled("cpu"):
+        row = to_tokens(x).reshape(1, 1, -1, x.shape[1]).movedim(-1, 1)
+        y = nn.functional.conv2d(row, weight[:, :, None, None], bias)
+        return to_pixels(to_tokens(y).reshape(x.shape[0], -1, y.shape[1]), x)
     return to_pixels(nn.functional.linear(to_tokens(x), weight, bias), x)
 
 

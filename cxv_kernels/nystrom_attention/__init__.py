@@ -22,8 +22,7 @@ def nystrom_attention(
     """Nyström approximation of softmax attention (Xiong et al. 2021, eq. 13; paper section 3.1).
 
     out = softmax(q·k̃ᵀ) A⁺ softmax(q̃·kᵀ) v with A = softmax(q̃·k̃ᵀ), all scaled by D^-½; q̃ and k̃ are the means of
-    ``num_landmarks`` runs of consecutive tokens, A⁺ six cubic iterations. The outer products are
-    ``F.scaled_dot_product_attention``.
+    ``num_landmarks`` runs of consecutive tokens, A⁺ six cubic iterations.
 
     Args:
         q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
@@ -37,9 +36,9 @@ def nystrom_attention(
     Returns:
         (B, H, N_q, E) in q's dtype; the landmarks' matrices are float32 (float64 for float64).
 
-    Saved for backward by the fused op: q, k, v, O(m·(D + E)) per head for m landmarks, and what
-    ``F.scaled_dot_product_attention`` keeps (its output and one number per query). Double backward goes through the
-    reference, and needs PyTorch's ``SDPBackend.MATH``; forward-mode AD ``backend="reference"`` as well.
+    Saved for backward by the fused op: q, k, v and O(m·(D + E)) per head for m landmarks. Double backward goes through
+    plain PyTorch. Forward-mode AD needs ``backend="reference"``; for that and for double backward the reference needs
+    ``SDPBackend.MATH``.
 
     Raises:
         ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1, an even K, a residual where

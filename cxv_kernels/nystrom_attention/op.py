@@ -1,16 +1,15 @@
-"""The fused parts around scaled-dot-product attention: fake implementations, autograd, and what the kernels serve."""
+"""The fused op in pieces: fake implementations, autograd, and what the kernels serve."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from .._extension import CPP_MISSING
 from ..autograd import double_backward, like_layout, serves_cpu
 from ..validation import accumulate_dtype
-from .reference import mix_reference, residual_reference
+from .reference import attend_reference, mix_reference, residual_reference
 
 if CPP_MISSING is None:
 
@@ -24,6 +23,23 @@ if CPP_MISSING is None:
     @torch.library.register_fake("cxv_kernels::nystrom_means_backward")
     def _(grad_means, x):
         return _like(x)
+
+    @torch.library.register_fake("cxv_kernels::nystrom_summary")
+    def _(q_means, k, v):
+        landmarks = q_means.shape[2]
+        return like_layout(v, (*v.shape[:2], landmarks, v.shape[3])), q_means.new_empty((*v.shape[:2], landmarks))
+
+    @torch.library.register_fake("cxv_kernels::nystrom_summary_backward")
+    def _(grad_summary, q_means, k, v, summary, log_sums):
+        return _like(q_means), _like(k), _like(v)
+
+    @torch.library.register_fake("cxv_kernels::nystrom_readout")
+    def _(q, k_means, mixed):
+        return like_layout(q, (*q.shape[:3], mixed.shape[3]))
+
+    @torch.library.register_fake("cxv_kernels::nystrom_readout_backward")
+    def _(grad_out, q, k_means, mixed):
+        return _like(q), _like(k_means), _like(mixed)
 
     @torch.library.register_fake("cxv_kernels::nystrom_mix")
     def _(q_means, k_means, summary):
@@ -72,6 +88,75 @@ class MeansBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         return Means.apply(grad, ctx.landmarks), None
+
+
+class Summary(torch.autograd.Function):
+    """(q_means, k, v) → softmax(q_means kᵀ) v and each landmark's log Σ e^logit, which has no gradient."""
+
+    @staticmethod
+    def forward(q_means, k, v):
+        return torch.ops.cxv_kernels.nystrom_summary(q_means, k, v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _):
+        return SummaryBackward.apply(grad, *ctx.saved_tensors)
+
+
+class SummaryBackward(torch.autograd.Function):
+    """The fused backward, itself differentiable: its gradient is that of the reference's."""
+
+    @staticmethod
+    def forward(grad, q_means, k, v, summary, log_sums):
+        return torch.ops.cxv_kernels.nystrom_summary_backward(grad, q_means, k, v, summary, log_sums)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        grad, *inputs = ctx.saved_tensors
+        second = double_backward(attend_reference, inputs, [grad], grads)
+        return (*second[0], *second[1], None, None)
+
+
+class Readout(torch.autograd.Function):
+    """(q, k_means, mixed) → softmax(q k_meansᵀ) mixed."""
+
+    @staticmethod
+    def forward(q, k_means, mixed):
+        return torch.ops.cxv_kernels.nystrom_readout(q, k_means, mixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return ReadoutBackward.apply(grad, *ctx.saved_tensors)
+
+
+class ReadoutBackward(torch.autograd.Function):
+    """The fused backward, itself differentiable: its gradient is that of the reference's."""
+
+    @staticmethod
+    def forward(grad, q, k_means, mixed):
+        return torch.ops.cxv_kernels.nystrom_readout_backward(grad, q, k_means, mixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        grad, *inputs = ctx.saved_tensors
+        second = double_backward(attend_reference, inputs, [grad], grads)
+        return (*second[0], *second[1])
 
 
 class Mix(torch.autograd.Function):
@@ -145,9 +230,9 @@ class ResidualBackward(torch.autograd.Function):
 def nystrom_attention_fused(q: Tensor, k: Tensor, v: Tensor, landmarks: int, residual_weight: Tensor | None) -> Tensor:
     """See :func:`cxv_kernels.nystrom_attention`; 1 ≤ landmarks ≤ tokens."""
     q_means, k_means = Means.apply(q, landmarks), Means.apply(k, landmarks)
-    summary = F.scaled_dot_product_attention(q_means.to(q.dtype), k, v)
+    summary, _ = Summary.apply(q_means, k, v)
     mixed = Mix.apply(q_means, k_means, summary)
-    out = F.scaled_dot_product_attention(q, k_means.to(q.dtype), mixed)
+    out = Readout.apply(q, k_means, mixed)
     return out if residual_weight is None else Residual.apply(out, v, residual_weight)
 
 

@@ -36,6 +36,13 @@ def iterative_pinv(a: Tensor, iterations: int = 6) -> Tensor:
     return z
 
 
+def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(D^-½ q kᵀ) v in v's dtype, in a form that differentiates twice; q or k may be wider than v."""
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    weights = (q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (weights @ v.to(dtype)).to(v.dtype)
+
+
 def mix_reference(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
     """A⁺ summary (B, H, m, E) with A = softmax(D^-½ q_means k_meansᵀ); means (B, H, m, D) in float32 or float64."""
     inverse = iterative_pinv((q_means * q_means.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1))
