@@ -130,13 +130,13 @@ def run(
         RuntimeError: the backend cannot serve it.
     """
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in case.shapes]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device) for shape in case.shapes]
     expected = outputs_and_gradients(case, [t.to(exact_on).double() for t in inputs], "reference", dtype)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else cuDNN rounds float32 to 10 bits
         found = outputs_and_gradients(case, inputs, backend, dtype)
     error, ratio = 0.0, 0.0
     for got, want in zip(found, expected, strict=True):
-        worst = float((got.detach().to(want) - want.detach()).abs().max())
+        worst = float((got.detach().to(want.device).to(want.dtype) - want.detach()).abs().max())
         bound = tolerance(want.detach(), dtype, case.depth, case.amplification)
         worst = worst if worst == worst else float("inf")
         error, ratio = max(error, worst), max(ratio, worst / bound)
