@@ -141,7 +141,7 @@ class Run:
     def check(self, tolerance: float) -> bool:
         """Compare with float64, if there is something to compare with; False refuses everything else.
 
-        Only a fused result (``FUSED``) is judged; the reference's error is reported: in float64 it is the yardstick itself.
+        Only a fused result (``FUSED``) is judged; the reference's error is reported: in float64 it is the yardstick.
         """
         row = self.row
         if self.exact is not None:
@@ -235,12 +235,12 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": _first_line("nvcc", "--version", like="release"),
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": first_line("nvcc", "--version", like="release"),
     }
 
 
-def _first_line(*command: str, like: str = "") -> str | None:
+def first_line(*command: str, like: str = "") -> str | None:
     """Of what a command prints, the first line with ``like`` in it; None if there is none."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

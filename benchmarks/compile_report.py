@@ -1,4 +1,4 @@
-"""What the compiler makes of every GPU kernel, without a GPU: registers, spills, shared memory, instructions, occupancy.
+"""What the compiler makes of every GPU kernel, without a GPU: registers, spills, shared memory, instructions.
 
 Beside each Triton kernel stands its floor: the bytes of the tensors that it was given, each moved once, and the
 exponentials of its features, on a card's datasheet rates. A floor is a prediction of the best, not a measurement.
@@ -64,8 +64,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         line += [f"{floor['bytes_per_unit']:.0f}", f"{floor['exps_per_unit']:.0f}", f"{floor['ns_per_unit']:.3f}"]
         cells.append(line)
     title = [
-        "Triton kernels as the compiler leaves them; spills are the loads and stores of local memory. A unit is a token",
-        "and head, a pixel or an element of the case; its floor, on the card's datasheet rates, is a prediction.",
+        "Triton kernels as the compiler leaves them; spills are the loads and stores of local memory. A unit is a",
+        "token and head, a pixel or an element of the case; its floor, on a card's datasheet rates, is a prediction.",
     ]
     return Table(title, header, cells, left=3)
 

@@ -56,7 +56,7 @@ def check_op(settings: Settings, emit: Emit, op: str, backend: str, size: str, d
 
 
 def check_graph(settings: Settings, emit: Emit, op: str, backend: str, dtype: str) -> None:
-    """Each case of the op captured in a CUDA graph, forward and backward; a replay on new inputs gives the same bits."""
+    """The op's cases captured in a CUDA graph, forward and backward: a replay on new inputs gives the same bits."""
     for case in checks.cases(2, 4, 1024, 32, ragged=False):
         if case.op != op:
             continue

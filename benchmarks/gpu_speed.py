@@ -61,6 +61,10 @@ class Settings:
             return {"budget": 0.0, "min_repeats": 2, "max_repeats": 2}
         return {"budget": 0.15, "min_repeats": 7, "max_repeats": 60, "limit": 3.0}
 
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """torch.compile; in a quick run without code generation, which takes as long as all the rest."""
+        return torch.compile(function, dynamic=False, backend="aot_eager" if self.quick else "inductor")
+
 
 @dataclass
 class Entry:
@@ -165,7 +169,7 @@ def attention(
     if "reference" in rivals:
         entries.append(entry("reference", reference, {op: "reference"}))
     if "torch.compile" in rivals:
-        entries.append(entry("torch.compile", torch.compile(reference, dynamic=False), {}))
+        entries.append(entry("torch.compile", settings.compile(reference), {}))
     if "sdpa" in rivals and tokens <= SDPA_LONGEST:
         entries.append(entry("sdpa", F.scaled_dot_product_attention, {}, judged=False))
         if device.type == "cuda" and kind != torch.float32:
@@ -250,7 +254,7 @@ def convolution(settings: Settings, emit: Emit, shape: Sequence[int], layout: st
             mine.row.status, mine.note = "failed", "its check failed"
     entries.append(entry("conv2d, layer_norm", plain_conv_norm, {}))
     if compiled:
-        entries.append(entry("torch.compile", torch.compile(plain_conv_norm, dynamic=False), {}))
+        entries.append(entry("torch.compile", settings.compile(plain_conv_norm), {}))
     entries.append(entry("conv2d alone", partial(F.conv2d, padding=1), {}, inputs=3))
     measure(settings, entries, kind)
     work = conv_work(batch * side[0] * side[1], channels, channels, kind.itemsize)

@@ -1,5 +1,6 @@
 """Tasks in a process of their own, which may crash, hang or lose its GPU without taking the others along."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import time
@@ -89,6 +90,9 @@ class Worker:
     def close(self) -> None:
         """End the process, whatever it does."""
         if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(None)
+            self._process.join(1)
             self._process.kill()
             self._process.join()
             self._connection.close()
@@ -99,8 +103,7 @@ def _serve(connection: Connection, start: Callable[..., Any], arguments: tuple[A
     faulthandler.enable()
     perform, alive = start(*arguments)
     connection.send(("started",))
-    while True:
-        task = connection.recv()
+    while (task := connection.recv()) is not None:
         try:
             perform(task, lambda row: connection.send(("row", row)))
             alive()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from common import version_of
 from torch import Tensor, nn

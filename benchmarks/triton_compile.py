@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels exactly as they would be launched, for a card that need not be there, and reads the result.
+"""Compiles the Triton kernels exactly as they would be launched, for a card that need not be there.
 
 The launches are recorded, not guessed: every case of :mod:`cxv_kernels.checks` and a training step of each model run on
 the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes each kernel with its arguments.
@@ -30,7 +30,7 @@ from cxv_kernels import _triton, backends, checks
 
 @dataclass(frozen=True)
 class Card:
-    """Limits of a multiprocessor from the CUDA programming guide, and a card's datasheet rates: for floors, not facts."""
+    """Limits of a multiprocessor (CUDA programming guide), and a card's datasheet rates: for floors, not facts."""
 
     name: str
     bandwidth: float  # bytes per second
@@ -43,7 +43,7 @@ class Card:
     registers: int = 65536
 
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
-        """The share of the multiprocessor's warps that can be resident; registers per thread, bytes and warps of a block."""
+        """The share of the warps that can be resident; registers of a thread, shared bytes and warps of a block."""
         per_warp = -(-max(registers, 1) * 32 // 256) * 256
         by_registers = self.registers // per_warp // warps
         by_shared = self.shared // max(shared + self.block_reserved, 1)
@@ -84,7 +84,7 @@ MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "clt
 
 @contextmanager
 def recording(take: Callable[..., None], arch: int | None = None) -> Iterator[None]:
-    """In the block the Triton backend serves every device and dtype, and ``take`` gets its launches instead of a GPU."""
+    """In the block the Triton backend serves every device and dtype, and ``take`` gets its launches."""
     previous = _triton.recorder, _triton.recorded_arch
     _triton.recorder, _triton.recorded_arch = take, arch
     try:
@@ -103,7 +103,7 @@ def launches(
     dim: int = 32,
     models: bool = True,
 ) -> list[Launch]:
-    """What the ops, forward and backward, and a training step of each model launch on ``arch``, each kernel variant once."""
+    """What the ops, forward and backward, and a training step of each model launch on ``arch``."""
     found: list[Launch] = []
     with recording(lambda *_: None, arch):
         served = {op for op in backends.OPS if backends.explain_backend(op)["triton"] == "serves"}
@@ -126,7 +126,7 @@ def launches(
                 f"{case.op} {case.label}",
                 units,
                 exps,
-                lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton"),
+                lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
             )
     for name, attention in MODELS.items() if models else ():
         if {attention, "conv_norm", "dropout"} <= served:
@@ -175,6 +175,7 @@ FAMILIES = {
     "HFMA2": r"(HFMA2|HMUL2|HADD2)",
     "DFMA": r"(DFMA|DMUL|DADD)",
     "MUFU": r"MUFU",
+    "EX2": r"MUFU\.EX2",
     "LDG": r"(LDG|LDGSTS|UBLKCP)",
     "STG": r"STG",
     "LDL": r"LDL",
@@ -227,7 +228,7 @@ def _compile(index: int) -> Compiled:
     _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
     made.seconds = round(time.perf_counter() - start, 2)
     card = CARDS[target.arch]
-    exps = launch.exps * launch.units if made.instructions["MUFU"] else 0
+    exps = launch.exps * launch.units if made.instructions["EX2"] else 0
     nanoseconds = 1e9 * max(launch.nbytes / card.bandwidth, exps / card.exps)
     made.floor = {
         "card": card.name,
@@ -261,9 +262,9 @@ def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> None:
         usage = _run(tool("cuobjdump"), "-res-usage", file.name)
         sass = _run(tool("cuobjdump"), "-sass", file.name)
     made.registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]*)", sass, re.MULTILINE))
+    opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE))
     made.instructions = {
-        family: sum(count for opcode, count in opcodes.items() if re.fullmatch(pattern, opcode))
+        family: sum(count for opcode, count in opcodes.items() if re.match(rf"{pattern}(\.|$)", opcode))
         for family, pattern in FAMILIES.items()
     } | {"all": sum(opcodes.values())}
     made.spills = made.instructions["LDL"] + made.instructions["STL"]
