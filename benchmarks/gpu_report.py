@@ -163,12 +163,14 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value * 1e3:,.3f}" if value < 0.1 else f"{value * 1e3:,.0f}"
 
 
-def op_table(results: dict[str, Any]) -> Table:
-    """Every op at every size: the GPU's time, what the caller waits for, the rates, memory."""
+def op_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """Every op at every size (brief: the sizes of the targets): time of the GPU and of the caller, rates, memory."""
     header = ["op", "(B, H, N, D) or (B, C, H, W)", "dtype", "implementation", "forward, ms", "as called"]
     header += ["GB/s", "fwd + bwd, ms", "as called", "TFLOP/s", "peak, MB", "error"]
     cells = []
     for row in rows_of(results, "attention", "sweep", "conv_norm", "peers"):
+        if brief and row["shape"] not in (MAIN, LONG):
+            continue
         shape = ", ".join(f"{n:,}" for n in row["shape"])
         name = f"{LABELS[row['op']]} {row['variant']}"
         head = [name, shape, row["dtype"], row["implementation"]]
@@ -192,8 +194,8 @@ def op_table(results: dict[str, Any]) -> Table:
     return Table(title, header, cells, left=4)
 
 
-def model_table(results: dict[str, Any]) -> Table:
-    """Training and inference of the models."""
+def model_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """Training and inference of the models (brief: at the targets' batch)."""
     header = [
         "model",
         "dtype",
@@ -207,6 +209,8 @@ def model_table(results: dict[str, Any]) -> Table:
     ]
     cells, rows = [], rows_of(results, "models")
     for row in rows:
+        if brief and row["batch"] != 256:
+            continue
         head = [row["model"], row["dtype"], f"{row['batch']:,}", row["mode"]]
         if row["status"] != "ok":
             cells.append([*head, f"{row['status']}: {row['note']}" if row["note"] else row["status"]])
@@ -223,7 +227,7 @@ def model_table(results: dict[str, Any]) -> Table:
     return Table(title, header, cells, left=4)
 
 
-def batch_table(results: dict[str, Any]) -> Table:
+def batch_table(results: dict[str, Any], brief: bool = False) -> Table:
     """The largest batches."""
     rows = rows_of(results, "largest_batch")
     cells = [[r["model"], r["dtype"], r["mode"], f"{r['largest_batch']:,}", str(r["by"])] for r in rows]
@@ -233,7 +237,7 @@ def batch_table(results: dict[str, Any]) -> Table:
     )
 
 
-def check_table(results: dict[str, Any]) -> Table:
+def check_table(results: dict[str, Any], brief: bool = False) -> Table:
     """How many checks of each op and backend there were; the worst error over its tolerance."""
     rows = rows_of(results, "checks", "graphs")
     cells = []
@@ -250,7 +254,7 @@ def check_table(results: dict[str, Any]) -> Table:
     return Table(title, ["op", "backend", "checks", "failed", "worst error / tolerance"], cells, left=2)
 
 
-def verdict_table(results: dict[str, Any]) -> Table:
+def verdict_table(results: dict[str, Any], brief: bool = False) -> Table:
     """The targets."""
     cells = []
     for line in results["verdicts"]:
@@ -270,12 +274,12 @@ def ceiling_line(results: dict[str, Any]) -> str:
     )
 
 
-TABLES: tuple[Callable[[dict[str, Any]], Table], ...] = (op_table, model_table, batch_table, check_table, verdict_table)
+TABLES: tuple[Callable[..., Table], ...] = (op_table, model_table, batch_table, check_table, verdict_table)
 
 
 def summary(results: dict[str, Any]) -> str:
-    """For the terminal, what matters most last."""
-    tables = [make(results) for make in TABLES]
+    """For the terminal, in brief, what matters most last."""
+    tables = [make(results, brief=True) for make in TABLES]
     parts = [table.text() for table in tables if table.rows]
     unmeasured = [f"  {t['section']} {t['label']}" for t in results["tasks"] if t["status"] == "not measured"]
     if unmeasured:

@@ -391,6 +391,7 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
         programs.close()
     results["verdicts"] = gpu_report.verdicts(results)
     write_json(path, results)
+    (arguments.out / "gpu_suite.md").write_text(gpu_report.markdown(results) + "\n")
     print(gpu_report.summary(results))
     print(f"{path}, {results['wall_s']:.0f} s")
     return 1 if gpu_report.failures(results) else 0
