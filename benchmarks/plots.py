@@ -54,7 +54,12 @@ def _sweep(results: dict[str, Any], axes: Axes | None) -> bool:
         name, colour = OPS.get(op, ("softmax (SDPA)", GREY))
         label = f"{name}, {implementation}" if op else name
         axes.plot(
-            *zip(*sorted(dict(points).items()), strict=True), STYLES[implementation], color=colour, lw=2.2, label=label
+            *zip(*sorted(dict(points).items()), strict=True),
+            STYLES[implementation],
+            color=colour,
+            lw=2.2,
+            marker="o",
+            label=label,
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -70,11 +70,12 @@ class Launch:
     nbytes: int  # of the tensors that it is given, each once
     units: int  # tokens × heads, pixels or elements of the case
     exps: float  # per unit, where the kernel has exponentials
+    error: str | None = None  # why there is no kernel
 
     @property
     def name(self) -> str:
         """The @triton.jit function's."""
-        return self.kernel.__name__
+        return self.kernel.__name__ if self.kernel else "—"
 
 
 MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
@@ -114,8 +115,12 @@ def launches(
             total = sum(tensors.values())
             found.append(Launch(case, kernel, name_of(dtype), grid, arguments, options, total, units, exps))
 
-        with recording(take, arch):
-            run()
+        try:
+            with recording(take, arch):
+                run()
+        except Exception as error:  # the report goes on without what it would have launched, and says so
+            words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
+            found.append(Launch(case, None, name_of(dtype), (), (), {}, 0, units, exps, words[:300]))
 
     for case in checks.cases(batch, heads, tokens, dim, ragged=False):
         if case.op in served:
@@ -276,7 +281,14 @@ def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Comp
     """Compile each distinct (architecture, launch) once, in ``jobs`` processes; Triton's cache keeps what they make."""
     seen: set[str] = set()
     _queue.clear()
+    lost = [
+        Compiled(launch.name, launch.case, launch.dtype, arch, {}, {}, launch.error)
+        for arch, launch in found
+        if launch.error
+    ]
     for arch, launch in found:
+        if launch.error:
+            continue
         source, target, options = _source(launch, arch)
         key = f"{arch} {_key(source, options)}"
         if key not in seen:
@@ -284,7 +296,7 @@ def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Comp
             _queue.append((launch, source, target, options))
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return list(pool.map(_compile, range(len(_queue))))
+        return lost + list(pool.map(_compile, range(len(_queue))))
 
 
 def without_interpreter() -> dict[str, str]:
