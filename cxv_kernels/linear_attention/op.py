@@ -25,7 +25,10 @@ define(
     " Tensor key_stat, str feature_map, float eps) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _TRITON,
 )
-define("kv_state_forward(Tensor k, Tensor v, Tensor? key_mask, str feature_map) -> (Tensor state, Tensor key_stat)", _TRITON)
+define(
+    "kv_state_forward(Tensor k, Tensor v, Tensor? key_mask, str feature_map) -> (Tensor state, Tensor key_stat)",
+    _TRITON,
+)
 define(
     "kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v, Tensor? key_mask, Tensor key_stat,"
     " str feature_map) -> (Tensor grad_k, Tensor grad_v)",

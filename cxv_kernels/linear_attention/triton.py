@@ -362,18 +362,17 @@ def query_rows(b_q, b_top, b_den, p_stat, F: tl.constexpr, MAP: tl.constexpr, EP
         b_factor = tl.full(b_den.shape, 1.0, ACC)
     else:
         b_factor = b_top
-    if MAP == "favor" or MAP == "favor_relu":
-        floor = EPS * HALF_RANGE
-    elif MAP == "relu":
-        floor = EPS * HALF_RANGE * reciprocal(tl.load(p_stat + F))
-    else:
-        floor = 0.0
-    b_inverse = reciprocal(b_factor * b_den + floor)
-    b_r = b_factor * b_inverse
+    b_floor = tl.full(b_den.shape, EPS, ACC) * HALF_RANGE
     if MAP == "relu":
-        return b_r, b_inverse, b_r * b_den
-    else:
+        b_floor *= reciprocal(tl.load(p_stat + F))
+    elif MAP != "favor" and MAP != "favor_relu":
+        b_floor = tl.zeros(b_den.shape, ACC)
+    b_inverse = reciprocal(b_factor * b_den + b_floor)
+    b_r = b_factor * b_inverse
+    if (MAP == "favor" or MAP == "favor_relu") and EPS != 0:
         return b_r, b_inverse, tl.full(b_den.shape, 1.0, ACC)
+    else:
+        return b_r, b_inverse, b_r * b_den
 
 
 @triton.jit
@@ -828,7 +827,13 @@ class Skeleton:
     """
 
     def __init__(
-        self, op: str, feature_map: str, like: Tensor, value_dim: int, projection: Tensor | None = None, eps: float = 0.0
+        self,
+        op: str,
+        feature_map: str,
+        like: Tensor,
+        value_dim: int,
+        projection: Tensor | None = None,
+        eps: float = 0.0,
     ) -> None:
         dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax")
         self.op, self.projection, self.acc = op, projection, accumulate_dtype(like.dtype)
@@ -856,7 +861,7 @@ class Skeleton:
     def _options(self, kernel: Any) -> dict[str, Any]:
         return configs.lookup(kernel.__name__, self.arch, self.dim, self.features, self.dtype)
 
-    def _tiles(self, kernel: Any, tokens: int, partial: bool) -> tuple[dict[str, Any], int, int]:
+    def tiles(self, kernel: Any, tokens: int, partial: bool) -> tuple[dict[str, Any], int, int]:
         """(launch options, tokens of a run, runs). A run that leaves a state behind has at least as many bytes itself.
 
         They depend on the number of tokens and the table, not on the batch: the same bits alone or in any batch.
@@ -872,7 +877,7 @@ class Skeleton:
         options["BLOCK_F"] = min(options["BLOCK_F"], _width(self.features))
         return self.constants | options, run, -(-tokens // run)
 
-    def _blocks(self, options: dict[str, Any]) -> int:
+    def blocks(self, options: dict[str, Any]) -> int:
         return -(-self.features // options["BLOCK_F"])
 
     def _projection(self) -> tuple[int, int]:
@@ -880,14 +885,14 @@ class Skeleton:
 
     def key_sums(self, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
         """The first stage of the key pass: (sums (B·H, runs, F + 1, E), stats (B·H, runs, 2, F + 1), runs)."""
-        options, run, runs = self._tiles(key_kernel, k.shape[2], partial=True)
+        options, run, runs = self.tiles(key_kernel, k.shape[2], partial=True)
         heads, rows = k.shape[0] * k.shape[1], self.features + 1
         sums = k.new_empty((heads, runs, rows, self.value_dim), dtype=self.acc)
         stats = sums.new_empty((heads, runs, 2, rows))
         launch(
             self.op,
             key_kernel,
-            (heads * runs, self._blocks(options)),
+            (heads * runs, self.blocks(options)),
             k,
             v,
             self.projection,
@@ -936,7 +941,7 @@ class Skeleton:
 
     def query_pass(self, q: Tensor, state: Tensor, stat: Tensor) -> Tensor:
         """out (B, H, N, E)."""
-        options, run, runs = self._tiles(query_kernel, q.shape[2], partial=False)
+        options, run, runs = self.tiles(query_kernel, q.shape[2], partial=False)
         out = like_layout(q, (*q.shape[:3], self.value_dim))
         launch(
             self.op,
@@ -954,15 +959,15 @@ class Skeleton:
             q.shape[2],
             run,
             runs,
-            BLOCKS=self._blocks(options),
+            BLOCKS=self.blocks(options),
             **(options | {"EPS": self.eps}),
         )
         return out
 
     def query_backward(self, grad_out: Tensor, q: Tensor, state: Tensor, stat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq and the state's gradient: R (B, H, F, E) and ρ with the largest |R| of each feature (B, H, 2, F)."""
-        options, run, runs = self._tiles(query_backward_kernel, q.shape[2], partial=True)
-        blocks, heads = self._blocks(options), q.shape[0] * q.shape[1]
+        options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=True)
+        blocks, heads = self.blocks(options), q.shape[0] * q.shape[1]
         grad_q = like_layout(q, tuple(q.shape))
         sums = state.new_empty((heads, runs, self.features + 1, self.value_dim))
         stats = state.new_empty((heads, runs, self.features + 1))
@@ -1029,7 +1034,7 @@ class Skeleton:
         grads: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """dk and dv. ``mean``: c̄ (B, H, E), or None for 0."""
-        options, run, runs = self._tiles(key_backward_kernel, k.shape[2], partial=False)
+        options, run, runs = self.tiles(key_backward_kernel, k.shape[2], partial=False)
         grad_k, grad_v = like_layout(k, tuple(k.shape)), like_layout(v, tuple(v.shape))
         launch(
             self.op,
@@ -1058,7 +1063,7 @@ class Skeleton:
             k.shape[2],
             run,
             runs,
-            BLOCKS=self._blocks(options),
+            BLOCKS=self.blocks(options),
             BLOCK_ALL=_width(self.features),
             **options,
         )
