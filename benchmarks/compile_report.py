@@ -21,7 +21,6 @@ from cxv_kernels import _triton
 
 # sm_75: Triton has no tensor cores there, so its kernels that multiply matrices serve from sm_80 on.
 ARCHITECTURES = (75, 80, 90)
-LOW = ("float16", "bfloat16")
 
 
 def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -33,10 +32,7 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if arch < 80:
             wanted = [(dtype, dim) for dtype, dim in wanted if dtype != "bfloat16"]
         found = [
-            launch
-            for dtype, dim in wanted
-            for launch in launches(DTYPES[dtype], arch, dim=dim, models=dim == 32 and dtype in LOW)
-            if arguments.kernels is None or any(part in launch.name for part in arguments.kernels)
+            launch for dtype, dim in wanted for launch in launches(DTYPES[dtype], arch, dim=dim, only=arguments.cases)
         ]
         return [(arch, launch) for launch in found]
 
@@ -91,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="comma-separated",
     )
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
-    parser.add_argument("--kernels", nargs="+", metavar="PART", help="only kernels with such a part in their names")
+    parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only what these ops or cases launch")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args(argv)
     if _triton.TRITON_MISSING:

@@ -57,7 +57,7 @@ def check_op(settings: Settings, emit: Emit, op: str, backend: str, size: str, d
 
 def check_graph(settings: Settings, emit: Emit, op: str, backend: str, dtype: str) -> None:
     """The op's cases captured in a CUDA graph, forward and backward: a replay on new inputs gives the same bits."""
-    for case in checks.cases(2, 4, 1024, 32, ragged=False):
+    for case in checks.cases(2, 4, 1024, 32, ragged=False, device=settings.device):
         if case.op != op:
             continue
         row = {"op": op, "case": case.label, "backend": backend, "dtype": dtype}

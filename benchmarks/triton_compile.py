@@ -69,7 +69,7 @@ class Launch:
     options: dict[str, Any]
     nbytes: int  # of the tensors that it is given, each once
     units: int  # tokens × heads, pixels or elements of the case
-    exps: float  # per unit, where the kernel has exponentials
+    exps: float  # per unit, where the kernel has exponentials and reads the tokens
     error: str | None = None  # why there is no kernel
 
     @property
@@ -102,18 +102,29 @@ def launches(
     heads: int = 4,
     tokens: int = 1024,
     dim: int = 32,
-    models: bool = True,
+    only: Sequence[str] | None = None,
 ) -> list[Launch]:
-    """What the ops, forward and backward, and a training step of each model launch on ``arch``."""
+    """What the ops, forward and backward, and a training step of each model launch on ``arch``.
+
+    Args:
+        only: ops ("conv_norm"), single cases of theirs ("performer_attention relu") and models ("cpv-1/4"), which are
+            recorded at ``dim`` 32 alone.
+    """
     found: list[Launch] = []
+
+    def wanted(label: str) -> bool:
+        return only is None or label in only or label.partition(" ")[0] in only
+
     with recording(lambda *_: None, arch):
         served = {op for op in backends.OPS if backends.explain_backend(op)["triton"] == "serves"}
 
     def during(case: str, units: int, exps: float, run: Callable[[], Any]) -> None:
         def take(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
-            tensors = {a.data_ptr(): a.untyped_storage().nbytes() for a in arguments if isinstance(a, Tensor)}
-            total = sum(tensors.values())
-            found.append(Launch(case, kernel, name_of(dtype), grid, arguments, options, total, units, exps))
+            tensors = {a.data_ptr(): a for a in arguments if isinstance(a, Tensor)}
+            total = sum(a.untyped_storage().nbytes() for a in tensors.values())
+            reads = any(a.numel() >= units * dim for a in tensors.values())
+            mine = Launch(case, kernel, name_of(dtype), grid, arguments, options, total, units, exps if reads else 0)
+            found.append(mine)
 
         try:
             with recording(take, arch):
@@ -123,9 +134,10 @@ def launches(
             found.append(Launch(case, None, name_of(dtype), (), (), {}, 0, units, exps, words[:300]))
 
     for case in checks.cases(batch, heads, tokens, dim, ragged=False):
-        if case.op in served:
+        if case.op in served and wanted(f"{case.op} {case.label}"):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
-            units = inputs[0].numel() // (1 if case.op == "dropout" else dim)
+            width = {"dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
+            units = inputs[0].numel() // width
             exps = _exps(case, dim)
             during(
                 f"{case.op} {case.label}",
@@ -133,8 +145,8 @@ def launches(
                 exps,
                 lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
             )
-    for name, attention in MODELS.items() if models else ():
-        if {attention, "conv_norm", "dropout"} <= served:
+    for name, attention in MODELS.items() if dim == 32 else ():
+        if {attention, "conv_norm", "dropout"} <= served and wanted(name):
             images, labels = random_batch(1, 32, torch.device("cpu"), dtype)
             model = cxv.create_model(name, use_fused=True).to(weights_dtype(dtype)).train()
             during(name, 4 * 1024, 0, lambda m=model, i=images, t=labels: loss_of(m, i, t, dtype).backward())

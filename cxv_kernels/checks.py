@@ -43,14 +43,23 @@ class Result:
         return self.ratio <= 1
 
 
-def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32, ragged: bool = True) -> list[Case]:
+def cases(
+    batch: int = 2,
+    heads: int = 2,
+    tokens: int = 200,
+    dim: int = 32,
+    ragged: bool = True,
+    device: str | torch.device = "cpu",
+) -> list[Case]:
     """The ops in their variants, by default at a size that takes milliseconds and that divides by nothing.
 
-    Not ``ragged``: as the models call them, with as many keys as queries, E = D, and square images.
+    Args:
+        ragged: False calls them as the models do, with as many keys as queries, E = D, and square images.
+        device: where projection and seed are, which are copied to the inputs' device if that is another.
     """
     generator = torch.Generator().manual_seed(0)
     features = num_random_features(dim)
-    projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64)
+    projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64).to(device)
     keys, value_dim = (tokens + 7, dim + 3) if ragged else (tokens, dim)
     query, key, value = (batch, heads, tokens, dim), (batch, heads, keys, dim), (batch, heads, keys, value_dim)
 
@@ -96,7 +105,7 @@ def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32, ragg
         Case("conv_norm", "NCHW", conv_norm, *convolution),
         Case("conv_norm", "channels_last", channels_last, *convolution),
     ]
-    seed = torch.tensor(12345)
+    seed = torch.tensor(12345, device=device)
     drop = lambda x, residual, **options: dropout(x, 0.3, seed.to(x.device), residual=residual, **options)  # noqa: E731
     found.append(Case("dropout", "p=0.3", drop, (query, query), 1))
     return found
@@ -130,7 +139,9 @@ def run(
         RuntimeError: the backend cannot serve it.
     """
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device) for shape in case.shapes]
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device) for shape in case.shapes
+    ]
     expected = outputs_and_gradients(case, [t.to(exact_on).double() for t in inputs], "reference", dtype)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else cuDNN rounds float32 to 10 bits
         found = outputs_and_gradients(case, inputs, backend, dtype)
