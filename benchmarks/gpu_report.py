@@ -32,7 +32,8 @@ def headline(results: dict[str, Any]) -> str:
     if "device_name" not in env:
         return f"no environment: {env.get('error')}"
     driver = f", driver {env['driver']}" if env.get("driver") else ""
-    return f"{env['device_name']}{driver}, torch {env['torch']}, Triton {env['triton']}, Python {env['python']}"
+    versions = ", ".join(f"{name} {env.get(name)}" for name in ("torch", "triton", "python"))
+    return f"{env['device_name']}{driver}, {versions}"
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------
