@@ -25,7 +25,7 @@ ARCHITECTURES = (75, 80, 90)
 
 def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of every Triton kernel: dtype after dtype, architecture after architecture."""
-    from triton_compile import compile_all, launches
+    from triton_compile import compile_all, distinct, launches
 
     def recorded(arch: int) -> list[tuple[int, Any]]:
         wanted = [(dtype, dim) for dtype in arguments.dtype for dim in arguments.dims]
@@ -39,7 +39,7 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     newer = compile_all([pair for arch in arguments.arch if arch >= 80 for pair in recorded(arch)], arguments.jobs)
     multiply = {row.kernel for row in newer if row.dot}
     older = [pair for arch in arguments.arch if arch < 80 for pair in recorded(arch) if pair[1].name not in multiply]
-    return [asdict(row) for row in [*newer, *compile_all(older, arguments.jobs)]]
+    return [asdict(row) for row in distinct([*newer, *compile_all(older, arguments.jobs)])]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -6,7 +6,6 @@ the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes 
 
 import hashlib
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
@@ -290,27 +289,28 @@ def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> None:
 
 
 def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Compiled]:
-    """Compile each distinct (architecture, launch) once, in ``jobs`` processes; Triton's cache keeps what they make."""
-    seen: set[str] = set()
+    """What becomes of each (architecture, launch), in ``jobs`` processes; equal ones are compiled once, and one object.
+
+    Triton's cache keeps what they make.
+    """
     _queue.clear()
-    lost = [
-        Compiled(launch.name, launch.case, launch.dtype, arch, {}, {}, launch.error)
-        for arch, launch in found
-        if launch.error
-    ]
+    places: list[int | Compiled] = []  # in the queue, or what is known already
+    seen: dict[str, int] = {}
     for arch, launch in found:
         if launch.error:
+            places.append(Compiled(launch.name, launch.case, launch.dtype, arch, {}, {}, launch.error))
             continue
         source, target, options = _source(launch, arch)
         key = f"{arch} {_key(source, options)}"
         if key not in seen:
-            seen.add(key)
+            seen[key] = len(_queue)
             _queue.append((launch, source, target, options))
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return lost + list(pool.map(_compile, range(len(_queue))))
+        places.append(seen[key])
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        made = list(pool.map(_compile, range(len(_queue))))
+    return [made[place] if isinstance(place, int) else place for place in places]
 
 
-def without_interpreter() -> dict[str, str]:
-    """The environment for a process that compiles."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def distinct(rows: Sequence[Compiled]) -> list[Compiled]:
+    """Each once."""
+    return list({id(row): row for row in rows}.values())

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels for cards that are not here: tensor cores, no spills, sizes that fit."""
+"""What the compiler makes of the Triton kernels for cards that are not here: tensor cores, no spills, sizes."""
 
 import json
 import os
@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from cxv_kernels import OPS, explain_backend
+from cxv_kernels import OPS, configs, explain_backend
 from cxv_kernels._triton import TRITON_MISSING
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import triton_compile  # noqa: E402
+import tune  # noqa: E402
+
 pytestmark = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"Triton: {TRITON_MISSING}")
 
 # What the paper's models launch, and one case of each other op; the report has the rest.
@@ -129,3 +135,51 @@ def test_bad_values(arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_tuner_drops_what_does_not_fit(tmp_path):
+    """Without a GPU; and the table that it writes is what configs.py reads."""
+    table, tried = tmp_path / "table.json", tmp_path / "tried.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
+    command += ["--dims", "32", "--dtype", "float16", "--kernels", "state_kernel", "--candidates", "3"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    outputs = ["--table", str(table), "--json", str(tried)]
+    done = subprocess.run([*command, *outputs], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(tried.read_text())
+    assert found["ranked_by"] == "compile"
+    assert {entry["kernel"] for entry in found["tried"]} == {"state_kernel"}
+    for entry in found["tried"]:
+        assert len(entry["candidates"]) == 3
+        assert entry["candidates"][0] == entry["packaged"]
+        assert entry["seconds"] == [None] * 3  # nothing was timed
+        assert not entry["notes"][entry["candidates"].index(entry["chosen"])]
+    written = json.loads(table.read_text())
+    assert found["table"] == written
+    with configs.override(written):
+        for entry in found["tried"]:
+            assert configs.lookup("state_kernel", 90, entry["dim"], entry["features"], torch.float16) == entry["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"spills": 3}, "3 spills"), ({"shared": 1 << 20}, "shared memory"), ({}, "")]
+)
+def test_a_candidates_faults(change, words):
+    row = triton_compile.Compiled("k", "c", "float16", 90, {}, {}, **change)
+    assert (words in tune._fault(row)) if words else tune._fault(row) == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "share"),
+    [
+        (90, 32, 0, 4, 1.0),  # 64 warps of 32·32 registers are all of them
+        (90, 33, 0, 4, 0.75),  # rounded up to 40: 12 blocks of 4 warps
+        (80, 16, 40 << 10, 4, 0.25),  # 164 K hold 4 blocks of 41 K
+        (80, 16, 0, 1, 0.5),  # 32 blocks at most
+        (75, 255, 0, 8, 0.25),
+    ],
+)
+def test_occupancy(arch, registers, shared, warps, share):
+    assert triton_compile.CARDS[arch].occupancy(registers, shared, warps) == share
