@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxv_kernels import configs
+from cxv_kernels import _triton, configs
 from cxv_kernels._triton import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_hopper(monkeypatch):
+    monkeypatch.setattr(_triton, "recorded_arch", 90)
 
 
 def entry(tune, **changes):
