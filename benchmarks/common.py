@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from cxv_kernels import _extension
 HEADS, HEAD_DIM = 4, 32  # the paper's models
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+# Rows of these are judged by their error; "fused" is what "auto" chose.
+FUSED = ("fused", "cpp", "cuda", "triton")
+
 # Largest error allowed against float64, relative to the largest entry: a few roundings of the result in 16 bits; in 32
 # and 64 bits, where sums and exponents lose more than the result's own rounding, about 170 and 4,500 roundings.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -37,7 +41,7 @@ class Row:
     """One measurement, of an implementation at one size or of a model; bytes above the baseline, times in seconds."""
 
     name: str
-    implementation: str  # "reference", "fused", or what else computes it
+    implementation: str  # "reference", "fused", a backend, or what else computes it
     backends: dict[str, str]  # which backend served each op
     tokens: int | None = None
     status: str = "ok"  # or "failed" (the check), "out of memory", "= reference" (no fused kernel, not measured again)
@@ -137,12 +141,12 @@ class Run:
     def check(self, tolerance: float) -> bool:
         """Compare with float64, if there is something to compare with; False refuses everything else.
 
-        Only a fused result is judged; the reference's error is reported: in float64 it is the yardstick itself.
+        Only a fused result (``FUSED``) is judged; the reference's error is reported: in float64 it is the yardstick.
         """
         row = self.row
         if self.exact is not None:
             row.error = relative_error(self.compare(self.forward_backward()), self.exact())
-        if row.implementation == "fused":
+        if row.implementation in FUSED:
             row.tolerance = tolerance
             if row.error is None or not row.error <= tolerance:
                 row.status = "failed"
@@ -217,6 +221,32 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         # whether freed memory stays in the process decides how often large results are paged in again
         "malloc": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))},
     }
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """The card and its driver; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": first_line("nvcc", "--version", like="release"),
+    }
+
+
+def first_line(*command: str, like: str = "") -> str | None:
+    """Of what a command prints, the first line with ``like`` in it; None if there is none."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next((line.strip() for line in answer.splitlines() if like in line), None)
 
 
 def version_of(package: str) -> str | None:

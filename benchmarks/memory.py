@@ -1,5 +1,6 @@
 """What a computation needs: peak memory, bytes kept for backward, and time. Bytes are bytes, times are seconds."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -67,6 +68,7 @@ def allocated(run: Callable[[], Any], device: str | torch.device = "cpu") -> All
 
 
 def _allocated_cuda(run: Callable[[], Any], device: torch.device) -> Allocated:
+    gc.collect()  # what is freed in the meantime would hide as much of the peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
@@ -135,11 +137,17 @@ def interleaved(
     min_repeats: int = 3,
     max_repeats: int = 100,
     limit: float = 4.0,
+    calls: int = 1,
+    queue: "Queue | None" = None,
 ) -> list[Timing | None]:
     """Time each of ``runs``, in turn, round after round, so that whatever else the machine does meets them all alike.
 
     One leaves the rounds when it has run ``min_repeats`` times and spent ``budget`` seconds, or has run ``max_repeats``
     times, or has spent ``limit`` seconds. There is no warm-up: run each once before.
+
+    Args:
+        calls: of one repetition, back to back; the sample is the mean of these.
+        queue: on CUDA, time the GPU alone; without one a repetition is what its caller waits for.
 
     Returns:
         A Timing for each; None for one that ran out of memory, which takes no more turns.
@@ -150,31 +158,91 @@ def interleaved(
     def goes_on(mine: list[float] | None) -> bool:
         if mine is None:
             return False
-        spent = sum(mine)
+        spent = sum(mine) * calls
         return spent < limit and len(mine) < max_repeats and (len(mine) < min_repeats or spent < budget)
 
     while any(map(goes_on, samples)):
         for i, run in enumerate(runs):
             if goes_on(samples[i]):
                 try:
-                    samples[i].append(_seconds(run, device))
+                    samples[i].append(_seconds(run, device, calls) if queue is None else queue.seconds(run, calls))
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise
                     samples[i] = None
+                if samples[i] is None and device.type == "cuda":
+                    torch.cuda.empty_cache()  # the others may need what it had reserved
     return [None if mine is None else Timing(tuple(mine)) for mine in samples]
 
 
+# How CUDA, its libraries and the CPU's allocator say that memory is short, where PyTorch has no exception of its own.
+_MEMORY_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is CUDA's or the CPU allocator's way of saying so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether it says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MEMORY_WORDS)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """What the caller of ``run`` waits for, on CUDA by events: launching it counts where that is slower."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+class Queue:
+    """Times the GPU alone: the calls wait behind a kernel that spins until the CPU has launched them all.
+
+    Before them the L2 cache is filled with something else (by reading, so that nothing is left to be written back), and
+    what they return lives to the end, so that no call finds the memory of another's in the cache.
+    """
+
+    LONGEST = 0.05  # seconds of spinning: what takes longer to launch waits for the GPU in between
+
+    def __init__(self, device: torch.device):
+        properties = torch.cuda.get_device_properties(device)
+        self.device = device
+        self._other = torch.ones(max(properties.L2_cache_size, 1 << 20) // 2, device=device)  # twice the L2, in bytes
+        self._sink = torch.empty((), device=device)
+        self._clock = self._cycles_per_second()
+        self._delays: dict[int, float] = {}
+
+    def _cycles_per_second(self) -> float:
+        cycles = 10_000_000
+        for _ in range(2):  # the first call loads the kernel
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.cuda._sleep(cycles)
+            end.record()
+            end.synchronize()
+        return cycles / (start.elapsed_time(end) / 1e3)
+
+    def seconds(self, run: Callable[[], Any], calls: int = 1) -> float:
+        """Of one of ``calls`` calls; where launching waits for the GPU, with that."""
+        delay = self._delays.get(id(run), 0.0005 * calls)
+        while True:
+            torch.cuda.synchronize(self.device)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.sum(self._other, dim=0, out=self._sink)
+            torch.cuda._sleep(int(delay * self._clock))
+            start.record()
+            results = [run() for _ in range(calls)]
+            end.record()
+            in_time = not start.query()  # the GPU has not come that far: no call had to wait for its launch
+            end.synchronize()
+            del results
+            if in_time or delay >= self.LONGEST:
+                self._delays[id(run)] = delay
+                return start.elapsed_time(end) / 1e3 / calls
+            delay = min(2 * delay, self.LONGEST)

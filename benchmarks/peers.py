@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from common import HEAD_DIM, version_of
+import torch.nn.functional as F
+from common import version_of
 from torch import Tensor, nn
 
 # A peer counts as the same function if one head agrees with the float64 reference to this, relative to the largest
@@ -43,7 +44,8 @@ def _module(name: str) -> ModuleType:
 
 def performer(heads: int, projection: Tensor) -> Peer:
     """performer-pytorch's FastAttention with our projection."""
-    fast = _module("performer_pytorch").FastAttention(HEAD_DIM, nb_features=projection.shape[0]).to(projection.device)
+    fast = _module("performer_pytorch").FastAttention(projection.shape[1], nb_features=projection.shape[0])
+    fast.to(projection.device)
     fast.projection_matrix.copy_(projection)
     return Peer(fast)
 
@@ -51,22 +53,30 @@ def performer(heads: int, projection: Tensor) -> Peer:
 def linear(heads: int, projection: Tensor) -> Peer:
     """linear-attention-transformer's softmax pair: it scales the output by D^-½ where we scale q and k by D^-¼."""
     module = _module("linear_attention_transformer.linear_attention_transformer")
-    return Peer(module.linear_attn, before=HEAD_DIM**-0.25, after=HEAD_DIM**0.5)
+    dim = projection.shape[1]
+    return Peer(module.linear_attn, before=dim**-0.25, after=dim**0.5)
 
 
 def nystrom(heads: int, projection: Tensor) -> Peer:
     """nystrom-attention's module without its projections and its convolution: q, k and v come packed (B, N, 3·H·D), as
     its own linear layer would make them, and the output stays (B, N, H·D)."""
+    dim = projection.shape[1]
     attention = _module("nystrom_attention").NystromAttention(
-        heads * HEAD_DIM, dim_head=HEAD_DIM, heads=heads, num_landmarks=64, residual=False
+        heads * dim, dim_head=dim, heads=heads, num_landmarks=64, residual=False
     )
     attention.to_qkv = attention.to_out = nn.Identity()
     return Peer(
         attention,
         pack=lambda *qkv: (torch.cat([x.transpose(1, 2).flatten(2) for x in qkv], dim=-1),),
-        unpack=lambda out: out.unflatten(-1, (heads, HEAD_DIM)).transpose(1, 2),
+        unpack=lambda out: out.unflatten(-1, (heads, dim)).transpose(1, 2),
         pack_grad=lambda grad: grad.transpose(1, 2).flatten(2),
     )
+
+
+def flash_bla(heads: int, projection: Tensor) -> Peer:
+    """flash-bidirectional-linear-attention, whose features are its caller's to compute: elu + 1 as its layers do."""
+    attend = _module("flash_bla.ops.linear_attn.fused").linear_attention
+    return Peer(lambda q, k, v: attend(F.elu(q) + 1, F.elu(k) + 1, v))
 
 
 PEERS: dict[str, tuple[str, Callable[[int, Tensor], Peer]]] = {
@@ -74,8 +84,12 @@ PEERS: dict[str, tuple[str, Callable[[int, Tensor], Peer]]] = {
     "linear_attention": ("linear-attention-transformer", linear),
     "nystrom_attention": ("nystrom-attention", nystrom),
 }
+# On a GPU the other feature map has a peer, too. (flash-linear-attention has causal ops alone: another function.)
+GPU_PEERS = {(op, "softmax"): peer for op, peer in PEERS.items()} | {
+    ("linear_attention", "elu"): ("flash_bla", flash_bla)
+}
 
 
 def versions() -> dict[str, str | None]:
     """Of each peer; None where it is not installed."""
-    return {package: version_of(package) for package, _ in PEERS.values()}
+    return {package: version_of(package) for package, _ in GPU_PEERS.values()}

@@ -110,12 +110,14 @@ def served_ops() -> Iterator[dict[str, str]]:
         backends.resolve = resolve
 
 
-def check_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, str], float | None]:
+def check_model(
+    name: str, device: torch.device, dtype: torch.dtype, side: int = IMAGE_SIZE
+) -> tuple[dict[str, str], float | None]:
     """What serves the fused model's ops, and the error of its logits, for two images, against the reference in float64.
 
     No error where the reference serves them all.
     """
-    images, _ = random_batch(2, IMAGE_SIZE, device, torch.float32)
+    images, _ = random_batch(2, side, device, torch.float32)
 
     def model(use_fused: bool, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(0)

@@ -6,28 +6,46 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._triton import define, serves_triton
 from ..autograd import double_backward, kernels, register_fake, serves_cpu
 from ..validation import accumulate_dtype, without_autocast
 from .reference import conv_norm_reference
 
+MAX_CHANNELS = 4096
 
-def _convolution(x, weight):
-    return torch.ops.aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+for schema in (
+    "conv_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps)"
+    " -> (Tensor out, Tensor rstd)",
+    "conv_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor rstd, Tensor gamma,"
+    " Tensor beta, float eps, bool[5] needed) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
+    " Tensor grad_gamma, Tensor grad_beta)",
+):
+    define(schema, "cxv_kernels.conv_norm.triton")
+
+_OPTIONS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
+
+
+def convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's 3×3 convolution, without bias."""
+    return torch.ops.aten.convolution(x, weight, None, *_OPTIONS)
+
+
+def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor]:
+    """Its gradients of x and weight, as far as ``needed``, else empty (0)."""
+    grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *_OPTIONS, [*needed[:2], False])
+    return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needed[:2], strict=False))
 
 
 @register_fake("conv_norm_forward")
 def _(x, weight, bias, gamma, beta, eps):
-    return _convolution(x, weight), x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
+    return convolution(x, weight), x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
 
 
 @register_fake("conv_norm_backward")
 def _(grad_out, x, weight, bias, out, rstd, gamma, beta, eps, needed):
-    grads = torch.ops.aten.convolution_backward(
-        out, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needed[:2], False]
-    )
     vectors = (bias if needed[2] else x, gamma, beta)
     return (
-        *(grad if need else x.new_empty(0) for grad, need in zip(grads, needed[:2], strict=False)),
+        *convolution_backward(out, x, weight, needed),
         *(t.new_empty(gamma.shape if need else 0) for t, need in zip(vectors, needed[2:], strict=True)),
     )
 
@@ -98,3 +116,12 @@ class ConvNormBackward(torch.autograd.Function):
 
 
 backends.register("conv_norm", "cpp", serves_cpu)
+
+
+def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    if dim > MAX_CHANNELS:
+        return f"serves at most {MAX_CHANNELS} channels, for a pixel's lie in one program's registers, not {dim}"
+    return serves_triton(device, dtype, dim, tensor_cores=False)
+
+
+backends.register("conv_norm", "triton", _serves)

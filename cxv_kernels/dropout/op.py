@@ -1,12 +1,16 @@
-"""The fused op: fake implementation, autograd, and what its kernel can serve."""
+"""The fused op: fake implementation, autograd, and what its kernels can serve."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from .._triton import define, serves_triton
 from ..autograd import kernels, register_fake, serves_cpu
+
+define("dropout(Tensor x, Tensor? residual, Tensor seed, float p, int offset) -> Tensor", "cxv_kernels.dropout.triton")
 
 
 @register_fake("dropout")
@@ -36,3 +40,4 @@ class Dropout(torch.autograd.Function):
 
 
 backends.register("dropout", "cpp", serves_cpu)
+backends.register("dropout", "triton", partial(serves_triton, tensor_cores=False))

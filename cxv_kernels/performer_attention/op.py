@@ -7,9 +7,35 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._triton import define
 from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
+from ..linear_attention.op import serves_attention
 from ..validation import accumulate_dtype
 from .reference import performer_attention_reference, performer_features_reference
+
+
+_TRITON = "cxv_kernels.performer_attention.triton"
+define(
+    "performer_attention_forward(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, str kernel,"
+    " float eps) -> (Tensor out, Tensor state, Tensor key_stat, Tensor key_max)",
+    _TRITON,
+)
+define(
+    "performer_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection,"
+    " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _TRITON,
+)
+define(
+    "performer_features_forward(Tensor x, Tensor projection, bool is_query, str kernel, float eps)"
+    " -> (Tensor phi, Tensor key_max)",
+    _TRITON,
+)
+define(
+    "performer_features_backward(Tensor grad_phi, Tensor x, Tensor projection, Tensor key_max, bool is_query,"
+    " str kernel, float eps) -> Tensor",
+    _TRITON,
+)
 
 
 @register_fake("performer_attention_forward")
@@ -136,3 +162,5 @@ class PerformerFeaturesBackward(torch.autograd.Function):
 
 backends.register("performer_attention", "cpp", serves_cpu)
 backends.register("performer_features", "cpp", serves_cpu)
+for _op in ("performer_attention", "performer_features"):
+    backends.register(_op, "triton", serves_attention)

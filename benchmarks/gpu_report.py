@@ -1,0 +1,307 @@
+"""gpu_suite.py's tables and verdicts, from its JSON alone."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from attn_speed_report import Table
+
+MAIN, LONG = [32, 4, 1024, 32], [8, 4, 16384, 32]
+LABELS = {"performer_attention": "Performer", "linear_attention": "linear", "conv_norm": "conv_norm"}
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON; empty where there is none, or half of one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def rows_of(results: dict[str, Any], *sections: str) -> list[Row]:
+    """What the sections' tasks have emitted."""
+    return [row for task in results["tasks"] if task["section"] in sections for row in task["rows"]]
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The machine."""
+    env = results["environment"]
+    if "device_name" not in env:
+        return f"no environment: {env.get('error')}"
+    driver = f", driver {env['driver']}" if env.get("driver") else ""
+    versions = ", ".join(f"{name} {env.get(name)}" for name in ("torch", "triton", "python"))
+    return f"{env['device_name']}{driver}, {versions}"
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def seconds(row: Row | None, part: str) -> float | None:
+    """The median: of the GPU alone where that was measured."""
+    timing = row and (row.get(f"gpu_{part}") or row.get(part))
+    return timing["median_s"] if timing else None
+
+
+def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
+    """The first row with these entries that has its numbers."""
+    same = [
+        row for row in rows if row["status"] == "ok" and all(row.get(key) == value for key, value in wanted.items())
+    ]
+    return same[0] if same else None
+
+
+def _ratio(slow: float | None, fast: float | None) -> float | None:
+    return slow / fast if slow and fast else None
+
+
+def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each target with what was found: met, missed or not measured."""
+    return [
+        {
+            "target": words,
+            "wanted": wanted,
+            "found": found,
+            "verdict": "not measured" if found is None else "met" if found >= wanted else "missed",
+        }
+        for words, wanted, found in _targets(results)
+    ]
+
+
+def _targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    """(what, at least this, what was found)."""
+    rows, ceilings = rows_of(results, "attention", "sweep"), rows_of(results, "ceilings")
+    bandwidth = ceilings[0]["bandwidth"] if ceilings else None
+
+    def time(op: str, shape: list[int], implementation: str, part: str = "forward_backward") -> float | None:
+        case = {"op": op, "variant": "softmax", "shape": shape, "dtype": "float16"}
+        return seconds(find(rows, **case, implementation=implementation), part)
+
+    def share(op: str) -> float | None:
+        row = find(rows, op=op, variant="softmax", shape=MAIN, dtype="float16", implementation="triton")
+        return row["forward_bytes_per_s"] / bandwidth if row and bandwidth else None
+
+    performer, linear = "performer_attention", "linear_attention"
+    ours = time(performer, MAIN, "triton")
+    words = "triton: Performer (32, 4, 1024, 32), forward + backward"
+    yield f"{words}, × torch.compile(reference)", 3, _ratio(time(performer, MAIN, "torch.compile"), ours)
+    yield f"{words}, × SDPA (flash)", 1.5, _ratio(time(performer, MAIN, "sdpa, flash"), ours)
+    ratio = _ratio(time(performer, LONG, "sdpa, flash"), time(performer, LONG, "triton"))
+    yield "triton: Performer at N = 16,384, forward + backward, × SDPA (flash)", 10, ratio
+    yield "triton: Performer forward, share of the measured bandwidth", 0.5, share(performer)
+    yield "triton: linear_attention, forward + backward, × the best installed peer", 1.3, _best_peer(results)
+    yield "triton: linear_attention forward, share of the measured bandwidth", 0.6, share(linear)
+    yield from _model_targets(results)
+    cuda = time(performer, MAIN, "cuda")
+    words = "cuda: Performer (32, 4, 1024, 32), forward + backward"
+    yield f"{words}, × torch.compile(reference)", 1.5, _ratio(time(performer, MAIN, "torch.compile"), cuda)
+    yield f"{words}, × Triton (1 / 1.3 or more)", 1 / 1.3, _ratio(ours, cuda)
+
+
+def _best_peer(results: dict[str, Any]) -> float | None:
+    """The least ratio over the variants that an installed package has, too."""
+    ratios = []
+    for row in rows_of(results, "peers"):
+        if row["op"] == "linear_attention" and row["implementation"] not in ("triton", "cuda", "cpp"):
+            case = {key: row[key] for key in ("op", "variant", "shape", "dtype")}
+            ours = find(rows_of(results, "peers"), **case, implementation="triton")
+            ratios.append(_ratio(seconds(row, "forward_backward"), seconds(ours, "forward_backward")))
+    known = [ratio for ratio in ratios if ratio]
+    return min(known) if known else None
+
+
+def _model_targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    rows = rows_of(results, "models")
+
+    def found(mode: str, key: str) -> float | None:
+        row = find(rows, model="cpv-5/4", dtype="float16", batch=256, mode=mode)
+        return row and row.get(key)
+
+    rate = "train_images_per_s"
+    rates = [r for r in (found("triton", rate), found("triton + compile", rate)) if r]
+    ours, words = max(rates, default=None), "triton: CPV-5/4 training, batch 256, AMP float16"
+    yield f"{words}, images/s × eager", 2, _ratio(ours, found("eager", rate))
+    yield f"{words}, images/s × torch.compile", 1.3, _ratio(ours, found("eager + compile", rate))
+    peak = "train_peak_bytes"
+    yield f"{words}, eager's peak ÷ ours", 8, _ratio(found("eager", peak), found("triton", peak))
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """What is wrong: failed checks, fused rows that are, and checks whose process died or hung."""
+    found = []
+    for task in results["tasks"]:
+        judged = task["section"] in ("checks", "gradients", "graphs")
+        if judged and task["status"] in ("failed", "crashed", "out of time"):
+            last = (task["error"] or "").strip().splitlines()[-1:]
+            found.append(f"{task['section']} {task['label']}: {task['status']} {' '.join(last)[:200]}")
+        for row in task["rows"]:
+            inner = [check for check in row.get("checks", ()) if check["status"] == "failed"]
+            if row.get("status") == "failed" or inner:
+                names = (
+                    "op",
+                    "case",
+                    "model",
+                    "variant",
+                    "shape",
+                    "backend",
+                    "implementation",
+                    "mode",
+                    "dtype",
+                    "program",
+                )
+                words = " ".join(str(row[name]) for name in names if row.get(name))
+                note = row.get("note") or (inner and inner[0].get("note")) or ""
+                found.append(f"{task['section']} {words}: failed {note[:200]}".rstrip())
+    return found
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value * 1e3:,.3f}" if value < 0.1 else f"{value * 1e3:,.0f}"
+
+
+def op_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """Every op at every size (brief: the sizes of the targets): time of the GPU and of the caller, rates, memory."""
+    header = ["op", "(B, H, N, D) or (B, C, H, W)", "dtype", "implementation", "forward, ms", "as called"]
+    header += ["GB/s", "fwd + bwd, ms", "as called", "TFLOP/s", "peak, MB", "error"]
+    cells = []
+    for row in rows_of(results, "attention", "sweep", "conv_norm", "peers"):
+        if brief and row["shape"] not in (MAIN, LONG):
+            continue
+        shape = ", ".join(f"{n:,}" for n in row["shape"])
+        name = f"{LABELS[row['op']]} {row['variant']}"
+        head = [name, shape, row["dtype"], row["implementation"]]
+        if row["status"] != "ok":
+            cells.append([*head, f"{row['status']}: {row['note']}" if row["note"] else row["status"]])
+            continue
+        line = head
+        for part in ("forward", "forward_backward"):
+            line += [_ms(seconds(row, part)), _ms(row[part]["median_s"])]
+            rate = row["forward_bytes_per_s"] / 1e9 if part == "forward" else row["forward_backward_flop_per_s"] / 1e12
+            # an op's own work says nothing about another's time
+            line.append(
+                "" if row["implementation"].startswith("sdpa") else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+            )
+        error = row["max_relative_error"]
+        cells.append([*line, f"{row['peak_bytes'] / 1e6:,.1f}", "" if error is None else f"{error:.0e}"])
+    title = [
+        "Times are medians of the GPU alone, inputs not in its cache; 'as called' includes launching. GB/s and TFLOP/s",
+        "are the op's fewest bytes and operations over that time. Peak: forward + backward above the inputs.",
+    ]
+    return Table(title, header, cells, left=4)
+
+
+def model_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """Training and inference of the models (brief: at the targets' batch)."""
+    header = [
+        "model",
+        "dtype",
+        "batch",
+        "mode",
+        "train, images/s",
+        "× eager",
+        "peak, GB",
+        "infer, images/s",
+        "peak, GB",
+    ]
+    cells, rows = [], rows_of(results, "models")
+    for row in rows:
+        if brief and row["batch"] != 256:
+            continue
+        head = [row["model"], row["dtype"], f"{row['batch']:,}", row["mode"]]
+        if row["status"] != "ok":
+            cells.append([*head, f"{row['status']}: {row['note']}" if row["note"] else row["status"]])
+            continue
+        eager = find(rows, model=row["model"], dtype=row["dtype"], batch=row["batch"], mode="eager")
+        ratio = _ratio(row["train_images_per_s"], eager and eager["train_images_per_s"])
+        line = [
+            f"{row['train_images_per_s']:,.0f}",
+            f"{ratio:.2f}×" if ratio else "",
+            f"{row['train_peak_bytes'] / 1e9:.3f}",
+        ]
+        cells.append([*head, *line, f"{row['infer_images_per_s']:,.0f}", f"{row['infer_peak_bytes'] / 1e9:.3f}"])
+    title = ["A training step with AdamW under autocast; peak: all that training holds; of inference, above the model."]
+    return Table(title, header, cells, left=4)
+
+
+def batch_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """The largest batches."""
+    rows = rows_of(results, "largest_batch")
+    cells = [[r["model"], r["dtype"], r["mode"], f"{r['largest_batch']:,}", str(r["by"])] for r in rows]
+    gigabytes = rows[0]["budget_bytes"] / 1e9 if rows else 16
+    return Table(
+        [f"The largest batch that trains in {gigabytes:g} GB."], ["model", "dtype", "mode", "batch", "by"], cells, 3
+    )
+
+
+def check_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """How many checks of each op and backend there were; the worst error over its tolerance."""
+    rows = rows_of(results, "checks", "graphs")
+    cells = []
+    for op, backend in dict.fromkeys((row["op"], row["backend"]) for row in rows):
+        mine = [row for row in rows if (row["op"], row["backend"]) == (op, backend) and row["status"] != "not served"]
+        if not mine:
+            note = next(row["note"] for row in rows if (row["op"], row["backend"]) == (op, backend))
+            cells.append([op, backend, f"not served: {note}"])
+            continue
+        worst = max((row.get("of_tolerance") or 0 for row in mine), default=0)
+        failed = sum(row["status"] == "failed" for row in mine)
+        cells.append([op, backend, str(len(mine)), str(failed), f"{worst:.2f}"])
+    title = ["Forward and backward against float64, and CUDA graphs' replays against direct calls."]
+    return Table(title, ["op", "backend", "checks", "failed", "worst error / tolerance"], cells, left=2)
+
+
+def verdict_table(results: dict[str, Any], brief: bool = False) -> Table:
+    """The targets."""
+    cells = []
+    for line in results["verdicts"]:
+        found = "not measured" if line["found"] is None else f"{line['found']:.2f}"
+        cells.append(
+            [line["target"], f"{line['wanted']:.2f}", found, line["verdict"] if line["found"] is not None else ""]
+        )
+    return Table(["Targets."], ["target", "wanted ≥", "found", "verdict"], cells)
+
+
+def ceiling_line(results: dict[str, Any]) -> str:
+    """The rates measured in the same run."""
+    return "; ".join(
+        f"{row['bandwidth'] / 1e9:,.0f} GB/s ({row['bandwidth_by']}), "
+        f"{row['flops'] / 1e12:,.1f} TFLOP/s ({row['flops_by']}, {row['dtype']})"
+        for row in rows_of(results, "ceilings")
+    )
+
+
+TABLES: tuple[Callable[..., Table], ...] = (op_table, model_table, batch_table, check_table, verdict_table)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """For the terminal, in brief, what matters most last."""
+    tables = [make(results, brief=True) for make in TABLES]
+    parts = [table.text() for table in tables if table.rows]
+    unmeasured = [f"  {t['section']} {t['label']}" for t in results["tasks"] if t["status"] == "not measured"]
+    if unmeasured:
+        parts.insert(0, "Not measured, out of time:\n" + "\n".join(unmeasured) + "\n")
+    broken = [t for t in results["tasks"] if t["status"] in ("failed", "crashed", "out of time")]
+    for task in broken:
+        parts.append(f"{task['section']} {task['label']}: {task['status']}\n{_tail(task['error'])}")
+    wrong = failures(results)
+    parts.append("\n".join(["FAILED:", *wrong]) if wrong else "Every check passed.")
+    return "\n".join([ceiling_line(results), "", *parts])
+
+
+def _tail(error: str | None) -> str:
+    return "\n".join(f"  {line}" for line in (error or "").strip().splitlines()[-3:])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """For the README."""
+    parts = [headline(results) + ".", ceiling_line(results) + "."]
+    for make in TABLES:
+        table = make(results)
+        if table.rows:
+            parts += [" ".join(table.title), table.markdown()]
+    return "\n\n".join(parts)

@@ -1,0 +1,434 @@
+"""Builds, checks and measures everything on one GPU, the important first, within a budget of time. See README.md.
+
+Every task runs in a process that may crash, hang or lose the GPU without taking the others along, and the JSON is
+written after each: whatever ends the run, what was measured is there.
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare checkout, not installed yet
+os.environ["KINETO_LOG_LEVEL"] = os.environ.get("KINETO_LOG_LEVEL", "99")
+
+import gpu_checks
+import gpu_models
+import gpu_report
+import gpu_speed
+import peers
+import torch
+from common import Parser, environment, first_line, gpu_facts, seconds, some_of, write_json
+from gpu_speed import Settings
+from gpu_worker import Emit, Outcome, Worker
+
+from cxv_kernels import _triton, backends
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("triton", "cuda", "cpp")
+HALF, MAIN = "float16", (32, 4, 1024, 32)
+SECTIONS = (
+    "build",
+    "ceilings",
+    "checks",
+    "gradients",
+    "graphs",
+    "attention",
+    "sweep",
+    "conv_norm",
+    "models",
+    "largest_batch",
+    "peers",
+    "ptx",
+    "sanitizer",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One call of a function of the suite in the worker (or, for what builds and watches, in a program of its own)."""
+
+    section: str
+    function: str
+    arguments: dict[str, Any]
+    limit: float = 60.0  # seconds
+
+    @property
+    def label(self) -> str:
+        """Its arguments in words."""
+        values = self.arguments.values()
+        return " ".join(",".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------
+
+
+def plan(settings: Settings) -> list[Task]:
+    """Everything, the important first: what is correct, the targets, memory, the rest."""
+    return list(_quick(settings) if settings.quick else _full(settings))
+
+
+def _checks(settings: Settings, size: str, dtypes: Sequence[str], limit: float = 90.0) -> Iterator[Task]:
+    for backend in settings.backends:
+        for op in backends.OPS:
+            arguments = {"op": op, "backend": backend, "size": size, "dtypes": tuple(dtypes)}
+            yield Task("checks", "check_op", arguments, limit)
+
+
+def _attention(section: str, op: str, variant: str, shape: Sequence[int], dtype: str, *rivals: str) -> Task:
+    arguments = {"op": op, "variant": variant, "shape": tuple(shape), "dtype": dtype, "rivals": rivals}
+    return Task(section, "attention", arguments, 120.0 if "torch.compile" in rivals or "peer" in rivals else 60.0)
+
+
+def _models(model: str, dtype: str, batch: int, *modes: str, side: int = 32) -> Task:
+    arguments = {"model": model, "dtype": dtype, "batch": batch, "modes": modes, "side": side}
+    return Task("models", "models", arguments, 60.0 + 60.0 * sum("compile" in mode for mode in modes))
+
+
+def _conv(settings: Settings, shape: Sequence[int], layout: str, dtype: str, compiled: bool) -> Task:
+    arguments = {"shape": tuple(shape), "layout": layout, "dtype": dtype, "compiled": compiled}
+    return Task("conv_norm", "convolution", arguments)
+
+
+def _full(settings: Settings) -> Iterator[Task]:
+    performer, linear, rivals = "performer_attention", "linear_attention", ("reference", "sdpa")
+    fused = settings.backends
+    yield Task("ceilings", "ceilings", {"dtype": HALF})
+    yield from _checks(settings, "small", ("float16", "float32", "bfloat16"))
+    yield _attention("attention", performer, "softmax", MAIN, HALF, *rivals, "torch.compile")
+    yield _attention("attention", linear, "softmax", MAIN, HALF, *rivals, "torch.compile")
+    yield _attention("attention", performer, "softmax", (8, 4, 16384, 32), HALF, *rivals)
+    yield Task("gradients", "check_model", {"model": "cpv-5/4", "dtype": HALF, "batch": 8, "side": 32})
+    yield _models("cpv-5/4", HALF, 256, "eager", *fused)
+    yield _models("cpv-5/4", HALF, 256, "eager + compile", *(f"{name} + compile" for name in fused[:1]))
+    yield from _checks(settings, "models", (HALF,), 30.0)
+    yield from (_conv(settings, (256, 128, 32, 32), layout, HALF, True) for layout in ("channels_last", "NCHW"))
+    for mode in ("eager", *fused[:1], *(f"{name} + checkpoints" for name in fused[:1])):
+        yield Task("largest_batch", "largest_batch", {"model": "cpv-5/4", "dtype": HALF, "mode": mode})
+    for shape in gpu_speed.SHAPES[1:]:
+        for op in (performer, linear):
+            yield _attention("attention", op, "softmax", shape, HALF, *rivals)
+    for backend in settings.backends:
+        for op in backends.OPS:
+            yield Task("graphs", "check_graph", {"op": op, "backend": backend, "dtype": HALF}, 30.0)
+    for tokens in gpu_speed.SWEEP:
+        for op in (performer, linear):
+            yield _attention("sweep", op, "softmax", (8, 4, tokens, 32), HALF, "sdpa")
+    yield from (_attention("peers", op, variant, MAIN, HALF, "peer") for op, variant in _installed())
+    yield from _checks(settings, "long", (HALF,), 30.0)
+    yield from _checks(settings, "wide", (HALF, "float32"))
+    for model in gpu_models.MODELS:
+        for dtype in (HALF, "bfloat16", "float32"):
+            if (model, dtype) != ("cpv-5/4", HALF):
+                arguments = {"model": model, "dtype": dtype, "batch": 8, "side": 32}
+                yield Task("gradients", "check_model", arguments, 30.0)
+    yield _models("cpv-5/4", "bfloat16", 256, "eager", *fused)
+    for batch in (32, 1024):
+        yield _models("cpv-5/4", HALF, batch, "eager", *fused, *(f"{name} + checkpoints" for name in fused[:1]))
+    for model in gpu_models.MODELS[1:]:
+        yield _models(model, HALF, 256, "eager", *fused)
+    if "cuda" in settings.backends:
+        yield Task("ptx", "", {}, 90.0)
+    for dtype in ("bfloat16", "float32"):
+        yield from (_attention("attention", op, "softmax", MAIN, dtype, *rivals) for op in (performer, linear))
+    for op, variant in ((linear, "elu"), (linear, "relu"), (performer, "relu")):
+        yield _attention("attention", op, variant, MAIN, HALF, "reference")
+    yield Task("sanitizer", "", {}, 120.0)
+    for model in gpu_models.MODELS[1:]:
+        yield _models(model, HALF, 256, "eager + compile", *(f"{name} + compile" for name in fused[:1]))
+
+
+def _quick(settings: Settings) -> Iterator[Task]:
+    """Every function at a size that a CPU can do, Triton's interpreter too."""
+    half = "float32" if settings.device == "cpu" else HALF
+    yield Task("ceilings", "ceilings", {"dtype": half})
+    yield from _checks(settings, "tiny", (half,))
+    if settings.device == "cuda":
+        for backend in settings.backends:
+            yield Task("graphs", "check_graph", {"op": "linear_attention", "backend": backend, "dtype": half})
+    shape = (1, 2, 64, 16)
+    yield _attention("attention", "performer_attention", "softmax", shape, half, "reference", "sdpa", "torch.compile")
+    yield _attention("sweep", "linear_attention", "softmax", shape, half, "sdpa")
+    yield from (_attention("peers", op, variant, shape, half, "peer") for op, variant in _installed())
+    yield _conv(settings, (1, 16, 8, 8), "channels_last", half, True)
+    yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
+    fused = settings.backends[:1]
+    modes = ("eager", *fused, *(f"{name} + checkpoints" for name in fused), "eager + compile")
+    yield _models("cltv-1/4", half, 2, *modes, side=8)
+    for mode in ("eager", *fused):
+        arguments = {"model": "cltv-1/4", "dtype": half, "mode": mode, "side": 8}
+        yield Task("largest_batch", "largest_batch", arguments)
+    if settings.device == "cuda":
+        yield Task("ptx", "", {}, 90.0)
+        yield Task("sanitizer", "", {}, 120.0)
+
+
+def _installed() -> list[tuple[str, str]]:
+    """The ops and feature maps that an installed package has, too; Nyström attention has no GPU kernel to compare."""
+    return [
+        (op, variant)
+        for (op, variant), (package, _) in peers.GPU_PEERS.items()
+        if peers.version_of(package) and op != "nystrom_attention"
+    ]
+
+
+# --- in the worker -----------------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[str, Callable[..., None]] = {
+    "ceilings": gpu_speed.ceilings,
+    "attention": gpu_speed.attention,
+    "convolution": gpu_speed.convolution,
+    "check_op": gpu_checks.check_op,
+    "check_graph": gpu_checks.check_graph,
+    "check_model": gpu_checks.check_model,
+    "models": gpu_models.models,
+    "largest_batch": gpu_models.largest_batch,
+}
+
+
+def start(settings: Settings) -> tuple[Callable[[dict[str, Any], Emit], None], Callable[[], None]]:
+    """What the worker's process does first, and with each task."""
+    warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
+    cuda = settings.where.type == "cuda"
+    if cuda:  # what the libraries allocate at their first call for good is nobody's peak
+        for dtype in (torch.float16, torch.float32):
+            x = torch.ones(64, 64, device=settings.where, dtype=dtype)
+            torch.nn.functional.conv2d((x @ x)[None, None], x[None, None, :3, :3])
+        del x
+    else:
+        torch.set_num_threads(1 if settings.quick else torch.get_num_threads())
+
+    def alive() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    def perform(task: dict[str, Any], emit: Emit) -> None:
+        if task["function"] == "environment":
+            emit(environment(settings.where, torch.float16) | gpu_facts(settings.where) | {"peers": peers.versions()})
+            return
+        mine = dataclasses.replace(settings, barred=frozenset(task["barred"]))
+        try:
+            FUNCTIONS[task["function"]](mine, emit, **task["arguments"])
+        finally:
+            torch.compiler.reset()
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+
+    return perform, alive
+
+
+# --- in programs of their own ------------------------------------------------------------------------------------
+
+
+class Programs:
+    """What builds and watches: processes that this one only waits for.
+
+    Args:
+        log: where their output goes.
+    """
+
+    def __init__(self, settings: Settings, log: Path):
+        self.settings, self.log = settings, log
+        self.ptx = Path(tempfile.mkdtemp(prefix="cxv-ptx-"))  # the package with a CUDA library of compute_75 alone
+
+    def run(self, commands: dict[str, tuple[list[str], dict[str, str]]], limit: float) -> list[dict[str, Any]]:
+        """Run them side by side, for at most ``limit`` seconds; a row for each."""
+        begin, rows = time.perf_counter(), []
+        with self.log.open("a") as log:
+            running = {
+                name: subprocess.Popen(
+                    command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT), **extra}
+                )
+                for name, (command, extra) in commands.items()
+            }
+            for name, process in running.items():
+                try:
+                    code: int | None = process.wait(max(1.0, limit - (time.perf_counter() - begin)))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    code = None
+                status = "ok" if code == 0 else "out of time" if code is None else "failed"
+                wall = round(time.perf_counter() - begin, 1)
+                rows.append({"program": name, "status": status, "exit_code": code, "wall_s": wall})
+        return rows
+
+    def build(self, limit: float) -> list[dict[str, Any]]:
+        """Install in place; meanwhile fill Triton's cache and build the library that is PTX of the lowest alone."""
+        capability = first_line("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader") or ""
+        archs = f"7.5+PTX;{capability}" if capability not in ("", "7.5") else "7.5+PTX"
+        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
+        commands = {"pip install": (pip, {"TORCH_CUDA_ARCH_LIST": archs})}
+        if "cuda" in self.settings.backends and shutil.which("nvcc"):
+            ignored = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(ROOT / "cxv_kernels", self.ptx / "cxv_kernels", ignore=ignored)
+            setup = [
+                sys.executable,
+                "setup.py",
+                "build_ext",
+                f"--build-lib={self.ptx}",
+                f"--build-temp={self.ptx}/temp",
+            ]
+            commands["PTX library"] = (setup, {"TORCH_CUDA_ARCH_LIST": "7.5+PTX"})
+        arch = capability.replace(".", "")
+        if "triton" in self.settings.backends and arch in ("80", "90"):
+            report = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), "--arch", arch]
+            commands["Triton"] = ([*report, "--json", str(self.log.parent / "compile_report.json")], {})
+        return self.run(commands, limit)
+
+    def ptx_checks(self, limit: float) -> list[dict[str, Any]]:
+        """The CUDA backend's sm_75 code on this card, which the driver compiles from PTX.
+
+        By a library that has nothing else, and by CUDA_FORCE_PTX_JIT, which asks the same of PyTorch's own kernels:
+        where they carry no PTX for this card, that one cannot run.
+        """
+        library = self.ptx if (self.ptx / "cxv_kernels").exists() else ROOT
+        ways = {
+            "library of compute_75": {"PYTHONPATH": f"{library}{os.pathsep}{ROOT}", "CUDA_CACHE_DISABLE": "1"},
+            "CUDA_FORCE_PTX_JIT": {"CUDA_FORCE_PTX_JIT": "1"},
+        }
+        return self._checks("cuda", "small", {way: ([], extra) for way, extra in ways.items()}, limit)
+
+    def sanitizer(self, limit: float) -> list[dict[str, Any]]:
+        """Small shapes under compute-sanitizer, where it is installed."""
+        watcher = shutil.which("compute-sanitizer")
+        if watcher is None:
+            return [{"program": "compute-sanitizer", "status": "not installed"}]
+        rows = []
+        for tool in ("memcheck", "racecheck"):
+            for backend in self.settings.backends:
+                watched = {f"{tool} {backend}": ([watcher, "--tool", tool, "--error-exitcode", "9"], {})}
+                rows += self._checks(backend, "tiny", watched, limit / 2)
+        return rows
+
+    def _checks(
+        self, backend: str, size: str, ways: dict[str, tuple[list[str], dict[str, str]]], limit: float
+    ) -> list[dict[str, Any]]:
+        """gpu_checks.py by each of these ways, and what it found in them."""
+        script = str(ROOT / "benchmarks" / "gpu_checks.py")
+        flags = ["--device", self.settings.device, "--backend", backend, "--size", size, "--dtype", HALF]
+        with tempfile.TemporaryDirectory() as folder:
+            files = {way: Path(folder) / f"{i}.json" for i, way in enumerate(ways)}
+            commands = {
+                way: ([*before, sys.executable, script, *flags, "--json", str(files[way])], extra)
+                for way, (before, extra) in ways.items()
+            }
+            rows = self.run(commands, limit)
+            for row, file in zip(rows, files.values(), strict=True):
+                row["checks"] = gpu_report.read(file).get("rows", [])
+        return rows
+
+    def close(self) -> None:
+        """Remove what was built aside."""
+        shutil.rmtree(self.ptx, ignore_errors=True)
+
+
+# --- all of it ---------------------------------------------------------------------------------------------------
+
+
+def barred(done: Sequence[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    """(op, backend, dtype) of every check that failed, or whose process did not live to tell."""
+    found = set()
+    for task in done:
+        if task["section"] not in ("checks", "graphs"):
+            continue
+        wanted = task["arguments"]
+        if task["status"] != "ok":
+            dtypes = wanted.get("dtypes") or (wanted["dtype"],)
+            found |= {(wanted["op"], wanted["backend"], dtype) for dtype in dtypes}
+        found |= {(r["op"], r["backend"], r["dtype"]) for r in task["rows"] if r["status"] == "failed"}
+    return found
+
+
+def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run the plan, print as it goes, keep the JSON; 0, or 1 if a check failed."""
+    begin, path = time.perf_counter(), arguments.out / "gpu_suite.json"
+    results: dict[str, Any] = {"benchmark": "gpu_suite", "settings": dataclasses.asdict(settings) | {"barred": []}}
+    results |= {"environment": {}, "tasks": [], "verdicts": []}
+    programs, worker = Programs(settings, arguments.out / "gpu_suite.log"), Worker(start, settings)
+
+    def keep(task: Task, outcome: Outcome) -> None:
+        results["tasks"].append(dataclasses.asdict(task) | {"label": task.label} | outcome.to_json())
+        results["settings"]["barred"] = sorted(barred(results["tasks"]))
+        results["wall_s"] = round(time.perf_counter() - begin, 1)
+        write_json(path, results)
+        print(f"{results['wall_s']:6.0f} s  {task.section:14} {outcome.status:12} {task.label}", flush=True)
+
+    def in_programs(task: Task, limit: float) -> Outcome:
+        started = time.perf_counter()
+        run = {"build": programs.build, "ptx": programs.ptx_checks, "sanitizer": programs.sanitizer}[task.section]
+        rows = run(limit)
+        return Outcome("ok", rows, wall_s=time.perf_counter() - started)
+
+    tasks = [Task("build", "", {}, 200.0)] if arguments.build else []
+    tasks += [task for task in plan(settings) if task.section in arguments.only]
+    try:
+        for task in tasks:
+            left = arguments.budget - (time.perf_counter() - begin)
+            if task.section != "build" and not results["environment"]:
+                facts = worker.run({"function": "environment"}, 120.0)
+                results["environment"] = facts.rows[0] if facts.rows else {"error": facts.error}
+                print(gpu_report.headline(results), flush=True)
+            if left < 5:
+                outcome = Outcome("not measured", error="out of time")
+            elif task.section in ("build", "ptx", "sanitizer"):
+                outcome = in_programs(task, min(task.limit, left))
+            else:
+                message = {"function": task.function, "arguments": task.arguments}
+                outcome = worker.run(message | {"barred": barred(results["tasks"])}, min(task.limit, left))
+            keep(task, outcome)
+    finally:
+        worker.close()
+        programs.close()
+    results["verdicts"] = gpu_report.verdicts(results)
+    write_json(path, results)
+    (arguments.out / "gpu_suite.md").write_text(gpu_report.markdown(results) + "\n")
+    print(gpu_report.summary(results))
+    print(f"{path}, {results['wall_s']:.0f} s")
+    return 1 if gpu_report.failures(results) else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and one line on a bad value."""
+    parser = Parser("gpu_suite", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the script")
+    parser.add_argument("--out", type=Path, help="folder of the JSON and the programs' log")
+    parser.add_argument("--backend", choices=(*BACKENDS, "all"), default="all", help="all: those of the device")
+    parser.add_argument("--only", type=some_of(SECTIONS), default=SECTIONS, help="sections, comma-separated")
+    parser.add_argument("--budget", type=seconds, default=480.0, help="seconds of all of it")
+    parser.add_argument("--no-build", dest="build", action="store_false", help="measure what is installed")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: a test")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE's tables")
+    arguments = parser.parse_args(argv)
+    if arguments.markdown:
+        arguments.results = parser.results("--markdown", arguments.markdown, "gpu_suite")
+        return arguments
+    if arguments.out is None:
+        parser.error("the following arguments are required: --out")
+    parser.check_shared(arguments)
+    arguments.build = arguments.build and "build" in arguments.only
+    here = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp") if _triton.interpreting() else ("cpp",)}
+    arguments.backends = here[arguments.device] if arguments.backend == "all" else (arguments.backend,)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write the JSON; 0, or 1 if a check failed."""
+    arguments = parse(argv)
+    if arguments.markdown:
+        print(gpu_report.markdown(arguments.results))
+        return 0
+    return benchmark(Settings(arguments.device, arguments.backends, arguments.quick), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

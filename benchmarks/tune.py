@@ -1,0 +1,272 @@
+"""Chooses how the Triton kernels are launched and writes the table that cxv_kernels/configs.py reads.
+
+For each kernel, size and dtype the candidates are compiled first, without a GPU: those that spill, or need more shared
+memory than a block may have, drop out. On a GPU each of the others must then compute what the float64 reference does,
+and the fastest is taken: the time is that of the whole op, of which the other kernels are the same for all candidates.
+With ``--rank-by compile`` the packaged choice stays if it is among those left, else the highest occupancy decides; the
+table then says nothing about speed.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DTYPES, TOLERANCE, Parser, environment, gpu_facts, positive, relative_error, some_of, write_json
+from memory import Queue, interleaved, out_of_memory
+from triton_compile import CARDS, Compiled, compile_all, launches
+
+from cxv_kernels import _triton, checks, configs
+
+# Tried for each option that the packaged entry of a kernel has.
+SPACE = {
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3),
+    "BLOCK_N": (32, 64, 128),
+    "BLOCK_F": (16, 32, 64, 128),
+    "BLOCK_E": (16, 32, 64),
+    "TOKENS": (128, 256, 512, 1024),
+}
+TABLE = Path(configs.__file__).with_name("triton_configs.json")
+SHAPE = (32, 4, 1024)  # batch, heads, tokens of the timing: the paper's models
+
+Options = dict[str, Any]
+
+
+@dataclass
+class Entry:
+    """One entry of the table, and what is known about each candidate for it."""
+
+    kernel: str
+    arch: int
+    dim: int
+    features: int
+    dtype: str
+    packaged: Options
+    cases: list[str] = field(default_factory=list)  # that launch it; the first is timed
+    candidates: list[Options] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of each: why it is out, or how it ranks
+    seconds: list[float | None] = field(default_factory=list)
+    chosen: Options = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """As the table spells it."""
+        return f"{configs._bucket(self.dim)}x{configs._bucket(self.features)}"
+
+    @property
+    def bits(self) -> str:
+        """As the table spells it."""
+        return str(8 * DTYPES[self.dtype].itemsize)
+
+    def put(self, table: configs.Table, options: Options) -> configs.Table:
+        """The table with these options at this entry; what a new level lacks is served as before."""
+        table = copy.deepcopy(table)
+        archs = table[self.kernel]
+        older = [int(name) for name in archs if name != "default" and int(name) <= self.arch]
+        nearest = archs[str(max(older))] if older else archs["default"]
+        sizes = archs.setdefault(str(self.arch), copy.deepcopy(nearest))
+        sizes.setdefault(self.size, copy.deepcopy(sizes["default"]))[self.bits] = options
+        return table
+
+
+def entries(arch: int, dim: int, dtype: str) -> list[Entry]:
+    """Every entry that the checks' cases look up at this size."""
+    found: dict[tuple[str, str], Entry] = {}
+    lookup, now = configs.lookup, ""
+
+    def watch(kernel: str, _: int, dim: int, features: int, kind: torch.dtype) -> Options:
+        options = lookup(kernel, arch, dim, features, kind)
+        entry = Entry(kernel, arch, dim, features, dtype, dict(options))
+        entry = found.setdefault((kernel, entry.size), entry)
+        if now not in entry.cases:
+            entry.cases.append(now)
+        return options
+
+    configs.lookup = watch
+    try:
+        for case in checks.cases(1, 4, 1024, dim, ragged=False):
+            now = f"{case.op} {case.label}"
+            launches(DTYPES[dtype], arch, dim=dim, only=(now,))
+    finally:
+        configs.lookup = lookup
+    return list(found.values())
+
+
+def candidates(entry: Entry, most: int) -> list[Options]:
+    """The packaged options first, then those that differ in ever more of them, at most ``most``."""
+    names = [name for name in SPACE if name in entry.packaged]
+    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*(SPACE[name] for name in names))]
+
+    def distance(options: Options) -> int:
+        return sum(options[name] != entry.packaged[name] for name in names)
+
+    tried = [entry.packaged | options for options in sorted(every, key=distance) if distance(options)]
+    fitting = [o for o in tried if o.get("TOKENS", 1 << 30) >= o.get("BLOCK_N", 1)]
+    return [entry.packaged, *fitting][:most]
+
+
+def _fault(row: Compiled) -> str:
+    """Why the candidate is out, if so."""
+    if row.error:
+        return row.error
+    if row.spills:
+        return f"{row.spills} spills"
+    if row.shared > CARDS[row.arch].block_shared:
+        return f"{row.shared} bytes of shared memory"
+    return ""
+
+
+def compile_candidates(found: Sequence[Entry], table: configs.Table, jobs: int) -> None:
+    """Note what spills, what is too large and what does not compile; of the rest, choose by occupancy alone."""
+    wanted: list[tuple[int, Any]] = []
+    owners: list[tuple[Entry, int]] = []
+    for entry in found:
+        entry.notes, entry.seconds = [""] * len(entry.candidates), [None] * len(entry.candidates)
+        for i, options in enumerate(entry.candidates):
+            with configs.override(entry.put(table, options)):
+                mine = launches(DTYPES[entry.dtype], entry.arch, dim=entry.dim, only=entry.cases)
+            chosen = [(entry.arch, launch) for launch in mine if launch.error or launch.name == entry.kernel]
+            wanted += chosen
+            owners += [(entry, i)] * len(chosen)
+    occupancy: dict[tuple[int, int], float] = {}
+    for (entry, i), row in zip(owners, compile_all(wanted, jobs), strict=True):
+        entry.notes[i] = entry.notes[i] or _fault(row)
+        key = (id(entry), i)
+        occupancy[key] = min(occupancy.get(key, 1.0), row.occupancy)
+    for entry in found:
+        left = [i for i, note in enumerate(entry.notes) if not note]
+        if left and left[0] != 0:
+            left.sort(key=lambda i, e=entry: -occupancy[id(e), i])
+        entry.chosen = entry.candidates[left[0]] if left else entry.packaged
+
+
+def time_candidates(
+    entry: Entry, table: configs.Table, device: torch.device, queue: Queue | None, budget: float
+) -> None:
+    """Time each that is left in its op, forward and backward, once it has computed what the reference does."""
+    kind = DTYPES[entry.dtype]
+    case = next(
+        case
+        for case in checks.cases(*SHAPE, entry.dim, ragged=False, device=device)
+        if f"{case.op} {case.label}" == entry.cases[0]
+    )
+    inputs = [torch.randn(shape, device=device).to(kind) for shape in case.shapes]
+    exact = checks.outputs_and_gradients(case, [x.double() for x in inputs], "reference", kind)
+
+    def run(options: Options) -> list[torch.Tensor]:
+        with configs.override(entry.put(table, options)):
+            return checks.outputs_and_gradients(case, inputs, "triton", kind)
+
+    ready = []
+    for i, options in enumerate(entry.candidates):
+        if entry.notes[i]:
+            continue
+        try:
+            error = relative_error([t.detach() for t in run(options)], [t.detach() for t in exact])
+        except RuntimeError as failure:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises where no later kernel would run
+            entry.notes[i] = "out of memory" if out_of_memory(failure) else str(failure)[:200]
+            continue
+        if error <= TOLERANCE[kind]:
+            ready.append(i)
+        else:
+            entry.notes[i] = f"wrong: {error:.1e}"
+    runs = [partial(run, entry.candidates[i]) for i in ready]
+    timings = interleaved(runs, device, budget=budget, min_repeats=7, max_repeats=50, queue=queue)
+    for i, timing in zip(ready, timings, strict=True):
+        entry.seconds[i] = timing and timing.median
+    timed = [i for i in ready if entry.seconds[i] is not None]
+    # the packaged one stays unless another is clearly faster
+    best = min(timed, key=lambda i: entry.seconds[i] * (0.98 if i == 0 else 1), default=0)
+    entry.chosen = entry.candidates[best]
+
+
+def line(entry: Entry) -> str:
+    """An entry's outcome in words."""
+    out = sum(bool(note) for note in entry.notes)
+    change = {name: value for name, value in entry.chosen.items() if value != entry.packaged[name]}
+    words = ", ".join(f"{name} {entry.packaged[name]} → {value}" for name, value in change.items()) or "as it was"
+    timed = [t for t in entry.seconds if t is not None]
+    best = f"; {min(timed) * 1e6:.1f} µs, was {(entry.seconds[0] or float('nan')) * 1e6:.1f}" if timed else ""
+    head = f"{entry.kernel:24} sm_{entry.arch} {entry.size:8} {entry.dtype:9} {len(entry.candidates)} tried, {out} out"
+    return f"{head}: {words}{best}"
+
+
+def tune(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fill in the table entry by entry; what was tried goes into the results."""
+    table: configs.Table = json.loads(TABLE.read_text())
+    found = [
+        entry
+        for arch in arguments.arch
+        for dim in arguments.dims
+        for dtype in arguments.dtype
+        for entry in entries(arch, dim, dtype)
+        if arguments.kernels is None or entry.kernel in arguments.kernels
+    ]
+    for entry in found:
+        entry.candidates = candidates(entry, arguments.candidates)
+    compile_candidates(found, table, arguments.jobs)
+    device = torch.device("cuda")
+    queue = Queue(device) if arguments.rank_by == "time" else None
+    for entry in found:
+        if queue is not None:
+            time_candidates(entry, table, device, queue, arguments.budget)
+        table = entry.put(table, entry.chosen)
+        print(line(entry), flush=True)
+    return {"table": table, "tried": [asdict(entry) for entry in found]}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and one line on a bad value."""
+    parser = Parser("tune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rank-by", choices=("time", "compile"), default="time", help="compile: without a GPU")
+    parser.add_argument("--arch", type=int, nargs="+", choices=tuple(CARDS)[1:], help="unset: the GPU's, or 80 and 90")
+    parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
+    dtypes = tuple(DTYPES)[1:]
+    parser.add_argument("--dtype", type=some_of(dtypes), default=("float32", "float16"), help="comma-separated")
+    parser.add_argument("--kernels", nargs="+", help="only these functions")
+    parser.add_argument("--candidates", type=positive, default=24, help="at most, for each entry")
+    parser.add_argument("--budget", type=float, default=0.02, help="seconds of timing per candidate")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--table", type=Path, default=TABLE, help="where the table goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what was tried goes there")
+    arguments = parser.parse_args(argv)
+    if _triton.TRITON_MISSING:
+        parser.error(_triton.TRITON_MISSING)
+    if _triton.interpreting():
+        parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile")
+    if arguments.rank_by == "time":
+        if not torch.cuda.is_available():
+            parser.error("argument --rank-by: time needs a GPU; compile does not")
+        major, minor = torch.cuda.get_device_capability()
+        arguments.arch = arguments.arch or [max(arch for arch in CARDS if arch <= 10 * major + minor)]
+    arguments.arch = arguments.arch or [80, 90]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune; write the table and what was tried; 0."""
+    arguments = parse(argv)
+    results = tune(arguments)
+    write_json(arguments.table, results["table"])
+    if arguments.json:
+        device = torch.device("cuda" if arguments.rank_by == "time" else "cpu")
+        facts = environment(device, torch.float16) | gpu_facts(device)
+        write_json(
+            arguments.json, {"benchmark": "tune", "ranked_by": arguments.rank_by, "environment": facts} | results
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The Triton kernel: a row of its tile is a block of the mask, so that a counter gives its eight draws."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import launch
+from .reference import BLOCK, keep_threshold
+
+_RUN = 16  # neighbours that take the same half of the same word, of neighbouring counters
+_ROWS = 32
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dropout(
+    x_ptr,
+    residual_ptr,  # or None
+    out_ptr,
+    seed_ptr,  # one int64
+    count,
+    offset,
+    threshold,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = offset // BLOCK + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, RUN)[None, :]
+    counter = block * RUN + lane
+    zero = tl.zeros((ROWS, RUN), tl.uint32)
+    words = tl.philox(tl.load(seed_ptr), counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
+    scale = tl.div_rn(65536.0, threshold.to(ACC)) if ACC == tl.float32 else 65536 / threshold.to(ACC)
+    for half in tl.static_range(2):
+        for word in tl.static_range(4):
+            index = block * BLOCK + (half * 4 + word) * RUN + lane - offset
+            inside = (index >= 0) & (index < count)
+            draw = ((words[word] >> (16 * half)) & 0xFFFF).to(tl.int32)
+            y = tl.load(x_ptr + index, mask=inside, other=0).to(ACC) * tl.where(draw < threshold, scale, 0)
+            if residual_ptr is not None:
+                y += tl.load(residual_ptr + index, mask=inside, other=0).to(ACC)
+            tl.store(out_ptr + index, y, mask=inside)
+
+
+def dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, offset: int) -> Tensor:
+    """``cxv_kernels_triton::dropout``, see csrc/ops.cpp."""
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    rows = (offset + x.numel() - 1) // BLOCK - offset // BLOCK + 1
+    launch(
+        "dropout",
+        _dropout,
+        (triton.cdiv(rows, _ROWS),),
+        x,
+        residual,
+        out,
+        seed,
+        x.numel(),
+        offset,
+        keep_threshold(p),
+        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        ROWS=_ROWS,
+        RUN=_RUN,
+        BLOCK=BLOCK,
+        num_warps=max(x.element_size(), 1),  # 16 bytes a thread and run
+        enable_fp_fusion=False,  # the product is rounded before the sum, as the reference's
+    )
+    return out

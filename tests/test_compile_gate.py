@@ -1,0 +1,185 @@
+"""What the compiler makes of the Triton kernels for cards that are not here: tensor cores, no spills, sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxv_kernels import OPS, configs, explain_backend
+from cxv_kernels._triton import TRITON_MISSING
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import triton_compile  # noqa: E402
+import tune  # noqa: E402
+
+pytestmark = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"Triton: {TRITON_MISSING}")
+
+# What the paper's models launch, and one case of each other op; the report has the rest.
+CASES = (
+    "performer_attention softmax",
+    "performer_features query",
+    "linear_attention softmax",
+    "nystrom_attention residual",
+    "conv_norm",
+    "dropout",
+)
+SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
+# Bytes: what scalar code makes of a single matrix product takes half of that. Float32's products are three.
+CUBIN = {"float16": 192 << 10, "bfloat16": 192 << 10, "float32": 384 << 10}
+
+
+def compiled(folder, *arguments):
+    """compile_report's rows, in a process of its own: another test may have Triton interpret in this one."""
+    file = folder / "report.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), "--json", str(file), "--dims", "32"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert file.exists(), done.stderr
+    return json.loads(file.read_text())["rows"]
+
+
+def names(row):
+    return f"{row['kernel']} of {row['case']}, {row['dtype']}, sm_{row['arch']}"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """float16 on every card; the Performer in the other dtypes."""
+    folder = tmp_path_factory.mktemp("compile")
+    found = compiled(folder, "--dtype", "float16", "--arch", "75", "80", "90", "--cases", *CASES)
+    found += compiled(folder, "--dtype", "bfloat16,float32", "--arch", "90", "--cases", CASES[0])
+    return found
+
+
+@pytest.mark.slow
+def test_every_op_compiles(rows):
+    assert not [(names(row), row["error"]) for row in rows if row["error"]]
+    served = {op for op in OPS if "has no" not in explain_backend(op, "cuda")["triton"]}
+    for arch in (80, 90):
+        launched = {row["case"].partition(" ")[0] for row in rows if row["arch"] == arch}
+        # kv_state is the first half of linear_attention
+        assert served - {"kv_state"} <= launched | {"kv_state"}
+
+
+@pytest.mark.slow
+def test_products_run_on_tensor_cores(rows):
+    products = [row for row in rows if row["dot"]]
+    for op in ("performer_attention", "linear_attention"):
+        for arch in (80, 90):
+            mine = [row for row in products if row["case"].startswith(op) and row["arch"] == arch]
+            assert len({row["kernel"] for row in mine}) >= 4  # keys and queries, forward and backward
+    without = [row for row in products if row["instructions"]["HMMA"] + row["instructions"]["WGMMA"] == 0]
+    assert {row["dtype"] for row in without} <= {"float32"}, [names(row) for row in without]
+
+
+@pytest.mark.slow
+def test_float32_is_not_rounded_to_tf32(rows):
+    """As long as torch.backends does not allow it: on tensor cores it is the sum of three products (tf32x3)."""
+    products = [row for row in rows if row["dtype"] == "float32" and row["dot"]]
+    assert {row["constants"]["PRECISION"] for row in products} <= {"ieee", "tf32x3"}
+    assert products
+
+
+@pytest.mark.slow
+def test_nothing_spills(rows):
+    spilling = {names(row): row["spills"] for row in rows if row["spills"]}
+    assert not spilling
+
+
+@pytest.mark.slow
+def test_sizes(rows):
+    for row in rows:
+        assert row["shared"] <= SHARED[row["arch"]], names(row)
+        assert 0 < row["cubin"] <= CUBIN[row["dtype"]], names(row)
+        assert 0 < row["registers"] <= 255, names(row)
+        assert 0 < row["occupancy"] <= 1, names(row)
+
+
+@pytest.mark.slow
+def test_a_t4_gets_what_multiplies_no_matrices(rows):
+    older = [row for row in rows if row["arch"] == 75]
+    assert older
+    assert not any(row["dot"] for row in older)
+    assert {"dropout p=0.3"} <= {row["case"] for row in older}
+
+
+@pytest.mark.slow
+def test_the_floor_is_that_of_the_bytes(rows):
+    """Queries and output of a head: read and written once, 2·32 channels of 2 bytes, and the state."""
+    found = [r for r in rows if (r["case"], r["arch"], r["dtype"]) == (CASES[0], 90, "float16")]
+    query = next(row for row in found if row["kernel"] == "query_kernel")
+    assert 128 <= query["floor"]["bytes_per_unit"] < 160
+    assert query["floor"]["exps_per_unit"] == 110
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arch", "70"], "argument --arch: invalid choice"),
+        (["--dtype", "float64"], "argument --dtype: must be some of"),
+    ],
+)
+def test_bad_values(arguments, words):
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_tuner_drops_what_does_not_fit(tmp_path):
+    """Without a GPU; and the table that it writes is what configs.py reads."""
+    table, tried = tmp_path / "table.json", tmp_path / "tried.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
+    command += ["--dims", "32", "--dtype", "float16", "--kernels", "state_kernel", "--candidates", "3"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    outputs = ["--table", str(table), "--json", str(tried)]
+    done = subprocess.run([*command, *outputs], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(tried.read_text())
+    assert found["ranked_by"] == "compile"
+    assert {entry["kernel"] for entry in found["tried"]} == {"state_kernel"}
+    for entry in found["tried"]:
+        assert len(entry["candidates"]) == 3
+        assert entry["candidates"][0] == entry["packaged"]
+        assert entry["seconds"] == [None] * 3  # nothing was timed
+        assert not entry["notes"][entry["candidates"].index(entry["chosen"])]
+    written = json.loads(table.read_text())
+    assert found["table"] == written
+    with configs.override(written):
+        for entry in found["tried"]:
+            assert configs.lookup("state_kernel", 90, entry["dim"], entry["features"], torch.float16) == entry["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"spills": 3}, "3 spills"), ({"shared": 1 << 20}, "shared memory"), ({}, "")]
+)
+def test_a_candidates_faults(change, words):
+    row = triton_compile.Compiled("k", "c", "float16", 90, {}, {}, **change)
+    assert (words in tune._fault(row)) if words else tune._fault(row) == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "share"),
+    [
+        (90, 32, 0, 4, 1.0),  # 64 warps of 32·32 registers are all of them
+        (90, 33, 0, 4, 0.75),  # rounded up to 40: 12 blocks of 4 warps
+        (80, 16, 40 << 10, 4, 0.25),  # 164 K hold 4 blocks of 41 K
+        (80, 16, 0, 1, 0.5),  # 32 blocks at most
+        (75, 255, 0, 8, 0.25),
+    ],
+)
+def test_occupancy(arch, registers, shared, warps, share):
+    assert triton_compile.CARDS[arch].occupancy(registers, shared, warps) == share

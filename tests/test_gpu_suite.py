@@ -1,0 +1,484 @@
+"""The GPU suite without a GPU: every task it could run, what becomes of tasks that die, what counts as met."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu_checks  # noqa: E402
+import gpu_models  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_speed  # noqa: E402
+import gpu_suite  # noqa: E402
+import memory  # noqa: E402
+import plots  # noqa: E402
+from gpu_worker import Worker  # noqa: E402
+
+CPP = gpu_speed.Settings("cpu", ("cpp",), quick=True)
+GPU = gpu_speed.Settings("cuda", ("triton", "cuda"))
+
+
+# --- the whole of it ---
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A quick run on the CPU: by Triton's interpreter and by the C++ kernels."""
+    out = tmp_path_factory.mktemp("suite")
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--quick", "--device", "cpu", "--no-build"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(out)], env=environment, capture_output=True, text=True, check=False, cwd=out
+    )
+    return done, json.loads((out / "gpu_suite.json").read_text()), out
+
+
+@pytest.mark.slow
+def test_a_quick_run_does_everything(quick):
+    done, results, out = quick
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(t["label"], t["error"]) for t in results["tasks"] if t["status"] != "ok"] == []
+    assert {t["section"] for t in results["tasks"]} >= set(gpu_suite.SECTIONS) - {
+        *("build", "graphs", "ptx", "sanitizer"),  # need nvcc or a GPU
+        *(() if gpu_suite._installed() else ("peers",)),
+    }
+    for task in results["tasks"]:
+        assert task["rows"], task["label"]
+        for row in task["rows"]:
+            assert row.get("status", "ok") in ("ok", "not served", "not installed"), row
+    checks = gpu_report.rows_of(results, "checks")
+    for backend in ("triton", "cpp"):
+        mine = [row for row in checks if row["backend"] == backend and row["status"] == "ok"]
+        assert {"performer_attention", "linear_attention", "dropout"} <= {row["op"] for row in mine}
+        assert all(0 < row["of_tolerance"] <= 1 for row in mine)
+    assert results["environment"]["device"] == "cpu"
+    assert {line["verdict"] for line in results["verdicts"]} == {"not measured"}  # its sizes are nobody's targets
+    assert (out / "gpu_suite.md").read_text().strip() == gpu_report.markdown(results)
+
+
+@pytest.mark.slow
+def test_tables_and_pictures_come_from_the_json(quick, tmp_path, capsys):
+    _, results, out = quick
+    assert gpu_suite.main(["--markdown", str(out / "gpu_suite.json")]) == 0
+    assert capsys.readouterr().out.strip() == gpu_report.markdown(results)
+    (tmp_path / "gpu_suite.json").write_text(json.dumps(results))
+    assert plots.main([str(tmp_path)]) == 0
+    assert (tmp_path / "gpu_suite.png").stat().st_size > 10_000
+
+
+def test_pictures_need_results(tmp_path, capsys):
+    (tmp_path / "half.json").write_text('{"benchmark": ')
+    with pytest.raises(SystemExit) as stopped:
+        plots.main([str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "no results of attn_mem, model_mem, gpu_suite" in capsys.readouterr().err
+
+
+# --- the plan ---
+
+
+@pytest.mark.parametrize(
+    "settings", [GPU, dataclasses.replace(GPU, quick=True), dataclasses.replace(GPU, backends=("triton",))]
+)
+def test_every_planned_task_can_be_called(settings):
+    """The full plan needs a GPU: its calls at least fit."""
+    tasks = gpu_suite.plan(settings)
+    for task in tasks:
+        assert task.section in gpu_suite.SECTIONS
+        if task.function:
+            signature = inspect.signature(gpu_suite.FUNCTIONS[task.function])
+            signature.bind(settings, print, **task.arguments)
+        else:
+            assert task.section in ("ptx", "sanitizer")
+        json.dumps(dataclasses.asdict(task))
+        assert task.label or not task.function
+    called = {task.function for task in tasks} - {""}
+    assert called == set(gpu_suite.FUNCTIONS)
+    # what is not right is known before anything is timed
+    first = next(i for i, task in enumerate(tasks) if task.section == "attention")
+    small = {(t.arguments["op"], t.arguments["backend"]) for t in tasks[:first] if t.section == "checks"}
+    assert small == {(op, backend) for op in gpu_suite.backends.OPS for backend in settings.backends}
+
+
+def test_the_targets_are_planned():
+    planned = [(t.section, t.arguments) for t in gpu_suite.plan(GPU)]
+    shapes = [a["shape"] for section, a in planned if section == "attention" and a["op"] == "performer_attention"]
+    assert {*gpu_speed.SHAPES, tuple(gpu_report.LONG)} <= set(shapes)
+    assert shapes[0] == tuple(gpu_report.MAIN) == gpu_speed.SHAPES[0]
+    assert max(a["shape"][2] for section, a in planned if section == "sweep") == 1 << 20
+    modes = {
+        m for s, a in planned if s == "models" and (a["model"], a["batch"]) == ("cpv-5/4", 256) for m in a["modes"]
+    }
+    assert {"eager", "eager + compile", "triton", "triton + compile", "cuda"} <= modes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: --out"),
+        (["--out", "x", "--only", "all"], "argument --only: must be some of"),
+        (["--out", "x", "--budget", "0"], "argument --budget: must be a positive number of seconds"),
+        (["--markdown", "none.json"], "argument --markdown: no such file"),
+    ],
+)
+def test_bad_values(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_suite.main(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# --- tasks that die ---
+
+
+def start_tasks(lost):
+    """For the worker's process: tasks by name, one of which takes the device with it."""
+    state = {"alive": True}
+
+    def perform(task, emit):
+        emit({"task": task, "process": os.getpid()})
+        if task == "raise":
+            raise ValueError("something")
+        if task == "lose":
+            state["alive"] = False
+            raise RuntimeError(lost)
+        if task == "die":
+            os.kill(os.getpid(), 11)
+        if task == "hang":
+            time.sleep(60)
+
+    def alive():
+        if not state["alive"]:
+            raise RuntimeError(lost)
+
+    return perform, alive
+
+
+def test_a_task_that_dies_takes_no_other_along():
+    worker = Worker(start_tasks, "the device is lost")
+    outcomes = {task: worker.run(task, 5.0 if task != "hang" else 0.5) for task in ("a", "raise", "b")}
+    outcomes |= {
+        task: worker.run(task, 0.5 if task == "hang" else 5.0) for task in ("lose", "c", "die", "d", "hang", "e")
+    }
+    worker.close()
+    status = {task: outcome.status for task, outcome in outcomes.items()}
+    assert status == {
+        **dict.fromkeys("abcde", "ok"),
+        **{"raise": "failed", "lose": "failed", "die": "crashed", "hang": "out of time"},
+    }
+    assert all(outcome.rows[0]["task"] == task for task, outcome in outcomes.items())  # rows survive
+    assert "ValueError: something" in outcomes["raise"].error
+    assert "the device is lost" in outcomes["lose"].error
+    assert "exit code -11" in outcomes["die"].error
+    process = {task: outcome.rows[0]["process"] for task, outcome in outcomes.items()}
+    assert process["a"] == process["raise"] == process["b"] == process["lose"]
+    assert process["c"] == process["die"]
+    assert len({process[task] for task in "acde"}) == 4
+
+
+def start_nothing():
+    """For a worker whose process does not even start."""
+    raise SystemExit(3)
+
+
+def test_a_process_that_does_not_start():
+    worker = Worker(start_nothing)
+    outcome = worker.run("anything", 5.0)
+    assert (outcome.status, outcome.rows) == ("crashed", [])
+    assert "exit code 3" in outcome.error
+
+
+# --- what a failed check means ---
+
+
+def task(section, rows=(), status="ok", error=None, **arguments):
+    return {
+        "section": section,
+        "label": "it",
+        "arguments": arguments,
+        "rows": list(rows),
+        "status": status,
+        "error": error,
+        "wall_s": 0.0,
+    }
+
+
+def test_a_failed_check_bars_the_kernel_and_fails_the_run():
+    wrong = {"op": "dropout", "backend": "cuda", "dtype": "float16", "case": "p=0.3", "status": "failed", "note": "x"}
+    right = wrong | {"op": "conv_norm", "status": "ok", "of_tolerance": 0.5}
+    asked = {"op": "kv_state", "backend": "triton", "size": "small", "dtypes": ("float16", "float32")}
+    tasks = [task("checks", [wrong, right]), task("checks", [], "crashed", "exit code -11", **asked)]
+    assert gpu_suite.barred(tasks) == {
+        ("dropout", "cuda", "float16"),
+        ("kv_state", "triton", "float16"),
+        ("kv_state", "triton", "float32"),
+    }
+    words = gpu_report.failures({"tasks": tasks})
+    assert len(words) == 2
+    assert "dropout p=0.3 cuda float16" in words[0]
+    assert "crashed exit code -11" in words[1]
+    assert gpu_report.failures({"tasks": [task("checks", [right]), task("models", [], "failed", "x")]}) == []
+
+
+def collected(function, settings, **arguments):
+    rows = []
+    function(settings, rows.append, **arguments)
+    return rows
+
+
+SMALL = {"op": "linear_attention", "variant": "elu", "shape": (1, 2, 40, 16), "dtype": "float32"}
+
+
+def test_a_barred_kernel_is_not_timed():
+    settings = dataclasses.replace(CPP, barred=frozenset({("linear_attention", "cpp", "float32")}))
+    fused, reference = collected(gpu_speed.attention, settings, **SMALL, rivals=("reference",))
+    assert (fused["status"], fused["note"], fused["forward"]) == ("failed", "its check failed", None)
+    assert reference["status"] == "ok"
+    (row,) = collected(gpu_speed.attention, dataclasses.replace(settings, backends=("cuda",)), **SMALL, rivals=())
+    assert row["status"] == "not served"
+    assert "not cpu" in row["note"]
+
+
+def test_a_wrong_kernel_is_not_timed_and_leaves_the_others(monkeypatch):
+    right = gpu_speed.attend
+    scale = {"cpp": 1.01}
+    monkeypatch.setattr(gpu_speed, "attend", lambda o, v, p, b: lambda *x: right(o, v, p, b)(*x) * scale.get(b, 1))
+    fused, reference = collected(gpu_speed.attention, CPP, **SMALL, rivals=("reference",))
+    assert (fused["status"], fused["forward"]) == ("failed", None)
+    assert fused["max_relative_error"] == pytest.approx(0.01, rel=0.1)
+    assert reference["forward"]["median_s"] > 0
+
+
+def test_what_raises_is_a_row(monkeypatch):
+    right = gpu_speed.attend
+
+    def broken(op, variant, projection, backend):
+        def attend(*inputs):
+            if backend == "cpp":
+                raise RuntimeError("CUDA out of memory. Tried" if op == "linear_attention" else "no such\nkernel")
+            return right(op, variant, projection, backend)(*inputs)
+
+        return attend
+
+    monkeypatch.setattr(gpu_speed, "attend", broken)
+    fused, reference = collected(gpu_speed.attention, CPP, **SMALL, rivals=("reference",))
+    assert (fused["status"], reference["status"]) == ("out of memory", "ok")
+    other = SMALL | {"op": "performer_attention", "variant": "relu"}
+    fused, _ = collected(gpu_speed.attention, CPP, **other, rivals=("reference",))
+    assert (fused["status"], fused["note"]) == ("fails", "RuntimeError: no such kernel")
+
+
+def test_a_wrong_model_gets_no_number(monkeypatch):
+    arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "modes": ("cpp",), "side": 8}
+    settings = dataclasses.replace(CPP, barred=frozenset({("conv_norm", "cpp", "float32")}))
+    (row,) = collected(gpu_models.models, settings, **arguments)
+    assert (row["status"], row["note"], row["train"]) == ("failed", "conv_norm", None)
+    monkeypatch.setattr(gpu_models, "check_model", lambda *_: ({"conv_norm": "cpp"}, 0.5))
+    (row,) = collected(gpu_models.models, CPP, **arguments)
+    assert (row["status"], row["train"]) == ("failed", None)
+
+
+def test_wrong_gradients_are_seen(monkeypatch):
+    arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "side": 8}
+    (row,) = collected(gpu_checks.check_model, CPP, **arguments)
+    assert row["status"] == "ok"
+    assert row["error"] < 1e-5
+    assert set(row["served"].values()) == {"cpp"}
+    right = gpu_checks.model_gradients
+    calls = []
+
+    def wrong(*of):
+        found = right(*of)
+        calls.append(found)
+        if len(calls) == 3:  # after the reference in float64 and as it is
+            found["stem.0.weight"] = found["stem.0.weight"] * 1.01
+        return found
+
+    monkeypatch.setattr(gpu_checks, "model_gradients", wrong)
+    (row,) = collected(gpu_checks.check_model, CPP, **arguments)
+    assert (row["status"], row["worst"]) == ("failed", "stem.0.weight")
+
+
+def test_checks_on_their_own(tmp_path):
+    file = tmp_path / "checks.json"
+    command = [
+        "--backend",
+        "cpp",
+        "--device",
+        "cpu",
+        "--size",
+        "tiny",
+        "--ops",
+        "dropout,conv_norm",
+        "--json",
+        str(file),
+    ]
+    assert gpu_checks.main(command) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["op"], row["dtype"]) for row in rows} == {
+        (op, dtype) for op in ("dropout", "conv_norm") for dtype in ("float32", "float16")
+    }
+    assert all(row["status"] == "ok" for row in rows)
+
+
+def test_programs_have_a_row_each(tmp_path):
+    programs = gpu_suite.Programs(CPP, tmp_path / "log")
+    commands = {
+        "well": ([sys.executable, "-c", "print('hello')"], {}),
+        "badly": ([sys.executable, "-c", "raise SystemExit(7)"], {}),
+        "for ever": ([sys.executable, "-c", "import time; time.sleep(60)"], {}),
+    }
+    rows = {row["program"]: row for row in programs.run(commands, 2.0)}
+    programs.close()
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "well": "ok",
+        "badly": "failed",
+        "for ever": "out of time",
+    }
+    assert rows["badly"]["exit_code"] == 7
+    assert "hello" in (tmp_path / "log").read_text()
+    assert not programs.ptx.exists()
+
+
+# --- targets ---
+
+
+def row(implementation, milliseconds, shape=gpu_report.MAIN, op="performer_attention", **more):
+    timing = {"median_s": milliseconds / 1e3, "q1_s": 0, "q3_s": 0, "samples_s": [milliseconds / 1e3]}
+    called = timing | {"median_s": 1.0}  # launching counts: not what is compared
+    return {
+        **{"op": op, "variant": "softmax", "shape": shape, "dtype": "float16", "implementation": implementation},
+        **{"status": "ok", "forward": called, "forward_backward": called, "gpu_forward": timing},
+        **{"gpu_forward_backward": timing, "forward_bytes_per_s": 1e12, "forward_backward_flop_per_s": 1e12},
+        **{"tokens": shape[2], "peak_bytes": 1e6, "max_relative_error": 1e-3, "note": None, **more},
+    }
+
+
+def model_row(mode, rate, peak):
+    return {
+        **{"model": "cpv-5/4", "dtype": "float16", "batch": 256, "mode": mode, "status": "ok", "note": None},
+        **{"train_images_per_s": rate, "infer_images_per_s": rate, "train_peak_bytes": peak, "infer_peak_bytes": peak},
+    }
+
+
+def test_verdicts_compare_the_gpus_own_times():
+    fast = [row("triton", 1.0), row("cuda", 1.2), row("torch.compile", 4.0), row("sdpa, flash", 1.4)]
+    long = [row("triton", 1.0, gpu_report.LONG), row("sdpa, flash", 12.0, gpu_report.LONG)]
+    linear = [row("triton", 1.0, op="linear_attention")]
+    peers = [row("triton", 1.0, op="linear_attention"), row("flash_bla", 1.5, op="linear_attention")]
+    models = [model_row("eager", 1000, 16e9), model_row("eager + compile", 2000, 9e9), model_row("triton", 2100, 1e9)]
+    results = {
+        "environment": {"device_name": "a card"},
+        "tasks": [
+            task(
+                "ceilings",
+                [{"dtype": "float16", "bandwidth": 1.5e12, "flops": 1e14, "bandwidth_by": "a", "flops_by": "b"}],
+            ),
+            task("attention", [*fast, *long, *linear]),
+            task("peers", peers),
+            task("models", [*models, model_row("triton + compile", 2500, 1e9)]),
+        ],
+    }
+    results["verdicts"] = gpu_report.verdicts(results)
+    assert [(line["verdict"], line["found"] and round(line["found"], 2)) for line in results["verdicts"]] == [
+        ("met", 4.0),
+        ("missed", 1.4),
+        ("met", 12.0),
+        ("met", 0.67),
+        ("met", 1.5),
+        ("met", 0.67),
+        ("met", 2.5),
+        ("missed", 1.25),
+        ("met", 16.0),
+        ("met", 3.33),
+        ("met", 0.83),
+    ]
+    results["tasks"].append(task("sweep", [], "not measured", "out of time"))
+    text = gpu_report.summary(results)
+    assert "Every check passed." in text
+    assert "Not measured, out of time:\n  sweep it" in text
+    assert "1.000" in text  # ms of the GPU
+    assert gpu_report.markdown(results).count("| met") == 9
+    assert gpu_report.verdicts({"tasks": []})[0]["verdict"] == "not measured"
+
+
+# --- timing the GPU alone ---
+
+
+class Card:
+    """A GPU of the imagination: work is queued, time passes when something waits, launching takes the CPU time."""
+
+    def __init__(self, launching):
+        self.now = self.done = 0.0  # what the CPU's clock says; when the GPU will have done all that is queued
+        self.launching = launching
+
+    def work(self, duration):
+        self.now += self.launching
+        self.done = max(self.now, self.done) + duration
+
+    def event(self, enable_timing):
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", max(self.now, self.done))
+        event.synchronize = lambda: setattr(self, "now", max(self.now, event.at))
+        event.query = lambda: event.at <= self.now
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+    def synchronize(self, device=None):
+        self.now = max(self.now, self.done)
+
+
+@pytest.mark.parametrize("launching", [1e-6, 1e-3])
+def test_launching_does_not_count(monkeypatch, launching):
+    card = Card(launching)
+    fake = SimpleNamespace(
+        Event=card.event,
+        synchronize=card.synchronize,
+        _sleep=lambda cycles: card.work(cycles / 1e9),
+        get_device_properties=lambda _: SimpleNamespace(L2_cache_size=1024),
+    )
+    monkeypatch.setattr(torch, "cuda", fake)
+    queue = memory.Queue(torch.device("cpu"))
+    assert queue._clock == pytest.approx(1e9, rel=0.2)
+
+    def run():
+        for _ in range(5):
+            card.work(2e-6)
+
+    assert queue.seconds(run, 4) == pytest.approx(10e-6)
+    # what its caller waits for
+    seconds = memory._seconds(run, torch.device("cuda"), 4)
+    assert seconds == pytest.approx(max(5 * launching, 10e-6), rel=0.3)
+
+
+def test_a_replay_that_differs_is_seen(monkeypatch):
+    """With a graph that replays nothing."""
+
+    @contextlib.contextmanager
+    def nothing(*_):
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    fake = SimpleNamespace(
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=nothing,
+        graph=nothing,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+        synchronize=lambda: None,
+    )
+    monkeypatch.setattr(torch, "cuda", fake)
+    rows = collected(gpu_checks.check_graph, CPP, op="dropout", backend="cpp", dtype="float32")
+    assert [(r["status"], r["note"]) for r in rows] == [("failed", "a replay gives other bits")]

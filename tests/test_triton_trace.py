@@ -1,0 +1,167 @@
+"""The Triton ops as PyTorch sees them, without a GPU: in one graph, never waiting for the device. And DDP."""
+
+import importlib
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import cxv
+import cxv_kernels
+from cxv_kernels._extension import CPP_MISSING
+from cxv_kernels._triton import TRITON_MISSING
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from triton_compile import MODELS, recording
+
+needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"Triton: {TRITON_MISSING}")
+
+
+def served(op):
+    with recording(lambda *_: None, 90):
+        return cxv_kernels.explain_backend(op)["triton"] == "serves"
+
+
+def compiled(function):
+    """``function`` in one graph, forward and backward, and the names of the ops in it as it runs."""
+    ops = set()
+
+    def spy(module, _):
+        ops.update(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return make_boxed_func(module)
+
+    return torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=spy, bw_compiler=spy)), ops
+
+
+@needs_triton
+@pytest.mark.parametrize("model", MODELS)
+def test_a_training_step_is_one_graph(model):
+    """Its kernels are launched from the graph, forward and backward; what they would compute is left out."""
+    needed = (MODELS[model], "conv_norm", "dropout")
+    if not all(map(served, needed)):
+        pytest.skip(f"the Triton backend does not have all of {', '.join(needed)}")
+    net = cxv.create_model(model, use_fused=True).train()
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+
+    def loss(images, labels):
+        return nn.functional.cross_entropy(net(images), labels)
+
+    launched = []
+    step, ops = compiled(loss)
+    with recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
+        step(images, labels).backward()
+    mine = {op.partition(".")[2].partition(".")[0] for op in ops if op.startswith("cxv_kernels_triton.")}
+    for name in (MODELS[model].replace("_attention", ""), "conv_norm"):
+        assert {op for op in mine if op.startswith(name) and "backward" in op}, (name, mine)
+        assert {op for op in mine if op.startswith(name) and "backward" not in op}, (name, mine)
+    assert len(set(launched)) >= 6
+    assert not [op for op in ops if op.startswith("cxv_kernels.")]  # the C++ library's
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@needs_triton
+@pytest.mark.parametrize("op", ["performer_attention", "linear_attention"])
+def test_attention_is_one_graph(op):
+    projection = (torch.randn(20, 16),) if op == "performer_attention" else ()
+    inputs = [torch.randn(2, 2, 40, 16, requires_grad=True) for _ in range(3)]
+    launched = []
+    step, ops = compiled(lambda *qkv: getattr(cxv_kernels, op)(*qkv, *projection).square().sum())
+    with recording(lambda kernel, *_: launched.append(kernel.__name__), 80):
+        grads = torch.autograd.grad(step(*inputs), inputs)
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
+    assert {f"cxv_kernels_triton.{op}_{way}.default" for way in ("forward", "backward")} <= ops
+    assert len(set(launched)) >= 6
+
+
+def arguments(op, like):
+    """A call of the op's launchers on tensors that ``like(*shape)`` makes: [(name, arguments from earlier results)]."""
+    q, k, v, grad = (like(2, 4, 300, 32) for _ in range(4))
+    if op == "performer_attention":
+        w = like(110, 32).float()
+        yield "performer_attention_forward", lambda _: (q, k, v, w, None, "softmax", 1e-4)
+        yield "performer_attention_backward", lambda r: (grad, q, k, v, w, None, *r[1:], "softmax", 1e-4)
+        yield "performer_features_forward", lambda _: (q, w, False, "softmax", 1e-4)
+    elif op == "linear_attention":
+        yield "linear_attention_forward", lambda _: (q, k, v, None, "softmax", 1e-6)
+        yield "linear_attention_backward", lambda r: (grad, q, k, v, None, *r[1:], "softmax", 1e-6)
+        yield "kv_state_forward", lambda _: (k, v, None, "elu")
+    elif op == "conv_norm":
+        x, out, vector = like(2, 128, 16, 16), like(2, 128, 16, 16), like(128)
+        weight = like(128, 128, 3, 3)
+        yield "conv_norm_forward", lambda _: (x, weight, vector, vector, vector, 1e-5)
+        yield (
+            "conv_norm_backward",
+            lambda r: (out, x, weight, vector, r[0], r[1], vector, vector, 1e-5, [True] * 5),
+        )
+
+
+@needs_triton
+@pytest.mark.parametrize("op", ["performer_attention", "linear_attention", "conv_norm"])
+def test_launchers_never_look_at_the_numbers(op):
+    """On tensors of a GPU that have no numbers: a launcher that waits for one raises. So a CUDA graph can hold it."""
+    if not served(op):
+        pytest.skip(f"the Triton backend has no {op}")
+    module = importlib.import_module(f"cxv_kernels.{op}.triton")
+    launched = []
+    with FakeTensorMode(allow_non_fake_inputs=True), recording(lambda k, g, a, _: launched.append((k, g, a)), 90):
+
+        def like(*shape):
+            return torch.empty(shape, device="cuda", dtype=torch.float16)
+
+        with pytest.raises(DataDependentOutputException):
+            like(1).item()
+        results = ()
+        for name, of in arguments(op, like):
+            results = getattr(module, name)(*of(results))
+            for tensor in results if isinstance(results, tuple) else (results,):
+                assert tensor.device.type == "cuda"
+    assert len(launched) >= 2
+    for _, grid, given in launched:
+        assert all(isinstance(n, int) for n in grid)
+        assert {t.device.type for t in given if isinstance(t, torch.Tensor)} == {"cuda"}
+
+
+# --- DistributedDataParallel ---
+
+
+def model_and_batch():
+    torch.manual_seed(0)
+    model = cxv.CPV(embed_dim=16, num_heads=2, depth=1, num_classes=3, drop_rate=0.0, use_fused=True)
+    return model, torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
+
+
+def one_of_two(rank, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model, images, labels = model_and_batch()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    half = slice(2 * rank, 2 * rank + 2)
+    for _ in range(2):  # the reducer rebuilds its buckets after the first step
+        parallel.zero_grad()
+        nn.functional.cross_entropy(parallel(images[half]), labels[half]).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
+def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    model, images, labels = model_and_batch()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for got, parameter in zip(first, model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,72 @@
+"""The tuner's choice of what is right and fast, on kernels that Triton's interpreter runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxv_kernels import _triton, configs
+from cxv_kernels._triton import interpreting
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_hopper(monkeypatch):
+    monkeypatch.setattr(_triton, "recorded_arch", 90)
+
+
+def entry(tune, **changes):
+    packaged = configs.lookup("key_kernel", 90, 16, 16, torch.float32)
+    made = tune.Entry("key_kernel", 90, 16, 16, "float32", packaged, ["linear_attention elu"])
+    made.candidates = [packaged | change for change in ({}, changes)]
+    made.notes, made.seconds = ["", ""], [None, None]
+    return made
+
+
+def test_takes_what_is_right(monkeypatch):
+    import tune
+
+    monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
+    table = json.loads(tune.TABLE.read_text())
+    arguments = (table, torch.device("cpu"), None, 0.0)
+    mine = entry(tune, BLOCK_N=32)
+    tune.time_candidates(mine, *arguments)
+    assert mine.notes == ["", ""]
+    assert all(seconds > 0 for seconds in mine.seconds)
+    assert mine.chosen in mine.candidates
+    monkeypatch.setattr(tune, "relative_error", lambda *_: 1.0)
+    mine = entry(tune, BLOCK_N=32)
+    tune.time_candidates(mine, *arguments)
+    assert mine.notes == ["wrong: 1.0e+00"] * 2
+    assert mine.seconds == [None, None]
+    assert mine.chosen == mine.packaged
+
+
+def test_what_cannot_be_launched_is_out(monkeypatch):
+    import tune
+
+    monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
+    mine = entry(tune, BLOCK_N="many")
+    tune.time_candidates(mine, json.loads(tune.TABLE.read_text()), torch.device("cpu"), None, 0.0)
+    assert mine.notes[0] == ""
+    assert mine.notes[1]
+    assert mine.chosen == mine.packaged
+
+
+def test_the_table_serves_what_was_put_there():
+    import tune
+
+    mine = entry(tune, num_warps=2)
+    table = json.loads(tune.TABLE.read_text())
+    with configs.override(mine.put(table, mine.candidates[1])):
+        assert configs.lookup("key_kernel", 90, 16, 16, torch.float32) == mine.candidates[1]
+        assert configs.lookup("key_kernel", 100, 16, 16, torch.float32) == mine.candidates[1]  # the nearest lower one
+        for arch, dim, dtype in ((80, 16, torch.float32), (90, 64, torch.float32), (90, 16, torch.float16)):
+            with configs.override({}):
+                packaged = configs.lookup("key_kernel", arch, dim, 16, dtype)
+            assert configs.lookup("key_kernel", arch, dim, 16, dtype) == packaged
+    assert table == json.loads(tune.TABLE.read_text())
