@@ -5,13 +5,11 @@
 // threads whose registers hold the state; the tests run it on the host.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 
 #include "../include/linear_attention.h"
+#include "number.cuh"
 
 namespace cxv {
 namespace cuda {
@@ -91,15 +89,6 @@ inline void set_splits(LinearAttention& p, const Plan& plan, bool forward) {
 }
 
 // -- One element -----------------------------------------------------------------------------------------------------
-
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void narrow(double x, double* p) { *p = x; }
-__device__ inline void narrow(float x, float* p) { *p = x; }
-__device__ inline void narrow(float x, __half* p) { *p = __float2half_rn(x); }
-__device__ inline void narrow(float x, __nv_bfloat16* p) { *p = __float2bfloat16_rn(x); }
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
