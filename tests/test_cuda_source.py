@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt.host import Arena, View, build, call, needs_cxx
+from simt.host import Arena, Arguments, View, build, call, make, needs_cxx
 
 from cxv_kernels.linear_attention.reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
 
@@ -21,29 +21,6 @@ NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or sh
 @pytest.fixture(scope="module")
 def simt(tmp_path_factory):
     return build("linear_attention.cpp", tmp_path_factory.mktemp("simt"))
-
-
-class Arguments(ctypes.Structure):
-    """cxv::LinearAttention, field by field."""
-
-    _fields_ = [
-        ("dtype", ctypes.c_int),
-        ("feature_map", ctypes.c_int),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "dim", "value_dim")),
-        *((name, View) for name in ("q", "k", "v", "out")),
-        ("key_mask", ctypes.c_void_p),
-        ("mask_stride", ctypes.c_int64 * 2),
-        ("key_splits", ctypes.c_int64),
-        ("query_splits", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("partial", "state", "key_stat")),
-        *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
-        *((name, ctypes.c_void_p) for name in ("grad_state", "grad_z")),
-        ("features", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("projection", "key_max")),
-        *((name, ctypes.c_int64) for name in ("wave_begin", "wave_end")),
-        ("running", ctypes.c_void_p),
-    ]
 
 
 def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=64, seed=0):
@@ -63,20 +40,6 @@ def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=6
         for forward in (True, False):
             call(simt.simt_linear_attention, ctypes.byref(a), ctypes.c_bool(forward), threads, seed)
     return out, state, stat, *grads
-
-
-def make(shape, dtype, seed, layout="bhnd"):
-    """A tensor (B, H, N, C): contiguous, with channels before tokens (NCHW), or a slice with gaps."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "nchw":
-        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
-    if layout == "gaps":
-        b, h, n, c = shape
-        big = torch.full((b, n, h, 2 * c + 3), torch.nan, dtype=dtype).transpose(1, 2)
-        big[..., 1 : 2 * c + 1 : 2] = x
-        return big[..., 1 : 2 * c + 1 : 2]
-    return x
 
 
 def check(simt, dtype, feature_map, queries, keys, dim, value_dim, *, batch=1, heads=2, layout="bhnd", mask=None, **kw):

@@ -590,12 +590,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // In order: launch(kernel, blocks, threads, bytes of shared memory).
 template <class T, class Launch>
-void forward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
+void key_state(const LinearAttention& p, const Plan& plan, Launch&& launch) {
   using A = typename Accumulate<T>::type;
   const int64_t heads = p.batch * p.heads;
   launch(key_pass<T>, heads * p.key_splits, plan.threads, int(plan.tile_count() * sizeof(A)));
   launch(key_reduce<A>, heads * p.dim, round_up(plan.value_dim, 32), 0);
-  launch(query_pass<T>, heads * p.query_splits, plan.threads, int(plan.state_count() * sizeof(A)));
+}
+
+template <class T, class Launch>
+void forward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
+  using A = typename Accumulate<T>::type;
+  key_state<T>(p, plan, launch);
+  launch(query_pass<T>, p.batch * p.heads * p.query_splits, plan.threads, int(plan.state_count() * sizeof(A)));
+}
+
+template <class T, class Launch>
+void key_gradients(const LinearAttention& p, const Plan& plan, Launch&& launch) {
+  using A = typename Accumulate<T>::type;
+  const int bytes = plan.backward_count() * sizeof(A);
+  launch(key_backward<T>, p.batch * p.heads * p.key_splits, plan.threads, bytes);
 }
 
 template <class T, class Launch>
@@ -605,7 +618,7 @@ void backward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
   const int bytes = plan.backward_count() * sizeof(A);
   launch(query_backward<T>, heads * p.query_splits, plan.threads, bytes);
   launch(query_backward_reduce<A>, heads * p.dim, round_up(plan.value_dim, 32), int(plan.value_dim * sizeof(A)));
-  launch(key_backward<T>, heads * p.key_splits, plan.threads, bytes);
+  key_gradients<T>(p, plan, launch);
 }
 
 }  // namespace cuda

@@ -157,18 +157,20 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<__nv_bfloat16> (&a
 template <int half>
 __device__ __forceinline__ void mma(float (&c)[4], const Pair<float> (&a)[4], const Pair<float> (&b)[4]) {
   const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 8;
+#pragma unroll 1  // a kernel has dozens of it
+  for (int from = 0; from < 4; ++from) {
 #pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    const int q = k / 8 * 2, from = k % 8 / 2;
-    const float top = __shfl_sync(~0u, k % 2 ? a[q].high : a[q].low, row + from);
-    const float bottom = __shfl_sync(~0u, k % 2 ? a[q + 1].high : a[q + 1].low, row + from);
-    const Pair<float> x = b[2 * half + k / 8];
-    const float left = __shfl_sync(~0u, k % 2 ? x.high : x.low, column + from);
-    const float right = __shfl_sync(~0u, k % 2 ? x.high : x.low, column + 4 + from);
-    c[0] = fmaf(top, left, c[0]);
-    c[1] = fmaf(top, right, c[1]);
-    c[2] = fmaf(bottom, left, c[2]);
-    c[3] = fmaf(bottom, right, c[3]);
+    for (int k = 0; k < 4; ++k) {
+      const Pair<float> top = a[k / 2 * 2], bottom = a[k / 2 * 2 + 1], x = b[2 * half + k / 2];
+      const float t = __shfl_sync(~0u, k % 2 ? top.high : top.low, row + from);
+      const float u = __shfl_sync(~0u, k % 2 ? bottom.high : bottom.low, row + from);
+      const float left = __shfl_sync(~0u, k % 2 ? x.high : x.low, column + from);
+      const float right = __shfl_sync(~0u, k % 2 ? x.high : x.low, column + 4 + from);
+      c[0] = fmaf(t, left, c[0]);
+      c[1] = fmaf(t, right, c[1]);
+      c[2] = fmaf(u, left, c[2]);
+      c[3] = fmaf(u, right, c[3]);
+    }
   }
 }
 // Both halves.

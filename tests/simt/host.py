@@ -45,8 +45,31 @@ class View(ctypes.Structure):
         super().__init__(*((t.data_ptr(), tuple(t.stride())) if t is not None else ()))
 
 
+class Arguments(ctypes.Structure):
+    """cxv::LinearAttention, field by field."""
+
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("feature_map", ctypes.c_int),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "dim", "value_dim")),
+        *((name, View) for name in ("q", "k", "v", "out")),
+        ("key_mask", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64 * 2),
+        ("key_splits", ctypes.c_int64),
+        ("query_splits", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("partial", "state", "key_stat")),
+        *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, ctypes.c_void_p) for name in ("grad_state", "grad_z")),
+        ("features", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("projection", "key_max")),
+        *((name, ctypes.c_int64) for name in ("wave_begin", "wave_end")),
+        ("running", ctypes.c_void_p),
+    ]
+
+
 class Arena:
-    """Memory for tensors in a with block: a kernel that touches what lies between their elements, or writes an input, fails."""
+    """Memory for tensors, in a with block: a kernel that touches what lies between them or writes an input fails."""
 
     READ, WRITE = 1, 2
 
@@ -82,3 +105,17 @@ class Arena:
         """A tensor to be written, full of NaN; what was written may be read again."""
         x = torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
         return self.put(x.fill_(torch.nan), self.READ | self.WRITE)
+
+
+def make(shape, dtype, seed, layout="bhnd"):
+    """A tensor (B, H, N, C): contiguous, with channels before tokens (NCHW), or a slice with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "nchw":
+        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if layout == "gaps":
+        b, h, n, c = shape
+        big = torch.full((b, n, h, 2 * c + 3), torch.nan, dtype=dtype).transpose(1, 2)
+        big[..., 1 : 2 * c + 1 : 2] = x
+        return big[..., 1 : 2 * c + 1 : 2]
+    return x
