@@ -9,94 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt.host import Arena, Arguments, View, build, call, make, needs_cxx
 
 from cxv_kernels.linear_attention.reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
 
 ROOT = Path(__file__).parent.parent
-SIMT = ROOT / "tests" / "simt"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++"))), None)
 NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
-
-needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-
-
-def build(target: Path, *flags: str) -> Path:
-    sources = [str(SIMT / name) for name in ("simt.cpp", "linear_attention.cpp")]
-    command = [CXX, "-std=c++20", "-pthread", "-Wno-unknown-pragmas", f"-I{SIMT}", *flags, *sources, "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 @pytest.fixture(scope="module")
 def simt(tmp_path_factory):
-    library = ctypes.CDLL(str(build(tmp_path_factory.mktemp("simt") / "simt.so", "-O2", "-shared", "-fPIC")))
-    library.simt_linear_attention.restype = ctypes.c_char_p
-    return library
-
-
-class View(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
-
-    def __init__(self, t=None):
-        super().__init__(*((t.data_ptr(), tuple(t.stride())) if t is not None else ()))
-
-
-class Arguments(ctypes.Structure):
-    """cxv::LinearAttention, field by field."""
-
-    _fields_ = [
-        ("dtype", ctypes.c_int),
-        ("feature_map", ctypes.c_int),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "dim", "value_dim")),
-        *((name, View) for name in ("q", "k", "v", "out")),
-        ("key_mask", ctypes.c_void_p),
-        ("mask_stride", ctypes.c_int64 * 2),
-        ("key_splits", ctypes.c_int64),
-        ("query_splits", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("partial", "state", "key_stat")),
-        *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
-        *((name, ctypes.c_void_p) for name in ("grad_state", "grad_z")),
-        ("features", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("projection", "key_max")),
-        *((name, ctypes.c_int64) for name in ("wave_begin", "wave_end")),
-        ("running", ctypes.c_void_p),
-    ]
+    return build("linear_attention.cpp", tmp_path_factory.mktemp("simt"))
 
 
 def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=64, seed=0):
     """out, state, key_stat and the three gradients, as the kernels write them into NaNs."""
     (batch, heads, queries, dim), keys, value_dim = q.shape, k.shape[2], v.shape[3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out, grads = torch.full_like(grad_out, torch.nan), [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    state, stat = (torch.full((batch, heads, *s), torch.nan, dtype=wide) for s in ((dim, value_dim), (dim,)))
-    sizes = batch, heads, queries, keys, dim, value_dim
-    a = Arguments(DTYPES.index(q.dtype), FEATURE_MAPS.index(feature_map), eps, *sizes)
-    a.q, a.k, a.v, a.out, a.grad_out = map(View, (q, k, v, out, grad_out))
-    a.grad_q, a.grad_k, a.grad_v = map(View, grads)
-    a.state, a.key_stat = state.data_ptr(), stat.data_ptr()
-    if key_mask is not None:
-        a.key_mask, a.mask_stride = key_mask.data_ptr(), tuple(key_mask.stride())
-    for forward in (True, False):
-        failure = simt.simt_linear_attention(ctypes.byref(a), ctypes.c_bool(forward), threads, seed)
-        assert failure is None, failure.decode()
+    with Arena(simt) as arena:
+        out, *grads = (arena.result(t.shape, t.dtype, t.stride()) for t in (grad_out, q, k, v))
+        state, stat = (arena.result((batch, heads, *s), wide) for s in ((dim, value_dim), (dim,)))
+        sizes = batch, heads, queries, keys, dim, value_dim
+        a = Arguments(DTYPES.index(q.dtype), FEATURE_MAPS.index(feature_map), eps, *sizes)
+        a.q, a.k, a.v, a.grad_out = (View(arena.put(t)) for t in (q, k, v, grad_out))
+        a.out, a.grad_q, a.grad_k, a.grad_v = map(View, (out, *grads))
+        a.state, a.key_stat = state.data_ptr(), stat.data_ptr()
+        if key_mask is not None:
+            a.key_mask, a.mask_stride = arena.put(key_mask).data_ptr(), tuple(key_mask.stride())
+        for forward in (True, False):
+            call(simt.simt_linear_attention, ctypes.byref(a), ctypes.c_bool(forward), threads, seed)
     return out, state, stat, *grads
-
-
-def make(shape, dtype, seed, layout="bhnd"):
-    """A tensor (B, H, N, C): contiguous, with channels before tokens (NCHW), or a slice with gaps."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "nchw":
-        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
-    if layout == "gaps":
-        b, h, n, c = shape
-        big = torch.full((b, n, h, 2 * c + 3), torch.nan, dtype=dtype).transpose(1, 2)
-        big[..., 1 : 2 * c + 1 : 2] = x
-        return big[..., 1 : 2 * c + 1 : 2]
-    return x
 
 
 def check(simt, dtype, feature_map, queries, keys, dim, value_dim, *, batch=1, heads=2, layout="bhnd", mask=None, **kw):
@@ -224,20 +167,6 @@ class TestNumerics:
                     shared = simt.simt_linear_attention_plan(dim, value_dim, size, ctypes.byref(fits))
                     assert fits.value, (dim, value_dim, size)
                     assert shared <= 48 * 1024, (dim, value_dim, size)
-
-
-@needs_cxx
-@pytest.mark.slow
-def test_no_data_race(tmp_path):
-    flags = ["-O1", "-g", "-fsanitize=thread"]
-    (tmp_path / "probe.cpp").write_text("int main() {}")
-    probe = tmp_path / "probe"
-    for command in ([CXX, *flags, f"{probe}.cpp", "-o", str(probe)], [str(probe)]):
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("the compiler's thread sanitizer does not work here")
-    program = build(tmp_path / "simt", *flags, "-DSIMT_MAIN")
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")

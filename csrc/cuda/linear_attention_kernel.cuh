@@ -5,13 +5,11 @@
 // threads whose registers hold the state; the tests run it on the host.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 
 #include "../include/linear_attention.h"
+#include "number.cuh"
 
 namespace cxv {
 namespace cuda {
@@ -91,15 +89,6 @@ inline void set_splits(LinearAttention& p, const Plan& plan, bool forward) {
 }
 
 // -- One element -----------------------------------------------------------------------------------------------------
-
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void narrow(double x, double* p) { *p = x; }
-__device__ inline void narrow(float x, float* p) { *p = x; }
-__device__ inline void narrow(float x, __half* p) { *p = __float2half_rn(x); }
-__device__ inline void narrow(float x, __nv_bfloat16* p) { *p = __float2bfloat16_rn(x); }
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
@@ -601,12 +590,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // In order: launch(kernel, blocks, threads, bytes of shared memory).
 template <class T, class Launch>
-void forward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
+void key_state(const LinearAttention& p, const Plan& plan, Launch&& launch) {
   using A = typename Accumulate<T>::type;
   const int64_t heads = p.batch * p.heads;
   launch(key_pass<T>, heads * p.key_splits, plan.threads, int(plan.tile_count() * sizeof(A)));
   launch(key_reduce<A>, heads * p.dim, round_up(plan.value_dim, 32), 0);
-  launch(query_pass<T>, heads * p.query_splits, plan.threads, int(plan.state_count() * sizeof(A)));
+}
+
+template <class T, class Launch>
+void forward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
+  using A = typename Accumulate<T>::type;
+  key_state<T>(p, plan, launch);
+  launch(query_pass<T>, p.batch * p.heads * p.query_splits, plan.threads, int(plan.state_count() * sizeof(A)));
+}
+
+template <class T, class Launch>
+void key_gradients(const LinearAttention& p, const Plan& plan, Launch&& launch) {
+  using A = typename Accumulate<T>::type;
+  const int bytes = plan.backward_count() * sizeof(A);
+  launch(key_backward<T>, p.batch * p.heads * p.key_splits, plan.threads, bytes);
 }
 
 template <class T, class Launch>
@@ -616,7 +618,7 @@ void backward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
   const int bytes = plan.backward_count() * sizeof(A);
   launch(query_backward<T>, heads * p.query_splits, plan.threads, bytes);
   launch(query_backward_reduce<A>, heads * p.dim, round_up(plan.value_dim, 32), int(plan.value_dim * sizeof(A)));
-  launch(key_backward<T>, heads * p.key_splits, plan.threads, bytes);
+  key_gradients<T>(p, plan, launch);
 }
 
 }  // namespace cuda

@@ -19,3 +19,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   std::memcpy(&bits, &x, 4);
   return {uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+inline float2 __bfloat1622float2(__nv_bfloat162 x) { return {__bfloat162float(x.x), __bfloat162float(x.y)}; }

@@ -1,4 +1,4 @@
-// csrc/cuda's linear-attention kernels on the host, for ctypes (tests/test_cuda_source.py); with SIMT_MAIN, a program.
+// csrc/cuda's linear-attention kernels on the host, for ctypes (tests/test_cuda_source.py).
 #include "simt.h"
 
 #include "../../csrc/cuda/linear_attention_kernel.cuh"
@@ -19,9 +19,13 @@ std::vector<double> unwritten(int64_t count) {
   return array;
 }
 
+std::string error;
+
 }  // namespace
 
 extern "C" {
+
+void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
 
 // threads 0: the plan's. The caller fills p but for splits and scratch memory. Returns what went wrong, or null.
 const char* simt_linear_attention(cxv::LinearAttention* in, bool forward, int threads, unsigned seed) {
@@ -39,7 +43,6 @@ const char* simt_linear_attention(cxv::LinearAttention* in, bool forward, int th
   const auto launch = [&](auto kernel, int64_t blocks, int threads, int bytes) {
     simt::launch(blocks, threads, bytes, seed, [&] { kernel(p, plan); });
   };
-  static std::string error;
   try {
     cxv::cuda::for_dtype(p.dtype, [&](auto x) {
       if (forward)
@@ -67,34 +70,3 @@ int simt_linear_attention_plan(int dim, int value_dim, int accumulator_bytes, in
 
 int simt_linear_attention_max_dim() { return int(cxv::cuda::kMaxDim); }
 }
-
-#ifdef SIMT_MAIN
-// Forward and backward of every feature map, for -fsanitize=thread: a state that shared memory holds, and one in
-// chunks.
-void run(int map, int N, int D, int E, int threads) {
-  const int B = 1, H = 2;
-  std::vector<std::vector<float>> arrays;
-  const auto tensor = [&](int channels) {
-    auto& data = arrays.emplace_back(B * H * N * channels);
-    for (size_t i = 0; i < data.size(); ++i) data[i] = float(std::sin(1.7 * double(i) + map));
-    return cxv::View{data.data(), {int64_t(H) * N * channels, int64_t(N) * channels, channels, 1}};
-  };
-  cxv::LinearAttention p = {};
-  p.dtype = cxv::DType::kFloat;
-  p.feature_map = cxv::FeatureMap(map);
-  p.eps = 1e-6;
-  p.batch = B, p.heads = H, p.queries = N, p.keys = N, p.dim = D, p.value_dim = E;
-  p.q = tensor(D), p.k = tensor(D), p.v = tensor(E), p.out = tensor(E), p.grad_out = tensor(E);
-  p.grad_q = tensor(D), p.grad_k = tensor(D), p.grad_v = tensor(E);
-  std::vector<float> state(B * H * D * E), stat(B * H * D);
-  p.state = state.data();
-  p.key_stat = stat.data();
-  for (const bool forward : {true, false})
-    if (simt_linear_attention(&p, forward, threads, 1 + map) != nullptr) std::abort();
-}
-
-int main() {
-  for (int map = 0; map < 3; ++map) run(map, 70, 20, 12, 64);
-  run(0, 20, 100, 128, 224);
-}
-#endif

@@ -1,9 +1,11 @@
-// CUDA's block model on host threads, enough to run a kernel's source as it stands: one OS thread per CUDA thread,
-// std::barrier for __syncthreads, blocks one after another. Warp collectives are not emulated.
+// CUDA's machine on the host, enough to run a kernel's source as it stands: one fiber per CUDA thread, warps of 32 with
+// their collectives, __syncthreads, blocks one after another. A seed shuffles which thread goes on, and the blocks.
 //
-// What it catches: a kernel that is wrong for some schedule (threads and blocks can be started in another order and
-// made to yield at random; -fsanitize=thread sees races), a barrier that not all threads reach, reading shared memory
-// that was not written (NaNs), and writing beyond the shared memory that was asked for.
+// The file with the kernels is compiled with -fsanitize=thread and linked without its runtime: the calls that the
+// compiler puts before every memory access come here (simt.cpp). So without a word in the kernels it is seen: a race
+// (two threads on the same shared memory between barriers, one of them writing), a read of shared memory that nobody
+// wrote, an access beyond the launch's shared memory or beside a tensor, a misaligned vector; and by the scheduler, a
+// barrier or warp collective that not all threads reach, or that threads reach with different ones.
 #pragma once
 
 #include <cmath>
@@ -22,13 +24,38 @@
 struct Dim3 {
   unsigned x = 0, y = 0, z = 0;
 };
-extern thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
+extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 void __syncthreads();
+void __syncwarp();
+float __shfl_xor_sync(unsigned mask, float value, int lanes);
+float __shfl_sync(unsigned mask, float value, int lane);
+int __any_sync(unsigned mask, int predicate);
+
+namespace cxv::cuda::ptx {  // what csrc/cuda/mma.cuh writes in PTX
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed);
+void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b);
+void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+inline float exp2(float x) { return std::exp2(x); }
+}  // namespace cxv::cuda::ptx
 
 namespace simt {
 
-// body() is what one CUDA thread does. seed 0: threads and blocks in order, no yields. Throws std::runtime_error.
+// body() is what one CUDA thread does. seed 0: threads and blocks in order. Throws std::runtime_error.
 void launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const std::function<void()>& body);
+
+// The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
+// are not checked.
+void set_arena(const void* begin, int64_t bytes, const uint8_t* allowed);
 
 }  // namespace simt

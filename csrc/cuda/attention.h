@@ -1,0 +1,70 @@
+// How the ops reach the kernels of attention_kernel.cuh: one table per dtype, each compiled in a file of its own.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cuda_runtime.h>
+
+#include "../linear_attention.h"
+
+namespace cxv {
+namespace cuda {
+
+struct FeaturesSide;
+
+// Each launches on the stream, without waiting. `scratch`: as many floats as scratch_size() says.
+struct AttentionKernels {
+  using Pass = void (*)(const LinearAttention&, float* scratch, cudaStream_t);
+  using Features = void (*)(const LinearAttention&, const FeaturesSide&, cudaStream_t);
+  Pass forward, backward;
+  Pass key_state;            // state and key_stat (and key_max) of k and v alone
+  Pass key_state_gradients;  // grad_k and grad_v, given grad_state and grad_z
+  Features features_max, features_forward, features_backward;
+};
+extern const AttentionKernels kHalfAttention, kBFloat16Attention, kFloatAttention;  // float: with a projection only
+
+int64_t scratch_size(const LinearAttention& p, bool backward);
+
+// D and E that these kernels serve, and what they do not, in words.
+inline void check_sizes(const LinearAttention& p, int64_t most) {
+  STD_TORCH_CHECK(p.dim <= most && p.value_dim <= most, "cxv_kernels: on CUDA this op serves heads of at most ", most,
+                  " channels (D and E), got ", p.dim, " and ", p.value_dim);
+}
+
+inline const AttentionKernels& attention_kernels(DType dtype, const Tensor& q) {
+  if (dtype == DType::kBFloat16) {
+    int major = 0;
+    STD_TORCH_CHECK(
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, q.get_device_index()) == cudaSuccess,
+        "cxv_kernels: the device does not tell its compute capability");
+    STD_TORCH_CHECK(major >= 8,
+                    "cxv_kernels: the tensor cores of this GPU have no bfloat16 (compute capability 8.0 and up have): "
+                    "use float16 or float32");
+    return kBFloat16Attention;
+  }
+  return dtype == DType::kHalf ? kHalfAttention : kFloatAttention;
+}
+
+inline cudaStream_t stream_of(const Tensor& q) {
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The tensors of the two directions, and the kernels that fill them.
+inline Tensors attention_forward(LinearAttention& p, const Tensor& q) {
+  const auto& kernels = attention_kernels(p.dtype, q);
+  return forward(p, q, 1, scratch_size(p, false),
+                 [&] { kernels.forward(p, static_cast<float*>(p.partial), stream_of(q)); });
+}
+inline Tensors attention_backward(LinearAttention& p, const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const Tensor& state, const Tensor& key_stat) {
+  const auto& kernels = attention_kernels(p.dtype, q);
+  return backward(p, grad_out, q, k, v, state, key_stat, 1, scratch_size(p, true),
+                  [&] { kernels.backward(p, static_cast<float*>(p.partial), stream_of(q)); });
+}
+
+}  // namespace cuda
+}  // namespace cxv

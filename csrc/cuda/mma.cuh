@@ -1,0 +1,210 @@
+// Tensor cores: every line of PTX, and the fragments that mma reads. Without nvcc, tests/simt/simt.h stands in for ptx.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+namespace cxv {
+namespace cuda {
+namespace ptx {
+
+// Four 8×8 matrices of 16 bits; lane l names row l % 8 of matrix l / 8.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+  if (transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+#define CXV_MMA_M16N8K16(name, type)                                                                      \
+  __device__ __forceinline__ void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                            \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                  \
+  }
+CXV_MMA_M16N8K16(mma_m16n8k16_f16, "f16")
+CXV_MMA_M16N8K16(mma_m16n8k16_bf16, "bf16")
+#undef CXV_MMA_M16N8K16
+
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace ptx
+}  // namespace cuda
+}  // namespace cxv
+#endif
+
+#if defined(__CUDA_ARCH__) ? __CUDA_ARCH__ >= 800 : defined(SIMT_SM80)
+#define CXV_SM80 1
+#else
+#define CXV_SM80 0
+#endif
+
+namespace cxv {
+namespace cuda {
+
+// Does this architecture have an mma for T? float's is done by shuffles.
+template <class T>
+constexpr bool kHasMma = true;
+template <>
+inline constexpr bool kHasMma<__nv_bfloat16> = CXV_SM80;
+
+// Two neighbouring elements of a fragment: a register of tensor cores.
+template <class T>
+struct Pair {
+  uint32_t bits;
+};
+template <>
+struct Pair<float> {
+  float low, high;
+};
+
+template <class T>
+__device__ __forceinline__ Pair<T> pack(float low, float high);
+template <>
+__device__ __forceinline__ Pair<float> pack<float>(float low, float high) {
+  return {low, high};
+}
+template <>
+__device__ __forceinline__ Pair<__half> pack<__half>(float low, float high) {
+  const __half2 x = __floats2half2_rn(low, high);
+  return {*reinterpret_cast<const uint32_t*>(&x)};
+}
+template <>
+__device__ __forceinline__ Pair<__nv_bfloat16> pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+  return {*reinterpret_cast<const uint32_t*>(&x)};
+}
+
+__device__ __forceinline__ float2 unpack(Pair<float> x) { return {x.low, x.high}; }
+__device__ __forceinline__ float2 unpack(Pair<__half> x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&x.bits));
+}
+__device__ __forceinline__ float2 unpack(Pair<__nv_bfloat16> x) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&x.bits));
+}
+
+// -- Fragments: 16×16 elements in four registers per lane -------------------------------------------------------------
+
+// Of D = A B + C, A is 16×16 (rows × depth), B 16×16 (depth × columns; two mma of 8 columns), C and D 16×8 in fp32:
+// with g = lane / 4 and t = lane % 4 the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). A register holds
+// one 8×8 quadrant's (g, 2t) and (g, 2t + 1), depth along the row. So two packed C of neighbouring columns are an A.
+enum class Operand { kA, kB };
+
+// The fragment at (row, depth) of a tile in shared memory, which holds element (row, depth) at row·ld + depth, or
+// transposed at depth·ld + row. A B has its columns for rows.
+template <Operand operand, class T>
+__device__ __forceinline__ void load_fragment(Pair<T> (&f)[4], const T* tile, int ld, int row, int depth,
+                                              bool transposed) {
+  const int lane = threadIdx.x % 32;
+  constexpr int first = operand == Operand::kA ? 1 : 2;  // the bit of a quadrant's number that moves its rows
+  if constexpr (sizeof(T) == 2) {
+    const int quadrant = lane / 8, i = lane % 8;
+    row += (quadrant & first) != 0 ? 8 : 0;
+    depth += (quadrant & (3 - first)) != 0 ? 8 : 0;
+    const T* p = tile + (transposed ? (depth + i) * ld + row : (row + i) * ld + depth);
+    uint32_t r[4];
+    ptx::ldmatrix(r, p, transposed);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) f[q].bits = r[q];
+  } else {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int i = row + lane / 4 + ((q & first) != 0 ? 8 : 0);
+      const int j = depth + lane % 4 * 2 + ((q & (3 - first)) != 0 ? 8 : 0);
+      f[q] = transposed ? Pair<T>{tile[j * ld + i], tile[(j + 1) * ld + i]}
+                        : Pair<T>{tile[i * ld + j], tile[i * ld + j + 1]};
+    }
+  }
+}
+
+// c += A B for 8 of B's columns: half 0 or 1.
+template <int half>
+__device__ __forceinline__ void mma(float (&c)[4], const Pair<__half> (&a)[4], const Pair<__half> (&b)[4]) {
+#if CXV_SM80
+  ptx::mma_m16n8k16_f16(c, {a[0].bits, a[1].bits, a[2].bits, a[3].bits}, b[2 * half].bits, b[2 * half + 1].bits);
+#else
+  ptx::mma_m16n8k8_f16(c, a[0].bits, a[1].bits, b[2 * half].bits);
+  ptx::mma_m16n8k8_f16(c, a[2].bits, a[3].bits, b[2 * half + 1].bits);
+#endif
+}
+template <int half>
+__device__ __forceinline__ void mma(float (&c)[4], const Pair<__nv_bfloat16> (&a)[4],
+                                    const Pair<__nv_bfloat16> (&b)[4]) {
+  ptx::mma_m16n8k16_bf16(c, {a[0].bits, a[1].bits, a[2].bits, a[3].bits}, b[2 * half].bits, b[2 * half + 1].bits);
+}
+// The same on CUDA cores: what a tensor core does within a warp, by shuffles. Right, not fast.
+template <int half>
+__device__ __forceinline__ void mma(float (&c)[4], const Pair<float> (&a)[4], const Pair<float> (&b)[4]) {
+  const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 8;
+#pragma unroll 1  // a kernel has dozens of it
+  for (int from = 0; from < 4; ++from) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const Pair<float> top = a[k / 2 * 2], bottom = a[k / 2 * 2 + 1], x = b[2 * half + k / 2];
+      const float t = __shfl_sync(~0u, k % 2 ? top.high : top.low, row + from);
+      const float u = __shfl_sync(~0u, k % 2 ? bottom.high : bottom.low, row + from);
+      const float left = __shfl_sync(~0u, k % 2 ? x.high : x.low, column + from);
+      const float right = __shfl_sync(~0u, k % 2 ? x.high : x.low, column + 4 + from);
+      c[0] = fmaf(t, left, c[0]);
+      c[1] = fmaf(t, right, c[1]);
+      c[2] = fmaf(u, left, c[2]);
+      c[3] = fmaf(u, right, c[3]);
+    }
+  }
+}
+// Both halves.
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[2][4], const Pair<T> (&a)[4], const Pair<T> (&b)[4]) {
+  mma<0>(c[0], a, b);
+  mma<1>(c[1], a, b);
+}
+// Two D of neighbouring columns as an A.
+template <class T>
+__device__ __forceinline__ void pack_fragment(Pair<T> (&f)[4], const float (&c)[2][4]) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) f[q] = pack<T>(c[q / 2][q % 2 * 2], c[q / 2][q % 2 * 2 + 1]);
+}
+// An A as two D.
+template <class T>
+__device__ __forceinline__ void unpack_fragment(float (&c)[2][4], const Pair<T> (&f)[4]) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float2 x = unpack(f[q]);
+    c[q / 2][q % 2 * 2] = x.x;
+    c[q / 2][q % 2 * 2 + 1] = x.y;
+  }
+}
+
+// Over the four lanes that share a row of D.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+}  // namespace cuda
+}  // namespace cxv

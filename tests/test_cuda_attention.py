@@ -1,0 +1,262 @@
+"""The tensor-core kernels (csrc/cuda/attention_kernel.cuh) without a GPU: run on the host under the emulator."""
+
+import ctypes
+
+import pytest
+import torch
+from simt.host import Arena, Arguments, View, build, call, make, needs_cxx
+
+from cxv_kernels.linear_attention.reference import kv_state_reference, linear_attention_reference
+from cxv_kernels.performer_attention.reference import (
+    orthogonal_projection,
+    performer_attention_reference,
+    performer_features_reference,
+)
+
+pytestmark = needs_cxx
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LINEAR, FAVOR = ("softmax", "elu", "relu"), ("favor", "favor_exact", "favor_relu")
+MAPS = (*LINEAR, *FAVOR)  # cxv::FeatureMap
+EPS = {"relu": 1e-6, "favor": 1e-4, "favor_relu": 1e-3}
+FORWARD, BACKWARD, STATE, STATE_GRADIENTS = range(4)
+
+
+@pytest.fixture(scope="module")
+def sm75(tmp_path_factory):
+    return build("kernels.cpp", tmp_path_factory.mktemp("sm75"))
+
+
+@pytest.fixture(scope="module")
+def sm80(tmp_path_factory):
+    return build("kernels.cpp", tmp_path_factory.mktemp("sm80"), "-DSIMT_SM80")
+
+
+def projection_for(feature_map, dim, features=None):
+    if feature_map not in FAVOR:
+        return None
+    return orthogonal_projection(features or 2 * dim + 3, dim, generator=torch.Generator().manual_seed(5))
+
+
+def describe(arena, feature_map, q, k, v, projection=None, key_mask=None):
+    """cxv::LinearAttention with its inputs, state and statistics, and the last two as tensors."""
+    batch, heads, queries, dim = q.shape
+    features = dim if projection is None else projection.shape[0]
+    a = Arguments(DTYPES.index(q.dtype), MAPS.index(feature_map), EPS.get(feature_map, 0))
+    a.batch, a.heads, a.queries, a.keys, a.dim, a.value_dim = batch, heads, queries, k.shape[2], dim, v.shape[3]
+    a.features = features
+    a.q, a.k, a.v = (View(arena.put(t)) for t in (q, k, v))
+    shapes = (features, v.shape[3]), (features,), ()
+    results = [arena.result((batch, heads, *shape), torch.float32) for shape in shapes]
+    a.state, a.key_stat, a.key_max = (t.data_ptr() for t in results)
+    if projection is not None:
+        a.projection = arena.put(projection).data_ptr()
+    if key_mask is not None:
+        a.key_mask, a.mask_stride = arena.put(key_mask).data_ptr(), tuple(key_mask.stride())
+    return a, results
+
+
+def run(simt, feature_map, q, k, v, grad_out, projection=None, key_mask=None, seed=0):
+    """out, grad_q, grad_k, grad_v, state, key_stat, key_max, as the kernels write them into NaNs."""
+    with Arena(simt) as arena:
+        a, results = describe(arena, feature_map, q, k, v, projection, key_mask)
+        out, *grads = (arena.result(t.shape, t.dtype, t.stride()) for t in (grad_out, q, k, v))
+        a.grad_out, a.out = View(arena.put(grad_out)), View(out)
+        a.grad_q, a.grad_k, a.grad_v = map(View, grads)
+        for pass_ in (FORWARD, BACKWARD):
+            call(simt.simt_attention, ctypes.byref(a), pass_, seed)
+    return out, *grads, *results
+
+
+def reference(feature_map, q, k, v, projection=None, key_mask=None):
+    eps = EPS.get(feature_map, 0)
+    if projection is None:
+        return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
+    kernel = "relu" if feature_map == "favor_relu" else "softmax"
+    return performer_attention_reference(q, k, v, projection.to(q.dtype), kernel, eps, key_mask=key_mask)
+
+
+def assert_close(name, got, want, dtype, terms=0):
+    """Every operand of a product is rounded once to dtype, and so is the result; the terms of a sum are of the size of
+    the largest result, and their roundings partly cancel. A gradient that is 0 because products of size ``terms``
+    cancel is 0 up to their rounding to float32."""
+    if want.numel() == 0:
+        return
+    unit = torch.finfo(dtype).eps / 2
+    bound = unit * want.abs() + (4 if dtype.itemsize == 2 else 16) * unit * want.abs().max() + 2.0**-23 * terms
+    if dtype == torch.float16:
+        bound += 2.0**-25  # half the smallest number
+    error = (got.double() - want).abs()
+    assert (error <= bound).all(), f"{name}: {error.max():.2e}, {(error / bound).max():.2f} of the bound"
+
+
+def check(simt, feature_map, queries, keys, dim, value_dim, dtype=torch.float16, *, batch=1, heads=2, layout="bhnd",
+          mask=None, features=None, seed=0):  # fmt: skip
+    q, k, v, grad_out = (
+        make((batch, heads, *shape), dtype, i, layout)
+        for i, shape in enumerate(((queries, dim), (keys, dim), (keys, value_dim), (queries, value_dim)))
+    )
+    projection = projection_for(feature_map, dim, features)
+    results = run(simt, feature_map, q, k, v, grad_out, projection, mask, seed)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    want = reference(feature_map, *inputs, projection, mask)
+    wants = want, *torch.autograd.grad(want, inputs, grad_out.double())
+    terms = grad_out.abs().max() * v.abs().max() * value_dim if grad_out.numel() * v.numel() else 0
+    for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
+        assert_close(name, got, expected, dtype, float(terms))
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+class TestAgainstFloat64:
+    def test_one_token(self, sm75, feature_map):
+        check(sm75, feature_map, 1, 1, 5, 17)
+
+    def test_channels_before_tokens(self, sm75, feature_map):
+        check(sm75, feature_map, 130, 63, 32, 32, layout="nchw", seed=1)
+
+    def test_strided_views(self, sm75, feature_map):
+        check(sm75, feature_map, 63, 130, 17, 5, layout="gaps", seed=2)
+
+    def test_widest(self, sm75, feature_map):
+        check(sm75, feature_map, 33, 40, 64, 50, features=75, heads=1, seed=3)
+
+    def test_narrowest_in_several_splits(self, sm75, feature_map):
+        check(sm75, feature_map, 1100, 1100, 13, 16, heads=1, seed=4)
+
+    def test_features_of_several_blocks(self, sm75, feature_map):
+        check(sm75, feature_map, 20, 20, 32, 32, heads=1, features=150)
+
+    def test_key_mask(self, sm75, feature_map):
+        mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.4
+        mask[1] = False  # no key is seen
+        check(sm75, feature_map, 33, 70, 12, 20, batch=2, heads=1, mask=mask, seed=5)
+        expanded = mask[:, None].expand(2, 3, 70)[:, 1]
+        check(sm75, feature_map, 3, 70, 12, 20, batch=2, heads=1, mask=expanded, layout="nchw")
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_sm80(self, sm80, feature_map, dtype):
+        check(sm80, feature_map, 67, 130, 30, 32, dtype, layout="nchw", seed=6)
+        check(sm80, feature_map, 130, 33, 17, 20, dtype)
+
+    @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+    def test_no_tokens(self, sm75, feature_map, queries, keys):
+        check(sm75, feature_map, queries, keys, 5, 6)
+
+
+@pytest.mark.parametrize("feature_map", FAVOR)
+@pytest.mark.parametrize("layout", ["bhnd", "nchw"])
+def test_float32_on_cuda_cores(sm75, feature_map, layout):
+    check(sm75, feature_map, 33, 40, 13, 16, torch.float32, layout=layout, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("feature_map", ["favor", "favor_exact", "favor_relu"])
+@pytest.mark.parametrize("is_query", [True, False])
+def test_features(sm75, feature_map, is_query, dtype):
+    x, projection = make((2, 2, 150, 13), dtype, 0, "nchw"), projection_for(feature_map, 13)
+    kernel, eps = "relu" if feature_map == "favor_relu" else "softmax", EPS.get(feature_map, 0)
+    grad_phi = make((2, 2, 150, projection.shape[0]), dtype, 1)
+    feature_map = feature_map.replace("_exact", "")  # eps says it
+    with Arena(sm75) as arena:
+        a, (_, _, key_max) = describe(arena, feature_map, x, x, x, projection)
+        a.eps = eps
+        phi, grad = arena.result(grad_phi.shape, dtype), arena.result(x.shape, dtype, x.stride())
+        key_max.zero_()
+        a.out, a.key_max = View(phi), None if is_query else key_max.data_ptr()
+        call(sm75.simt_features, ctypes.byref(a), 3)
+        a.grad_out, a.grad_q = View(arena.put(grad_phi)), View(grad)
+        call(sm75.simt_features, ctypes.byref(a), 4)
+    wide = x.double().requires_grad_()
+    want = performer_features_reference(wide, projection.double(), is_query, kernel, eps)
+    assert_close("phi", phi, want, dtype)
+    assert_close("dx", grad, torch.autograd.grad(want, wide, grad_phi.double())[0], dtype)
+
+
+@pytest.mark.parametrize("feature_map", LINEAR)
+def test_kv_state(sm75, feature_map):
+    k, v = make((2, 2, 150, 20), torch.float16, 0, "nchw"), make((2, 2, 150, 12), torch.float16, 1)
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(4)) > 0.4
+    grad_state, grad_z = (make((2, 2, 20, *s), torch.float32, 2) for s in ((12,), ()))
+    inputs = [t.double().requires_grad_() for t in (k, v)]
+    state_, z_ = kv_state_reference(*inputs, feature_map, mask)
+    wants = torch.autograd.grad((state_, z_), inputs, (grad_state.double(), grad_z.double()))
+    with Arena(sm75) as arena:
+        a, (state, stat, _) = describe(arena, feature_map, k, k, v, key_mask=mask)
+        grads = [arena.result(t.shape, t.dtype, t.stride()) for t in (k, v)]
+        if feature_map == "softmax":  # as op.py does: what the normalisation does to the gradient
+            grad_z = -(grad_state * state_.detach()).sum(-1).float()
+        a.grad_state, a.grad_z = (arena.put(t).data_ptr() for t in (grad_state, grad_z))
+        a.grad_k, a.grad_v = map(View, grads)
+        call(sm75.simt_attention, ctypes.byref(a), STATE, 1)
+        call(sm75.simt_attention, ctypes.byref(a), STATE_GRADIENTS, 2)
+    assert_close("state", state, state_, torch.float16)
+    if feature_map != "softmax":
+        assert_close("z", stat, z_, torch.float16)
+    for name, got, want in zip(("dk", "dv"), grads, wants, strict=True):
+        assert_close(name, got, want, torch.float16)
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+class TestNumerics:
+    def test_same_bits_in_any_schedule(self, sm75, feature_map):
+        q, k, v, g = (make((1, 1, 70, c), torch.float16, i) for i, c in enumerate((20, 20, 12, 12)))
+        first, *others = (
+            run(sm75, feature_map, q, k, v, g, projection_for(feature_map, 20), seed=seed) for seed in (0, 1, 2)
+        )
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+    def test_same_bits_alone_and_in_a_batch(self, sm75, feature_map):
+        q, k, v, g = (make((3, 2, 40, c), torch.float16, i) for i, c in enumerate((8, 8, 12, 12)))
+        projection = projection_for(feature_map, 8)
+        batch = run(sm75, feature_map, q, k, v, g, projection)
+        alone = run(sm75, feature_map, *(t[1:2] for t in (q, k, v, g)), projection)
+        assert all(torch.equal(a[1:2], b) for a, b in zip(batch, alone, strict=True))
+
+    @pytest.mark.parametrize("size", [8, 30])
+    def test_large_queries_and_keys(self, sm75, feature_map, size):
+        """|q|, |k| up to 30: out is right; gradients are finite, and those of v right."""
+        q, k, v, g = (make((1, 2, 70, c), torch.float16, i) for i, c in enumerate((16, 16, 12, 12)))
+        q, k, projection = (q * size).clamp(-30, 30), (k * size).clamp(-30, 30), projection_for(feature_map, 16)
+        results = run(sm75, feature_map, q, k, v, g, projection)
+        assert all(t.isfinite().all() for t in results)
+        inputs = [t.double().requires_grad_() for t in (q, k, v)]
+        want = reference(feature_map, *inputs, projection)
+        assert_close("out", results[0], want, torch.float16)
+        assert_close("dv", results[3], torch.autograd.grad(want, inputs[2], g.double())[0], torch.float16)
+
+    @pytest.mark.parametrize("scale", [1e-4, 1e3])
+    def test_gradients_of_any_size(self, sm75, feature_map, scale):
+        """A loss scale neither overflows inside nor vanishes."""
+        q, k, v, g = (make((1, 1, 40, c), torch.float16, i) for i, c in enumerate((16, 16, 12, 12)))
+        projection = projection_for(feature_map, 16)
+        g = g * scale
+        results = run(sm75, feature_map, q, k, v, g, projection)
+        inputs = [t.double().requires_grad_() for t in (q, k, v)]
+        wants = torch.autograd.grad(reference(feature_map, *inputs, projection), inputs, g.double())
+        for name, got, want in zip(("dq", "dk", "dv"), results[1:4], wants, strict=True):
+            assert_close(name, got, want, torch.float16)
+
+    def test_a_hidden_key_may_be_anything(self, sm75, feature_map):
+        q, k, v, g = (make((1, 1, 9, 8), torch.float16, i) for i in range(4))
+        k[:, :, 4], v[:, :, 4] = torch.nan, torch.inf
+        mask = torch.arange(9)[None] != 4
+        results = run(sm75, feature_map, q, k, v, g, projection_for(feature_map, 8), mask)
+        assert all(t.isfinite().all() for t in results)
+
+    def test_nan_is_not_hidden(self, sm75, feature_map):
+        projection = projection_for(feature_map, 8)
+        for i in range(3):
+            q, k, v, g = inputs = [make((1, 1, 9, 8), torch.float16, i) for i in range(4)]
+            inputs[i][0, 0, 2, 3] = torch.nan
+            got = run(sm75, feature_map, q, k, v, g, projection)[0].isnan()
+            assert torch.equal(got, reference(feature_map, q, k, v, projection).isnan())
+
+    def test_many_keys(self, sm75, feature_map):
+        """Sums of 40,000 keys and gradients of 1/40,000 of theirs: 16 bits hold both."""
+        q, k, v, g = (make((1, 1, n, 16), torch.float16, i) for i, n in enumerate((64, 40_000, 40_000, 64)))
+        projection = projection_for(feature_map, 16, 16)
+        results = run(sm75, feature_map, q, k, v, g * 100, projection)
+        inputs = [t.double().requires_grad_() for t in (q, k, v)]
+        want = reference(feature_map, *inputs, projection)
+        wants = want, *torch.autograd.grad(want, inputs, 100 * g.double())
+        for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
+            assert_close(name, got, expected, torch.float16)
