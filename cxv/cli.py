@@ -3,16 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import NoReturn
 
 import torch
 
 from .models import create_model, list_models
 from .training.checkpoint import load_model
+from .training.config import OPTIMIZERS, RECIPES, TrainConfig
 from .training.data import DATASETS, decode_image, load_data, normalise
 from .training.errors import InputError
-from .training.loop import PRECISIONS, TrainConfig, autocast_for, evaluate, pick_device, train
+from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
+from .training.seeds import has_seeds, train_seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    train(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}))
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    if args.repeats is not None:
+        if config.seeds is not None:
+            raise InputError("--repeats and --seeds exclude each other")
+        first = config.seed or 0
+        config = replace(config, seed=None, seeds=tuple(range(first, first + args.repeats)))
+    if has_seeds(config):
+        train_seeds(config)
+    else:
+        train(config)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -153,13 +164,47 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--limit-train", type=_at_least(1), metavar="N", help="train on N images, balanced over the classes")
     g.add_argument("--limit-test", type=_at_least(1), metavar="N", help="test on N images, balanced over the classes")
     g.add_argument("--on-corrupt", choices=("error", "skip"), help="an unreadable image: stop or skip (default: error)")
-    g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=_at_least(0), metavar="N", help="cap of the AdamW phase (default: 300; digits: 60)")
+    g.add_argument(
+        "--validation",
+        type=_at_least(1),
+        metavar="N",
+        help="hold out N of the training images, each class by its share; they pick the best epoch and the test "
+        "set only reports (default: the test set picks, as in the paper, whose runs would hold out 5000)",
+    )
+    g = p.add_argument_group("recipe")
+    g.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="the paper's: DualOpT, caps of 300 and 100 epochs, patience 20, batches of 128, both rates 0.001, fp32; "
+        "paper-augmented adds RandAugment (cnv, cpv: 1,1; cltv: 3,3) and --post-train; arguments given besides win",
+    )
+    g.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="DualOpT, or AdamW or SGD alone, by the same rule of --patience (default: dualopt)",
+    )
+    g.add_argument(
+        "--rand-augment",
+        type=_numbers(2, "OPS,MAGNITUDE"),
+        metavar="OPS,MAGNITUDE",
+        help="RandAugment: operations an image, magnitude from 0 to 30; no flips or crops (default: no augmentation)",
+    )
+    g.add_argument(
+        "--post-train",
+        action=argparse.BooleanOptionalAction,
+        help="once training on augmented images is over, the same on clean ones from the best weights (default: no)",
+    )
+    g.add_argument(
+        "--epochs",
+        type=_at_least(0),
+        metavar="N",
+        help="cap of the AdamW phase, or the only one (default: 300; digits: 60)",
+    )
     g.add_argument(
         "--sgd-epochs",
         type=_at_least(0),
         metavar="N",
-        help="cap of the SGD phase (default: a third of --epochs, rounded up)",
+        help="cap of DualOpT's SGD phase (default: a third of --epochs, rounded up)",
     )
     g.add_argument(
         "--patience",
@@ -168,14 +213,22 @@ def _parser() -> argparse.ArgumentParser:
         help="stale epochs that end a phase (default: 20, the paper's)",
     )
     g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a step (default: 128)")
-    g.add_argument("--lr", type=float, help="of AdamW (default: 0.001)")
-    g.add_argument("--sgd-lr", type=float, metavar="LR", help="of SGD (default: 0.001)")
+    g.add_argument("--lr", type=float, help="of AdamW, or of the only optimiser (default: 0.001)")
+    g.add_argument("--sgd-lr", type=float, metavar="LR", help="of DualOpT's SGD (default: 0.001)")
+    g = p.add_argument_group("training")
     g.add_argument(
         "--precision",
         choices=PRECISIONS,
         help="fp32, or autocast to bf16 or fp16 (CUDA only) (default: fp32)",
     )
     g.add_argument("--seed", type=_at_least(0), metavar="N", help="of weights, order, dropout and subsets (default: 0)")
+    g.add_argument(
+        "--seeds",
+        type=_numbers(None, "0,1,2"),
+        metavar="N,N,…",
+        help="one run for each, in OUTPUT/seed-N; best, mean and standard deviation go into OUTPUT/summary.json",
+    )
+    g.add_argument("--repeats", type=_at_least(1), metavar="N", help="the same for N seeds from --seed on")
     _add_machine(g, default=None)
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="where the run's files go (default: runs/DATA-MODEL)")
@@ -234,6 +287,19 @@ def _at_least(least: int):
         return value
 
     return whole_number
+
+
+def _numbers(count: int | None, example: str):
+    def whole_numbers(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if not values or (count is not None and len(values) != count):
+            raise argparse.ArgumentTypeError(f"expected whole numbers like {example}, got {text!r}")
+        return values
+
+    return whole_numbers
 
 
 if __name__ == "__main__":

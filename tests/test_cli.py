@@ -15,6 +15,7 @@ from PIL import Image
 import cxv
 from cxv import cli
 from cxv.cli import main
+from cxv.training.config import resolve
 
 TINY = ["--model", "cpv-1/2", "--embed-dim", "16", "--limit-train", "96", "--limit-test", "40"]
 TINY += ["--batch-size", "32", "--threads", "1"]
@@ -73,7 +74,7 @@ def test_train_prints_its_progress_and_result(capsys, tmp_path):
     assert "epoch   1 AdamW lr 0.001" in out
     assert "switch to SGD after epoch 1: AdamW is capped (--epochs 1)" in out
     assert "epoch   2 SGD   lr 0.001" in out
-    assert f"in {output}: best.pt, last.pt, metrics.jsonl, args.json, curves.png" in out
+    assert f"in {output}: best.pt, last.pt, metrics.jsonl, args.json, summary.json, curves.png" in out
 
 
 def test_resume_takes_the_runs_arguments(capsys, run):
@@ -178,12 +179,12 @@ def test_the_default_is_a_small_cpv_on_digits(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "train", seen.append)
     assert main(["train"]) == 0
-    config, _ = cxv.training.loop._resolve(seen[0])
+    config, _ = resolve(seen[0])
     assert (config.data, config.model, config.embed_dim) == ("digits", "cpv-2/4", 64)
     assert (config.epochs, config.sgd_epochs, config.patience) == (60, 20, 20)
     assert config.output == "runs/digits-cpv-2-4"
     assert main(["train", "--data", "cifar10", "--no-fused"]) == 0
-    config, _ = cxv.training.loop._resolve(seen[1])
+    config, _ = resolve(seen[1])
     assert (config.model, config.embed_dim, config.epochs, config.sgd_epochs) == ("cpv-5/4", None, 300, 100)
     assert config.fused is False
 

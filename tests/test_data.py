@@ -312,3 +312,33 @@ def test_cifar_that_is_there_is_used_without_the_network(tmp_path, monkeypatch):
     assert torch.equal(data.train.images, torch.from_numpy(pixels).view(20, 3, 32, 32))
     assert data.train.labels.tolist() == [i % 10 for i in range(20)]
     assert len(data.test) == 5
+
+
+# --- held-out training images
+
+
+def test_validation_takes_each_class_by_its_share_from_the_training_images_alone():
+    whole = load_data("digits", seed=3)
+    data = load_data("digits", seed=3, validation=287)  # a fifth
+    assert (len(data.train), len(data.validation)) == (1437 - 287, 287)
+    assert data.test.fingerprint() == whole.test.fingerprint()
+    shares = data.validation.labels.bincount() / whole.train.labels.bincount()
+    assert (shares - 0.2).abs().max() < 0.01
+    train, held, all_ = ({x.numpy().tobytes() for x in s.images} for s in (data.train, data.validation, whole.train))
+    assert not train & held
+    assert train | held == all_
+    assert load_data("digits", seed=3, validation=287).validation.fingerprint() == data.validation.fingerprint()
+    assert load_data("digits", seed=4, validation=287).validation.fingerprint() != data.validation.fingerprint()
+    assert whole.validation is None
+
+
+def test_limit_train_counts_what_is_left_to_train_on(folder):
+    data = load_data("digits", limit_train=100, validation=50)
+    assert (len(data.train), len(data.validation)) == (100, 50)
+    data = load_data("folder", folder, validation=3)
+    assert data.train.labels.bincount().tolist() == [3, 3, 3]
+    assert data.validation.labels.bincount().tolist() == [1, 1, 1]
+    with pytest.raises(InputError, match="--validation: 10 of 12 training images leave a class without one to train"):
+        load_data("folder", folder, validation=10)
+    with pytest.raises(InputError, match="--validation: expected at least 1, got 0"):
+        load_data("folder", folder, validation=0)

@@ -289,3 +289,25 @@ def test_a_state_of_another_model_is_refused():
         other.load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match="not a state_dict of DualOpT"):
         other.load_state_dict({"epoch": 3})
+
+
+def test_restart_begins_anew_from_the_best_weights_and_the_best_so_far_goes_on():
+    model = make_model()
+    opt = DualOpT(model, patience=2, max_epochs=(2, 2))
+    for i, top1 in enumerate((10, 30, 20, 25)):
+        train_epoch(model, opt, seed=i)
+        if opt.end_epoch(top1):
+            best = snapshot(model)
+    assert opt.finished
+    opt.restart()
+    assert_same(model, best)
+    assert (opt.phase, opt.finished, opt.epoch, opt.stale) == ("adamw", False, 4, 0)
+    assert (opt.best_top1, opt.best_epoch, opt.switch_epoch) == (30, 2, None)
+    assert not opt.optimizer.state  # no moments from before
+    assert [opt.end_epoch(t) for t in (29, 29)] == [False, False]
+    assert (opt.phase, opt.switch_epoch, opt.switch_reason) == ("sgd", 6, "stale")
+    assert opt.end_epoch(30) is True
+    sgd = DualOpT(make_model(), max_epochs=(0, 1))
+    sgd.end_epoch(1)
+    sgd.restart()
+    assert sgd.phase == "sgd"

@@ -195,9 +195,9 @@ import os, signal, sys
 from cxv.training import TrainConfig, loop, train
 config, epoch, batch = eval(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 batches, epochs = loop.batches, [0]
-def deadly(data, batch_size, device, generator=None):
+def deadly(data, batch_size, device, generator=None, **kwargs):
     epochs[0] += generator is not None
-    for i, pair in enumerate(batches(data, batch_size, device, generator)):
+    for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
         if generator is not None and epochs[0] == epoch and i == batch:
             os.kill(os.getpid(), signal.SIGKILL)
         yield pair

@@ -1,9 +1,21 @@
 """Training: the DualOpT optimiser, datasets in memory, checkpoints, and the loop that ties them together."""
 
 from .checkpoint import load_model
+from .config import TrainConfig
 from .data import DATASETS, load_data
 from .dualopt import DualOpT
 from .errors import InputError
-from .loop import TrainConfig, evaluate, train
+from .loop import evaluate, train
+from .seeds import train_seeds
 
-__all__ = ["DATASETS", "DualOpT", "InputError", "TrainConfig", "evaluate", "load_data", "load_model", "train"]
+__all__ = [
+    "DATASETS",
+    "DualOpT",
+    "InputError",
+    "TrainConfig",
+    "evaluate",
+    "load_data",
+    "load_model",
+    "train",
+    "train_seeds",
+]

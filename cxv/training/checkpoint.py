@@ -113,8 +113,13 @@ def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """``cxv.create_model``, its refusals as :class:`InputError`."""
     try:
         return create_model(name, **kwargs)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise InputError(f"--model {name}: {error}") from error
+    except TypeError as error:  # not every baseline has every argument
+        odd = [k for k in ("embed_dim", "drop_rate") if f"'{k}'" in str(error)]
+        if not odd:
+            raise
+        raise InputError(f"--{odd[0].replace('_', '-')}: {name} has no such argument") from error
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -1,6 +1,6 @@
 """Datasets, decoded once into uint8 tensors, and the batches drawn from them.
 
-The paper trains without augmentation and scales each channel by mean = std = 0.5, so that is all there is.
+The paper scales each channel by mean = std = 0.5, and so does this; RandAugment, where wanted, comes before.
 """
 
 import difflib
@@ -11,9 +11,10 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,12 @@ from torch import Tensor
 from .errors import InputError
 from .progress import Progress
 
+if TYPE_CHECKING:
+    from .augment import RandAugment
+
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 SPLITS = ("train", "test")
+VALIDATION = "validation"
 MEAN = STD = 0.5
 MAX_DEFAULT_SIZE = 64
 """The side that a folder of larger images gets without ``img_size``: the paper's largest, Tiny ImageNet's."""
@@ -80,6 +85,10 @@ class Data:
     def test(self) -> ImageSet:
         return self.splits["test"]
 
+    @property
+    def validation(self) -> ImageSet | None:
+        return self.splits.get(VALIDATION)
+
 
 def load_data(
     name: str,
@@ -88,6 +97,7 @@ def load_data(
     img_size: int | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
+    validation: int | None = None,
     seed: int = 0,
     on_corrupt: str = "error",
     splits: Sequence[str] = SPLITS,
@@ -105,6 +115,8 @@ def load_data(
             image (in sorted order), at most 64.
         limit_train, limit_test: use at most so many images, balanced over the classes, drawn by ``seed``.
             Only those are decoded.
+        validation: take so many of the training images, each class by its share, drawn by ``seed``, for a split
+            ``"validation"``; ``limit_train`` counts what is left to train on.
         on_corrupt: ``"error"`` or ``"skip"``: what to do about an image that cannot be decoded.
         splits: which of ``"train"`` and ``"test"`` to load.
 
@@ -119,12 +131,16 @@ def load_data(
         ("--img-size", img_size),
         ("--limit-train", limit_train),
         ("--limit-test", limit_test),
+        ("--validation", validation),
     ):
         if value is not None and value < 1:
             raise InputError(f"{arg}: expected at least 1, got {value}")
+    if limit_train is not None:
+        limit_train += validation or 0
     limits = {"train": limit_train, "test": limit_test}
     if name == "folder":
-        return _folder(data_dir, img_size, limits, seed, on_corrupt, splits)
+        data = _folder(data_dir, img_size, limits, seed, on_corrupt, splits)
+        return data if validation is None else _hold_out(data, validation, seed)
     images, labels, classes = _digits(splits) if name == "digits" else _cifar(name, data_dir or "data", splits)
     loaded = {}
     for split in splits:
@@ -134,7 +150,8 @@ def load_data(
             _check_memory(len(x) * x.shape[1] * img_size**2)
             x = _resize(x, img_size)
         loaded[split] = ImageSet(x, labels[split][keep])
-    return Data(name, classes, next(iter(loaded.values())).images.shape[-1], loaded)
+    data = Data(name, classes, next(iter(loaded.values())).images.shape[-1], loaded)
+    return data if validation is None else _hold_out(data, validation, seed)
 
 
 def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
@@ -154,23 +171,45 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     return order[turn[:limit]].sort().values
 
 
+def _hold_out(data: Data, n: int, seed: int) -> Data:
+    """The data with ``n`` of the training images, each class by its share, in a split of their own."""
+    labels = data.train.labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    share = torch.empty(len(labels), dtype=torch.float64)  # how far through its own class each image comes
+    for c in labels.unique():
+        mine = order[labels[order] == c]
+        share[mine] = (torch.arange(len(mine)) + 0.5) / len(mine)
+    order = order[torch.argsort(share[order], stable=True)]
+    held, rest = order[:n].sort().values, order[n:].sort().values
+    if len(labels[rest].unique()) < len(labels.unique()):
+        raise InputError(f"--validation: {n} of {len(labels)} training images leave a class without one to train on")
+    splits = {"train": rest, VALIDATION: held}
+    split = {name: ImageSet(data.train.images[i], labels[i], data.train.skipped) for name, i in splits.items()}
+    return replace(data, splits=data.splits | split)
+
+
 def batches(
     data: ImageSet,
     batch_size: int,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
+    *,
+    augment: "RandAugment | None" = None,
+    epoch: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``(images, labels)``: (B, C, S, S) float32 in [-1, 1] and (B,) int64, on ``device``.
 
-    In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller.
+    In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
+    works on the device, by its draws for ``epoch``.
     """
     order = None if generator is None else torch.randperm(len(data), generator=generator)
+    draws = None if augment is None else augment.draws(len(data), epoch)
     for i in range(0, len(data), batch_size):
-        if order is None:
-            x, y = data.images[i : i + batch_size], data.labels[i : i + batch_size]
-        else:
-            x, y = data.images[order[i : i + batch_size]], data.labels[order[i : i + batch_size]]
-        yield normalise(x.to(device)), y.to(device)
+        rows = slice(i, i + batch_size) if order is None else order[i : i + batch_size]
+        x = data.images[rows].to(device)
+        if augment is not None:
+            x = augment(x, draws[rows])
+        yield normalise(x), data.labels[rows].to(device)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class DualOpT:
         """Why it ended: ``"stale"`` or ``"capped"``."""
         self._phase_epoch = 0
         self._best: dict[str, Tensor] = {}
-        self._start("sgd" if max_epochs[0] == 0 else "adamw")
+        self._first = "sgd" if max_epochs[0] == 0 else "adamw"
+        self._start(self._first)
 
     @property
     def phase(self) -> str:
@@ -159,6 +160,15 @@ class DualOpT:
             self.stale += 1
         self._switch_if_due()
         return best
+
+    def restart(self) -> None:
+        """Begin anew with the first phase, from the best weights so far, by a fresh optimiser.
+
+        The paper's post-training: after DualOpT on augmented images another one on clean images. The best so far and
+        the count of epochs go on.
+        """
+        self.switch_epoch = self.switch_reason = None
+        self._reload(self._first)
 
     @torch.no_grad()
     def load_best(self) -> None:
@@ -228,8 +238,11 @@ class DualOpT:
         if self._phase != "adamw" or self.finished or self.phase_over is None:
             return
         self.switch_epoch, self.switch_reason = self.epoch, self.phase_over
+        self._reload("sgd")
+
+    def _reload(self, phase: str) -> None:
         self.load_best()
-        self._start("sgd")
+        self._start(phase)
         self.zero_grad()  # the gradients were those of other weights
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.registry import has_fused_ops
+from .augment import RandAugment
 from .checkpoint import (
     BEST,
     LAST,
@@ -25,96 +27,50 @@ from .checkpoint import (
     rng_state,
     set_rng_state,
 )
-from .curves import plot_curves
+from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TrainConfig, arguments, flag, resolve
+from .curves import phase_name, plot_curves
 from .data import MEAN, STD, Data, ImageSet, batches, load_data
 from .dualopt import DualOpT
 from .errors import InputError
 from .interrupt import deferred_interrupts, interruptible
 from .progress import Progress
+from .summary import summarise, summary_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-METRICS, ARGS, CURVES = "metrics.jsonl", "args.json", "curves.png"
-DEFAULTS: dict[str, Any] = {
-    "data": "digits",
-    "epochs": 300,
-    "patience": 20,
-    "batch_size": 128,
-    "lr": 1e-3,
-    "sgd_lr": 1e-3,
-    "precision": "fp32",
-    "fused": True,
-    "seed": 0,
-    "device": "auto",
-    "on_corrupt": "error",
-    "model": "cpv-5/4",
-}
-"""The paper's recipe (section 4); its batch size is not given. ``sgd_epochs`` is a third of ``epochs``, rounded up."""
-DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60}
-DIGITS_MODEL: dict[str, Any] = {"model": "cpv-2/4", "embed_dim": 64}
-"""For digits, when no model is named: enough for 8×8 images, and minutes on a laptop's CPU."""
-
-_CHANGEABLE = {"epochs", "sgd_epochs", "device", "threads", "data_dir", "output", "on_corrupt"}
-_CHANGEABLE |= {"resume", "overwrite"}
 _CHECK_EVERY = 16  # batches between looks at the loss: each look makes a GPU wait
 
 
 @dataclass
-class TrainConfig:
-    """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
-
-    Rates are per step, sizes in pixels or images, ``epochs`` and ``sgd_epochs`` the caps of DualOpT's two
-    phases.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    data_dir: str | None = None
-    epochs: int | None = None
-    sgd_epochs: int | None = None
-    patience: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    sgd_lr: float | None = None
-    embed_dim: int | None = None
-    drop_rate: float | None = None
-    img_size: int | None = None
-    precision: str | None = None
-    fused: bool | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    seed: int | None = None
-    device: str | None = None
-    output: str | None = None
-    on_corrupt: str | None = None
-    threads: int | None = None
-    resume: bool = False
-    overwrite: bool = False
-
-
-@dataclass
 class TrainResult:
-    """``best_top1`` (per cent) was reached at ``best_epoch`` of ``epochs``; the files are in ``output``."""
+    """``best_top1`` (per cent) was reached at ``best_epoch`` of ``epochs``; the files are in ``output``.
+
+    It is of the validation images where there are some, else of the test set; ``summary`` has the test set's top-1 by
+    every way of selecting.
+    """
 
     best_top1: float
     best_epoch: int
     epochs: int
     output: Path
+    summary: dict[str, Any]
 
 
 def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> TrainResult:
-    """Train a model with DualOpT, or go on with a run (``resume``), and write everything into ``output``.
+    """Train a model with DualOpT (or one of its phases), or go on with a run (``resume``), and write everything into
+    ``output``.
 
     After every epoch ``last.pt`` (and ``best.pt`` at a best) and ``metrics.jsonl`` are replaced atomically; a
     run that is killed goes on from ``last.pt``, on the CPU to the same bits as if nothing had happened. Top-1
-    is of the test split and picks the best epoch, as in the paper: for an unbiased figure keep a third split
-    aside. Sets torch's and Python's random seeds and, given ``threads``, torch's number of threads.
+    of the test split picks the best epoch, as in the paper; given ``validation`` it is that of the training images held
+    out, and the test split is only reported. Sets torch's and Python's random seeds and, given ``threads``, torch's
+    number of threads.
 
     Raises:
         InputError: bad arguments or files, a directory that holds another run, or a loss that is not finite.
     """
     log = log or (lambda line: print(line, flush=True))
     named = config.model is not None or config.resume
-    config, saved = _resolve(config)
+    config, saved = resolve(config)
     output = Path(config.output)
     device = pick_device(config.device)
     autocast = autocast_for(config.precision, device)
@@ -127,6 +83,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         img_size=config.img_size,
         limit_train=config.limit_train,
         limit_test=config.limit_test,
+        validation=config.validation,
         seed=config.seed,
         on_corrupt=config.on_corrupt,
     )
@@ -144,13 +101,10 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     }
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
     model = build_model(config.model, kwargs).to(device)
-    opt = DualOpT(
-        model,
-        patience=config.patience,
-        lr=config.lr,
-        sgd_lr=config.sgd_lr,
-        max_epochs=(config.epochs, config.sgd_epochs),
-    )
+    opt = _optimiser(model, config)
+    augment = None if config.rand_augment is None else RandAugment(*config.rand_augment, seed=config.seed)
+    selection = "test" if data.validation is None else "validation"
+    post_training = False
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     sampler = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, Any]] = []
@@ -162,6 +116,18 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         sampler.set_state(saved["sampler"])
         set_rng_state(saved["rng"], device)
         history = saved["history"]
+        post_training = saved.get("post_training", False)
+
+    def post_train_if_due() -> None:
+        nonlocal post_training
+        if opt.finished and config.post_train and not post_training:
+            why = _why(opt, config)
+            opt.restart()
+            post_training = True
+            log(
+                f"post-training on clean images after epoch {opt.epoch}: {why}; reloaded the best weights, of epoch "
+                f"{opt.best_epoch} ({opt.best_top1:.2f} %)"
+            )
 
     def save(best: bool) -> None:
         content = pack_checkpoint(
@@ -175,12 +141,13 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "normalisation": {"mean": MEAN, "std": STD},
                 "data_fingerprint": fingerprint,
                 "optimiser": opt.state_dict(),
+                "post_training": post_training,
                 "scaler": scaler.state_dict(),
                 "sampler": sampler.get_state(),
                 "rng": rng_state(device),
                 "epoch": opt.epoch,
                 "history": history,
-                "args": _arguments(config),
+                "args": arguments(config),
             }
         )
         if best:
@@ -193,13 +160,14 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         width = "" if config.embed_dim is None else f" with --embed-dim {config.embed_dim}"
         log(f"no --model given: {config.model}{width}, the default for {config.data}")
     parameters = sum(p.numel() for p in model.parameters())
+    ops = "plain PyTorch" if not config.fused else "fused" if has_fused_ops(config.model) else "no fused ops in it"
+    log(f"{config.model}: {parameters:,} parameters, {ops}, {config.precision}")
+    held = "" if data.validation is None else f" {len(data.validation):,} validation"
     log(
-        f"{config.model}: {parameters:,} parameters, {'fused' if config.fused else 'plain PyTorch'}, {config.precision}"
-    )
-    log(
-        f"{config.data}: {len(data.train):,} training and {len(data.test):,} test images, "
+        f"{config.data}: {len(data.train):,} training{',' if held else ''}{held} and {len(data.test):,} test images, "
         f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}"
     )
+    log(_recipe_line(config, selection))
     log(f"on {device} with {torch.get_num_threads()} threads, output in {output}")
     if saved is None:
         try:
@@ -207,29 +175,35 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         except OSError as error:
             raise InputError(f"--output: cannot create {output} ({error.strerror})") from error
         if config.overwrite:
-            for name in (LAST, BEST, METRICS, CURVES, ARGS):
+            for name in (LAST, BEST, METRICS, CURVES, ARGS, SUMMARY):
                 (output / name).unlink(missing_ok=True)
         save(best=False)  # so that a run killed in its first epoch can be resumed too
     else:
-        log(f"resumed after epoch {opt.epoch}, in the {_NAMES[opt.phase]} phase")
+        log(f"resumed after epoch {opt.epoch}, in the {NAMES[opt.phase]} phase")
         if opt.phase != saved["optimiser"]["phase"]:  # a changed cap ends the phase here
             log(_switch_line(opt, config))
+        post_train_if_due()  # --post-train can be given to a run that is over
+        save(best=False)
         if opt.finished:
-            log("both phases are over already: nothing left to train (raise --sgd-epochs to go on)")
-        _write_metrics(output, history)
-    atomic_write(output / ARGS, (json.dumps(_arguments(config), indent=2) + "\n").encode())
+            name = "epochs" if config.optimizer != "dualopt" else "sgd_epochs"
+            log(f"the training is over already: nothing left to train (raise {flag(name)} to go on)")
+    atomic_write(output / ARGS, (json.dumps(arguments(config), indent=2) + "\n").encode())
 
     try:
         with deferred_interrupts():
             while not opt.finished:
-                row = _train_epoch(model, data, opt, scaler, sampler, config, device, autocast, output)
-                best = opt.end_epoch(row["test_top1"])
+                clean = augment is None or post_training
+                row = _train_epoch(
+                    model, data, opt, scaler, sampler, config, device, autocast, output, None if clean else augment
+                )
+                best = opt.end_epoch(row[f"{selection}_top1"])
                 row["best_top1"] = opt.best_top1
                 history.append(row)
-                save(best)
                 log(_epoch_line(row, best))
                 if row["phase"] != opt.phase:
                     log(_switch_line(opt, config))
+                post_train_if_due()
+                save(best)
     except KeyboardInterrupt:
         epoch = read_checkpoint(output / LAST)["epoch"]
         log(f"interrupted; epoch {epoch} is saved: go on with  cxv train --resume --output {output}")
@@ -240,12 +214,16 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             f"a smaller one, --fused, or --precision fp16. The last good checkpoint is {output / LAST}"
         ) from error
 
-    log(f"finished: {_NAMES[opt.phase]} {_why(opt.phase_over, opt.phase, config)}")
-    drawn = plot_curves(history, output / CURVES, f"{config.model} on {config.data}", opt.switch_epoch)
-    log(f"best top-1 {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
-    files = [BEST, LAST, METRICS, ARGS] + ([CURVES] if drawn else [])
+    log(f"finished: {_why(opt, config)}")
+    drawn = plot_curves(history, output / CURVES, f"{config.model} on {config.data}")
+    summary = summarise(history)
+    atomic_write(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    what = "top-1" if selection == "test" else f"{selection} top-1"
+    log(f"best {what} {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
+    log(summary_line(summary))
+    files = [BEST, LAST, METRICS, ARGS, SUMMARY] + ([CURVES] if drawn else [])
     log(f"in {output}: {', '.join(files)}" + ("" if drawn else " (no curves: pip install 'cxv[train]')"))
-    return TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output)
+    return TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output, summary)
 
 
 @torch.no_grad()
@@ -317,6 +295,7 @@ def _train_epoch(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     output: Path,
+    augment: RandAugment | None,
 ) -> dict[str, Any]:
     """One epoch of training and the evaluation after it, as a line of ``metrics.jsonl``."""
     epoch, start = opt.epoch + 1, time.perf_counter()
@@ -327,8 +306,9 @@ def _train_epoch(
     loss_sum, seen = 0.0, 0
     hits = torch.zeros((), dtype=torch.int64, device=device)
     model.train()
-    with Progress(total, f"epoch {epoch} {_NAMES[phase]}") as progress:
-        for step, (x, y) in enumerate(interruptible(batches(data.train, config.batch_size, device, sampler)), 1):
+    source = batches(data.train, config.batch_size, device, sampler, augment=augment, epoch=epoch)
+    with Progress(total, f"epoch {epoch} {NAMES[phase]}") as progress:
+        for step, (x, y) in enumerate(interruptible(source), 1):
             opt.zero_grad()
             with autocast():
                 logits = model(x)
@@ -350,25 +330,27 @@ def _train_epoch(
                 shown = {"loss": f"{loss_sum / seen:.4f}", "top-1": f"{100 * hits.item() / seen:.1f} %"}
             progress.update(len(y), **shown)
     train_seconds = time.perf_counter() - start
-    test_loss, test_top1 = evaluate(model, data.test, config.batch_size, device, autocast)
-    # the last step of the epoch can break weights whose loss was still finite
-    if not math.isfinite(test_loss):
-        where = f"at epoch {epoch}, after batch {steps} of {steps}"
-        raise _diverged(f"the test loss is {test_loss} {where}", output)
+    scores: dict[str, float] = {}
+    for name, split in data.splits.items():
+        if name == "train":
+            continue
+        split_loss, scores[f"{name}_top1"] = evaluate(model, split, config.batch_size, device, autocast)
+        # the last step of the epoch can break weights whose loss was still finite
+        if not math.isfinite(split_loss):
+            where = f"at epoch {epoch}, after batch {steps} of {steps}"
+            raise _diverged(f"the {name} loss is {split_loss} {where}", output)
+        scores[f"{name}_loss"] = split_loss
     return {
         "epoch": epoch,
         "phase": phase,
+        "augmented": augment is not None,
         "lr": lr,
         "train_loss": loss_sum / total,
         "train_top1": 100 * hits.item() / total,
-        "test_loss": test_loss,
-        "test_top1": test_top1,
+        **scores,
         "images_per_second": total / train_seconds,
         "seconds": time.perf_counter() - start,
     }
-
-
-_NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def _diverged(what: str, output: Path) -> InputError:
@@ -380,9 +362,12 @@ def _diverged(what: str, output: Path) -> InputError:
 
 
 def _epoch_line(row: dict[str, Any], best: bool) -> str:
+    held = ""
+    if "validation_top1" in row:
+        held = f"validation loss {row['validation_loss']:.4f} top-1 {row['validation_top1']:6.2f} %  "
     return (
-        f"epoch {row['epoch']:3d} {_NAMES[row['phase']]:5s} lr {row['lr']:g}  loss {row['train_loss']:.4f} "
-        f"top-1 {row['train_top1']:6.2f} %  "
+        f"epoch {row['epoch']:3d} {phase_name(row):5s} lr {row['lr']:g}  loss {row['train_loss']:.4f} "
+        f"top-1 {row['train_top1']:6.2f} %  {held}"
         f"test loss {row['test_loss']:.4f} top-1 {row['test_top1']:6.2f} %  "
         f"{row['images_per_second']:.0f} images/s {row['seconds']:.1f} s" + ("  best" if best else "")
     )
@@ -390,73 +375,46 @@ def _epoch_line(row: dict[str, Any], best: bool) -> str:
 
 def _switch_line(opt: DualOpT, config: TrainConfig) -> str:
     return (
-        f"switch to SGD after epoch {opt.switch_epoch}: AdamW {_why(opt.switch_reason, 'adamw', config)}; "
+        f"switch to SGD after epoch {opt.switch_epoch}: AdamW {_reason(opt.switch_reason, 'epochs', config)}; "
         f"reloaded the best weights, of epoch {opt.best_epoch} ({opt.best_top1:.2f} %)"
     )
 
 
-def _why(reason: str, phase: str, config: TrainConfig) -> str:
+def _why(opt: DualOpT, config: TrainConfig) -> str:
+    cap = "sgd_epochs" if config.optimizer == "dualopt" and opt.phase == "sgd" else "epochs"
+    return f"{NAMES[opt.phase]} {_reason(opt.phase_over, cap, config)}"
+
+
+def _reason(reason: str, cap: str, config: TrainConfig) -> str:
     if reason == "stale":
         return f"is stale (top-1 made no progress for {config.patience} epochs)"
-    name = "epochs" if phase == "adamw" else "sgd_epochs"
-    return f"is capped ({_flag(name)} {getattr(config, name)})"
+    return f"is capped ({flag(cap)} {getattr(config, cap)})"
 
 
-def _resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
-    """Fill in the defaults, or when resuming what the run has, and check what can be checked at once."""
-    if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    given = {k: v for k, v in asdict(config).items() if v is not None}
-    defaults = dict(DEFAULTS)
-    if given.get("data", "digits") == "digits":
-        defaults |= DIGITS_DEFAULTS | ({} if "model" in given else DIGITS_MODEL)
-    full = defaults | given
-    full.setdefault("sgd_epochs", -(-full["epochs"] // 3))
-    full.setdefault("output", f"runs/{full['data']}-{str(full['model']).replace('/', '-')}")
-    output, saved = Path(full["output"]), None
-    if config.resume:
-        if not (output / LAST).is_file():
-            raise InputError(f"--resume: {output} holds no run to go on with ({LAST} is not there)")
-        saved = read_checkpoint(output / LAST)
-        full = saved["args"] | given | {"output": full["output"]}
-        changed = [
-            f"{_flag(k)} ({saved['args'].get(k)} in the run, {v} now)"
-            for k, v in given.items()
-            if k not in _CHANGEABLE and saved["args"].get(k) != v
-        ]
-        if changed:
-            raise InputError(f"--resume: the run in {output} has other arguments: {', '.join(changed)}")
-    else:
-        present = [name for name in (LAST, BEST, METRICS) if (output / name).exists()]
-        if present and not config.overwrite:
-            raise InputError(
-                f"--output: {output} holds another run ({', '.join(present)}); give --resume to go on with "
-                "it, --overwrite to delete it, or another directory"
-            )
-        if output.exists() and not output.is_dir():
-            raise InputError(f"--output: {output} is not a directory")
-    config = replace(config, **{f.name: full.get(f.name) for f in fields(TrainConfig) if f.name in full})
-    for name, least in (("epochs", 0), ("sgd_epochs", 0), ("patience", 1), ("batch_size", 1), ("threads", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise InputError(f"{_flag(name)}: expected at least {least}, got {value}")
-    for name in ("lr", "sgd_lr"):
-        value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{_flag(name)}: expected a finite number above 0, got {value}")
-    if config.drop_rate is not None and not 0 <= config.drop_rate < 1:
-        raise InputError(f"--drop-rate: expected at least 0 and less than 1, got {config.drop_rate}")
-    if config.epochs == config.sgd_epochs == 0:
-        raise InputError("--epochs and --sgd-epochs are both 0: nothing to train")
-    if saved is not None:
-        done = {phase: sum(row["phase"] == phase for row in saved["history"]) for phase in ("adamw", "sgd")}
-        for name, phase in (("epochs", "adamw"), ("sgd_epochs", "sgd")):
-            if getattr(config, name) < done[phase]:
-                raise InputError(
-                    f"{_flag(name)}: {getattr(config, name)}, but the run has done {done[phase]} epochs of "
-                    f"{_NAMES[phase]} already"
-                )
-    return config, saved
+def _recipe_line(config: TrainConfig, selection: str) -> str:
+    parts = ["DualOpT" if config.optimizer == "dualopt" else f"{NAMES[config.optimizer]} alone"]
+    if config.rand_augment is not None:
+        parts.append("RandAugment of {} at magnitude {}".format(*config.rand_augment))
+    if config.post_train:
+        parts.append("post-training on clean images")
+    by = (
+        "the test set, as in the paper"
+        if selection == "test"
+        else "held-out training images; the test set only reports"
+    )
+    return f"{', then '.join(parts)}; the best epoch by {by}"
+
+
+def _optimiser(model: nn.Module, config: TrainConfig) -> DualOpT:
+    if config.optimizer == "sgd":
+        return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
+    return DualOpT(
+        model,
+        patience=config.patience,
+        lr=config.lr,
+        sgd_lr=1e-3 if config.sgd_lr is None else config.sgd_lr,
+        max_epochs=(config.epochs, config.sgd_epochs or 0),
+    )
 
 
 def _check_same_data(saved: dict[str, Any], data: Data, fingerprint: dict[str, int], output: Path) -> None:
@@ -475,14 +433,6 @@ def _check_same_data(saved: dict[str, Any], data: Data, fingerprint: dict[str, i
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f", … ({len(names)})" if len(names) > 10 else "")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _arguments(config: TrainConfig) -> dict[str, Any]:
-    return {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
 
 
 def _write_metrics(output: Path, history: list[dict[str, Any]]) -> None:

@@ -1,0 +1,82 @@
+"""RandAugment of whole batches, on any device, by torchvision's operations."""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .data import need
+
+NUM_BINS = 31
+"""The magnitudes that RandAugment knows: 0 to 30."""
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Cubuk et al. 2020 as in torchvision: ``num_ops`` of 14 operations, drawn with replacement for each image, all of
+    one ``magnitude`` (0 to 30), nearest neighbours, on uint8.
+
+    What an image gets is a function of ``seed``, the epoch and its place in the set: the batches, the device and a
+    resumed run change nothing. The images of a batch that drew the same operation go through it together.
+    """
+
+    num_ops: int
+    magnitude: int
+    seed: int = 0
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """(num_images, num_ops) int64: twice the operation's number, plus 1 where its magnitude is negative."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"RandAugment {self.seed} {epoch}".encode()))
+        shape = (num_images, self.num_ops)
+        op = torch.randint(len(_OPS), shape, generator=generator)
+        negative = torch.randint(2, shape, generator=generator)
+        return 2 * op + negative * torch.tensor([signed for _, signed, _ in _OPS])[op]
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augment ``images`` (B, C, S, S), uint8, C of 1 or 3, by their rows of :meth:`draws` (B, num_ops)."""
+        functional = need("torchvision.transforms.functional")
+        out = images.clone()
+        for column in draws.unbind(1):
+            for draw in column.unique().tolist():
+                top, _, apply = _OPS[draw // 2]
+                magnitude = torch.linspace(0, top(images.shape[-1]), NUM_BINS)[
+                    self.magnitude
+                ].item()  # its rounding too
+                rows = (column == draw).nonzero().flatten().to(images.device)
+                out[rows] = apply(functional, out[rows], -magnitude if draw % 2 else magnitude)
+        return out
+
+
+def _affine(f: ModuleType, x: Tensor, translate=(0, 0), shear=(0.0, 0.0), center=None) -> Tensor:
+    return f.affine(x, angle=0.0, translate=list(translate), scale=1.0, shear=list(shear), center=center)
+
+
+def _shear(magnitude: float) -> float:
+    return math.degrees(math.atan(magnitude))
+
+
+def _posterize(f: ModuleType, x: Tensor, magnitude: float) -> Tensor:
+    return f.posterize(x, 8 - round(magnitude))  # magnitude = m / 7.5, as torchvision divides
+
+
+# the largest magnitude for an image side, whether it is signed, the operation; in torchvision's order
+_OPS: tuple[tuple[Callable[[int], float], bool, Callable[[ModuleType, Tensor, float], Tensor]], ...] = (
+    (lambda size: 0.0, False, lambda f, x, m: x),  # Identity
+    (lambda size: 0.3, True, lambda f, x, m: _affine(f, x, shear=(_shear(m), 0.0), center=[0, 0])),  # ShearX
+    (lambda size: 0.3, True, lambda f, x, m: _affine(f, x, shear=(0.0, _shear(m)), center=[0, 0])),  # ShearY
+    (lambda size: 150.0 / 331.0 * size, True, lambda f, x, m: _affine(f, x, translate=(int(m), 0))),  # TranslateX
+    (lambda size: 150.0 / 331.0 * size, True, lambda f, x, m: _affine(f, x, translate=(0, int(m)))),  # TranslateY
+    (lambda size: 30.0, True, lambda f, x, m: f.rotate(x, m)),  # Rotate
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_brightness(x, 1.0 + m)),  # Brightness
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_saturation(x, 1.0 + m)),  # Color
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_contrast(x, 1.0 + m)),  # Contrast
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_sharpness(x, 1.0 + m)),  # Sharpness
+    (lambda size: 4.0, False, _posterize),  # Posterize
+    (lambda size: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
+    (lambda size: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
+    (lambda size: 0.0, False, lambda f, x, m: f.equalize(x)),  # Equalize
+)

@@ -1,0 +1,225 @@
+"""The arguments of a training run: defaults, the paper's recipes, and what is wrong with them."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .augment import NUM_BINS
+from .checkpoint import BEST, LAST, read_checkpoint
+from .errors import InputError
+
+METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
+OPTIMIZERS = ("dualopt", "adamw", "sgd")
+DEFAULTS: dict[str, Any] = {
+    "data": "digits",
+    "optimizer": "dualopt",
+    "post_train": False,
+    "epochs": 300,
+    "patience": 20,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "precision": "fp32",
+    "fused": True,
+    "seed": 0,
+    "device": "auto",
+    "on_corrupt": "error",
+    "model": "cpv-5/4",
+}
+"""The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
+a third of ``epochs``, rounded up, and ``sgd_lr`` 0.001."""
+DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60}
+DIGITS_MODEL: dict[str, Any] = {"model": "cpv-2/4", "embed_dim": 64}
+"""For digits, when no model is named: enough for 8×8 images, and minutes on a laptop's CPU."""
+
+_PAPER = {
+    "optimizer": "dualopt",
+    "epochs": 300,
+    "sgd_epochs": 100,
+    "patience": 20,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "sgd_lr": 1e-3,
+    "precision": "fp32",
+}
+RECIPES: dict[str, dict[str, Any]] = {"paper": _PAPER, "paper-augmented": _PAPER | {"post_train": True}}
+"""Section 4's recipe, and section 5's with RandAugment and post-training (Table 4)."""
+RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
+"""Table 4's operations and magnitude, by the family of the model."""
+
+NAMES = {"adamw": "AdamW", "sgd": "SGD"}
+_CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
+_CHANGEABLE |= {"resume", "overwrite"}
+
+
+@dataclass
+class TrainConfig:
+    """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
+
+    Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
+    ``sgd_epochs`` and ``sgd_lr`` of its second; ``rand_augment`` is (operations, magnitude); ``validation`` the number
+    of training images held out to select by. ``seeds``: all those of the runs that this one is of, see
+    :func:`cxv.training.train_seeds`.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    data_dir: str | None = None
+    recipe: str | None = None
+    optimizer: str | None = None
+    rand_augment: tuple[int, int] | None = None
+    post_train: bool | None = None
+    validation: int | None = None
+    epochs: int | None = None
+    sgd_epochs: int | None = None
+    patience: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    sgd_lr: float | None = None
+    embed_dim: int | None = None
+    drop_rate: float | None = None
+    img_size: int | None = None
+    precision: str | None = None
+    fused: bool | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    seed: int | None = None
+    seeds: tuple[int, ...] | None = None
+    device: str | None = None
+    output: str | None = None
+    on_corrupt: str | None = None
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Fill in the defaults, or when resuming what the run has, and check what can be checked at once.
+
+    Returns:
+        The configuration and, when resuming, the checkpoint to go on from.
+
+    Raises:
+        InputError: an argument is out of its range, contradicts another one or the run in ``output``.
+    """
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    given = {k: v for k, v in asdict(config).items() if v is not None}
+    full, saved = _with_defaults(given), None
+    output = Path(full["output"])
+    if config.resume:
+        if not (output / LAST).is_file():
+            raise InputError(f"--resume: {output} holds no run to go on with ({LAST} is not there)")
+        saved = read_checkpoint(output / LAST)
+        run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
+        full = run | given | {"output": full["output"]}
+        changed = [
+            f"{flag(k)} ({run.get(k)} in the run, {v} now)"
+            for k, v in given.items()
+            if k not in _CHANGEABLE and run.get(k) != v
+        ]
+        if changed:
+            raise InputError(f"--resume: the run in {output} has other arguments: {', '.join(changed)}")
+    else:
+        present = [name for name in (LAST, BEST, METRICS) if (output / name).exists()]
+        if present and not config.overwrite:
+            raise InputError(
+                f"--output: {output} holds another run ({', '.join(present)}); give --resume to go on with "
+                "it, --overwrite to delete it, or another directory"
+            )
+        if output.exists() and not output.is_dir():
+            raise InputError(f"--output: {output} is not a directory")
+    config = replace(config, **{f.name: full.get(f.name) for f in fields(TrainConfig) if f.name in full})
+    _check(config)
+    if saved is not None:
+        _check_progress(config, saved)
+    return config, saved
+
+
+def default_output(config: TrainConfig) -> str:
+    """Where a run goes without ``output``."""
+    return _with_defaults({k: v for k, v in asdict(config).items() if v is not None})["output"]
+
+
+def flag(name: str) -> str:
+    """The command line's name of an argument."""
+    return f"--{name.replace('_', '-')}"
+
+
+def arguments(config: TrainConfig) -> dict[str, Any]:
+    """What a run remembers of its configuration."""
+    return {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+
+
+def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    defaults = dict(DEFAULTS)
+    if given.get("data", "digits") == "digits":
+        defaults |= DIGITS_DEFAULTS | ({} if "model" in given else DIGITS_MODEL)
+    recipe = given.get("recipe")
+    if recipe is not None:
+        if recipe not in RECIPES:
+            raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+        defaults |= RECIPES[recipe]
+    full = defaults | given
+    if full["optimizer"] == "dualopt":
+        full.setdefault("sgd_epochs", -(-full["epochs"] // 3))
+        full.setdefault("sgd_lr", 1e-3)
+    else:  # of a recipe
+        full = {k: v for k, v in full.items() if k not in ("sgd_epochs", "sgd_lr") or k in given}
+    if recipe == "paper-augmented" and "rand_augment" not in given:
+        family = str(full["model"]).lower().split("-")[0]
+        if family not in RAND_AUGMENT:
+            raise InputError(
+                f"--recipe paper-augmented: the paper has its RandAugment for {', '.join(RAND_AUGMENT)} alone, and the "
+                f"model is {full['model']}: give --rand-augment OPS,MAGNITUDE too"
+            )
+        full["rand_augment"] = RAND_AUGMENT[family]
+    full.setdefault("output", f"runs/{full['data']}-{str(full['model']).replace('/', '-')}")
+    return full
+
+
+def _check(config: TrainConfig) -> None:
+    if config.optimizer not in OPTIMIZERS:
+        raise InputError(f"--optimizer: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer!r}")
+    for name in ("sgd_epochs", "sgd_lr"):
+        if config.optimizer != "dualopt" and getattr(config, name) is not None:
+            raise InputError(
+                f"{flag(name)}: of DualOpT's second phase, and --optimizer is {config.optimizer}, which has one phase: "
+                f"give {flag(name.removeprefix('sgd_'))}"
+            )
+    for name, least in (("epochs", 0), ("sgd_epochs", 0), ("patience", 1), ("batch_size", 1), ("threads", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"{flag(name)}: expected at least {least}, got {value}")
+    for name in ("lr", "sgd_lr"):
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{flag(name)}: expected a finite number above 0, got {value}")
+    if config.drop_rate is not None and not 0 <= config.drop_rate < 1:
+        raise InputError(f"--drop-rate: expected at least 0 and less than 1, got {config.drop_rate}")
+    if not config.epochs and not config.sgd_epochs:
+        both = "" if config.sgd_epochs is None else " and --sgd-epochs are both"
+        raise InputError(f"--epochs{both or ' is'} 0: nothing to train")
+    if config.rand_augment is not None:
+        pair = tuple(config.rand_augment)
+        if len(pair) != 2 or pair[0] < 1 or not 0 <= pair[1] < NUM_BINS:
+            raise InputError(
+                f"--rand-augment: expected OPS of at least 1 and MAGNITUDE from 0 to {NUM_BINS - 1}, "
+                f"got {','.join(map(str, pair))}"
+            )
+    elif config.post_train:
+        raise InputError("--post-train: it follows training on augmented images: give --rand-augment too")
+
+
+def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:
+    if saved.get("post_training") and not config.post_train:
+        raise InputError("--post-train: the run is post-training already: it cannot be left out now")
+    stages = {row.get("augmented", False) for row in saved["history"]}
+    first, second = ("sgd", "adamw") if config.optimizer == "sgd" else ("adamw", "sgd")
+    for name, phase in (("epochs", first), ("sgd_epochs", second)):
+        rows = [row.get("augmented", False) for row in saved["history"] if row["phase"] == phase]
+        done = max((rows.count(stage) for stage in stages), default=0)
+        if (getattr(config, name) or 0) < done:
+            raise InputError(
+                f"{flag(name)}: {getattr(config, name)}, but the run has done {done} epochs of {NAMES[phase]} already"
+            )

@@ -1,0 +1,82 @@
+"""Several runs that differ by their seed alone."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import BEST, LAST, atomic_write, read_checkpoint
+from .config import SUMMARY, TrainConfig, default_output
+from .errors import InputError
+from .loop import train
+from .summary import summarise_seeds, summary_lines
+
+
+def has_seeds(config: TrainConfig) -> bool:
+    """Whether this is a matter of several runs: ``seeds`` are given, or are in the directory to resume."""
+    if config.seeds is not None:
+        return True
+    root = Path(config.output or default_output(config))
+    return config.resume and not (root / LAST).exists() and bool(_begun(root))
+
+
+def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Train once for each of ``config.seeds``, in ``output/seed-N``, and write best, mean and sd into
+    ``output/summary.json``.
+
+    With ``resume`` the runs that are over are not trained again, one that was interrupted goes on, and the rest begin.
+
+    Returns:
+        What :func:`cxv.training.summary.summarise_seeds` gives.
+
+    Raises:
+        InputError: as :func:`train`, and when ``output`` holds something else.
+    """
+    log = log or (lambda line: print(line, flush=True))
+    root = Path(config.output or default_output(config))
+    begun = _begun(root)
+    if config.seed is not None:
+        raise InputError("--seed: with several seeds give --seeds alone")
+    if config.resume and not begun:
+        raise InputError(f"--resume: {root} holds no runs with several seeds to go on with")
+    if begun and not config.resume and not config.overwrite:
+        raise InputError(
+            f"--output: {root} holds other runs ({', '.join(path.name for path in begun)}); give --resume to go on "
+            "with them, --overwrite to delete them, or another directory"
+        )
+    if (root / LAST).exists():
+        raise InputError(f"--output: {root} holds a single run: give another directory for several seeds")
+    run = dict(read_checkpoint(begun[0] / LAST)["args"]) if config.resume else {}
+    seeds = config.seeds or run["seeds"]
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"--seeds: expected different whole numbers, at least 0, got {','.join(map(str, seeds))}")
+    stale = [path.name for path in begun if path.name not in {f"seed-{seed}" for seed in seeds}]
+    if config.overwrite and stale:
+        raise InputError(
+            f"--overwrite: {root} holds runs of other seeds too ({', '.join(stale)}): delete them yourself"
+        )
+    known = {f.name for f in fields(TrainConfig)}
+    runs = {}
+    for n, seed in enumerate(seeds, 1):
+        log(f"seed {seed}, run {n} of {len(seeds)}")
+        output = root / f"seed-{seed}"
+        one = replace(config, seed=seed, seeds=tuple(seeds), output=str(output))
+        if config.resume and output not in begun:
+            given = {k: v for k, v in asdict(one).items() if v is not None}
+            one = TrainConfig(**{k: v for k, v in run.items() if k in known} | given | {"resume": False})
+        try:
+            runs[seed] = train(one, log).summary
+        except KeyboardInterrupt:
+            log(f"and the other seeds after it with  cxv train --resume --output {root}")
+            raise
+    total = summarise_seeds(runs)
+    atomic_write(root / SUMMARY, (json.dumps(total, indent=2) + "\n").encode())
+    for line in summary_lines(total):
+        log(line)
+    log(f"in {root}: {SUMMARY}, and of each seed in its folder {BEST}, {LAST} and the rest")
+    return total
+
+
+def _begun(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.glob(f"seed-*/{LAST}"))

@@ -1,0 +1,261 @@
+"""The paper's recipe: optimisers, augmentation and post-training, what selects, seeds, presets."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from test_training import TINY, assert_same_run, curve, run
+
+from cxv.training import DualOpT, InputError, TrainConfig, train, train_seeds
+from cxv.training import config as config_module
+from cxv.training import loop as loop_module
+from cxv.training.checkpoint import read_checkpoint
+from cxv.training.config import resolve
+from cxv.training.seeds import has_seeds
+
+AUGMENTED = {"rand_augment": (2, 9), "post_train": True, "validation": 40, "epochs": 2, "sgd_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def augmented(tmp_path_factory):
+    """RandAugment, post-training and held-out images, and nothing interrupts it."""
+    output = tmp_path_factory.mktemp("runs") / "augmented"
+    result, log = run(output, **AUGMENTED)
+    return output, result, log
+
+
+def test_post_training_is_a_second_dualopt_on_clean_images_from_the_best_weights(augmented):
+    output, result, log = augmented
+    rows = curve(output)
+    assert [row["phase"] for row in rows] == ["adamw", "adamw", "sgd"] * 2
+    assert [row["augmented"] for row in rows] == [True] * 3 + [False] * 3
+    assert "post-training on clean images after epoch 3: SGD is capped (--sgd-epochs 1); reloaded the best" in log
+    assert "epoch   1 RA-AdamW" in log
+    assert "epoch   4 AdamW" in log
+    assert result.epochs == 6
+    assert read_checkpoint(output / "last.pt")["post_training"] is True
+
+
+def test_each_phase_sees_the_images_it_should(tmp_path, monkeypatch):
+    seen, batches = [], loop_module.batches
+
+    def recorded(data, batch_size, device, generator=None, **kwargs):
+        if generator is not None:
+            seen.append((kwargs["augment"], kwargs["epoch"]))
+        return batches(data, batch_size, device, generator, **kwargs)
+
+    monkeypatch.setattr(loop_module, "batches", recorded)
+    run(tmp_path / "a", **AUGMENTED, seed=5)
+    augment = loop_module.RandAugment(2, 9, seed=5)
+    assert seen == [(augment, 1), (augment, 2), (augment, 3), (None, 4), (None, 5), (None, 6)]
+
+
+def test_every_phase_starts_from_the_best_weights_with_a_fresh_optimiser(tmp_path, monkeypatch):
+    starts, reload = [], DualOpT._reload
+
+    def recorded(opt, phase):
+        best = {k: v.clone() for k, v in opt._best.items()}
+        reload(opt, phase)
+        same = all(torch.equal(v, best[k]) for k, v in opt._tensors().items())
+        starts.append((type(opt.optimizer).__name__, len(opt.optimizer.state), same))
+
+    monkeypatch.setattr(DualOpT, "_reload", recorded)
+    run(tmp_path / "a", **AUGMENTED)
+    assert starts == [("SGD", 0, True), ("AdamW", 0, True), ("SGD", 0, True)]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_resume_is_bit_exact_in_every_phase(augmented, tmp_path, monkeypatch, stop):
+    """Stopped in the middle of each epoch, from the second on."""
+    output, calls, batches = tmp_path / "a", [0], loop_module.batches
+
+    def cut(data, batch_size, device, generator=None, **kwargs):
+        calls[0] += generator is not None
+        for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
+            if generator is not None and calls[0] == stop + 1 and i == 1:
+                raise RuntimeError("the power is cut")
+            yield pair
+
+    monkeypatch.setattr(loop_module, "batches", cut)
+    with pytest.raises(RuntimeError, match="the power is cut"):
+        run(output, **AUGMENTED)
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    train(TrainConfig(output=str(output), resume=True), log=str)
+    assert len(curve(output)) == 6
+    assert_same_run(output, augmented[0])
+
+
+def test_post_training_can_be_added_to_a_run_that_is_over(augmented, tmp_path):
+    output = tmp_path / "a"
+    run(output, **{**AUGMENTED, "post_train": None})
+    assert len(curve(output)) == 3
+    train(TrainConfig(output=str(output), resume=True, post_train=True), log=str)
+    assert_same_run(output, augmented[0])
+    with pytest.raises(InputError, match="--post-train: the run is post-training already"):
+        train(TrainConfig(output=str(output), resume=True, post_train=False), log=str)
+
+
+def test_held_out_images_select_and_the_test_set_only_reports(tmp_path, monkeypatch):
+    # (validation, test) by epoch: the test set's best is not the validation's
+    script = iter([(50.0, 60.0), (70.0, 55.0), (60.0, 90.0), (60.0, 58.0), (65.0, 57.0), (64.0, 56.0)])
+    pending = []
+
+    def scripted(model, data, *args):
+        if not pending:
+            pending.extend(next(script))
+        return 1.0, pending.pop(0 if len(data) == 30 else -1)
+
+    monkeypatch.setattr(loop_module, "evaluate", scripted)
+    result, log = run(tmp_path / "a", validation=30, patience=2, epochs=50, sgd_epochs=50)
+    assert [row["phase"] for row in curve(tmp_path / "a")] == ["adamw"] * 4 + ["sgd"] * 2  # stale by validation alone
+    assert (result.best_top1, result.best_epoch) == (70.0, 2)
+    assert result.summary == json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert result.summary == {
+        "best_test": {"epoch": 3, "test_top1": 90.0, "validation_top1": 60.0},
+        "best_validation": {"epoch": 2, "test_top1": 55.0, "validation_top1": 70.0},
+        "last": {"epoch": 6, "test_top1": 56.0, "validation_top1": 64.0},
+    }
+    assert (
+        "test top-1: best by test 90.00 % (epoch 3), at the best validation (70.00 %) 55.00 % (epoch 2), "
+        "last 56.00 % (epoch 6)"
+    ) in log
+    assert "96 training, 30 validation and 40 test images" in log
+    assert read_checkpoint(tmp_path / "a" / "best.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_one_optimiser_alone_is_torchs(tmp_path, monkeypatch, optimizer, kind):
+    made, optimiser = [], loop_module._optimiser
+    monkeypatch.setattr(loop_module, "_optimiser", lambda *a: made.append(optimiser(*a)) or made[-1])
+    _, log = run(tmp_path / "a", optimizer=optimizer, lr=0.02, sgd_epochs=None)
+    assert [(row["phase"], row["lr"]) for row in curve(tmp_path / "a")] == [(optimizer, 0.02)] * 3
+    assert type(made[0].optimizer) is kind
+    assert f"finished: {config_module.NAMES[optimizer]} is capped (--epochs 3)" in log
+    assert "reloaded" not in log
+    train(TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=4), log=str)
+    assert len(curve(tmp_path / "a")) == 4
+    with pytest.raises(InputError, match="--epochs: 3, but the run has done 4 epochs of"):
+        train(TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=3), log=str)
+
+
+# --- presets
+
+
+def resolved(**kwargs):
+    return resolve(TrainConfig(**kwargs))[0]
+
+
+def test_recipes_are_presets_and_explicit_arguments_win():
+    paper = resolved(recipe="paper", data="cifar10", model="cnv-5/4")
+    assert (paper.optimizer, paper.epochs, paper.sgd_epochs, paper.patience) == ("dualopt", 300, 100, 20)
+    assert (paper.batch_size, paper.lr, paper.sgd_lr, paper.precision) == (128, 1e-3, 1e-3, "fp32")
+    assert (paper.rand_augment, paper.post_train, paper.validation) == (None, False, None)
+    assert resolved(recipe="paper").epochs == 300  # digits' own 60 give way
+    for model, pair in (("cnv-5/4", (1, 1)), ("CPV-2/4", (1, 1)), ("cltv-5/4", (3, 3))):
+        config = resolved(recipe="paper-augmented", model=model, data="cifar10")
+        assert (config.rand_augment, config.post_train) == (pair, True)
+    own = {"rand_augment": (2, 5), "post_train": False, "epochs": 7, "lr": 0.1, "batch_size": 8, "patience": 3}
+    config = resolved(recipe="paper-augmented", model="vit-10/4", **own)
+    assert {k: getattr(config, k) for k in own} == own
+    assert config.sgd_epochs == 100
+    alone = resolved(recipe="paper", optimizer="adamw")
+    assert (alone.epochs, alone.sgd_epochs, alone.sgd_lr) == (300, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"recipe": "papr"}, "--recipe: expected one of paper, paper-augmented, got 'papr'"),
+        (
+            {"recipe": "paper-augmented", "model": "vit-10/4"},
+            "--recipe paper-augmented: .* vit-10/4: give --rand",
+        ),
+        ({"optimizer": "adam"}, "--optimizer: expected one of dualopt, adamw, sgd, got 'adam'"),
+        ({"optimizer": "sgd", "sgd_lr": 0.1}, "--sgd-lr: of DualOpT's second phase, .* is sgd, .*: give --lr"),
+        ({"optimizer": "adamw", "sgd_epochs": 3}, "--sgd-epochs: .*: give --epochs"),
+        ({"optimizer": "sgd", "epochs": 0}, "--epochs is 0: nothing to train"),
+        ({"rand_augment": (0, 1)}, "--rand-augment: expected OPS of at least 1 and MAGNITUDE from 0 to 30, got 0,1"),
+        ({"rand_augment": (1, 31)}, "--rand-augment: .* got 1,31"),
+        ({"post_train": True}, "--post-train: .*give --rand-augment too"),
+    ],
+)
+def test_bad_recipes_are_named(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        resolved(**kwargs)
+
+
+def test_resume_refuses_another_recipe(augmented):
+    for name, value in (("optimizer", "sgd"), ("rand_augment", (1, 1)), ("validation", 10), ("recipe", "paper")):
+        with pytest.raises(InputError, match=f"other arguments: --{name.replace('_', '-')} "):
+            train(TrainConfig(output=str(augmented[0]), resume=True, **{name: value}))
+
+
+def test_a_run_from_before_these_arguments_goes_on(augmented, tmp_path):
+    output = tmp_path / "a"
+    run(output, epochs=2, sgd_epochs=0)
+    checkpoint = torch.load(output / "last.pt", weights_only=True)
+    del checkpoint["post_training"]
+    new = ("recipe", "optimizer", "rand_augment", "post_train", "validation", "seeds")
+    checkpoint["args"] = {k: v for k, v in checkpoint["args"].items() if k not in new}
+    checkpoint["history"] = [{k: v for k, v in row.items() if k != "augmented"} for row in checkpoint["history"]]
+    torch.save(checkpoint, output / "last.pt")
+    train(TrainConfig(output=str(output), resume=True, epochs=3, sgd_epochs=2, optimizer="dualopt"), log=str)
+    assert [row["phase"] for row in curve(output)] == ["adamw"] * 3 + ["sgd"] * 2
+
+
+# --- seeds
+
+
+def test_seeds_train_in_folders_and_are_summarised(tmp_path):
+    root, lines = tmp_path / "a", []
+    config = TrainConfig(**{**TINY, "epochs": 1, "sgd_epochs": 1}, seeds=(0, 1, 5), output=str(root), validation=20)
+    total = train_seeds(config, log=lines.append)
+    assert total == json.loads((root / "summary.json").read_text())
+    assert sorted(path.name for path in root.iterdir()) == ["seed-0", "seed-1", "seed-5", "summary.json"]
+    for key in ("best_test", "best_validation", "last"):
+        values = [total["runs"][seed][key]["test_top1"] for seed in ("0", "1", "5")]
+        each = [json.loads((root / f"seed-{seed}" / "summary.json").read_text()) for seed in (0, 1, 5)]
+        assert values == [summary[key]["test_top1"] for summary in each]
+        assert total[key] == {"best": max(values), "mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+    run(tmp_path / "alone", epochs=1, sgd_epochs=1, seed=5, validation=20)
+    assert_same_run(root / "seed-5", tmp_path / "alone")
+    text = "\n".join(lines)
+    found = total["best_validation"]
+    assert (
+        f"test top-1 over 3 seeds, at the best validation: mean {found['mean']:.2f} ± {found['sd']:.2f} %, "
+        f"best {found['best']:.2f} %"
+    ) in text
+    with pytest.raises(InputError, match=r"--output: .* holds other runs \(seed-0, seed-1, seed-5\); give --resume"):
+        train_seeds(config, log=str)
+    with pytest.raises(InputError, match=r"--resume: .* other arguments: --seeds"):
+        train_seeds(TrainConfig(output=str(root), resume=True, seeds=(0, 1)), log=str)
+    with pytest.raises(InputError, match="--seeds: expected different whole numbers, at least 0, got 0,0"):
+        train_seeds(TrainConfig(output=str(tmp_path / "b"), seeds=(0, 0)), log=str)
+
+
+def test_seeds_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    small = {**TINY, "epochs": 2, "sgd_epochs": 0}
+    evaluate, calls = loop_module.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:  # in the second epoch of the second run
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    lines = []
+    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_seeds(TrainConfig(**small, seeds=(3, 4, 5), output=str(tmp_path / "a")), log=lines.append)
+    assert f"cxv train --resume --output {tmp_path / 'a'}" in lines[-1]
+    monkeypatch.undo()
+    assert not (tmp_path / "a" / "seed-5").exists()
+    again = TrainConfig(output=str(tmp_path / "a"), resume=True)
+    assert has_seeds(again)
+    train_seeds(again, log=str)
+    train_seeds(TrainConfig(**small, seeds=(3, 4, 5), output=str(tmp_path / "b")), log=str)
+    for seed in (3, 4, 5):
+        assert_same_run(tmp_path / "a" / f"seed-{seed}", tmp_path / "b" / f"seed-{seed}")
+    assert (tmp_path / "a" / "summary.json").read_text() == (tmp_path / "b" / "summary.json").read_text()
