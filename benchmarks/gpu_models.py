@@ -45,8 +45,12 @@ def parts_of(mode: str) -> tuple[str, bool, str | None]:
 
 
 def served_by(backend: str | None) -> AbstractContextManager:
-    """All ops by this backend; None: whatever the model itself says."""
-    return backends.use_backend(backend) if backend else contextlib.nullcontext()
+    """The ops by this backend, what it lacks by another; None: whatever the model itself says.
+
+    No kernel is chosen for having passed its check: the rows say what served, and are refused where that has failed.
+    """
+    others = [name for name in backends.BACKENDS[2:] if name != backend]
+    return backends.use_backend(",".join([backend, *others, "reference"])) if backend else contextlib.nullcontext()
 
 
 def models(
@@ -101,8 +105,11 @@ def _prepare(
         if mode != "eager":
             row["served"], row["error"] = check_model(name, device, dtype, side)
             row["tolerance"] = MODEL_TOLERANCE * TOLERANCE[dtype]
-            barred = [op for op in row["served"] if (op, backend, row["dtype"]) in settings.barred]
-            if barred or row["error"] is None or not row["error"] <= row["tolerance"]:
+            barred = [op for op, by in row["served"].items() if (op, by, row["dtype"]) in settings.barred]
+            if backend not in row["served"].values():
+                row["status"] = "not served"
+                return nothing
+            if barred or not row["error"] <= row["tolerance"]:
                 row["status"], row["note"] = "failed", ", ".join(barred) or None
                 return nothing
         made = partial(build, name, mode)

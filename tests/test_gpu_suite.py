@@ -83,7 +83,7 @@ def test_pictures_need_results(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         plots.main([str(tmp_path)])
     assert stopped.value.code == 2
-    assert "no results of attn_mem, model_mem, gpu_suite" in capsys.readouterr().err
+    assert "no results of attn_mem, model_mem, table1, gpu_suite" in capsys.readouterr().err
 
 
 # --- the plan ---
