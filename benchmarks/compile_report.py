@@ -21,6 +21,7 @@ from cxv_kernels import _triton
 
 # sm_75: Triton has no tensor cores there, so its kernels that multiply matrices serve from sm_80 on.
 ARCHITECTURES = (75, 80, 90)
+SIZES: tuple[dict[str, Any], ...] = ({}, {"batch": 2, "heads": 2, "tokens": 200, "ragged": True})
 
 
 def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -31,10 +32,12 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = [(dtype, dim) for dtype in arguments.dtype for dim in arguments.dims]
         if arch < 80:
             wanted = [(dtype, dim) for dtype, dim in wanted if dtype != "bfloat16"]
-        found = [
-            launch for dtype, dim in wanted for launch in launches(DTYPES[dtype], arch, dim=dim, only=arguments.cases)
+        return [
+            (arch, launch)
+            for dtype, dim in wanted
+            for size in SIZES[: 1 + arguments.ragged]
+            for launch in launches(DTYPES[dtype], arch, dim=dim, only=arguments.cases, **size)
         ]
-        return [(arch, launch) for launch in found]
 
     newer = compile_all([pair for arch in arguments.arch if arch >= 80 for pair in recorded(arch)], arguments.jobs)
     multiply = {row.kernel for row in newer if row.dot}
@@ -88,6 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
     parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only what these ops or cases launch")
+    parser.add_argument("--ragged", action="store_true", help="also for sizes that divide by nothing, as in the checks")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args(argv)
     if _triton.TRITON_MISSING:

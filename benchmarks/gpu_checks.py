@@ -133,7 +133,7 @@ def check_model(settings: Settings, emit: Emit, model: str, dtype: str, batch: i
         images, labels = random_batch(batch, side, device, kind)
         return model_gradients(made.to(device, weights_dtype(kind)).train(), images, labels, kind)
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with checks.without_tf32():
         exact = gradients("reference", torch.float64)
         reference, _ = distance(gradients("reference", kind), exact)
         tolerance = MODEL_TOLERANCE * TOLERANCE[kind]
