@@ -6,6 +6,7 @@ exponentials of its features, on a card's datasheet rates. A floor is a predicti
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -69,13 +70,23 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(title, header, cells, left=3)
 
 
-def cuda_rows() -> list[dict[str, Any]]:
-    """Those of the nvcc-built kernels, where their report is there."""
-    try:
-        import cuda_report
-    except ImportError:
-        return []
-    return cuda_report.rows()
+def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], list[str]]:
+    """What nvcc made of the CUDA library: a row per kernel, and the report in words; nothing where it was not built."""
+    import cuda_report
+
+    rows, words = [], []
+    for arch in architectures:
+        try:
+            kernels = cuda_report.kernels(arch)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            return rows, [f"No CUDA kernels for sm_{arch}: {error}"]
+        for kernel in kernels:
+            row = {"kernel": kernel.name, "role": kernel.role, "map": kernel.map, "size": kernel.size, "arch": arch}
+            row |= {"dtype": kernel.dtype, "registers": kernel.registers, "spills": kernel.spills}
+            rows.append(row | {"tensor_core_share": kernel.tensor_core_share})
+        if kernels:
+            words.append(cuda_report.report(arch))
+    return rows, words
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,17 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write the JSON; 0, or 1 if a kernel does not compile."""
     arguments = parse(argv)
     start = time.perf_counter()
-    rows = compile_kernels(arguments)
+    rows, (cuda, words) = compile_kernels(arguments), cuda_kernels(arguments.arch)
     results = {
         "benchmark": "compile_report",
         "environment": environment(torch.device("cpu"), torch.float16) | {"dtype": ", ".join(arguments.dtype)},
         "rows": rows,
-        "cuda_rows": cuda_rows(),
+        "cuda_rows": cuda,
         "wall_s": round(time.perf_counter() - start, 1),
     }
     if arguments.json:
         write_json(arguments.json, results)
-    print(table(rows).text())
+    print("\n\n".join([table(rows).text(), *words]))
     failed = [row for row in rows if row["error"]]
     print(f"{len(rows)} kernels, {len(failed)} do not compile, {results['wall_s']:.0f} s")
     return 1 if failed else 0
