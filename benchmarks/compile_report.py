@@ -5,6 +5,7 @@ exponentials of its features, on a card's datasheet rates. A floor is a predicti
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What nvcc made of the CUDA library: a row per kernel, and the report in words; nothing where it was not built."""
+    """What nvcc made of the CUDA library, if it was built: a row per kernel, and the report in words."""
+    if importlib.util.find_spec("cuda_report") is None:
+        return [], []
     import cuda_report
 
     rows, words = [], []
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write the JSON; 0, or 1 if a kernel does not compile."""
     arguments = parse(argv)
     start = time.perf_counter()
-    rows, (cuda, words) = compile_kernels(arguments), cuda_kernels(arguments.arch)
+    rows, (cuda, words) = compile_kernels(arguments), cuda_kernels(() if arguments.cases else arguments.arch)
     results = {
         "benchmark": "compile_report",
         "environment": environment(torch.device("cpu"), torch.float16) | {"dtype": ", ".join(arguments.dtype)},
