@@ -80,7 +80,7 @@ def test_is_the_definition(queries, keys, landmarks, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_segments_are_the_papers_where_they_divide(backend):
     x = heads(1, 1, 1024, 4)
-    means = Means.apply(x, 64) if backend == "cpp" else segment_means(x, 64)
+    means = Means.apply(x, 64, "cpp") if backend == "cpp" else segment_means(x, 64)
     torch.testing.assert_close(means, x.reshape(1, 1, 64, 16, 4).mean(dim=3))
 
 
@@ -280,7 +280,7 @@ def test_nan_is_not_swallowed_and_stays_in_its_head():
         assert torch.equal(got.isnan(), want.isnan())
         tensors = landmark_inputs(2, 2)
         tensors[position][0, 0, 3, 2] = float("nan")
-        mixed = Mix.apply(*tensors)
+        mixed = Mix.apply(*tensors, "cpp")
         assert mixed[0, 0].isnan().any()
         assert mixed[0, 1].isfinite().all()
         assert mixed[1].isfinite().all()
@@ -294,9 +294,13 @@ def sdpa_free(dtype=torch.float64):
     q, _, v = qkv(1, 2, 7, 7, 3, 4, dtype)
     mix = landmark_inputs(dtype=dtype)
     return {
-        "means": (lambda x: Means.apply(x, 3), lambda x: segment_means(x.to(acc), 3), [q]),
-        "mix": (Mix.apply, mix_reference, mix),
-        "residual": (Residual.apply, lambda a, v, w: a + residual_reference(v, w), [v + 1, v, residual_weight(2, 5)]),
+        "means": (lambda x: Means.apply(x, 3, "cpp"), lambda x: segment_means(x.to(acc), 3), [q]),
+        "mix": (lambda *t: Mix.apply(*t, "cpp"), mix_reference, mix),
+        "residual": (
+            lambda *t: Residual.apply(*t, "cpp"),
+            lambda a, v, w: a + residual_reference(v, w),
+            [v + 1, v, residual_weight(2, 5)],
+        ),
     }
 
 
