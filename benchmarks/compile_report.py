@@ -5,7 +5,9 @@ exponentials of its features, on a card's datasheet rates. A floor is a predicti
 """
 
 import argparse
+import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from cxv_kernels import _triton
 
 # sm_75: Triton has no tensor cores there, so its kernels that multiply matrices serve from sm_80 on.
 ARCHITECTURES = (75, 80, 90)
+SIZES: tuple[dict[str, Any], ...] = ({}, {"batch": 2, "heads": 2, "tokens": 200, "ragged": True})
 
 
 def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -31,10 +34,12 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = [(dtype, dim) for dtype in arguments.dtype for dim in arguments.dims]
         if arch < 80:
             wanted = [(dtype, dim) for dtype, dim in wanted if dtype != "bfloat16"]
-        found = [
-            launch for dtype, dim in wanted for launch in launches(DTYPES[dtype], arch, dim=dim, only=arguments.cases)
+        return [
+            (arch, launch)
+            for dtype, dim in wanted
+            for size in SIZES[: 1 + arguments.ragged]
+            for launch in launches(DTYPES[dtype], arch, dim=dim, only=arguments.cases, **size)
         ]
-        return [(arch, launch) for launch in found]
 
     newer = compile_all([pair for arch in arguments.arch if arch >= 80 for pair in recorded(arch)], arguments.jobs)
     multiply = {row.kernel for row in newer if row.dot}
@@ -66,13 +71,25 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(title, header, cells, left=3)
 
 
-def cuda_rows() -> list[dict[str, Any]]:
-    """Those of the nvcc-built kernels, where their report is there."""
-    try:
-        import cuda_report
-    except ImportError:
-        return []
-    return cuda_report.rows()
+def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], list[str]]:
+    """What nvcc made of the CUDA library, if it was built: a row per kernel, and the report in words."""
+    if importlib.util.find_spec("cuda_report") is None:
+        return [], []
+    import cuda_report
+
+    rows, words = [], []
+    for arch in architectures:
+        try:
+            kernels = cuda_report.kernels(arch)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            return rows, [f"No CUDA kernels for sm_{arch}: {error}"]
+        for kernel in kernels:
+            row = {"kernel": kernel.name, "role": kernel.role, "map": kernel.map, "size": kernel.size, "arch": arch}
+            row |= {"dtype": kernel.dtype, "registers": kernel.registers, "spills": kernel.spills}
+            rows.append(row | {"tensor_core_share": kernel.tensor_core_share})
+        if kernels:
+            words.append(cuda_report.report(arch))
+    return rows, words
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,6 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
     parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only what these ops or cases launch")
+    parser.add_argument("--ragged", action="store_true", help="also for sizes that divide by nothing, as in the checks")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args(argv)
     if _triton.TRITON_MISSING:
@@ -101,17 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write the JSON; 0, or 1 if a kernel does not compile."""
     arguments = parse(argv)
     start = time.perf_counter()
-    rows = compile_kernels(arguments)
+    rows, (cuda, words) = compile_kernels(arguments), cuda_kernels(() if arguments.cases else arguments.arch)
     results = {
         "benchmark": "compile_report",
         "environment": environment(torch.device("cpu"), torch.float16) | {"dtype": ", ".join(arguments.dtype)},
         "rows": rows,
-        "cuda_rows": cuda_rows(),
+        "cuda_rows": cuda,
         "wall_s": round(time.perf_counter() - start, 1),
     }
     if arguments.json:
         write_json(arguments.json, results)
-    print(table(rows).text())
+    print("\n\n".join([table(rows).text(), *words]))
     failed = [row for row in rows if row["error"]]
     print(f"{len(rows)} kernels, {len(failed)} do not compile, {results['wall_s']:.0f} s")
     return 1 if failed else 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from common import DTYPES, TOLERANCE, Parser, some_of, write_json
+from gpu_models import served_by
 from gpu_speed import Settings
 from gpu_worker import Emit
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def check_model(settings: Settings, emit: Emit, model: str, dtype: str, batch: i
         images, labels = random_batch(batch, side, device, kind)
         return model_gradients(made.to(device, weights_dtype(kind)).train(), images, labels, kind)
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with checks.without_tf32():
         exact = gradients("reference", torch.float64)
         reference, _ = distance(gradients("reference", kind), exact)
         tolerance = MODEL_TOLERANCE * TOLERANCE[kind]
@@ -140,14 +141,14 @@ def check_model(settings: Settings, emit: Emit, model: str, dtype: str, batch: i
             row: dict[str, Any] = {"model": model, "dtype": dtype, "backend": backend, "tolerance": tolerance}
             row["reference_error"] = reference
             try:
-                with backends.use_backend(backend), served_ops() as served:
+                with served_by(backend), served_ops() as served:
                     error, worst = distance(gradients("fused", kind), exact)
-            except RuntimeError as failure:
-                emit(row | {"status": "not served", "note": " ".join(str(failure).split())[:500]})
+            except Exception as failure:
+                emit(row | {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:500]})
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 continue
-            status = "ok" if error <= tolerance else "failed"
+            status = "not served" if backend not in served.values() else "ok" if error <= tolerance else "failed"
             emit(row | {"status": status, "error": error, "worst": worst, "served": served})
 
 

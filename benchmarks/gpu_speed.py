@@ -284,7 +284,7 @@ def measure(settings: Settings, entries: Sequence[Entry], dtype: torch.dtype) ->
         for entry, timing in zip(ready, interleaved(calls, device, **settings.rounds), strict=True):
             setattr(entry.row, method, timing)
         if queue is not None:
-            alone = interleaved(calls, device, **settings.rounds, calls=ROTATED, queue=queue)
+            alone = interleaved(calls, device, **settings.rounds, calls=len(entries[0].runs), queue=queue)
             for entry, timing in zip(ready, alone, strict=True):
                 entry.gpu[method] = timing
     for entry in ready:

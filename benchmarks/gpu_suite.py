@@ -5,6 +5,7 @@ written after each: whatever ends the run, what was measured is there.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import os
@@ -61,11 +62,12 @@ class Task:
     function: str
     arguments: dict[str, Any]
     limit: float = 60.0  # seconds
+    backends: tuple[str, ...] = ()  # only these of the run's
 
     @property
     def label(self) -> str:
         """Its arguments in words."""
-        values = self.arguments.values()
+        values = [*self.arguments.values(), *self.backends]
         return " ".join(",".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
 
 
@@ -142,9 +144,9 @@ def _full(settings: Settings) -> Iterator[Task]:
         yield from (_attention("attention", op, "softmax", MAIN, dtype, *rivals) for op in (performer, linear))
     for op, variant in ((linear, "elu"), (linear, "relu"), (performer, "relu")):
         yield _attention("attention", op, variant, MAIN, HALF, "reference")
-    yield Task("sanitizer", "", {}, 120.0)
     for model in gpu_models.MODELS[1:]:
         yield _models(model, HALF, 256, "eager + compile", *(f"{name} + compile" for name in fused[:1]))
+    yield Task("sanitizer", "", {}, 240.0)
 
 
 def _quick(settings: Settings) -> Iterator[Task]:
@@ -162,7 +164,7 @@ def _quick(settings: Settings) -> Iterator[Task]:
     yield _conv(settings, (1, 16, 8, 8), "channels_last", half, True)
     yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
     fused = settings.backends[:1]
-    modes = ("eager", *fused, *(f"{name} + checkpoints" for name in fused), "eager + compile")
+    modes = ("eager", *fused, *(f"{name} + checkpoints" for name in settings.backends[-1:]), "eager + compile")
     yield _models("cltv-1/4", half, 2, *modes, side=8)
     for mode in ("eager", *fused):
         arguments = {"model": "cltv-1/4", "dtype": half, "mode": mode, "side": 8}
@@ -215,7 +217,8 @@ def start(settings: Settings) -> tuple[Callable[[dict[str, Any], Emit], None], C
         if task["function"] == "environment":
             emit(environment(settings.where, torch.float16) | gpu_facts(settings.where) | {"peers": peers.versions()})
             return
-        mine = dataclasses.replace(settings, barred=frozenset(task["barred"]))
+        only = {"backends": task["backends"] or settings.backends, "barred": frozenset(task["barred"])}
+        mine = dataclasses.replace(settings, **only)
         try:
             FUNCTIONS[task["function"]](mine, emit, **task["arguments"])
         finally:
@@ -244,10 +247,15 @@ class Programs:
     def run(self, commands: dict[str, tuple[list[str], dict[str, str]]], limit: float) -> list[dict[str, Any]]:
         """Run them side by side, for at most ``limit`` seconds; a row for each."""
         begin, rows = time.perf_counter(), []
-        with self.log.open("a") as log:
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for name in commands}
             running = {
                 name: subprocess.Popen(
-                    command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT), **extra}
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), **extra},
+                    stdout=files[name],
+                    stderr=subprocess.STDOUT,
                 )
                 for name, (command, extra) in commands.items()
             }
@@ -259,7 +267,12 @@ class Programs:
                     code = None
                 status = "ok" if code == 0 else "out of time" if code is None else "failed"
                 wall = round(time.perf_counter() - begin, 1)
-                rows.append({"program": name, "status": status, "exit_code": code, "wall_s": wall})
+                files[name].seek(0)
+                printed = files[name].read()
+                with self.log.open("a") as log:
+                    log.write(f"--- {name}: {status}\n{printed}\n")
+                note = None if status == "ok" else printed[-1500:]
+                rows.append({"program": name, "status": status, "exit_code": code, "wall_s": wall, "note": note})
         return rows
 
     def build(self, limit: float) -> list[dict[str, Any]]:
@@ -281,7 +294,7 @@ class Programs:
             commands["PTX library"] = (setup, {"TORCH_CUDA_ARCH_LIST": "7.5+PTX"})
         arch = capability.replace(".", "")
         if "triton" in self.settings.backends and arch in ("80", "90"):
-            report = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), "--arch", arch]
+            report = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), "--arch", arch, "--ragged"]
             commands["Triton"] = ([*report, "--json", str(self.log.parent / "compile_report.json")], {})
         return self.run(commands, limit)
 
@@ -307,7 +320,7 @@ class Programs:
         for tool in ("memcheck", "racecheck"):
             for backend in self.settings.backends:
                 watched = {f"{tool} {backend}": ([watcher, "--tool", tool, "--error-exitcode", "9"], {})}
-                rows += self._checks(backend, "tiny", watched, limit / 2)
+                rows += self._checks(backend, "tiny", watched, limit / (2 * len(self.settings.backends)))
         return rows
 
     def _checks(
@@ -349,11 +362,26 @@ def barred(done: Sequence[dict[str, Any]]) -> set[tuple[str, str, str]]:
     return found
 
 
+def one_by_one(task: Task, outcome: Outcome, settings: Settings) -> list[Task]:
+    """The task again for each backend alone, if one may have brought it down for all."""
+    together = task.section in ("attention", "sweep", "conv_norm", "models", "gradients", "peers") and not task.backends
+    if outcome.status in ("ok", "not measured") or not together or len(settings.backends) < 2:
+        return []
+    return [dataclasses.replace(task, backends=(name,)) for name in settings.backends]
+
+
+def earlier(path: Path | None) -> list[dict[str, Any]]:
+    """The tasks of an earlier run that came to an end."""
+    ended = ("ok", "failed", "crashed")
+    return [task for task in (gpu_report.read(path).get("tasks", []) if path else []) if task["status"] in ended]
+
+
 def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run the plan, print as it goes, keep the JSON; 0, or 1 if a check failed."""
     begin, path = time.perf_counter(), arguments.out / "gpu_suite.json"
     results: dict[str, Any] = {"benchmark": "gpu_suite", "settings": dataclasses.asdict(settings) | {"barred": []}}
-    results |= {"environment": {}, "tasks": [], "verdicts": []}
+    results |= {"environment": {}, "tasks": earlier(arguments.resume), "verdicts": []}
+    done = {(task["section"], task["label"]) for task in results["tasks"]} - {("build", "")}
     programs, worker = Programs(settings, arguments.out / "gpu_suite.log"), Worker(start, settings)
 
     def keep(task: Task, outcome: Outcome) -> None:
@@ -371,8 +399,10 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
 
     tasks = [Task("build", "", {}, 200.0)] if arguments.build else []
     tasks += [task for task in plan(settings) if task.section in arguments.only]
+    tasks = [task for task in tasks if (task.section, task.label) not in done]
     try:
-        for task in tasks:
+        while tasks:
+            task = tasks.pop(0)
             left = arguments.budget - (time.perf_counter() - begin)
             if task.section != "build" and not results["environment"]:
                 facts = worker.run({"function": "environment"}, 120.0)
@@ -383,9 +413,10 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
             elif task.section in ("build", "ptx", "sanitizer"):
                 outcome = in_programs(task, min(task.limit, left))
             else:
-                message = {"function": task.function, "arguments": task.arguments}
+                message = {name: getattr(task, name) for name in ("function", "arguments", "backends")}
                 outcome = worker.run(message | {"barred": barred(results["tasks"])}, min(task.limit, left))
             keep(task, outcome)
+            tasks[:0] = one_by_one(task, outcome, settings)
     finally:
         worker.close()
         programs.close()
@@ -406,12 +437,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=some_of(SECTIONS), default=SECTIONS, help="sections, comma-separated")
     parser.add_argument("--budget", type=seconds, default=480.0, help="seconds of all of it")
     parser.add_argument("--no-build", dest="build", action="store_false", help="measure what is installed")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE.json", help="keep what an earlier run measured, do the rest"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: a test")
     parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE's tables")
     arguments = parser.parse_args(argv)
     if arguments.markdown:
         arguments.results = parser.results("--markdown", arguments.markdown, "gpu_suite")
         return arguments
+    if arguments.resume:
+        parser.results("--resume", arguments.resume, "gpu_suite")
     if arguments.out is None:
         parser.error("the following arguments are required: --out")
     parser.check_shared(arguments)

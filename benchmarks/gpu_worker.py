@@ -82,7 +82,7 @@ class Worker:
             return
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._start, self._arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._start, self._arguments))
         self._process.start()
         theirs.close()
         self._receive(time.monotonic() + STARTING)
@@ -103,7 +103,7 @@ def _serve(connection: Connection, start: Callable[..., Any], arguments: tuple[A
     faulthandler.enable()
     perform, alive = start(*arguments)
     connection.send(("started",))
-    while (task := connection.recv()) is not None:
+    while (task := _next(connection)) is not None:
         try:
             perform(task, lambda row: connection.send(("row", row)))
             alive()
@@ -111,6 +111,14 @@ def _serve(connection: Connection, start: Callable[..., Any], arguments: tuple[A
             connection.send(("failed", traceback.format_exc(), _holds(alive)))
         else:
             connection.send(("done",))
+
+
+def _next(connection: Connection) -> Any:
+    """The next task; None at the end, or if nobody is left who could ask for one."""
+    try:
+        return connection.recv()
+    except EOFError:
+        return None
 
 
 def _holds(alive: Callable[[], None]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import attn_mem_plot
 import gpu_report
 import model_mem_plot
+import table1_plot
 from common import Parser
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -117,6 +118,7 @@ def _bars(
 DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "attn_mem": attn_mem_plot.draw,
     "model_mem": model_mem_plot.draw,
+    "table1": table1_plot.draw,
     "gpu_suite": draw_gpu,
 }
 

@@ -102,10 +102,12 @@ def launches(
     tokens: int = 1024,
     dim: int = 32,
     only: Sequence[str] | None = None,
+    ragged: bool = False,
 ) -> list[Launch]:
     """What the ops, forward and backward, and a training step of each model launch on ``arch``.
 
     Args:
+        ragged: sizes that divide by nothing, as :func:`cxv_kernels.checks.cases` has them; no models.
         only: ops ("conv_norm"), single cases of theirs ("performer_attention relu") and models ("cpv-1/4"), which are
             recorded at ``dim`` 32 alone.
     """
@@ -132,7 +134,7 @@ def launches(
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
             found.append(Launch(case, None, name_of(dtype), (), (), {}, 0, units, exps, words[:300]))
 
-    for case in checks.cases(batch, heads, tokens, dim, ragged=False):
+    for case in checks.cases(batch, heads, tokens, dim, ragged):
         if case.op in served and wanted(f"{case.op} {case.label}"):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
             width = {"dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
@@ -144,7 +146,7 @@ def launches(
                 exps,
                 lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
             )
-    for name, attention in MODELS.items() if dim == 32 else ():
+    for name, attention in MODELS.items() if dim == 32 and not ragged else ():
         if {attention, "conv_norm", "dropout"} <= served and wanted(name):
             images, labels = random_batch(1, 32, torch.device("cpu"), dtype)
             model = cxv.create_model(name, use_fused=True).to(weights_dtype(dtype)).train()

@@ -3,8 +3,9 @@
 ``python -m cxv_kernels`` runs them on this machine, and the tests use the same cases and the same error model.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,16 @@ from torch import Tensor
 from . import backends, conv_norm, dropout, kv_state, linear_attention, nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
 from .validation import FLOAT_DTYPES, accumulate_dtype
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """In the block cuDNN's float32 convolutions are float32: by default it rounds their inputs to 10 bits."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def run(
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device) for shape in case.shapes
     ]
     expected = outputs_and_gradients(case, [t.to(exact_on).double() for t in inputs], "reference", dtype)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else cuDNN rounds float32 to 10 bits
+    with without_tf32():
         found = outputs_and_gradients(case, inputs, backend, dtype)
     error, ratio = 0.0, 0.0
     for got, want in zip(found, expected, strict=True):

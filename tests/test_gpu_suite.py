@@ -83,7 +83,7 @@ def test_pictures_need_results(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         plots.main([str(tmp_path)])
     assert stopped.value.code == 2
-    assert "no results of attn_mem, model_mem, gpu_suite" in capsys.readouterr().err
+    assert "no results of attn_mem, model_mem, table1, gpu_suite" in capsys.readouterr().err
 
 
 # --- the plan ---
@@ -230,6 +230,42 @@ def test_a_failed_check_bars_the_kernel_and_fails_the_run():
     assert "dropout p=0.3 cuda float16" in words[0]
     assert "crashed exit code -11" in words[1]
     assert gpu_report.failures({"tasks": [task("checks", [right]), task("models", [], "failed", "x")]}) == []
+
+
+def test_a_task_that_failed_for_all_is_tried_for_each():
+    planned = next(task for task in gpu_suite.plan(GPU) if task.section == "attention")
+    again = gpu_suite.one_by_one(planned, gpu_suite.Outcome("crashed"), GPU)
+    assert [task.backends for task in again] == [("triton",), ("cuda",)]
+    assert len({planned.label, *(task.label for task in again)}) == 3
+    assert gpu_suite.one_by_one(again[0], gpu_suite.Outcome("crashed"), GPU) == []
+    assert gpu_suite.one_by_one(planned, gpu_suite.Outcome("ok"), GPU) == []
+    assert gpu_suite.one_by_one(planned, gpu_suite.Outcome("failed"), CPP) == []
+
+
+def test_a_run_goes_on_where_an_earlier_one_ended(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [
+        "--quick",
+        "--device",
+        "cpu",
+        "--no-build",
+        "--backend",
+        "cpp",
+        "--only",
+        "largest_batch",
+        "--out",
+        str(out),
+    ]
+    assert gpu_suite.main([*command, "--budget", "1"]) == 0  # too little to begin with anything
+    first = json.loads((out / "gpu_suite.json").read_text())["tasks"]
+    assert {task["status"] for task in first} == {"not measured"}
+    done = first[0] | {"status": "ok", "wall_s": 7.0}
+    (tmp_path / "earlier.json").write_text(json.dumps({"benchmark": "gpu_suite", "tasks": [done, *first[1:]]}))
+    assert gpu_suite.main([*command, "--resume", str(tmp_path / "earlier.json"), "--budget", "1"]) == 0
+    second = json.loads((out / "gpu_suite.json").read_text())["tasks"]
+    assert [task["label"] for task in second] == [task["label"] for task in first]
+    assert second[0] == done
+    assert "Not measured, out of time" in capsys.readouterr().out
 
 
 def collected(function, settings, **arguments):

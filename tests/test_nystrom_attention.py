@@ -82,7 +82,7 @@ def test_is_the_definition(queries, keys, landmarks, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_segments_are_the_papers_where_they_divide(backend):
     x = heads(1, 1, 1024, 4)
-    means = Means.apply(x, 64) if backend == "cpp" else segment_means(x, 64)
+    means = Means.apply(x, 64, "cpp") if backend == "cpp" else segment_means(x, 64)
     torch.testing.assert_close(means, x.reshape(1, 1, 64, 16, 4).mean(dim=3))
 
 
@@ -293,7 +293,7 @@ def test_nan_is_not_swallowed_and_stays_in_its_head():
             assert got[1].isfinite().all()
         tensors = landmark_inputs(2, 2)
         tensors[position][0, 0, 3, 2] = float("nan")
-        mixed = Mix.apply(*tensors)
+        mixed = Mix.apply(*tensors, "cpp")
         assert mixed[0, 0].isnan().any()
         assert mixed[0, 1].isfinite().all()
         assert mixed[1].isfinite().all()
@@ -307,9 +307,13 @@ def sdpa_free(dtype=torch.float64):
     q, _, v = qkv(1, 2, 7, 7, 3, 4, dtype)
     mix = landmark_inputs(dtype=dtype)
     return {
-        "means": (lambda x: Means.apply(x, 3), lambda x: segment_means(x.to(acc), 3), [q]),
-        "mix": (Mix.apply, mix_reference, mix),
-        "residual": (Residual.apply, lambda a, v, w: a + residual_reference(v, w), [v + 1, v, residual_weight(2, 5)]),
+        "means": (lambda x: Means.apply(x, 3, "cpp"), lambda x: segment_means(x.to(acc), 3), [q]),
+        "mix": (lambda *t: Mix.apply(*t, "cpp"), mix_reference, mix),
+        "residual": (
+            lambda *t: Residual.apply(*t, "cpp"),
+            lambda a, v, w: a + residual_reference(v, w),
+            [v + 1, v, residual_weight(2, 5)],
+        ),
     }
 
 
@@ -331,7 +335,9 @@ def test_gradient_of_the_inverse_is_the_references_with_tied_columns_too():
             if zeroed:
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=True)
             grad = torch.randn_like(inputs[2])
-            got, want = (torch.autograd.grad(f(*inputs), inputs, grad) for f in (Mix.apply, mix_reference))
+            got, want = (
+                torch.autograd.grad(f(*inputs), inputs, grad) for f in (lambda *t: Mix.apply(*t, "cpp"), mix_reference)
+            )
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 

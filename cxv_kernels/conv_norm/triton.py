@@ -305,7 +305,7 @@ def _launch_convolution(
         PIXELS=run,
         OUT=out_run,
         IN=32,
-        num_warps=4 if out_run <= 64 else 8,
+        num_warps=8,
         num_stages=3,
         enable_fp_fusion=True,
     )

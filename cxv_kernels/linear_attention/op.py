@@ -8,11 +8,10 @@ from torch import Tensor
 
 from .. import backends
 from .._extension import CUDA_MISSING
-from .._triton import define, serves_triton
+from .._triton import NAMESPACE, define, serves_triton
 from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
 from ..validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
-
 
 _TRITON = "cxv_kernels.linear_attention.triton"
 define(
@@ -36,12 +35,23 @@ define(
 )
 
 
-@register_fake("linear_attention_forward")
+@register_fake("linear_attention_forward", "cxv_kernels")
 def _(q, k, v, key_mask, feature_map, eps):
     batch, heads, dim, value_dim = *q.shape[:2], q.shape[3], v.shape[3]
     out = like_layout(q, (*q.shape[:3], value_dim))
     state = q.new_empty((batch, heads, dim, value_dim), dtype=accumulate_dtype(q.dtype))
     return out, state, state.new_empty((batch, heads, dim))
+
+
+@register_fake("linear_attention_forward", NAMESPACE)
+def _(q, k, v, key_mask, feature_map, eps):
+    return like_layout(q, (*q.shape[:3], v.shape[3])), *triton_state(q, q.shape[3], v.shape[3])
+
+
+def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """What the Triton kernels keep of a head: U (B, H, F + 2, E) and the features' statistics (B, H, 2, F + 1)."""
+    state = q.new_empty((*q.shape[:2], features + 2, value_dim), dtype=accumulate_dtype(q.dtype))
+    return state, state.new_empty((*q.shape[:2], 2, features + 1))
 
 
 @register_fake("linear_attention_backward")

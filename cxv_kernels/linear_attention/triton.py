@@ -9,7 +9,8 @@ A head has F features: the rows of the projection W, or without one the D channe
 The first, second and fourth are exponentials (``EXP``), computed in base 2. What is kept of a head (README.md):
 
 - state (F + 2, E): U_m = S_m/z_m − c̄; c̄; the largest |U| of each column.
-- stat (F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m.
+- stat (2, F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact),
+  0 (softmax), else z_m/Σ z·HALF_RANGE.
 
 ``p_`` is a pointer, ``s_`` its strides, ``b_`` a tile's values, ``o_`` offsets, ``m_`` masks, ``i_`` an index.
 """
@@ -26,6 +27,7 @@ from .. import configs
 from .._triton import launch
 from ..autograd import like_layout
 from ..validation import accumulate_dtype
+from .op import triton_state
 
 HALF_RANGE = tl.constexpr(32768.0)  # scales weights of at most 1, so that float16 holds the small ones
 TINY = tl.constexpr(1.2e-38)  # the reciprocal of less overflows float32
@@ -88,12 +90,19 @@ def load_projection(
     BLOCK_D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """SCALE·W [BLOCK_F, BLOCK_D] as the sum of two tiles of T; rows past F repeat the last, which moves no maximum."""
-    o_d = tl.arange(0, BLOCK_D)
-    p = p_w + tl.minimum(o_f, F - 1)[:, None] * s_w[0] + o_d[None, :] * s_w[1]
-    b_w = tl.load(p, mask=(o_d < D)[None, :], other=0) * SCALE
-    b_high = b_w.to(T)
-    return b_high, (b_w - b_high.to(b_w.dtype)).to(T)
+    """SCALE·W [BLOCK_F, BLOCK_D] in T, its transpose, and that of what the rounding to T leaves; None without W.
+
+    Rows past F repeat the last, which moves no maximum. The transposes are made here, outside the loop over tokens, so
+    that the operand stays in shared memory.
+    """
+    if p_w is None:
+        return None, None, None
+    else:
+        o_d = tl.arange(0, BLOCK_D)
+        p = p_w + tl.minimum(o_f, F - 1)[:, None] * s_w[0] + o_d[None, :] * s_w[1]
+        b_exact = tl.load(p, mask=(o_d < D)[None, :], other=0) * SCALE
+        b_w = b_exact.to(T)
+        return b_w, tl.trans(b_w), tl.trans((b_exact - b_w.to(b_exact.dtype)).to(T))
 
 
 @triton.jit
@@ -103,11 +112,11 @@ def half_norm(b_x, HALF: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def project(b_x, b_high, b_low, PRECISION: tl.constexpr):
-    """x·Wᵀ; without a second term where W is in x's own dtype."""
-    b_a = tl.dot(b_x, tl.trans(b_high), input_precision=PRECISION)
+def project(b_x, b_wt, b_rest, PRECISION: tl.constexpr):
+    """SCALE·x·Wᵀ; there is no rest where W is in x's own dtype."""
+    b_a = tl.dot(b_x, b_wt, input_precision=PRECISION)
     if b_x.dtype.primitive_bitwidth == 16:
-        b_a = tl.dot(b_x, tl.trans(b_low), b_a)
+        b_a = tl.dot(b_x, b_rest, b_a)
     return b_a
 
 
@@ -170,7 +179,8 @@ def key_kernel(
     if p_v is not None:
         p_v = of_head(p_v, s_v, i_bh, H)
     if p_w is not None:
-        b_high, b_low = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_w, _, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_rest = tl.trans(b_rest)
     b_top = nothing(BLOCK_F, EXP, ACC)
     b_z = tl.zeros([BLOCK_F], ACC)
     b_s = tl.zeros([BLOCK_F, BLOCK_E], ACC)
@@ -185,9 +195,9 @@ def key_kernel(
             m_n = tl.load(p, mask=m_n, other=0) != 0
         b_k = load_tokens(p_k, s_k, o_n, m_n, D, BLOCK_D)  # [BN, BD]
         if p_w is not None:
-            b_a = tl.dot(b_high, tl.trans(b_k), input_precision=PRECISION)  # [BF, BN]
+            b_a = tl.dot(b_w, tl.trans(b_k), input_precision=PRECISION)  # [BF, BN]
             if T.primitive_bitwidth == 16:
-                b_a = tl.dot(b_low, tl.trans(b_k), b_a)
+                b_a = tl.dot(b_rest, tl.trans(b_k), b_a)
         else:
             b_a = tl.trans(b_k).to(ACC) * SCALE
         if MAP == "favor" or MAP == "exact":
@@ -216,10 +226,9 @@ def key_kernel(
         tl.store(p_stats + i_part * 2 + F + 1 + o_f, b_z, mask=o_f < F)
         p = p_sums + i_part * E
         tl.store(p + o_f[:, None] * E + o_e[None, :], b_s, mask=(o_f < F)[:, None] & m_e[None, :])
-        if EPS != 0:
-            if i_f == 0:
-                tl.store(p + F * E + o_e, tl.sum(b_v1, 0), mask=m_e)
-                tl.store(p_stats + i_part * 2 + 2 * F + 1, tl.sum(b_n, 0))
+        if EPS != 0 and i_f == 0:
+            tl.store(p + F * E + o_e, tl.sum(b_v1, 0), mask=m_e)
+            tl.store(p_stats + i_part * 2 + 2 * F + 1, tl.sum(b_n, 0))
 
 
 @triton.jit
@@ -227,7 +236,7 @@ def state_kernel(
     p_sums,  # as key_kernel left them
     p_stats,
     p_state,  # (B·H, F + 2, E), or (B·H, F, E) if RAW
-    p_stat,  # (B·H, F + 1), or (B·H, F) if RAW
+    p_stat,  # (B·H, 2, F + 1), or (B·H, F) if RAW
     p_top,  # (B·H): log2 of favor's maximum
     SPLITS,
     E: tl.constexpr,
@@ -288,10 +297,10 @@ def state_kernel(
     else:
         b_log = tl.where(m_f, b_z, 0)
         b_z = b_log
-    if i_e == 0:
-        tl.store(p_stat + i_bh * (F if RAW else F + 1) + o_f, b_log, mask=m_f)
     if RAW:
         tl.store(p_state + i_bh * F * E + o_f[:, None] * E + o_e[None, :], b_s, mask=m_fe)
+        if i_e == 0:
+            tl.store(p_stat + i_bh * F + o_f, b_log, mask=m_f)
     else:
         total = tl.sum(b_z, 0)
         b_c = tl.sum(b_mean * b_z[:, None], 0) * reciprocal(total)  # [BE]
@@ -300,10 +309,16 @@ def state_kernel(
         tl.store(p[None, :] + o_f[:, None] * E, b_u, mask=m_fe)
         tl.store(p + F * E, b_c, mask=m_e)
         tl.store(p + (F + 1) * E, tl.max(tl.abs(b_u), 0), mask=m_e)
-        if EXP:
-            total = top + tl.log2(total)
         if i_e == 0:
-            tl.store(p_stat + i_bh * (F + 1) + F, total)
+            p_stat += i_bh * 2 * (F + 1)
+            b_weight = b_z * (HALF_RANGE * reciprocal(total))
+            if MAP == "exact":
+                b_weight = b_log
+            elif MAP == "softmax":
+                b_weight = tl.zeros([BLOCK_F], ACC)
+            tl.store(p_stat + o_f, b_log, mask=m_f)
+            tl.store(p_stat + F, top + tl.log2(total) if EXP else total)
+            tl.store(p_stat + F + 1 + o_f, b_weight, mask=m_f)
 
 
 @triton.jit
@@ -315,41 +330,34 @@ def load_state(p_state, o_f, unit, E: tl.constexpr, F: tl.constexpr, BLOCK_E: tl
 
 
 @triton.jit
-def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr, EXP: tl.constexpr):
-    """How a query weighs the features: log2 z (exact), 0 (softmax), or HALF_RANGE·z/Σz. [BLOCK_F]"""
-    b_z = tl.load(p_stat + o_f, mask=o_f < F, other=float("-inf") if EXP else 0.0)
-    if MAP == "softmax":
-        return tl.where(o_f < F, 0.0, float("-inf"))
-    elif MAP == "exact":
-        return b_z
-    elif MAP == "favor":
-        return relative(b_z, tl.load(p_stat + F), EXP) * HALF_RANGE
-    else:
-        return b_z * reciprocal(tl.load(p_stat + F)) * HALF_RANGE
+def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr):
+    """How a query weighs the features [BLOCK_F]. Read where they are used: held over the loop, they cost registers."""
+    none = float("-inf") if MAP == "exact" or MAP == "softmax" else 0.0
+    return tl.load(p_stat + F + 1 + o_f, mask=o_f < F, other=none)
 
 
 @triton.jit
 def query_scores(
-    b_q, b_high, b_low, b_w, MAP: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+    b_q, b_wt, b_rest, b_z, MAP: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
 ):
     """(a, what the row's maximum is taken of), [BLOCK_N, BLOCK_F]."""
     if MAP == "softmax" or MAP == "elu" or MAP == "relu":
         b_a = b_q.to(ACC) * SCALE
     else:
-        b_a = project(b_q, b_high, b_low, PRECISION)
+        b_a = project(b_q, b_wt, b_rest, PRECISION)
     if MAP == "softmax" or MAP == "exact":
-        return b_a, b_a + b_w[None, :]
+        return b_a, b_a + b_z[None, :]
     else:
         return b_a, feature(b_a, MAP)
 
 
 @triton.jit
-def query_weights(b_x, b_top, b_w, MAP: tl.constexpr, EXP: tl.constexpr):
+def query_weights(b_x, b_top, b_z, MAP: tl.constexpr, EXP: tl.constexpr):
     b_e = relative(b_x, b_top[:, None], EXP)
     if MAP == "softmax" or MAP == "exact":
         return b_e
     else:
-        return b_e * b_w[None, :]
+        return b_e * b_z[None, :]
 
 
 @triton.jit
@@ -410,17 +418,14 @@ def query_kernel(
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     p_q, p_out = of_head(p_q, s_q, i_bh, H), of_head(p_out, s_out, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
-    p_stat += i_bh.to(tl.int64) * (F + 1)
+    p_stat += i_bh.to(tl.int64) * 2 * (F + 1)
     o_e = tl.arange(0, BLOCK_E)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
     o_f = tl.arange(0, BLOCK_F)
-    b_high, b_low = None, None
     if BLOCKS == 1:
-        if p_w is not None:
-            b_high, b_low = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_u = load_state(p_state, o_f, unit, E, F, BLOCK_E, T)
-        b_w = load_weights(p_stat, o_f, F, MAP, EXP)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -431,12 +436,12 @@ def query_kernel(
         b_o = tl.zeros([BLOCK_N, BLOCK_E], ACC)
         for i_f in tl.static_range(BLOCKS):
             if BLOCKS > 1:
-                b_high, b_low = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
                 b_u = load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T)
-                b_w = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP, EXP)
-            b_a, b_x = query_scores(b_q, b_high, b_low, b_w, MAP, SCALE, PRECISION, ACC)
+            b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
+            b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
             b_new = tl.maximum(b_top, tl.max(b_x, 1))
-            b_e = query_weights(b_x, b_new, b_w, MAP, EXP)
+            b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
             if i_f > 0:
                 b_shrink = relative(b_top, b_new, EXP)
                 b_den *= b_shrink
@@ -491,23 +496,20 @@ def query_backward_kernel(
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     p_q, p_do, p_dq = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H), of_head(p_dq, s_dq, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
-    p_stat += i_bh.to(tl.int64) * (F + 1)
+    p_stat += i_bh.to(tl.int64) * 2 * (F + 1)
     p_rows += i_bh.to(tl.int64) * 4 * N
     o_e = tl.arange(0, BLOCK_E)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
     o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    b_high, b_low = None, None
     if PHASE != "queries":
-        if p_w is not None:
-            b_high, b_low = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_w = load_weights(p_stat, o_f, F, MAP, EXP)
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
         b_rho = tl.zeros([BLOCK_F, 16], ACC)
         b_r1 = tl.zeros([BLOCK_N, BLOCK_E], ACC)
         b_rho1 = tl.zeros([BLOCK_N], ACC)
     if PHASE == "both":
-        b_u = load_state(p_state, o_f, unit, E, F, BLOCK_E, T)
+        b_ut = tl.trans(load_state(p_state, o_f, unit, E, F, BLOCK_E, T))
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -519,29 +521,33 @@ def query_backward_kernel(
             b_r = tl.load(p_rows + N + o_n, mask=m_n, other=0)
             b_inverse = tl.load(p_rows + 2 * N + o_n, mask=m_n, other=0)
             b_delta = tl.load(p_rows + 3 * N + o_n, mask=m_n, other=0)
-            b_a, b_x = query_scores(b_q, b_high, b_low, b_w, MAP, SCALE, PRECISION, ACC)
-            b_e = query_weights(b_x, b_top, b_w, MAP, EXP)
+            b_z = load_weights(p_stat, o_f, F, MAP)
+            b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+            b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
         else:
             b_top = nothing(BLOCK_N, EXP, ACC)
             b_den = tl.zeros([BLOCK_N], ACC)
             b_delta = tl.zeros([BLOCK_N], ACC)
             for i_f in tl.static_range(BLOCKS):
                 if BLOCKS > 1:
-                    b_high, b_low = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-                    b_u = load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T)
-                    b_w = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP, EXP)
-                b_a, b_x = query_scores(b_q, b_high, b_low, b_w, MAP, SCALE, PRECISION, ACC)
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                    b_ut = tl.trans(load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T))
+                b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
+                b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
                 b_new = tl.maximum(b_top, tl.max(b_x, 1))
-                b_e = query_weights(b_x, b_new, b_w, MAP, EXP)
-                b_g = tl.dot(b_do, tl.trans(b_u), input_precision=PRECISION)  # [BN, BF]
+                b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
+                b_den_block = tl.sum(b_e, 1)
+                b_e = b_e.to(T)
+                b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)  # [BN, BF]
                 if i_f > 0:
                     b_shrink = relative(b_top, b_new, EXP)
                     b_den *= b_shrink
                     b_delta *= b_shrink
-                b_den += tl.sum(b_e, 1)
-                b_delta += tl.sum(b_e * b_g, 1)
+                b_den += b_den_block
+                b_delta += tl.sum(b_e.to(ACC) * b_g, 1)
                 b_top = b_new
             b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
+            b_eg = b_delta
             b_delta *= b_r  # in units of U
             if MAP == "relu":
                 b_delta += (b_sum - 1) / unit * tl.sum(b_do.to(ACC) * b_c[None, :], 1)
@@ -549,27 +555,25 @@ def query_backward_kernel(
             b_bound = 4 * tl.sum(tl.abs(b_do.to(ACC)), 1)
             b_inner = reciprocal(b_bound)
             b_dq = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            b_da1 = tl.zeros([BLOCK_N], ACC)
             for i_f in tl.static_range(BLOCKS):
                 if BLOCKS > 1:
-                    b_high, b_low = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-                    b_u = load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T)
-                    b_w = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP, EXP)
-                    b_a, b_x = query_scores(b_q, b_high, b_low, b_w, MAP, SCALE, PRECISION, ACC)
-                    b_e = query_weights(b_x, b_top, b_w, MAP, EXP)
-                    b_g = tl.dot(b_do, tl.trans(b_u), input_precision=PRECISION)
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                    b_ut = tl.trans(load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T))
+                    b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
+                    b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                    b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
+                    b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)
                 b_da = b_g * b_inner[:, None] - (b_delta * b_inner)[:, None]
                 if EXP:
-                    b_da *= b_e
+                    b_da *= b_e.to(ACC)
                 else:
-                    b_da *= b_w[None, :] * slope(b_a, MAP)
+                    b_da *= b_z[None, :] * slope(b_a, MAP)
                 if p_w is not None:
-                    b_dq = tl.dot(b_da.to(T), b_high, b_dq, input_precision=PRECISION)
-                    b_da1 += tl.sum(b_da, 1)
+                    b_dq = tl.dot(b_da.to(T), b_w, b_dq, input_precision=PRECISION)
                 else:
                     b_dq = b_da * SCALE
-            if MAP == "favor" or MAP == "exact":
-                b_dq -= (2 * HALF * b_da1)[:, None] * b_q.to(ACC)
+            if MAP == "favor":  # less the sum of da; exact's is 0
+                b_dq -= (2 * HALF * b_inner * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
             if EXP:
                 b_dq *= (0.6931471805599453 * unit * b_bound * b_r)[:, None]
             else:
@@ -581,7 +585,7 @@ def query_backward_kernel(
             tl.store(p_rows + 2 * N + o_n, b_inverse, mask=m_n)
             tl.store(p_rows + 3 * N + o_n, b_delta, mask=m_n)
         else:
-            b_p = tl.trans((b_e * (b_r * HALF_RANGE)[:, None]).to(T))
+            b_p = tl.trans((b_e.to(ACC) * (b_r * HALF_RANGE)[:, None]).to(T))
             b_r_sum = tl.dot(b_p, b_do, b_r_sum, input_precision=PRECISION)
             if MAP != "softmax":
                 # δ as two columns of T; |δ| ≤ 2 E max|dO|
@@ -603,10 +607,9 @@ def query_backward_kernel(
         tl.store(p + o_f[:, None] * E + o_e[None, :], b_r_sum, mask=(o_f < F)[:, None] & m_e[None, :])
         if MAP != "softmax":
             tl.store(p_stats + i_part + o_f, tl.sum(b_rho, 1) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
-        if MAP == "favor" or MAP == "favor_relu":
-            if tl.program_id(1) == 0:
-                tl.store(p + F * E + o_e, tl.sum(b_r1, 0), mask=m_e)
-                tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
+        if (MAP == "favor" or MAP == "favor_relu") and tl.program_id(1) == 0:
+            tl.store(p + F * E + o_e, tl.sum(b_r1, 0), mask=m_e)
+            tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
 
 
 @triton.jit
@@ -635,7 +638,7 @@ def state_backward_kernel(
     b_r = tl.zeros([BLOCK_F, BLOCK_E], ACC)
     b_rho = tl.zeros([BLOCK_F], ACC)
     if MAP == "favor" or MAP == "favor_relu":
-        b_w = EPS * load_weights(p_stat + i_bh * (F + 1), o_f, F, MAP, EXP)
+        b_z = EPS * load_weights(p_stat + i_bh * 2 * (F + 1), o_f, F, MAP)
     for i_s in range(SPLITS):
         i_part = (i_bh * SPLITS + i_s) * (F + 1)
         p = p_sums + i_part * E + o_e
@@ -643,8 +646,8 @@ def state_backward_kernel(
         if MAP != "softmax":
             b_rho -= tl.load(p_stats + i_part + o_f, mask=m_f, other=0)
         if MAP == "favor" or MAP == "favor_relu":
-            b_r += b_w[:, None] * tl.load(p + F * E, mask=m_e, other=0)[None, :]
-            b_rho -= b_w * tl.load(p_stats + i_part + F)
+            b_r += b_z[:, None] * tl.load(p + F * E, mask=m_e, other=0)[None, :]
+            b_rho -= b_z * tl.load(p_stats + i_part + F)
     o_fe = o_f[:, None] * E + o_e[None, :]
     if MAP == "softmax":
         b_rho = -tl.sum(b_r * tl.load(p_state + i_bh * (F + 2) * E + o_fe, mask=m_fe, other=0), 1)
@@ -656,7 +659,6 @@ def state_backward_kernel(
 @triton.jit
 def load_gradient(
     p_grad,
-    p_grads,
     p_stat,
     o_f,
     unit,
@@ -668,14 +670,17 @@ def load_gradient(
     BLOCK_E: tl.constexpr,
     T: tl.constexpr,
 ):
-    """R / unit [BLOCK_F, BLOCK_E] in T, ρ / unit, log2 z (EXP) or 1 / z [BLOCK_F], EPS Σ R_m/z_m / unit [BLOCK_E]."""
+    """R / unit [BLOCK_F, BLOCK_E] in T, its transpose, and EPS Σ R_m/z_m / unit [BLOCK_E]."""
     o_e, m_f = tl.arange(0, BLOCK_E), o_f < F
-    b_stat = tl.load(p_stat + o_f, mask=m_f, other=float("inf") if EXP else 0.0)
-    b_rho = tl.load(p_grads + o_f, mask=m_f, other=0) / unit
     p = p_grad + o_f[:, None] * E + o_e[None, :]
     b_r = tl.load(p, mask=m_f[:, None] & (o_e < E)[None, :], other=0) / unit
-    b_inverse = tl.exp2(top - b_stat) if EXP else reciprocal(b_stat)
-    return b_r.to(T), b_rho, b_stat if EXP else b_inverse, tl.sum(b_r * (EPS * b_inverse)[:, None], 0)
+    b_r1 = tl.zeros([BLOCK_E], b_r.dtype)
+    if EPS != 0:
+        b_stat = tl.load(p_stat + o_f, mask=m_f, other=float("inf") if EXP else 0.0)
+        b_inverse = tl.exp2(top - b_stat) if EXP else reciprocal(b_stat)
+        b_r1 = tl.sum(b_r * (EPS * b_inverse)[:, None], 0)
+    b_r = b_r.to(T)
+    return b_r, tl.trans(b_r), b_r1
 
 
 @triton.jit
@@ -739,11 +744,9 @@ def key_backward_kernel(
     steepest = 1.0
     if not EXP:
         steepest = tl.max(reciprocal(tl.load(p_stat + o_all, mask=o_all < F, other=0)), 0)
-    b_high, b_low = None, None
     if BLOCKS == 1:
-        if p_w is not None:
-            b_high, b_low = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_r, b_rho, b_stat, b_r1 = load_gradient(p_grad, p_grads, p_stat, o_f, unit, top, E, F, EXP, EPS, BLOCK_E, T)
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_f, unit, top, E, F, EXP, EPS, BLOCK_E, T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -758,35 +761,36 @@ def key_backward_kernel(
         b_bound = 2 * tl.sum(tl.abs(b_v), 1) + widest
         b_inner = reciprocal(b_bound)
         b_v = (b_v * b_inner[:, None]).to(T)
+        b_shift = tl.zeros([BLOCK_N], ACC) - tl.log2(gain)
+        if MAP == "favor" or MAP == "exact":
+            b_shift += half_norm(b_k, HALF, ACC)
         b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         b_dv = tl.zeros([BLOCK_N, BLOCK_E], ACC)
         b_da1 = tl.zeros([BLOCK_N], ACC)
         for i_f in tl.static_range(BLOCKS):
+            o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
-                o_i = i_f * BLOCK_F + o_f
-                b_high, b_low = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_r, b_rho, b_stat, b_r1 = load_gradient(
-                    p_grad, p_grads, p_stat, o_i, unit, top, E, F, EXP, EPS, BLOCK_E, T
-                )
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_i, unit, top, E, F, EXP, EPS, BLOCK_E, T)
             if p_w is not None:
-                b_a = project(b_k, b_high, b_low, PRECISION)
+                b_a = project(b_k, b_wt, b_rest, PRECISION)
             else:
                 b_a = b_k.to(ACC) * SCALE
-            b_da = tl.dot(b_v, tl.trans(b_r), input_precision=PRECISION) + b_rho[None, :] * b_inner[:, None]
+            b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
+            b_da += tl.load(p_grads + o_i, mask=o_i < F, other=0)[None, :] * (b_inner / unit)[:, None]
+            b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf") if EXP else 0.0)
             if EXP:
-                b_t = b_a - (b_stat - tl.log2(gain))[None, :]
-                if MAP != "softmax":
-                    b_t -= half_norm(b_k, HALF, ACC)[:, None]
-                b_t = tl.exp2(b_t)
+                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None])
                 b_da *= b_t
             else:
+                b_stat = reciprocal(b_stat)
                 b_t = feature(b_a, MAP) * (b_stat * gain)[None, :]
                 b_da *= (b_stat / steepest)[None, :] * slope(b_a, MAP)
             b_dv = tl.dot(b_t.to(T), b_r, b_dv, input_precision=PRECISION)
             if EPS != 0:
                 b_dv += b_r1[None, :] * gain
             if p_w is not None:
-                b_dk = tl.dot(b_da.to(T), b_high, b_dk, input_precision=PRECISION)
+                b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION)
                 b_da1 += tl.sum(b_da, 1)
             else:
                 b_dk = b_da * SCALE
@@ -914,11 +918,15 @@ class Skeleton:
     def key_pass(
         self, k: Tensor, v: Tensor, key_mask: Tensor | None, raw: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(state (B, H, F + 2, E), stat (B, H, F + 1), favor's maximum (B, H)), or if raw kv_state's S and stat."""
+        """(state (B, H, F + 2, E), stat (B, H, 2, F + 1), favor's maximum (B, H)), or if raw kv_state's S and stat."""
         sums, stats, runs = self.key_sums(k, v, key_mask)
-        heads, more = tuple(k.shape[:2]), not raw
-        state = sums.new_empty((*heads, self.features + 2 * more, self.value_dim))
-        stat, top = state.new_empty((*heads, self.features + more)), state.new_empty(heads)
+        heads = tuple(k.shape[:2])
+        if raw:
+            state = sums.new_empty((*heads, self.features, self.value_dim))
+            stat = state.new_empty((*heads, self.features))
+        else:
+            state, stat = triton_state(k, self.features, self.value_dim)
+        top = state.new_zeros(heads)
         options = self._options(state_kernel)
         width = min(options.pop("BLOCK_E"), _width(self.value_dim))
         launch(

@@ -1,6 +1,5 @@
 """FAVOR+ in Triton: the skeleton of linear_attention with a projection; performer_features has kernels of its own."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,7 +58,7 @@ def features_kernel(
         p_dx = of_head(p_dx, s_dx, i_bh, H)
     o_f = tl.arange(0, BLOCK_F)
     if BLOCKS == 1:
-        b_high, b_low = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -70,8 +69,8 @@ def features_kernel(
         if EXP:
             for i_f in tl.static_range(BLOCKS):
                 if BLOCKS > 1:
-                    b_high, b_low = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-                b_top = tl.maximum(b_top, tl.max(project(b_x, b_high, b_low, PRECISION), 1))
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                b_top = tl.maximum(b_top, tl.max(project(b_x, b_wt, b_rest, PRECISION), 1))
             if p_top is not None:
                 b_factor *= tl.exp2(b_top - half_norm(b_x, HALF, ACC) - tl.load(p_top + i_bh))
             elif EPS != 0:
@@ -80,9 +79,9 @@ def features_kernel(
         b_da1 = tl.zeros([BLOCK_N], ACC)
         for i_f in tl.static_range(BLOCKS):
             if BLOCKS > 1:
-                b_high, b_low = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
             p = p_phi + i_f * BLOCK_F * s_phi[3]
-            b_a = project(b_x, b_high, b_low, PRECISION)
+            b_a = project(b_x, b_wt, b_rest, PRECISION)
             b_e = tl.exp2(b_a - b_top[:, None]) if EXP else feature(b_a, MAP)
             if p_dx is None:
                 b_phi = b_e * b_factor[:, None] + EPS * RATIO
@@ -90,7 +89,7 @@ def features_kernel(
             else:
                 b_da = load_tokens(p, s_phi, o_n, m_n, F - i_f * BLOCK_F, BLOCK_F).to(ACC)
                 b_da *= b_e if EXP else slope(b_a, MAP)
-                b_dx = tl.dot(b_da.to(T), b_high, b_dx, input_precision=PRECISION)
+                b_dx = tl.dot(b_da.to(T), b_w, b_dx, input_precision=PRECISION)
                 b_da1 += tl.sum(b_da, 1)
         if p_dx is not None:
             if EXP:
