@@ -15,8 +15,10 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
 
-# What compiles kernels without a GPU takes the launches instead: (kernel, grid, arguments, options).
+# What compiles kernels without a GPU takes the launches instead: (kernel, grid, arguments, options), as for the
+# architecture ``recorded_arch`` (80, 90, …). Meanwhile the kernels serve every device.
 recorder: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
+recorded_arch: int | None = None
 
 
 def define(schema: str, module: str) -> None:
@@ -44,6 +46,8 @@ def serves_triton(device: torch.device, dtype: torch.dtype, dim: int, tensor_cor
     """The capability check of the Triton kernels; ``tensor_cores``: they multiply matrices."""
     if TRITON_MISSING:
         return TRITON_MISSING
+    if recorder is not None:
+        return None
     if interpreting():
         if device.type != "cpu":
             return f"runs in its interpreter (TRITON_INTERPRET=1), which serves the CPU, not {device.type}"

@@ -92,13 +92,17 @@ def explain_backend(
 
 
 def resolve(
-    op: str, tensor: torch.Tensor, backend: str | None = None, dim: int = 0, declined: str | None = None
+    op: str,
+    tensor: torch.Tensor,
+    backend: str | None = None,
+    dim: int = 0,
+    declined: Callable[[str], str | None] = lambda _: None,
 ) -> str:
     """The backend that will serve ``op`` for inputs like ``tensor`` (its device and dtype) with ``dim`` channels.
 
     Args:
         backend: a name from :data:`BACKENDS`, or ``None`` for the one :func:`use_backend` has set.
-        declined: why no fused kernel takes the call's other arguments, if so.
+        declined: of a fused backend's name, why it does not take the call's other arguments, if so.
 
     Raises:
         ValueError: unknown backend.
@@ -110,7 +114,7 @@ def resolve(
     device, dtype = tensor.device, tensor.dtype
     reasons = []
     for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else (wanted,):
-        reason = declined or _decline(op, name, device, dtype, dim)
+        reason = declined(name) or _decline(op, name, device, dtype, dim)
         if reason is None and wanted == "auto":
             reason = _UNPROVEN.get(name)
         if reason is None:

@@ -3,6 +3,7 @@
 ``python -m cxv_kernels`` runs them on this machine, and the tests use the same cases and the same error model.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,16 +43,16 @@ class Result:
         return self.ratio <= 1
 
 
-def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> list[Case]:
-    """The ops in their variants, at a size that takes milliseconds."""
+def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32, ragged: bool = True) -> list[Case]:
+    """The ops in their variants, by default at a size that takes milliseconds and that divides by nothing.
+
+    Not ``ragged``: as the models call them, with as many keys as queries, E = D, and square images.
+    """
     generator = torch.Generator().manual_seed(0)
     features = num_random_features(dim)
     projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64)
-    query, key, value = (
-        (batch, heads, tokens, dim),
-        (batch, heads, tokens + 7, dim),
-        (batch, heads, tokens + 7, dim + 3),
-    )
+    keys, value_dim = (tokens + 7, dim + 3) if ragged else (tokens, dim)
+    query, key, value = (batch, heads, tokens, dim), (batch, heads, keys, dim), (batch, heads, keys, value_dim)
 
     def performer(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         return performer_attention(q, k, v, projection.to(q.device), **options)
@@ -82,13 +83,15 @@ def cases(batch: int = 2, heads: int = 2, tokens: int = 200, dim: int = 32) -> l
         Case("nystrom_attention", "16 landmarks", partial(nystrom_attention, num_landmarks=16), attention, tokens, 8),
         Case("nystrom_attention", "residual", nystrom_residual, (*(query,) * 3, (heads, 1, 33, 1)), tokens, 8),
     ]
-    image, weight, channels = (batch, dim, 9, 11), (dim + 3, dim, 3, 3), (dim + 3,)
+    planes, side = (dim, (9, 11)) if ragged else (heads * dim, (math.isqrt(tokens),) * 2)
+    image, channels = (batch, planes, *side), (planes + value_dim - dim,)
+    weight = (*channels, planes, 3, 3)
 
     def channels_last(x: Tensor, *rest: Tensor, **options) -> Tensor:
         return conv_norm(x.contiguous(memory_format=torch.channels_last), *rest, **options)
 
     # the convolution is rounded to the dtype before the norm
-    convolution = ((image, weight, channels, channels, channels), 9 * dim, 4)
+    convolution = ((image, weight, channels, channels, channels), 9 * planes, 4)
     found += [
         Case("conv_norm", "NCHW", conv_norm, *convolution),
         Case("conv_norm", "channels_last", channels_last, *convolution),
@@ -108,7 +111,8 @@ def tolerance(expected: Tensor, dtype: torch.dtype, depth: int, amplification: f
     return amplification * (scale * torch.finfo(dtype).eps + max(scale, 1.0) * summing)
 
 
-def _outputs_and_gradients(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
+def outputs_and_gradients(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """What the case returns, and the inputs' gradients for a random gradient of that (rounded to ``dtype``)."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = case.function(*inputs, backend=backend)
     outs = list(out) if isinstance(out, tuple) else [out]
@@ -117,19 +121,22 @@ def _outputs_and_gradients(case: Case, inputs: list[Tensor], backend: str, dtype
     return outs + list(torch.autograd.grad(outs, inputs, seeds))
 
 
-def run(case: Case, backend: str, device: str | torch.device, dtype: torch.dtype) -> Result:
-    """Check one case on one backend.
+def run(
+    case: Case, backend: str, device: str | torch.device, dtype: torch.dtype, exact_on: str | torch.device = "cpu"
+) -> Result:
+    """Check one case on one backend; ``exact_on``: where the float64 reference runs, which at large sizes takes long.
 
     Raises:
         RuntimeError: the backend cannot serve it.
     """
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in case.shapes]
-    expected = _outputs_and_gradients(case, [t.cpu().double() for t in inputs], "reference", dtype)
-    found = _outputs_and_gradients(case, inputs, backend, dtype)
+    expected = outputs_and_gradients(case, [t.to(exact_on).double() for t in inputs], "reference", dtype)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else cuDNN rounds float32 to 10 bits
+        found = outputs_and_gradients(case, inputs, backend, dtype)
     error, ratio = 0.0, 0.0
     for got, want in zip(found, expected, strict=True):
-        worst = float((got.detach().double().cpu() - want.detach()).abs().max())
+        worst = float((got.detach().to(want) - want.detach()).abs().max())
         bound = tolerance(want.detach(), dtype, case.depth, case.amplification)
         worst = worst if worst == worst else float("inf")
         error, ratio = max(error, worst), max(ratio, worst / bound)

@@ -45,12 +45,12 @@ AMPLIFICATION = {"relu": 4, "favor": 8, "favor exact": 8, "favor relu": 2}
 every_variant = pytest.mark.parametrize("variant", ATTENTION)
 
 
-def assert_fused_matches(inputs, variant, key_mask=None, amplification=1):
+def assert_fused_matches(inputs, variant, key_mask=None, amplification=1, backend="cpp"):
     """Output and gradients, within the error model."""
     attend, dtype = partial(ATTENTION[variant], key_mask=key_mask), inputs[0].dtype
     inputs = [t.detach().requires_grad_() for t in inputs]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    out, want = attend(*inputs, backend="cpp"), attend(*exact, backend="reference")
+    out, want = attend(*inputs, backend=backend), attend(*exact, backend="reference")
     grad = torch.randn_like(want).to(dtype)
     got_all = (out, *torch.autograd.grad(out, inputs, grad))
     want_all = (want, *torch.autograd.grad(want, exact, grad.double()))

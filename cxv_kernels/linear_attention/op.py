@@ -8,17 +8,50 @@ from torch import Tensor
 
 from .. import backends
 from .._extension import CUDA_MISSING
+from .._triton import NAMESPACE, define, serves_triton
 from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
 from ..validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
+_TRITON = "cxv_kernels.linear_attention.triton"
+define(
+    "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, str feature_map, float eps)"
+    " -> (Tensor out, Tensor state, Tensor key_stat)",
+    _TRITON,
+)
+define(
+    "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
+    " Tensor key_stat, str feature_map, float eps) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _TRITON,
+)
+define(
+    "kv_state_forward(Tensor k, Tensor v, Tensor? key_mask, str feature_map) -> (Tensor state, Tensor key_stat)",
+    _TRITON,
+)
+define(
+    "kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v, Tensor? key_mask, Tensor key_stat,"
+    " str feature_map) -> (Tensor grad_k, Tensor grad_v)",
+    _TRITON,
+)
 
-@register_fake("linear_attention_forward")
+
+@register_fake("linear_attention_forward", "cxv_kernels")
 def _(q, k, v, key_mask, feature_map, eps):
     batch, heads, dim, value_dim = *q.shape[:2], q.shape[3], v.shape[3]
     out = like_layout(q, (*q.shape[:3], value_dim))
     state = q.new_empty((batch, heads, dim, value_dim), dtype=accumulate_dtype(q.dtype))
     return out, state, state.new_empty((batch, heads, dim))
+
+
+@register_fake("linear_attention_forward", NAMESPACE)
+def _(q, k, v, key_mask, feature_map, eps):
+    return like_layout(q, (*q.shape[:3], v.shape[3])), *triton_state(q, q.shape[3], v.shape[3])
+
+
+def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """What the Triton kernels keep of a head: U (B, H, F + 2, E) and the features' statistics (B, H, 2, F + 1)."""
+    state = q.new_empty((*q.shape[:2], features + 2, value_dim), dtype=accumulate_dtype(q.dtype))
+    return state, state.new_empty((*q.shape[:2], 2, features + 1))
 
 
 @register_fake("linear_attention_backward")
@@ -128,6 +161,12 @@ class KvStateBackward(torch.autograd.Function):
         return (*second[0], *second[1], *(None,) * 5)
 
 
+def serves_attention(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """The capability check of the Triton attention kernels."""
+    reason = serves_triton(device, dtype, dim)
+    return reason or (f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None)
+
+
 def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if CUDA_MISSING or device.type != "cuda":
         return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
@@ -137,3 +176,5 @@ def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
 backends.register("linear_attention", "cpp", serves_cpu)
 backends.register("kv_state", "cpp", serves_cpu)
 backends.register("linear_attention", "cuda", _cuda)
+for _op in ("linear_attention", "kv_state"):
+    backends.register(_op, "triton", serves_attention)

@@ -1,6 +1,7 @@
 """Performer attention (FAVOR+) with the softmax and relu kernels. README.md has the math."""
 
 import math
+from functools import partial
 
 from torch import Tensor
 
@@ -88,8 +89,8 @@ def performer_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     _check_options(q, projection, kernel, eps, stabilizer)
-    dim, reason = max(q.shape[-1], v.shape[-1]), declined(projection, stabilizer)
-    serving = backends.resolve("performer_attention", q, backend, dim, reason)
+    dim, decline = max(q.shape[-1], v.shape[-1]), partial(declined, projection, stabilizer)
+    serving = backends.resolve("performer_attention", q, backend, dim, decline)
     with without_autocast(q):
         if serving == "reference":
             return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
@@ -126,7 +127,8 @@ def performer_features(
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, H, N, D)")
     _check_options(x, projection, kernel, eps, stabilizer)
-    serving = backends.resolve("performer_features", x, backend, x.shape[-1], declined(projection, stabilizer))
+    decline = partial(declined, projection, stabilizer)
+    serving = backends.resolve("performer_features", x, backend, x.shape[-1], decline)
     with without_autocast(x):
         if serving == "reference":
             return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)

@@ -7,17 +7,48 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._triton import NAMESPACE, define
 from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
+from ..linear_attention.op import serves_attention, triton_state
 from ..validation import accumulate_dtype
 from .reference import performer_attention_reference, performer_features_reference
 
+_TRITON = "cxv_kernels.performer_attention.triton"
+define(
+    "performer_attention_forward(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, str kernel,"
+    " float eps) -> (Tensor out, Tensor state, Tensor key_stat, Tensor key_max)",
+    _TRITON,
+)
+define(
+    "performer_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection,"
+    " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _TRITON,
+)
+define(
+    "performer_features_forward(Tensor x, Tensor projection, bool is_query, str kernel, float eps)"
+    " -> (Tensor phi, Tensor key_max)",
+    _TRITON,
+)
+define(
+    "performer_features_backward(Tensor grad_phi, Tensor x, Tensor projection, Tensor key_max, bool is_query,"
+    " str kernel, float eps) -> Tensor",
+    _TRITON,
+)
 
-@register_fake("performer_attention_forward")
+
+@register_fake("performer_attention_forward", "cxv_kernels")
 def _(q, k, v, projection, key_mask, kernel, eps):
     heads, features, value_dim = tuple(q.shape[:2]), projection.shape[0], v.shape[3]
     out = like_layout(q, (*q.shape[:3], value_dim))
     state = q.new_empty((*heads, features, value_dim), dtype=accumulate_dtype(q.dtype))
     return out, state, state.new_empty((*heads, features)), state.new_empty(heads)
+
+
+@register_fake("performer_attention_forward", NAMESPACE)
+def _(q, k, v, projection, key_mask, kernel, eps):
+    out = like_layout(q, (*q.shape[:3], v.shape[3]))
+    return out, *triton_state(q, projection.shape[0], v.shape[3]), projection.new_empty(q.shape[:2])
 
 
 @register_fake("performer_attention_backward")
@@ -36,11 +67,14 @@ def _(grad_phi, x, projection, key_max, is_query, kernel, eps):
     return like_layout(x, tuple(x.shape))
 
 
-def declined(projection: Tensor, stabilizer: str) -> str | None:
-    """Why no fused kernel takes these arguments, if so."""
+def declined(projection: Tensor, stabilizer: str, backend: str) -> str | None:
+    """Why this fused backend does not take these arguments, if so."""
     if stabilizer != "head":
         return f"does not serve stabilizer={stabilizer!r}"
-    return "does not serve a projection that requires grad" if projection.requires_grad else None
+    if projection.requires_grad:
+        return "does not serve a projection that requires grad"
+    features = projection.shape[0]
+    return f"serves at most 512 features, not {features}" if backend == "triton" and features > 512 else None
 
 
 class PerformerAttention(torch.autograd.Function):
@@ -136,3 +170,5 @@ class PerformerFeaturesBackward(torch.autograd.Function):
 
 backends.register("performer_attention", "cpp", serves_cpu)
 backends.register("performer_features", "cpp", serves_cpu)
+for _op in ("performer_attention", "performer_features"):
+    backends.register(_op, "triton", serves_attention)

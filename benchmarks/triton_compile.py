@@ -1,0 +1,291 @@
+"""Compiles the Triton kernels exactly as they would be launched, for a card that need not be there, and reads the result.
+
+The launches are recorded, not guessed: every case of :mod:`cxv_kernels.checks` and a training step of each model run on
+the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes each kernel with its arguments.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import name_of
+from torch import Tensor
+from training import loss_of, random_batch, weights_dtype
+
+import cxv
+from cxv_kernels import _triton, backends, checks
+
+
+@dataclass(frozen=True)
+class Card:
+    """Limits of a multiprocessor from the CUDA programming guide, and a card's datasheet rates: for floors, not facts."""
+
+    name: str
+    bandwidth: float  # bytes per second
+    exps: float  # per second: 16 per multiprocessor and clock
+    warps: int
+    blocks: int
+    shared: int  # bytes of a multiprocessor
+    block_shared: int  # bytes that one block may have
+    block_reserved: int  # bytes of it that the system keeps
+    registers: int = 65536
+
+    def occupancy(self, registers: int, shared: int, warps: int) -> float:
+        """The share of the multiprocessor's warps that can be resident; registers per thread, bytes and warps of a block."""
+        per_warp = -(-max(registers, 1) * 32 // 256) * 256
+        by_registers = self.registers // per_warp // warps
+        by_shared = self.shared // max(shared + self.block_reserved, 1)
+        return min(self.warps // warps, self.blocks, by_registers, by_shared) * warps / self.warps
+
+
+CARDS = {
+    75: Card("T4", 320e9, 40 * 16 * 1.59e9, 32, 16, 64 << 10, 64 << 10, 0),
+    80: Card("A100 (40 GB)", 1555e9, 108 * 16 * 1.41e9, 64, 32, 164 << 10, 163 << 10, 1 << 10),
+    90: Card("H200", 4800e9, 132 * 16 * 1.98e9, 64, 32, 228 << 10, 227 << 10, 1 << 10),
+}
+
+
+@dataclass
+class Launch:
+    """A kernel as it was first launched: which case did it, and what Triton compiles."""
+
+    case: str
+    kernel: Any  # triton.JITFunction
+    dtype: str
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    nbytes: int  # of the tensors that it is given, each once
+    units: int  # tokens × heads, pixels or elements of the case
+    exps: float  # per unit, where the kernel has exponentials
+
+    @property
+    def name(self) -> str:
+        """The @triton.jit function's."""
+        return self.kernel.__name__
+
+
+MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
+
+# --- recording ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def recording(take: Callable[..., None], arch: int | None = None) -> Iterator[None]:
+    """In the block the Triton backend serves every device and dtype, and ``take`` gets its launches instead of a GPU."""
+    previous = _triton.recorder, _triton.recorded_arch
+    _triton.recorder, _triton.recorded_arch = take, arch
+    try:
+        with backends.use_backend("triton"):
+            yield
+    finally:
+        _triton.recorder, _triton.recorded_arch = previous
+
+
+def launches(
+    dtype: torch.dtype,
+    arch: int,
+    batch: int = 1,
+    heads: int = 4,
+    tokens: int = 1024,
+    dim: int = 32,
+    models: bool = True,
+) -> list[Launch]:
+    """What the ops, forward and backward, and a training step of each model launch on ``arch``, each kernel variant once."""
+    found: list[Launch] = []
+    with recording(lambda *_: None, arch):
+        served = {op for op in backends.OPS if backends.explain_backend(op)["triton"] == "serves"}
+
+    def during(case: str, units: int, exps: float, run: Callable[[], Any]) -> None:
+        def take(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
+            tensors = {a.data_ptr(): a.untyped_storage().nbytes() for a in arguments if isinstance(a, Tensor)}
+            total = sum(tensors.values())
+            found.append(Launch(case, kernel, name_of(dtype), grid, arguments, options, total, units, exps))
+
+        with recording(take, arch):
+            run()
+
+    for case in checks.cases(batch, heads, tokens, dim, ragged=False):
+        if case.op in served:
+            inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
+            units = inputs[0].numel() // (1 if case.op == "dropout" else dim)
+            exps = _exps(case, dim)
+            during(
+                f"{case.op} {case.label}",
+                units,
+                exps,
+                lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton"),
+            )
+    for name, attention in MODELS.items() if models else ():
+        if {attention, "conv_norm", "dropout"} <= served:
+            images, labels = random_batch(1, 32, torch.device("cpu"), dtype)
+            model = cxv.create_model(name, use_fused=True).to(weights_dtype(dtype)).train()
+            during(name, 4 * 1024, 0, lambda m=model, i=images, t=labels: loss_of(m, i, t, dtype).backward())
+    return found
+
+
+def _exps(case: checks.Case, dim: int) -> float:
+    """Of a token's features."""
+    if case.op.startswith("performer"):
+        return 0 if case.label == "relu" else checks.num_random_features(dim)
+    return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout") else dim
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compiled:
+    """What the compiler made of a launch for one architecture."""
+
+    kernel: str
+    case: str
+    dtype: str
+    arch: int
+    options: dict[str, Any]  # num_warps, num_stages
+    constants: dict[str, Any]
+    error: str | None = None
+    registers: int = 0  # per thread
+    spills: int = 0  # loads and stores of local memory
+    shared: int = 0  # bytes of a block
+    cubin: int = 0  # bytes
+    dot: bool = False  # whether it multiplies matrices
+    occupancy: float = 0.0
+    instructions: dict[str, int] = field(default_factory=dict)  # by family
+    seconds: float = 0.0
+    floor: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "HMMA": r"HMMA",
+    "WGMMA": r"(HGMMA|WGMMA)",
+    "FFMA": r"(FFMA|FMUL|FADD)",
+    "HFMA2": r"(HFMA2|HMUL2|HADD2)",
+    "DFMA": r"(DFMA|DMUL|DADD)",
+    "MUFU": r"MUFU",
+    "LDG": r"(LDG|LDGSTS|UBLKCP)",
+    "STG": r"STG",
+    "LDL": r"LDL",
+    "STL": r"STL",
+    "SHFL": r"SHFL",
+    "BAR": r"BAR",
+}
+
+
+def _source(launch: Launch, arch: int) -> tuple[Any, Any, dict[str, Any]]:
+    """(ASTSource, target, options) as Triton's own launcher would make them for these arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend, kernel = make_backend(target), launch.kernel
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *launch.arguments, **launch.options
+    )
+    options = {"debug": kernel.debug, **options}
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, {**launch.options, **options}, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), target, dict(parsed.__dict__)
+
+
+def _key(source: Any, options: dict[str, Any]) -> str:
+    return hashlib.sha256(f"{source.hash()} {sorted(options.items(), key=str)}".encode()).hexdigest()
+
+
+_queue: list[tuple[Launch, Any, Any, dict[str, Any]]] = []  # inherited by the forked workers: kernels do not pickle
+
+
+def _compile(index: int) -> Compiled:
+    import triton
+
+    launch, source, target, options = _queue[index]
+    names = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
+    constants = {launch.kernel.arg_names[path[0]]: _plain(value) for path, value in source.constants.items()}
+    made = Compiled(launch.name, launch.case, launch.dtype, target.arch, names, constants)
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+        made.error = " | ".join(lines[:2] + lines[-1:])[:500]
+        return made
+    made.dot = "tt.dot" in compiled.asm["ttir"]
+    _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+    made.seconds = round(time.perf_counter() - start, 2)
+    card = CARDS[target.arch]
+    exps = launch.exps * launch.units if made.instructions["MUFU"] else 0
+    nanoseconds = 1e9 * max(launch.nbytes / card.bandwidth, exps / card.exps)
+    made.floor = {
+        "card": card.name,
+        "bytes_per_unit": launch.nbytes / launch.units,
+        "exps_per_unit": exps / launch.units,
+        "ns_per_unit": nanoseconds / launch.units,
+    }
+    return made
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | None) else getattr(value, "__name__", str(value))
+
+
+def tool(name: str) -> str:
+    """The path of a CUDA tool in Triton's wheel."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> None:
+    """Fill in what the machine code tells."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tool("cuobjdump"), "-res-usage", file.name)
+        sass = _run(tool("cuobjdump"), "-sass", file.name)
+    made.registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]*)", sass, re.MULTILINE))
+    made.instructions = {
+        family: sum(count for opcode, count in opcodes.items() if re.fullmatch(pattern, opcode))
+        for family, pattern in FAMILIES.items()
+    } | {"all": sum(opcodes.values())}
+    made.spills = made.instructions["LDL"] + made.instructions["STL"]
+    made.shared, made.cubin = shared, len(cubin)
+    made.occupancy = CARDS[made.arch].occupancy(made.registers, shared, warps)
+
+
+def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Compiled]:
+    """Compile each distinct (architecture, launch) once, in ``jobs`` processes; Triton's cache keeps what they make."""
+    seen: set[str] = set()
+    _queue.clear()
+    for arch, launch in found:
+        source, target, options = _source(launch, arch)
+        key = f"{arch} {_key(source, options)}"
+        if key not in seen:
+            seen.add(key)
+            _queue.append((launch, source, target, options))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(_compile, range(len(_queue))))
+
+
+def without_interpreter() -> dict[str, str]:
+    """The environment for a process that compiles."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

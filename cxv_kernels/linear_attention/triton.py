@@ -1,0 +1,1102 @@
+"""Fused attention with feature maps in Triton: one skeleton, the map its parameter. README.md has the algorithm.
+
+A head has F features: the rows of the projection W, or without one the D channels. ``MAP`` is one of
+
+- ``favor``: exp(a − h − s) + EPS with a = D^-¼·x·Wᵀ, h = ‖x‖²/(2√D) and one maximum s of all keys' a;
+- ``exact``: the same with EPS = 0 and a maximum per feature; ``favor_relu``: relu(a) + EPS;
+- ``softmax``: over the channels of D^-¼·q, over the tokens of D^-¼·k; ``elu`` and ``relu`` of the channels.
+
+The first, second and fourth are exponentials (``EXP``), computed in base 2. What is kept of a head (README.md):
+
+- state (F + 2, E): U_m = S_m/z_m − c̄; c̄; the largest |U| of each column.
+- stat (2, F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact),
+  0 (softmax), else z_m/Σ z·HALF_RANGE.
+
+``p_`` is a pointer, ``s_`` its strides, ``b_`` a tile's values, ``o_`` offsets, ``m_`` masks, ``i_`` an index.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from .._triton import launch
+from ..autograd import like_layout
+from ..validation import accumulate_dtype
+from .op import triton_state
+
+HALF_RANGE = tl.constexpr(32768.0)  # scales weights of at most 1, so that float16 holds the small ones
+TINY = tl.constexpr(1.2e-38)  # the reciprocal of less overflows float32
+
+
+@triton.jit
+def reciprocal(x):
+    return tl.where(x > TINY, 1 / tl.where(x > TINY, x, 1), 0)
+
+
+@triton.jit
+def power_below(x):
+    """The largest power of two up to x; 1 for 0."""
+    return tl.exp2(tl.floor(tl.log2(tl.where(x > 0, x, 1))))
+
+
+@triton.jit
+def relative(x, top, EXP: tl.constexpr):
+    """What x is of the largest: in [0, 1]."""
+    if EXP:
+        return tl.exp2(x - tl.where(top == float("-inf"), 0, top))
+    else:
+        return x * reciprocal(top)
+
+
+@triton.jit
+def nothing(SIZE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr):
+    """The maximum of no tokens."""
+    return tl.full([SIZE], float("-inf") if EXP else 0.0, ACC)
+
+
+@triton.jit
+def of_head(p, s, i_bh, H):
+    return p + (i_bh // H).to(tl.int64) * s[0] + (i_bh % H).to(tl.int64) * s[1]
+
+
+@triton.jit
+def load_tokens(p, s, o_n, m_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK_N, BLOCK], zeros where masked and past WIDTH."""
+    o_c = tl.arange(0, BLOCK).to(tl.int64)
+    mask = m_n[:, None] & (o_c < WIDTH)[None, :]
+    return tl.load(p + o_n[:, None] * s[2] + o_c[None, :] * s[3], mask=mask, other=0)
+
+
+@triton.jit
+def store_tokens(p, s, o_n, m_n, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    o_c = tl.arange(0, BLOCK).to(tl.int64)
+    mask = m_n[:, None] & (o_c < WIDTH)[None, :]
+    tl.store(p + o_n[:, None] * s[2] + o_c[None, :] * s[3], b.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_projection(
+    p_w,
+    s_w,
+    o_f,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """SCALE·W [BLOCK_F, BLOCK_D] in T, its transpose, and that of what the rounding to T leaves; None without W.
+
+    Rows past F repeat the last, which moves no maximum. The transposes are made here, outside the loop over tokens, so
+    that the operand stays in shared memory.
+    """
+    if p_w is None:
+        return None, None, None
+    else:
+        o_d = tl.arange(0, BLOCK_D)
+        p = p_w + tl.minimum(o_f, F - 1)[:, None] * s_w[0] + o_d[None, :] * s_w[1]
+        b_exact = tl.load(p, mask=(o_d < D)[None, :], other=0) * SCALE
+        b_w = b_exact.to(T)
+        return b_w, tl.trans(b_w), tl.trans((b_exact - b_w.to(b_exact.dtype)).to(T))
+
+
+@triton.jit
+def half_norm(b_x, HALF: tl.constexpr, ACC: tl.constexpr):
+    b_x = b_x.to(ACC)
+    return tl.sum(b_x * b_x, 1) * HALF
+
+
+@triton.jit
+def project(b_x, b_wt, b_rest, PRECISION: tl.constexpr):
+    """SCALE·x·Wᵀ; there is no rest where W is in x's own dtype."""
+    b_a = tl.dot(b_x, b_wt, input_precision=PRECISION)
+    if b_x.dtype.primitive_bitwidth == 16:
+        b_a = tl.dot(b_x, b_rest, b_a)
+    return b_a
+
+
+@triton.jit
+def feature(b_a, MAP: tl.constexpr):
+    """φ without its constant; of an exponential the exponent."""
+    if MAP == "elu":
+        return tl.where(b_a > 0, b_a + 1, tl.exp(tl.minimum(b_a, 0)))
+    elif MAP == "relu" or MAP == "favor_relu":
+        return tl.maximum(b_a, 0)
+    else:
+        return b_a
+
+
+@triton.jit
+def slope(b_a, MAP: tl.constexpr):
+    """dφ/da of a map that is no exponential."""
+    if MAP == "elu":
+        return tl.where(b_a > 0, 1, tl.exp(tl.minimum(b_a, 0)))
+    else:
+        return tl.where(b_a > 0, 1.0, 0.0)
+
+
+@triton.jit
+def key_kernel(
+    p_k,  # (B, H, N, D)
+    p_v,  # (B, H, N, E), or None: the maxima alone
+    p_w,  # (F, D) or None
+    p_mask,  # (B, N) or None
+    p_sums,  # (B·H, SPLITS, F + 1, E): Σ e v; Σ v
+    p_stats,  # (B·H, SPLITS, 2, F + 1): the maximum; Σ e, and the number of tokens
+    s_k,
+    s_v,
+    s_w,
+    s_mask,
+    H,
+    N,
+    TOKENS,
+    SPLITS,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Fold a run of tokens into the sums of a block of features, each relative to its own maximum."""
+    ACC: tl.constexpr = p_stats.dtype.element_ty
+    T: tl.constexpr = p_k.dtype.element_ty
+    i_bh, i_s, i_f = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS, tl.program_id(1)
+    o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    p_k = of_head(p_k, s_k, i_bh, H)
+    if p_v is not None:
+        p_v = of_head(p_v, s_v, i_bh, H)
+    if p_w is not None:
+        b_w, _, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_rest = tl.trans(b_rest)
+    b_top = nothing(BLOCK_F, EXP, ACC)
+    b_z = tl.zeros([BLOCK_F], ACC)
+    b_s = tl.zeros([BLOCK_F, BLOCK_E], ACC)
+    b_v1 = tl.zeros([BLOCK_N, BLOCK_E], ACC)
+    b_n = tl.zeros([BLOCK_N], ACC)
+    last = tl.minimum((i_s + 1) * TOKENS, N)
+    for i_n in range(i_s * TOKENS, last, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_n = o_n < last
+        if p_mask is not None:
+            p = p_mask + (i_bh // H).to(tl.int64) * s_mask[0] + o_n * s_mask[1]
+            m_n = tl.load(p, mask=m_n, other=0) != 0
+        b_k = load_tokens(p_k, s_k, o_n, m_n, D, BLOCK_D)  # [BN, BD]
+        if p_w is not None:
+            b_a = tl.dot(b_w, tl.trans(b_k), input_precision=PRECISION)  # [BF, BN]
+            if T.primitive_bitwidth == 16:
+                b_a = tl.dot(b_rest, tl.trans(b_k), b_a)
+        else:
+            b_a = tl.trans(b_k).to(ACC) * SCALE
+        if MAP == "favor" or MAP == "exact":
+            b_h = half_norm(b_k, HALF, ACC)  # [BN]
+        if MAP == "exact":
+            b_a -= b_h[None, :]
+        b_x = tl.where(m_n[None, :], feature(b_a, MAP), float("-inf") if EXP else 0.0)
+        b_new = tl.maximum(b_top, tl.max(b_x, 1))
+        b_shrink = relative(b_top, b_new, EXP)
+        if MAP == "favor":
+            b_x -= b_h[None, :]
+        if p_v is not None:
+            b_e = relative(b_x, b_new[:, None], EXP)
+            b_v = load_tokens(p_v, s_v, o_n, m_n, E, BLOCK_E)  # [BN, BE]
+            b_z = b_z * b_shrink + tl.sum(b_e, 1)
+            b_s = tl.dot(b_e.to(T), b_v, b_s * b_shrink[:, None], input_precision=PRECISION)
+            if EPS != 0:
+                b_v1 += b_v.to(ACC)
+                b_n += m_n.to(ACC)
+        b_top = b_new
+    i_part = tl.program_id(0).to(tl.int64) * (F + 1)
+    tl.store(p_stats + i_part * 2 + o_f, b_top, mask=o_f < F)
+    if p_v is not None:
+        o_e = tl.arange(0, BLOCK_E)
+        m_e = o_e < E
+        tl.store(p_stats + i_part * 2 + F + 1 + o_f, b_z, mask=o_f < F)
+        p = p_sums + i_part * E
+        tl.store(p + o_f[:, None] * E + o_e[None, :], b_s, mask=(o_f < F)[:, None] & m_e[None, :])
+        if EPS != 0 and i_f == 0:
+            tl.store(p + F * E + o_e, tl.sum(b_v1, 0), mask=m_e)
+            tl.store(p_stats + i_part * 2 + 2 * F + 1, tl.sum(b_n, 0))
+
+
+@triton.jit
+def state_kernel(
+    p_sums,  # as key_kernel left them
+    p_stats,
+    p_state,  # (B·H, F + 2, E), or (B·H, F, E) if RAW
+    p_stat,  # (B·H, 2, F + 1), or (B·H, F) if RAW
+    p_top,  # (B·H): log2 of favor's maximum
+    SPLITS,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    RAW: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Fold the runs of a head in their order, for a block of columns. RAW: S and z themselves; softmax: S/z, log2 z."""
+    ACC: tl.constexpr = p_stats.dtype.element_ty
+    i_bh, i_e = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_f, o_e = tl.arange(0, BLOCK_F), i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_f, m_e = o_f < F, o_e < E
+    m_fe = m_f[:, None] & m_e[None, :]
+    b_top = nothing(BLOCK_F, EXP, ACC)
+    b_z = tl.zeros([BLOCK_F], ACC)
+    b_s = tl.zeros([BLOCK_F, BLOCK_E], ACC)
+    b_v1 = tl.zeros([BLOCK_E], ACC)
+    b_n = tl.sum(tl.zeros([BLOCK_E], ACC), 0)
+    for i_s in range(SPLITS):
+        i_part = (i_bh * SPLITS + i_s) * (F + 1)
+        b_part = tl.load(p_stats + i_part * 2 + o_f, mask=m_f, other=float("-inf") if EXP else 0.0)
+        b_new = tl.maximum(b_top, b_part)
+        b_old, b_add = relative(b_top, b_new, EXP), relative(b_part, b_new, EXP)
+        b_z = b_z * b_old + tl.load(p_stats + i_part * 2 + F + 1 + o_f, mask=m_f, other=0) * b_add
+        p = p_sums + i_part * E + o_e
+        b_part = tl.load(p[None, :] + o_f[:, None] * E, mask=m_fe, other=0)
+        b_s = b_s * b_old[:, None] + b_part * b_add[:, None]
+        if EPS != 0:
+            b_v1 += tl.load(p + F * E, mask=m_e, other=0)
+            b_n += tl.load(p_stats + i_part * 2 + 2 * F + 1)
+        b_top = b_new
+    if MAP == "favor":
+        top = tl.max(b_top, 0)
+        top = tl.where(top == float("-inf"), 0, top)
+        b_scale = tl.exp2(b_top - top)
+        b_top = tl.zeros([BLOCK_F], ACC) + top
+        if i_e == 0:
+            tl.store(p_top + i_bh, top)
+    elif EXP:
+        b_scale = tl.full([BLOCK_F], 1.0, ACC)
+    else:
+        b_scale = b_top
+    b_z, b_s = b_z * b_scale, b_s * b_scale[:, None]
+    if EPS != 0:
+        b_z += EPS * b_n
+        b_s += (EPS * b_v1)[None, :]
+    b_mean = b_s * reciprocal(b_z)[:, None]
+    if EXP:
+        b_log = tl.where(m_f, b_top + tl.log2(b_z), float("-inf"))
+        if RAW:
+            b_s = b_mean
+        top = tl.max(b_log, 0)
+        b_z = relative(b_log, top, EXP)
+    else:
+        b_log = tl.where(m_f, b_z, 0)
+        b_z = b_log
+    if RAW:
+        tl.store(p_state + i_bh * F * E + o_f[:, None] * E + o_e[None, :], b_s, mask=m_fe)
+        if i_e == 0:
+            tl.store(p_stat + i_bh * F + o_f, b_log, mask=m_f)
+    else:
+        total = tl.sum(b_z, 0)
+        b_c = tl.sum(b_mean * b_z[:, None], 0) * reciprocal(total)  # [BE]
+        b_u = tl.where((b_z > 0)[:, None], b_mean - b_c[None, :], 0)
+        p = p_state + i_bh * (F + 2) * E + o_e
+        tl.store(p[None, :] + o_f[:, None] * E, b_u, mask=m_fe)
+        tl.store(p + F * E, b_c, mask=m_e)
+        tl.store(p + (F + 1) * E, tl.max(tl.abs(b_u), 0), mask=m_e)
+        if i_e == 0:
+            p_stat += i_bh * 2 * (F + 1)
+            b_weight = b_z * (HALF_RANGE * reciprocal(total))
+            if MAP == "exact":
+                b_weight = b_log
+            elif MAP == "softmax":
+                b_weight = tl.zeros([BLOCK_F], ACC)
+            tl.store(p_stat + o_f, b_log, mask=m_f)
+            tl.store(p_stat + F, top + tl.log2(total) if EXP else total)
+            tl.store(p_stat + F + 1 + o_f, b_weight, mask=m_f)
+
+
+@triton.jit
+def load_state(p_state, o_f, unit, E: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, T: tl.constexpr):
+    """U / unit [BLOCK_F, BLOCK_E] in T."""
+    o_e = tl.arange(0, BLOCK_E)
+    mask = (o_f < F)[:, None] & (o_e < E)[None, :]
+    return (tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit).to(T)
+
+
+@triton.jit
+def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr):
+    """How a query weighs the features [BLOCK_F]. Read where they are used: held over the loop, they cost registers."""
+    none = float("-inf") if MAP == "exact" or MAP == "softmax" else 0.0
+    return tl.load(p_stat + F + 1 + o_f, mask=o_f < F, other=none)
+
+
+@triton.jit
+def query_scores(
+    b_q, b_wt, b_rest, b_z, MAP: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """(a, what the row's maximum is taken of), [BLOCK_N, BLOCK_F]."""
+    if MAP == "softmax" or MAP == "elu" or MAP == "relu":
+        b_a = b_q.to(ACC) * SCALE
+    else:
+        b_a = project(b_q, b_wt, b_rest, PRECISION)
+    if MAP == "softmax" or MAP == "exact":
+        return b_a, b_a + b_z[None, :]
+    else:
+        return b_a, feature(b_a, MAP)
+
+
+@triton.jit
+def query_weights(b_x, b_top, b_z, MAP: tl.constexpr, EXP: tl.constexpr):
+    b_e = relative(b_x, b_top[:, None], EXP)
+    if MAP == "softmax" or MAP == "exact":
+        return b_e
+    else:
+        return b_e * b_z[None, :]
+
+
+@triton.jit
+def query_rows(b_q, b_top, b_den, p_stat, F: tl.constexpr, MAP: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr):
+    """(r, the reciprocal denominator) with p = e·r, and Σ p over the features with their constants. [BLOCK_N]"""
+    ACC: tl.constexpr = b_den.dtype
+    if MAP == "favor":
+        b_factor = tl.exp2(-half_norm(b_q, HALF, ACC))
+    elif MAP == "exact" or MAP == "softmax":
+        b_factor = tl.full(b_den.shape, 1.0, ACC)
+    else:
+        b_factor = b_top
+    b_floor = tl.full(b_den.shape, EPS, ACC) * HALF_RANGE
+    if MAP == "relu":
+        b_floor *= reciprocal(tl.load(p_stat + F))
+    elif MAP != "favor" and MAP != "favor_relu":
+        b_floor = tl.zeros(b_den.shape, ACC)
+    b_inverse = reciprocal(b_factor * b_den + b_floor)
+    b_r = b_factor * b_inverse
+    if (MAP == "favor" or MAP == "favor_relu") and EPS != 0:
+        return b_r, b_inverse, tl.full(b_den.shape, 1.0, ACC)
+    else:
+        return b_r, b_inverse, b_r * b_den
+
+
+@triton.jit
+def query_kernel(
+    p_q,  # (B, H, N, D)
+    p_w,  # (F, D) or None
+    p_state,
+    p_stat,
+    p_out,  # (B, H, N, E)
+    s_q,
+    s_w,
+    s_out,
+    H,
+    N,
+    TOKENS,
+    SPLITS,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Read out a run of queries: out = c̄·Σp + p·U."""
+    ACC: tl.constexpr = p_stat.dtype.element_ty
+    T: tl.constexpr = p_q.dtype.element_ty
+    i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    p_q, p_out = of_head(p_q, s_q, i_bh, H), of_head(p_out, s_out, i_bh, H)
+    p_state += i_bh.to(tl.int64) * (F + 2) * E
+    p_stat += i_bh.to(tl.int64) * 2 * (F + 1)
+    o_e = tl.arange(0, BLOCK_E)
+    b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
+    unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    o_f = tl.arange(0, BLOCK_F)
+    if BLOCKS == 1:
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_u = load_state(p_state, o_f, unit, E, F, BLOCK_E, T)
+    last = tl.minimum((i_s + 1) * TOKENS, N)
+    for i_n in range(i_s * TOKENS, last, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_n = o_n < last
+        b_q = load_tokens(p_q, s_q, o_n, m_n, D, BLOCK_D)
+        b_top = nothing(BLOCK_N, EXP, ACC)
+        b_den = tl.zeros([BLOCK_N], ACC)
+        b_o = tl.zeros([BLOCK_N, BLOCK_E], ACC)
+        for i_f in tl.static_range(BLOCKS):
+            if BLOCKS > 1:
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                b_u = load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T)
+            b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
+            b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+            b_new = tl.maximum(b_top, tl.max(b_x, 1))
+            b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
+            if i_f > 0:
+                b_shrink = relative(b_top, b_new, EXP)
+                b_den *= b_shrink
+                b_o *= b_shrink[:, None]
+            b_den += tl.sum(b_e, 1)
+            b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=PRECISION)
+            b_top = b_new
+        b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
+        b_o = b_c[None, :] * b_sum[:, None] + b_o * (b_r * unit)[:, None]
+        store_tokens(p_out, s_out, o_n, m_n, b_o, E, BLOCK_E)
+
+
+@triton.jit
+def query_backward_kernel(
+    p_do,  # (B, H, N, E)
+    p_q,  # (B, H, N, D)
+    p_w,  # (F, D) or None
+    p_state,
+    p_stat,
+    p_dq,  # (B, H, N, D)
+    p_rows,  # (B·H, 4, N): maximum, r, reciprocal denominator, δ; from "queries" to "state"
+    p_sums,  # (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den
+    p_stats,  # (B·H, SPLITS, F + 1): Σ p δ; Σ δ/den
+    s_do,
+    s_q,
+    s_w,
+    s_dq,
+    H,
+    N,
+    TOKENS,
+    SPLITS,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    """The gradient of a run of queries ("queries") and what it adds to a block of the state's gradient ("state"); both
+    at once where all features fit one block ("both")."""
+    ACC: tl.constexpr = p_stat.dtype.element_ty
+    T: tl.constexpr = p_q.dtype.element_ty
+    i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    p_q, p_do, p_dq = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H), of_head(p_dq, s_dq, i_bh, H)
+    p_state += i_bh.to(tl.int64) * (F + 2) * E
+    p_stat += i_bh.to(tl.int64) * 2 * (F + 1)
+    p_rows += i_bh.to(tl.int64) * 4 * N
+    o_e = tl.arange(0, BLOCK_E)
+    b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
+    unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    if PHASE != "queries":
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
+        b_rho = tl.zeros([BLOCK_F, 16], ACC)
+        b_r1 = tl.zeros([BLOCK_N, BLOCK_E], ACC)
+        b_rho1 = tl.zeros([BLOCK_N], ACC)
+    if PHASE == "both":
+        b_ut = tl.trans(load_state(p_state, o_f, unit, E, F, BLOCK_E, T))
+    last = tl.minimum((i_s + 1) * TOKENS, N)
+    for i_n in range(i_s * TOKENS, last, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_n = o_n < last
+        b_q = load_tokens(p_q, s_q, o_n, m_n, D, BLOCK_D)
+        b_do = load_tokens(p_do, s_do, o_n, m_n, E, BLOCK_E)
+        if PHASE == "state":
+            b_top = tl.load(p_rows + o_n, mask=m_n, other=0)
+            b_r = tl.load(p_rows + N + o_n, mask=m_n, other=0)
+            b_inverse = tl.load(p_rows + 2 * N + o_n, mask=m_n, other=0)
+            b_delta = tl.load(p_rows + 3 * N + o_n, mask=m_n, other=0)
+            b_z = load_weights(p_stat, o_f, F, MAP)
+            b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+            b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
+        else:
+            b_top = nothing(BLOCK_N, EXP, ACC)
+            b_den = tl.zeros([BLOCK_N], ACC)
+            b_delta = tl.zeros([BLOCK_N], ACC)
+            for i_f in tl.static_range(BLOCKS):
+                if BLOCKS > 1:
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                    b_ut = tl.trans(load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T))
+                b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
+                b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                b_new = tl.maximum(b_top, tl.max(b_x, 1))
+                b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
+                b_den_block = tl.sum(b_e, 1)
+                b_e = b_e.to(T)
+                b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)  # [BN, BF]
+                if i_f > 0:
+                    b_shrink = relative(b_top, b_new, EXP)
+                    b_den *= b_shrink
+                    b_delta *= b_shrink
+                b_den += b_den_block
+                b_delta += tl.sum(b_e.to(ACC) * b_g, 1)
+                b_top = b_new
+            b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
+            b_eg = b_delta
+            b_delta *= b_r  # in units of U
+            if MAP == "relu":
+                b_delta += (b_sum - 1) / unit * tl.sum(b_do.to(ACC) * b_c[None, :], 1)
+            # |G − δ| ≤ 4 Σ|dO|: a row so divided fits float16
+            b_bound = 4 * tl.sum(tl.abs(b_do.to(ACC)), 1)
+            b_inner = reciprocal(b_bound)
+            b_dq = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+            for i_f in tl.static_range(BLOCKS):
+                if BLOCKS > 1:
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
+                    b_ut = tl.trans(load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T))
+                    b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
+                    b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                    b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
+                    b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)
+                b_da = b_g * b_inner[:, None] - (b_delta * b_inner)[:, None]
+                if EXP:
+                    b_da *= b_e.to(ACC)
+                else:
+                    b_da *= b_z[None, :] * slope(b_a, MAP)
+                if p_w is not None:
+                    b_dq = tl.dot(b_da.to(T), b_w, b_dq, input_precision=PRECISION)
+                else:
+                    b_dq = b_da * SCALE
+            if MAP == "favor":  # less the sum of da; exact's is 0
+                b_dq -= (2 * HALF * b_inner * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
+            if EXP:
+                b_dq *= (0.6931471805599453 * unit * b_bound * b_r)[:, None]
+            else:
+                b_dq *= (unit * b_bound * b_inverse)[:, None]
+            store_tokens(p_dq, s_dq, o_n, m_n, b_dq, D, BLOCK_D)
+        if PHASE == "queries":
+            tl.store(p_rows + o_n, b_top, mask=m_n)
+            tl.store(p_rows + N + o_n, b_r, mask=m_n)
+            tl.store(p_rows + 2 * N + o_n, b_inverse, mask=m_n)
+            tl.store(p_rows + 3 * N + o_n, b_delta, mask=m_n)
+        else:
+            b_p = tl.trans((b_e.to(ACC) * (b_r * HALF_RANGE)[:, None]).to(T))
+            b_r_sum = tl.dot(b_p, b_do, b_r_sum, input_precision=PRECISION)
+            if MAP != "softmax":
+                # δ as two columns of T; |δ| ≤ 2 E max|dO|
+                b_column = b_delta / (2 * BLOCK_E)
+                b_column1 = b_column.to(T)
+                b_column2 = (b_column - b_column1.to(ACC)).to(T)
+                i_c = tl.arange(0, 16)[None, :]
+                b_columns = tl.where(i_c == 0, b_column1[:, None], tl.where(i_c == 1, b_column2[:, None], 0.0).to(T))
+                b_rho = tl.dot(b_p, b_columns, b_rho, input_precision=PRECISION)
+            if MAP == "favor" or MAP == "favor_relu":
+                b_inverse = tl.where(m_n, b_inverse, 0)
+                b_r1 += b_do.to(ACC) * b_inverse[:, None]
+                b_rho1 += b_delta * b_inverse
+    if PHASE != "queries":
+        i_part = tl.program_id(0).to(tl.int64) * (F + 1)
+        m_e = o_e < E
+        p = p_sums + i_part * E
+        b_r_sum /= HALF_RANGE
+        tl.store(p + o_f[:, None] * E + o_e[None, :], b_r_sum, mask=(o_f < F)[:, None] & m_e[None, :])
+        if MAP != "softmax":
+            tl.store(p_stats + i_part + o_f, tl.sum(b_rho, 1) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
+        if (MAP == "favor" or MAP == "favor_relu") and tl.program_id(1) == 0:
+            tl.store(p + F * E + o_e, tl.sum(b_r1, 0), mask=m_e)
+            tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
+
+
+@triton.jit
+def state_backward_kernel(
+    p_sums,  # as query_backward_kernel left them
+    p_stats,
+    p_state,
+    p_stat,
+    p_grad,  # (B·H, F, E): R_m = Σ p dO
+    p_grads,  # (B·H, 2, F): ρ_m; the largest |R_m|
+    SPLITS,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Fold the runs of a head in their order, for a block of features."""
+    ACC: tl.constexpr = p_stats.dtype.element_ty
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_f, o_e = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
+    m_f, m_e = o_f < F, o_e < E
+    m_fe = m_f[:, None] & m_e[None, :]
+    b_r = tl.zeros([BLOCK_F, BLOCK_E], ACC)
+    b_rho = tl.zeros([BLOCK_F], ACC)
+    if MAP == "favor" or MAP == "favor_relu":
+        b_z = EPS * load_weights(p_stat + i_bh * 2 * (F + 1), o_f, F, MAP)
+    for i_s in range(SPLITS):
+        i_part = (i_bh * SPLITS + i_s) * (F + 1)
+        p = p_sums + i_part * E + o_e
+        b_r += tl.load(p[None, :] + o_f[:, None] * E, mask=m_fe, other=0)
+        if MAP != "softmax":
+            b_rho -= tl.load(p_stats + i_part + o_f, mask=m_f, other=0)
+        if MAP == "favor" or MAP == "favor_relu":
+            b_r += b_z[:, None] * tl.load(p + F * E, mask=m_e, other=0)[None, :]
+            b_rho -= b_z * tl.load(p_stats + i_part + F)
+    o_fe = o_f[:, None] * E + o_e[None, :]
+    if MAP == "softmax":
+        b_rho = -tl.sum(b_r * tl.load(p_state + i_bh * (F + 2) * E + o_fe, mask=m_fe, other=0), 1)
+    tl.store(p_grad + i_bh * F * E + o_fe, b_r, mask=m_fe)
+    tl.store(p_grads + i_bh * 2 * F + o_f, b_rho, mask=m_f)
+    tl.store(p_grads + i_bh * 2 * F + F + o_f, tl.max(tl.abs(b_r), 1), mask=m_f)
+
+
+@triton.jit
+def load_gradient(
+    p_grad,
+    p_stat,
+    o_f,
+    unit,
+    top,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    T: tl.constexpr,
+):
+    """R / unit [BLOCK_F, BLOCK_E] in T, its transpose, and EPS Σ R_m/z_m / unit [BLOCK_E]."""
+    o_e, m_f = tl.arange(0, BLOCK_E), o_f < F
+    p = p_grad + o_f[:, None] * E + o_e[None, :]
+    b_r = tl.load(p, mask=m_f[:, None] & (o_e < E)[None, :], other=0) / unit
+    b_r1 = tl.zeros([BLOCK_E], b_r.dtype)
+    if EPS != 0:
+        b_stat = tl.load(p_stat + o_f, mask=m_f, other=float("inf") if EXP else 0.0)
+        b_inverse = tl.exp2(top - b_stat) if EXP else reciprocal(b_stat)
+        b_r1 = tl.sum(b_r * (EPS * b_inverse)[:, None], 0)
+    b_r = b_r.to(T)
+    return b_r, tl.trans(b_r), b_r1
+
+
+@triton.jit
+def key_backward_kernel(
+    p_k,  # (B, H, N, D)
+    p_v,  # (B, H, N, E)
+    p_w,  # (F, D) or None
+    p_mask,  # (B, N) or None
+    p_mean,  # (B·H, …, E): c̄, s_mean elements from head to head; None: 0
+    p_stat,
+    p_top,  # (B·H)
+    p_grad,
+    p_grads,
+    p_dk,
+    p_dv,
+    s_k,
+    s_v,
+    s_w,
+    s_mask,
+    s_mean,
+    s_stat,
+    s_dk,
+    s_dv,
+    H,
+    N,
+    TOKENS,
+    SPLITS,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+):
+    """dφ_m = (R_m·(v − c̄) + ρ_m) / z_m and dv = Σ φ_m/z_m R_m for a run of keys."""
+    ACC: tl.constexpr = p_stat.dtype.element_ty
+    T: tl.constexpr = p_k.dtype.element_ty
+    i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    p_k, p_v = of_head(p_k, s_k, i_bh, H), of_head(p_v, s_v, i_bh, H)
+    p_dk, p_dv = of_head(p_dk, s_dk, i_bh, H), of_head(p_dv, s_dv, i_bh, H)
+    p_stat += i_bh.to(tl.int64) * s_stat
+    p_grad += i_bh.to(tl.int64) * F * E
+    p_grads += i_bh.to(tl.int64) * 2 * F
+    o_e, o_f, o_all = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_ALL)
+    b_c = tl.zeros([BLOCK_E], ACC)
+    if p_mean is not None:
+        b_c = tl.load(p_mean + i_bh.to(tl.int64) * s_mean + o_e, mask=o_e < E, other=0)
+    unit = power_below(tl.max(tl.load(p_grads + F + o_all, mask=o_all < F, other=0), 0))
+    widest = tl.max(tl.abs(tl.load(p_grads + o_all, mask=o_all < F, other=0)), 0) / unit
+    top = tl.load(p_top + i_bh) if MAP == "favor" else 0.0
+    gain = power_below(tl.cast(tl.minimum(N, 32768), ACC))  # by which float16 holds e/z
+    steepest = 1.0
+    if not EXP:
+        steepest = tl.max(reciprocal(tl.load(p_stat + o_all, mask=o_all < F, other=0)), 0)
+    if BLOCKS == 1:
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_f, unit, top, E, F, EXP, EPS, BLOCK_E, T)
+    last = tl.minimum((i_s + 1) * TOKENS, N)
+    for i_n in range(i_s * TOKENS, last, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_all = o_n < last
+        m_n = m_all
+        if p_mask is not None:
+            p = p_mask + (i_bh // H).to(tl.int64) * s_mask[0] + o_n * s_mask[1]
+            m_n = tl.load(p, mask=m_n, other=0) != 0
+        b_k = load_tokens(p_k, s_k, o_n, m_n, D, BLOCK_D)
+        b_v = load_tokens(p_v, s_v, o_n, m_n, E, BLOCK_E).to(ACC) - b_c[None, :]
+        # |R·(v − c̄) + ρ| is at most this: a row so divided fits float16
+        b_bound = 2 * tl.sum(tl.abs(b_v), 1) + widest
+        b_inner = reciprocal(b_bound)
+        b_v = (b_v * b_inner[:, None]).to(T)
+        b_shift = tl.zeros([BLOCK_N], ACC) - tl.log2(gain)
+        if MAP == "favor" or MAP == "exact":
+            b_shift += half_norm(b_k, HALF, ACC)
+        b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        b_dv = tl.zeros([BLOCK_N, BLOCK_E], ACC)
+        b_da1 = tl.zeros([BLOCK_N], ACC)
+        for i_f in tl.static_range(BLOCKS):
+            o_i = i_f * BLOCK_F + o_f
+            if BLOCKS > 1:
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_i, unit, top, E, F, EXP, EPS, BLOCK_E, T)
+            if p_w is not None:
+                b_a = project(b_k, b_wt, b_rest, PRECISION)
+            else:
+                b_a = b_k.to(ACC) * SCALE
+            b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
+            b_da += tl.load(p_grads + o_i, mask=o_i < F, other=0)[None, :] * (b_inner / unit)[:, None]
+            b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf") if EXP else 0.0)
+            if EXP:
+                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None])
+                b_da *= b_t
+            else:
+                b_stat = reciprocal(b_stat)
+                b_t = feature(b_a, MAP) * (b_stat * gain)[None, :]
+                b_da *= (b_stat / steepest)[None, :] * slope(b_a, MAP)
+            b_dv = tl.dot(b_t.to(T), b_r, b_dv, input_precision=PRECISION)
+            if EPS != 0:
+                b_dv += b_r1[None, :] * gain
+            if p_w is not None:
+                b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION)
+                b_da1 += tl.sum(b_da, 1)
+            else:
+                b_dk = b_da * SCALE
+        if MAP == "favor" or MAP == "exact":
+            b_dk -= (2 * HALF * b_da1)[:, None] * b_k.to(ACC)
+        if EXP:
+            b_dk *= (b_bound * (unit / gain * 0.6931471805599453))[:, None]
+        else:
+            b_dk *= (b_bound * (unit * steepest))[:, None]
+        b_dv *= unit / gain
+        store_tokens(p_dk, s_dk, o_n, m_all, tl.where(m_n[:, None], b_dk, 0), D, BLOCK_D)
+        store_tokens(p_dv, s_dv, o_n, m_all, tl.where(m_n[:, None], b_dv, 0), E, BLOCK_E)
+
+
+MAX_SPLITS = 128  # of a head's tokens: the second stage folds them one after another
+
+
+def _width(size: int) -> int:
+    """What a tile's dimension of this size takes: a power of two, at least tl.dot's 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: float32 in one TF32 product only where the user's settings have PyTorch do so."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+class Skeleton:
+    """The passes for one feature map and one size of head; each launches its kernels and returns what they write.
+
+    Args:
+        op: whose name errors have. feature_map: ``MAP`` of the module's docstring.
+        like: an input: its dtype, device and channels D. value_dim: E.
+        projection: W (F, D) in the accumulation dtype, or None.
+        eps: favor's and favor_relu's constant, relu's share of the denominator; the other maps do not read it.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        feature_map: str,
+        like: Tensor,
+        value_dim: int,
+        projection: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax")
+        self.op, self.projection, self.acc = op, projection, accumulate_dtype(like.dtype)
+        self.dtype, self.dim, self.value_dim, self.eps = like.dtype, dim, value_dim, eps
+        self.features = dim if projection is None else projection.shape[0]
+        self.arch = configs.architecture(like.device)
+        scale = 1.0 if feature_map in ("elu", "relu") else dim**-0.25
+        log2e = math.log2(math.e)
+        self.state_constants = {
+            "E": value_dim,
+            "F": self.features,
+            "MAP": feature_map,
+            "EXP": exponential,
+            "EPS": eps if feature_map.startswith("favor") else 0.0,
+        }
+        self.constants = self.state_constants | {
+            "D": dim,
+            "SCALE": scale * log2e if exponential else scale,
+            "HALF": log2e / (2 * math.sqrt(dim)),
+            "PRECISION": _precision(like.dtype),
+            "BLOCK_D": _width(dim),
+            "BLOCK_E": _width(value_dim),
+        }
+
+    def _options(self, kernel: Any) -> dict[str, Any]:
+        return configs.lookup(kernel.__name__, self.arch, self.dim, self.features, self.dtype)
+
+    def tiles(self, kernel: Any, tokens: int, partial: bool) -> tuple[dict[str, Any], int, int]:
+        """(launch options, tokens of a run, runs). A run that leaves a state behind has at least as many bytes itself.
+
+        They depend on the number of tokens and the table, not on the batch: the same bits alone or in any batch.
+        """
+        options = self._options(kernel)
+        run = options.pop("TOKENS")
+        if partial:
+            state = self.features * self.value_dim * self.acc.itemsize
+            run = max(run, -(-state // (max(self.dim, 1) * self.dtype.itemsize)), -(-tokens // MAX_SPLITS))
+        run = -(-run // options["BLOCK_N"]) * options["BLOCK_N"]
+        if self.projection is None:
+            options["BLOCK_F"] = _width(self.dim)
+        options["BLOCK_F"] = min(options["BLOCK_F"], _width(self.features))
+        return self.constants | options, run, -(-tokens // run)
+
+    def blocks(self, options: dict[str, Any]) -> int:
+        return -(-self.features // options["BLOCK_F"])
+
+    def _projection(self) -> tuple[int, int]:
+        return (0, 0) if self.projection is None else self.projection.stride()
+
+    def key_sums(self, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        """The first stage of the key pass: (sums (B·H, runs, F + 1, E), stats (B·H, runs, 2, F + 1), runs)."""
+        options, run, runs = self.tiles(key_kernel, k.shape[2], partial=True)
+        heads, rows = k.shape[0] * k.shape[1], self.features + 1
+        sums = k.new_empty((heads, runs, rows, self.value_dim), dtype=self.acc)
+        stats = sums.new_empty((heads, runs, 2, rows))
+        launch(
+            self.op,
+            key_kernel,
+            (heads * runs, self.blocks(options)),
+            k,
+            v,
+            self.projection,
+            key_mask,
+            sums,
+            stats,
+            k.stride(),
+            (0,) * 4 if v is None else v.stride(),
+            self._projection(),
+            (0, 0) if key_mask is None else key_mask.stride(),
+            k.shape[1],
+            k.shape[2],
+            run,
+            runs,
+            **options,
+        )
+        return sums, stats, runs
+
+    def key_pass(
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None, raw: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(state (B, H, F + 2, E), stat (B, H, 2, F + 1), favor's maximum (B, H)), or if raw kv_state's S and stat."""
+        sums, stats, runs = self.key_sums(k, v, key_mask)
+        heads = tuple(k.shape[:2])
+        if raw:
+            state = sums.new_empty((*heads, self.features, self.value_dim))
+            stat = state.new_empty((*heads, self.features))
+        else:
+            state, stat = triton_state(k, self.features, self.value_dim)
+        top = state.new_zeros(heads)
+        options = self._options(state_kernel)
+        width = min(options.pop("BLOCK_E"), _width(self.value_dim))
+        launch(
+            self.op,
+            state_kernel,
+            (heads[0] * heads[1], -(-self.value_dim // width)),
+            sums,
+            stats,
+            state,
+            stat,
+            top,
+            runs,
+            RAW=raw,
+            BLOCK_E=width,
+            BLOCK_F=_width(self.features),
+            **self.state_constants,
+            **options,
+        )
+        return state, stat, top
+
+    def query_pass(self, q: Tensor, state: Tensor, stat: Tensor) -> Tensor:
+        """out (B, H, N, E)."""
+        options, run, runs = self.tiles(query_kernel, q.shape[2], partial=False)
+        out = like_layout(q, (*q.shape[:3], self.value_dim))
+        launch(
+            self.op,
+            query_kernel,
+            (q.shape[0] * q.shape[1] * runs,),
+            q,
+            self.projection,
+            state,
+            stat,
+            out,
+            q.stride(),
+            self._projection(),
+            out.stride(),
+            q.shape[1],
+            q.shape[2],
+            run,
+            runs,
+            BLOCKS=self.blocks(options),
+            **(options | {"EPS": self.eps}),
+        )
+        return out
+
+    def query_backward(self, grad_out: Tensor, q: Tensor, state: Tensor, stat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq and the state's gradient: R (B, H, F, E) and ρ with the largest |R| of each feature (B, H, 2, F)."""
+        options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=True)
+        blocks, heads = self.blocks(options), q.shape[0] * q.shape[1]
+        grad_q = like_layout(q, tuple(q.shape))
+        sums = state.new_empty((heads, runs, self.features + 1, self.value_dim))
+        stats = state.new_empty((heads, runs, self.features + 1))
+        rows = state.new_empty((heads, 4, q.shape[2]) if blocks > 1 else 0)
+        arguments = (
+            grad_out,
+            q,
+            self.projection,
+            state,
+            stat,
+            grad_q,
+            rows,
+            sums,
+            stats,
+            grad_out.stride(),
+            q.stride(),
+            self._projection(),
+            grad_q.stride(),
+            q.shape[1],
+            q.shape[2],
+            run,
+            runs,
+        )
+        options["EPS"] = self.eps
+        for phase, programs in [("both", 1)] if blocks == 1 else [("queries", 1), ("state", blocks)]:
+            grid = (heads * runs, programs)
+            launch(self.op, query_backward_kernel, grid, *arguments, BLOCKS=blocks, PHASE=phase, **options)
+        return grad_q, *self._state_backward(sums, stats, runs, state, stat)
+
+    def _state_backward(
+        self, sums: Tensor, stats: Tensor, runs: int, state: Tensor, stat: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad = state.new_empty((*state.shape[:2], self.features, self.value_dim))
+        grads = state.new_empty((*state.shape[:2], 2, self.features))
+        options = self._options(state_backward_kernel)
+        height = min(options.pop("BLOCK_F"), _width(self.features))
+        launch(
+            self.op,
+            state_backward_kernel,
+            (state.shape[0] * state.shape[1], -(-self.features // height)),
+            sums,
+            stats,
+            state,
+            stat,
+            grad,
+            grads,
+            runs,
+            BLOCK_E=_width(self.value_dim),
+            BLOCK_F=height,
+            **self.state_constants,
+            **options,
+        )
+        return grad, grads
+
+    def key_backward(
+        self,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        mean: Tensor | None,
+        stat: Tensor,
+        top: Tensor,
+        grad: Tensor,
+        grads: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """dk and dv. ``mean``: c̄ (B, H, E), or None for 0."""
+        options, run, runs = self.tiles(key_backward_kernel, k.shape[2], partial=False)
+        grad_k, grad_v = like_layout(k, tuple(k.shape)), like_layout(v, tuple(v.shape))
+        launch(
+            self.op,
+            key_backward_kernel,
+            (k.shape[0] * k.shape[1] * runs,),
+            k,
+            v,
+            self.projection,
+            key_mask,
+            mean,
+            stat,
+            top,
+            grad,
+            grads,
+            grad_k,
+            grad_v,
+            k.stride(),
+            v.stride(),
+            self._projection(),
+            (0, 0) if key_mask is None else key_mask.stride(),
+            0 if mean is None else mean.stride(1),
+            stat.stride(1),
+            grad_k.stride(),
+            grad_v.stride(),
+            k.shape[1],
+            k.shape[2],
+            run,
+            runs,
+            BLOCKS=self.blocks(options),
+            BLOCK_ALL=_width(self.features),
+            **options,
+        )
+        return grad_k, grad_v
+
+
+def linear_attention_forward(q, k, v, key_mask, feature_map, eps):
+    skeleton = Skeleton("linear_attention", feature_map, q, v.shape[3], eps=eps)
+    state, stat, _ = skeleton.key_pass(k, v, key_mask)
+    return skeleton.query_pass(q, state, stat), state, stat
+
+
+def linear_attention_backward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
+    skeleton = Skeleton("linear_attention", feature_map, q, v.shape[3], eps=eps)
+    grad_q, grad, grads = skeleton.query_backward(grad_out, q, state, key_stat)
+    return grad_q, *skeleton.key_backward(k, v, key_mask, state[:, :, -2], key_stat, key_stat, grad, grads)
+
+
+def kv_state_forward(k, v, key_mask, feature_map):
+    return Skeleton("kv_state", feature_map, k, v.shape[3]).key_pass(k, v, key_mask, raw=True)[:2]
+
+
+def kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
+    if feature_map != "softmax":  # the kernel divides by z, so that its weights are at most 1
+        grad_state, grad_z = grad_state * key_stat[..., None], grad_z * key_stat
+    grads = torch.stack([grad_z, grad_state.abs().amax(dim=-1)], dim=2)
+    skeleton = Skeleton("kv_state", feature_map, k, v.shape[3])
+    return skeleton.key_backward(k, v, key_mask, None, key_stat, key_stat, grad_state.contiguous(), grads)

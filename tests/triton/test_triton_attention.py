@@ -1,0 +1,225 @@
+"""The attention kernels in Triton's interpreter, against the reference in float64; test_triton.py runs this file."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import heads, layouts, qkv
+from test_fused_attention import ATTENTION, assert_fused_matches, performer
+from torch.library import opcheck
+
+import cxv_kernels
+from cxv_kernels import checks, configs, orthogonal_projection, performer_features
+from cxv_kernels._triton import interpreting
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
+every_variant = pytest.mark.parametrize("variant", ATTENTION)
+DTYPES = (torch.float64, torch.float32, torch.float16)
+OURS = ("linear_attention", "kv_state", "performer_attention", "performer_features")
+matches = partial(assert_fused_matches, backend="triton")
+
+
+def short_runs():
+    """A table by which few tokens are already cut into several runs."""
+    default = {name: configs.lookup(name, 0, 32, 32, torch.float32) for name in ("key_kernel", "query_backward_kernel")}
+    default |= {
+        name: configs.lookup(name, 0, 32, 32, torch.float32) for name in ("query_kernel", "key_backward_kernel")
+    }
+    table = {
+        name: {"default": {"default": {"default": options | {"TOKENS": 16, "BLOCK_N": 16}}}}
+        for name, options in default.items()
+    }
+    return configs.override(table)
+
+
+def out_and_gradients(attend, inputs, **options):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = attend(*inputs, backend="triton", **options)
+    grad = torch.linspace(-1, 1, out.shape[-1]).to(out.dtype).expand_as(out)
+    return [t.detach() for t in (out, *torch.autograd.grad(out, inputs, grad))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in checks.cases(1, 2, 150) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}"
+)
+def test_checks(case, dtype):
+    result = checks.run(case, "triton", "cpu", dtype)
+    assert result.passed, f"error {result.error:.1e}, {result.ratio:.2f} of the tolerance"
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "value_dim"), [(1, 1, 1, 1), (65, 63, 17, 40), (5, 70, 20, 3)], ids=str
+)
+@every_variant
+def test_odd_shapes(variant, queries, keys, dim, value_dim):
+    matches(qkv(1, 2, queries, keys, dim, value_dim), variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.0}, {"kernel": "relu"}], ids=str)
+def test_more_features_than_a_block(options, dtype, monkeypatch):
+    monkeypatch.setitem(ATTENTION, "wide", partial(performer, features=300, **options))
+    matches(qkv(1, 2, 40, 70, 12, 9, dtype), "wide", amplification=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@every_variant
+def test_runs_are_folded(variant, dtype):
+    """Several runs of tokens, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
+    q, k, v = qkv(3, 1, 50, 200, 16, 16, dtype)
+    key_mask = torch.rand(3, 200) > 0.5
+    key_mask[1, 3:], key_mask[2] = False, False
+    with short_runs():
+        matches((q, k, v), variant, key_mask)
+        out, _, dk, dv = out_and_gradients(partial(ATTENTION[variant], key_mask=key_mask), (q, k, v))
+        hidden = ~key_mask[:, None, :, None]
+        spoilt = (q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf))
+        again = out_and_gradients(partial(ATTENTION[variant], key_mask=key_mask), spoilt)
+    assert torch.equal(again[0], out)
+    assert not out[2].any()
+    assert not dk.masked_select(hidden).any()
+    assert torch.equal(again[3], dv)
+
+
+@every_variant
+def test_bits_depend_on_the_head_alone(variant):
+    """Alone or in a batch, in whatever layout, again and again."""
+    q, k, v = qkv(2, 2, 40, 150, 16, 16, torch.float16)
+    with short_runs():
+        got = out_and_gradients(ATTENTION[variant], (q, k, v))
+        alone = out_and_gradients(ATTENTION[variant], [t[1:, 1:] for t in (q, k, v)])
+        assert all(torch.equal(a[1:, 1:], b) for a, b in zip(got, alone, strict=True))
+        for name in set(layouts(q)) - {"expanded batch"}:
+            strided = out_and_gradients(ATTENTION[variant], [layouts(t)[name] for t in (q, k, v)])
+            assert all(torch.equal(a, b) for a, b in zip(got, strided, strict=True)), name
+
+
+@every_variant
+def test_nothing_uninitialised_is_read_or_left(variant, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    inputs = qkv(1, 2, 40, 70, 12, 9)
+    torch.use_deterministic_algorithms(True)  # empty tensors are filled with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        with short_runs():
+            matches(inputs, variant)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_variant
+def test_no_tokens_no_heads(variant):
+    for batch, queries, keys in ((2, 0, 5), (2, 5, 0), (0, 5, 5)):
+        inputs = [heads(batch, 2, n, 8, dtype=torch.float32) for n in (queries, keys, keys)]
+        out, *grads = out_and_gradients(ATTENTION[variant], inputs)
+        assert not out.any() or keys
+        assert all(g.shape == t.shape and g.isfinite().all() for g, t in zip(grads, inputs, strict=True))
+
+
+@every_variant
+def test_gradcheck(variant):
+    inputs = [t.requires_grad_() for t in qkv(1, 2, 5, 6, 4, 3)]
+    attend = partial(ATTENTION[variant], backend="triton")
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_gradcheck_of_the_state(feature_map):
+    state = partial(cxv_kernels.kv_state, feature_map=feature_map, backend="triton")
+    assert torch.autograd.gradcheck(state, qkv(1, 2, 5, 6, 4, 3, grad=True)[1:], fast_mode=True)
+
+
+@pytest.mark.parametrize("is_query", [False, True])
+@pytest.mark.parametrize("options", [{}, {"eps": 0.0}, {"kernel": "relu"}], ids=str)
+def test_features_and_their_gradient(options, is_query):
+    """gradcheck cannot: the maximum is detached."""
+    x, projection = heads(2, 2, 70, 12, grad=True), orthogonal_projection(300, 12, dtype=torch.float64)
+    phi, want = (performer_features(x, projection, is_query, backend=b, **options) for b in ("triton", "reference"))
+    torch.testing.assert_close(phi, want, rtol=1e-12, atol=1e-14)
+    grad = torch.randn_like(want)
+    grads = (torch.autograd.grad(o, x, grad)[0] for o in (phi, want))
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
+
+
+@every_variant
+def test_large_inputs_in_half_precision(variant):
+    """|q| = |k| = 30, values and gradients of 1e-3 and of 1e3."""
+    q, k, v = qkv(1, 2, 40, 150, 16, 16)
+    q, k = (30 * torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
+    for scale in (1e-3, 1e3):
+        inputs = [t.half() for t in (q, k, v * scale)]
+        got = out_and_gradients(ATTENTION[variant], inputs)
+        exact = [t.double().requires_grad_() for t in inputs]
+        want = ATTENTION[variant](*exact, backend="reference")
+        grad = torch.linspace(-1, 1, 16).half().double().expand_as(want)
+        for name, a, b in zip("oqkv", got, (want, *torch.autograd.grad(want, exact, grad)), strict=True):
+            assert (a.double() - b).abs().max() <= 4e-3 * b.abs().max() + 6e-8, name
+
+
+def test_gradients_where_eps_dominates():
+    """Long keys of unequal length: one maximum serves all, so nearly all features are the eps alone."""
+    q, k, v = qkv(1, 2, 60, 200, 32, 32)
+    inputs = [t.half() for t in (q, 12 * torch.nn.functional.normalize(k, dim=-1), v)]
+    got = out_and_gradients(performer, inputs)
+    exact = [t.double().requires_grad_() for t in inputs]
+    want = performer(*exact, backend="reference")
+    grad = torch.linspace(-1, 1, 32).half().double().expand_as(want)
+    for name, a, b in zip("oqkv", got, (want, *torch.autograd.grad(want, exact, grad)), strict=True):
+        assert (a.double() - b).abs().max() <= 2e-3 * b.abs().max() + 6e-8, name
+
+
+def test_what_is_declined():
+    q = heads(1, 1, 4, 129, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="serves heads of at most 128 channels, not 129"):
+        cxv_kernels.linear_attention(q, q, q, backend="triton")
+    x, projection = heads(1, 1, 4, 8, dtype=torch.float32), torch.randn(513, 8)
+    with pytest.raises(RuntimeError, match="serves at most 512 features, not 513"):
+        cxv_kernels.performer_attention(x, x, x, projection, backend="triton")
+    with pytest.raises(RuntimeError, match="serves no bfloat16 in its interpreter"):
+        cxv_kernels.linear_attention(*[x.bfloat16()] * 3, backend="triton")
+
+
+def test_opcheck():
+    ops = torch.ops.cxv_kernels_triton
+    q, k, v = qkv(1, 2, 5, 6, 4, 3, torch.float32)
+    w, mask = torch.randn(9, 4), torch.rand(1, 6) > 0.3
+    out, *kept = ops.linear_attention_forward(q, k, v, mask, "elu", 0.0)
+    opcheck(ops.linear_attention_forward, (q, k, v, mask, "elu", 0.0))
+    opcheck(ops.linear_attention_backward, (out, q, k, v, mask, *kept, "elu", 0.0))
+    state, stat = ops.kv_state_forward(k, v, None, "softmax")
+    opcheck(ops.kv_state_forward, (k, v, None, "softmax"))
+    opcheck(ops.kv_state_backward, (state, stat, k, v, None, stat, "softmax"))
+    out, *kept = ops.performer_attention_forward(q, k, v, w, None, "softmax", 1e-4)
+    opcheck(ops.performer_attention_forward, (q, k, v, w, None, "softmax", 1e-4))
+    opcheck(ops.performer_attention_backward, (out, q, k, v, w, None, *kept, "softmax", 1e-4))
+    phi, top = ops.performer_features_forward(k, w, False, "softmax", 1e-4)
+    opcheck(ops.performer_features_forward, (k, w, False, "softmax", 1e-4))
+    opcheck(ops.performer_features_backward, (phi, k, w, top, False, "softmax", 1e-4))
+
+
+@every_variant
+def test_compiles_without_graph_breaks(variant):
+    inputs = qkv(1, 2, 5, 6, 4, 3, torch.float32)
+    attend = partial(ATTENTION[variant], backend="triton")
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for t in inputs:
+        t.requires_grad_()
+    got, want = compiled(*inputs), attend(*inputs)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(o.sum(), inputs) for o in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_table_serves_the_nearest(monkeypatch):
+    leaf = {"num_warps": 1}
+    table = {"80": {"default": {"default": leaf}, "32x128": {"16": {"num_warps": 2}, "default": leaf}}}
+    table |= {"default": {"default": {"default": {"num_warps": 9}}}}
+    with configs.override({"a_kernel": table}):
+        assert configs.lookup("a_kernel", 90, 32, 110, torch.float16) == {"num_warps": 2}
+        assert configs.lookup("a_kernel", 86, 32, 110, torch.float32) == leaf
+        assert configs.lookup("a_kernel", 80, 64, 110, torch.float16) == leaf
+        assert configs.lookup("a_kernel", 75, 32, 110, torch.float16) == {"num_warps": 9}
+        assert configs.lookup("key_kernel", 90, 32, 110, torch.float16)["num_warps"] > 0
+    with pytest.raises(KeyError):
+        configs.lookup("a_kernel", 90, 32, 110, torch.float16)
