@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import backends
 from ..validation import autocast_inputs, check_attention, check_same, check_tensor, without_autocast
-from .op import MAX_LANDMARKS, nystrom_attention_fused
+from .op import nystrom_attention_fused
 from .reference import nystrom_attention_reference
 
 __all__ = ["nystrom_attention"]
@@ -22,7 +22,8 @@ def nystrom_attention(
     """Nyström approximation of softmax attention (Xiong et al. 2021, eq. 13; paper section 3.1).
 
     out = softmax(q·k̃ᵀ) A⁺ softmax(q̃·kᵀ) v with A = softmax(q̃·k̃ᵀ), all scaled by D^-½; q̃ and k̃ are the means of
-    ``num_landmarks`` runs of consecutive tokens, A⁺ six cubic iterations.
+    ``num_landmarks`` runs of consecutive tokens, A⁺ six cubic iterations. The outer products are
+    ``F.scaled_dot_product_attention``.
 
     Args:
         q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
@@ -36,9 +37,9 @@ def nystrom_attention(
     Returns:
         (B, H, N_q, E) in q's dtype; the landmarks' matrices are float32 (float64 for float64).
 
-    Saved for backward by the fused op: q, k, v and O(m·(D + E)) per head for m landmarks. Double backward goes through
-    plain PyTorch. Forward-mode AD needs ``backend="reference"``; for that and for double backward the reference needs
-    ``SDPBackend.MATH``.
+    Saved for backward by the fused op: q, k, v, O(m·(D + E)) per head for m landmarks, and what
+    ``F.scaled_dot_product_attention`` keeps (its output and one number per query). Double backward goes through the
+    reference, and needs PyTorch's ``SDPBackend.MATH``; forward-mode AD ``backend="reference"`` as well.
 
     Raises:
         ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1, an even K, a residual where
@@ -54,14 +55,8 @@ def nystrom_attention(
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
-
-    def declined(name: str) -> str | None:
-        if name != "triton" or landmarks <= MAX_LANDMARKS:
-            return None
-        return f"serves at most {MAX_LANDMARKS} landmarks, whose matrices one program holds, not {landmarks}"
-
     with without_autocast(q):
-        serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]), declined)
+        serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
         if serving == "reference" or landmarks == 0:
             return nystrom_attention_reference(q, k, v, landmarks, residual_weight)
         return nystrom_attention_fused(q, k, v, landmarks, residual_weight, serving)
