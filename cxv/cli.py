@@ -90,8 +90,11 @@ def _predict(args: argparse.Namespace) -> None:
 def _models(args: argparse.Namespace) -> None:
     print(f"{'model':24s} parameters (10 classes)")
     for name in list_models():
-        parameters = sum(p.numel() for p in create_model(name, num_classes=10).parameters())
-        print(f"{name:24s} {parameters:10,d}")
+        try:
+            parameters = f"{sum(p.numel() for p in create_model(name, num_classes=10).parameters()):10,d}"
+        except ImportError as error:
+            parameters = str(error).rpartition(": ")[2]
+        print(f"{name:24s} {parameters}")
     print("the same families with other layers/heads: cpv-2/4, cltv-8/4, …")
 
 

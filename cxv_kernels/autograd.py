@@ -1,11 +1,30 @@
 """What the fused ops' autograd shares."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._extension import CPP_MISSING
+from ._triton import NAMESPACE
+
+
+def kernels(backend: str) -> Any:
+    """The namespace of a backend's ops: ``kernels(backend).linear_attention_forward(…)``."""
+    return torch.ops.cxv_kernels_triton if backend == "triton" else torch.ops.cxv_kernels
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorate the fake implementation that all backends' ops ``name`` share."""
+
+    def register(fake: Callable) -> Callable:
+        for namespace in ("cxv_kernels", NAMESPACE):
+            if hasattr(getattr(torch.ops, namespace), name):
+                torch.library.register_fake(f"{namespace}::{name}", fake)
+        return fake
+
+    return register
 
 
 def serves_cpu(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

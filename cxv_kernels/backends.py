@@ -27,15 +27,19 @@ Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 # What "auto" passes over until a GPU has judged it; naming it serves.
-_UNPROVEN = {"cuda": "has not been checked on a GPU yet and serves only when it is named"}
+_UNPROVEN = dict.fromkeys(("triton", "cuda"), "has not been checked on a GPU yet and serves only when it is named")
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _announced: set[tuple[str, str]] = set()
 _active = "auto"
 
 
 def _validate(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    parts = name.split(",")
+    if any(part not in BACKENDS for part in parts) or ("auto" in parts and len(parts) > 1):
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}, or several but 'auto' with commas between, "
+            f"got {name!r}"
+        )
     return name
 
 
@@ -49,8 +53,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every op in the block from one backend.
 
     Args:
-        name: ``"auto"`` (the fastest that can), ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``. A named
-            backend that cannot serve a call raises ``RuntimeError`` with its reason; only ``"auto"`` falls back.
+        name: ``"auto"`` (the fastest that can), ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``; or several, as
+            ``"cuda,triton"``: for each call the first that can. If none of the named can serve a call, it raises
+            ``RuntimeError`` with their reasons; only ``"auto"`` falls back unasked.
 
     The setting is the process's, not the thread's; the backward pass uses what its forward pass used.
 
@@ -105,11 +110,11 @@ def resolve(
         RuntimeError: a backend was named and cannot serve; the message gives its reason.
     """
     wanted = _active if backend is None else _validate(backend)
-    if wanted == "reference":
-        return wanted
     device, dtype = tensor.device, tensor.dtype
     reasons = []
-    for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else (wanted,):
+    for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else wanted.split(","):
+        if name == "reference":
+            return name
         reason = declined or _decline(op, name, device, dtype, dim)
         if reason is None and wanted == "auto":
             reason = _UNPROVEN.get(name)

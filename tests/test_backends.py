@@ -45,6 +45,16 @@ def test_use_backend_nests_and_restores():
     assert cxv_kernels.get_backend() == "auto"
 
 
+def test_the_first_of_several_that_can():
+    q = heads(1, 1, 4, 4, grad=True)
+    with cxv_kernels.use_backend("cuda,reference"):
+        assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionBackward"
+    with pytest.raises(RuntimeError, match=r"backend 'cuda,triton' cannot serve .*: cuda .*; triton "):
+        cxv_kernels.linear_attention(q, q, q, backend="cuda,triton")
+    with pytest.raises(ValueError, match="got 'cuda,auto'"):
+        cxv_kernels.linear_attention(q, q, q, backend="cuda,auto")
+
+
 def test_unknown_names():
     with (
         pytest.raises(ValueError, match=r"backend must be one of 'auto', .* got 'fast'"),

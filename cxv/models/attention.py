@@ -1,32 +1,104 @@
 """The three mechanisms of CXV as residual branches, x (B, C, H, W) → x + attention(x) (paper section 3.1)."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cxv_kernels
 
 from .residual import Drop, ResidualBranch, convolve, pointwise, to_pixels, to_tokens
 
+POSITIONS = (None, "learned", "rotary")
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, eq. 34): channels i and i + D/2 of token n turned by n·10000^(−2i/D).
+
+    x (B, H, N, D) → the same; with D odd the last channel stays.
+    """
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (torch.arange(half, device=x.device) / -max(half, 1))
+    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Softmax attention of each run of ``window`` tokens to itself and its two neighbours (B, H, N, D)."""
+    tokens = q.shape[2]
+    pad = -tokens % window
+    q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, window)) for t in (q, k, v))
+    count = q.shape[2]
+    seen = torch.arange(count * window, device=q.device).unflatten(0, (count, window)) < tokens
+    near = F.pad(seen, (0, 0, 1, 1))
+    near = torch.cat((near[:-2], near[1:-1], near[2:]), dim=1)  # (count, 3·window)
+    k, v = (F.pad(t, (0, 0, 0, 0, 1, 1)) for t in (k, v))
+    k, v = (torch.cat((t[:, :, :-2], t[:, :, 1:-1], t[:, :, 2:]), dim=3) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=near[:, None, :])
+    return out.flatten(2, 3)[:, :, :tokens]
+
 
 class _Attention(ResidualBranch):
-    """Heads over the tokens of a residual branch."""
+    """Heads over the tokens of a residual branch.
 
-    def __init__(self, dim: int, num_heads: int, drop_rate: float, use_fused: bool):
-        super().__init__(drop_rate, use_fused)
-        if dim % num_heads:
+    Args:
+        dim: C. num_heads: heads. drop_rate: dropout after the output map. use_fused: see ``ResidualBranch``.
+        head_dim: channels of a head; None is C / heads.
+        pre_norm: a LayerNorm at the branch's entry.
+        positions: None, ``"learned"`` (a vector per token, added at the entry) or ``"rotary"`` (of q and k).
+        num_tokens: H·W, for learned positions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop_rate: float,
+        use_fused: bool,
+        head_dim: int | None = None,
+        pre_norm: bool = False,
+        positions: str | None = None,
+        num_tokens: int = 0,
+    ):
+        super().__init__(drop_rate, use_fused, dim if pre_norm else None)
+        if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads must divide the embedding dimension {dim}, got {num_heads}")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}")
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.inner_dim = num_heads * self.head_dim
+        self.positions = positions
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
+
+    def entry(self, x: Tensor) -> Tensor:
+        """What q, k and v are computed from: x with learned positions and the norm, where there are any."""
+        if self.positions == "learned":
+            if x.shape[2] * x.shape[3] != self.pos_embed.shape[1]:
+                raise ValueError(
+                    f"learned positions were made for {self.pos_embed.shape[1]} tokens, got {tuple(x.shape[2:])} pixels"
+                )
+            x = to_pixels(to_tokens(x) + self.pos_embed.to(x.dtype), x)
+        return super().entry(x)
+
+    def place(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (B, heads, N, D) with their rotary positions, where they have them."""
+        return (rotate(q), rotate(k)) if self.positions == "rotary" else (q, k)
 
     def split_heads(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) → (B, heads, N, C/heads), a view."""
+        """(B, N, heads·D) → (B, heads, N, D), a view."""
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
-        """(B, heads, N, C/heads) → (B, N, C)."""
+        """(B, heads, N, D) → (B, N, heads·D)."""
         return x.transpose(1, 2).flatten(2)
 
     def project(self, out: Tensor, drop: Drop, x: Tensor) -> Tensor:
-        """x + dropout(proj(out)) of the heads' output (B, heads, N, C/heads)."""
+        """x + dropout(proj(out)) of the heads' output (B, heads, N, D)."""
         y = pointwise(to_pixels(self.merge_heads(out), x), self.proj.weight, self.proj.bias)
         return to_pixels(drop(to_tokens(y), to_tokens(x)), x)
 
@@ -35,7 +107,9 @@ class PerformerAttention(_Attention):
     """CPV's mixer: linear q, k, v and output maps around FAVOR+.
 
     The projection is a persistent buffer of ⌊D ln D⌋ rows, shared by the heads, drawn once (the paper never
-    redraws it) from a generator that ``torch.manual_seed`` governs.
+    redraws it) from a generator that ``torch.manual_seed`` governs. ``local_heads`` of the heads are
+    :func:`local_attention` instead (the text's window of 256; the released code has none, and no relative positions
+    here either).
     """
 
     def __init__(
@@ -46,14 +120,22 @@ class PerformerAttention(_Attention):
         kernel: str = "softmax",
         eps: float | None = None,
         stabilizer: str = "head",
+        local_heads: int = 0,
+        local_window: int = 256,
         use_fused: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__(dim, num_heads, drop_rate, use_fused)
+        super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
+        if not 0 <= local_heads <= num_heads:
+            raise ValueError(f"local_heads must be in [0, {num_heads}], got {local_heads}")
+        if local_window < 1:
+            raise ValueError(f"local_window must be at least 1, got {local_window}")
         self.kernel, self.eps, self.stabilizer = kernel, eps, stabilizer
-        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
-        self.proj = nn.Linear(dim, dim)
-        head_dim = dim // num_heads
-        self.register_buffer("projection", torch.empty(cxv_kernels.num_random_features(head_dim), head_dim))
+        self.local_heads, self.local_window = local_heads, local_window
+        self.q, self.k, self.v = (nn.Linear(dim, self.inner_dim) for _ in range(3))
+        self.proj = nn.Linear(self.inner_dim, dim)
+        features = cxv_kernels.num_random_features(self.head_dim)
+        self.register_buffer("projection", torch.empty(features, self.head_dim))
         self.redraw_projection_()
 
     @torch.no_grad()
@@ -64,17 +146,31 @@ class PerformerAttention(_Attention):
         self.projection.copy_(cxv_kernels.orthogonal_projection(*self.projection.shape, generator=generator))
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
+        y = self.entry(x)
         q, k, v = (
-            self.split_heads(to_tokens(pointwise(x, layer.weight, layer.bias))) for layer in (self.q, self.k, self.v)
+            self.split_heads(to_tokens(pointwise(y, layer.weight, layer.bias))) for layer in (self.q, self.k, self.v)
         )
-        out = cxv_kernels.performer_attention(
+        q, k = self.place(q, k)
+        if not self.local_heads:
+            return self.project(self.favor(q, k, v), drop, x)
+        sizes = (self.num_heads - self.local_heads, self.local_heads)
+        far, near = zip(*(t.split(sizes, dim=1) for t in (q, k, v)), strict=True)
+        out = torch.cat((self.favor(*far), local_attention(*near, self.local_window)), dim=1)
+        return self.project(out, drop, x)
+
+    def favor(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """FAVOR+ with this layer's features: (B, heads, N, D) each."""
+        return cxv_kernels.performer_attention(
             q, k, v, self.projection, self.kernel, eps=self.eps, stabilizer=self.stabilizer, backend=self.backend
         )
-        return self.project(out, drop, x)
 
 
 class NystromAttention(_Attention):
-    """CNV's mixer: a bias-free qkv map, Nyström attention, and a 33×1 convolution of v along the tokens."""
+    """CNV's mixer: a bias-free qkv map, Nyström attention, and a 33×1 convolution of v along the tokens.
+
+    ``front_pad`` puts zeros before the tokens up to a multiple of the landmarks, as the released code does; without it
+    the first segments are a token longer.
+    """
 
     def __init__(
         self,
@@ -83,13 +179,15 @@ class NystromAttention(_Attention):
         drop_rate: float = 0.5,
         num_landmarks: int = 64,
         residual_conv_kernel: int = 33,
+        front_pad: bool = False,
         use_fused: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__(dim, num_heads, drop_rate, use_fused)
+        super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
         if residual_conv_kernel % 2 == 0:
             raise ValueError(f"residual_conv_kernel must be odd, got {residual_conv_kernel}")
-        self.num_landmarks = num_landmarks
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.num_landmarks, self.front_pad = num_landmarks, front_pad
+        self.qkv = nn.Linear(dim, 3 * self.inner_dim, bias=False)
         self.res_conv = nn.Conv2d(
             num_heads,
             num_heads,
@@ -98,14 +196,19 @@ class NystromAttention(_Attention):
             groups=num_heads,
             bias=False,
         )
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(self.inner_dim, dim)
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        q, k, v = (self.split_heads(t) for t in to_tokens(pointwise(x, self.qkv.weight)).chunk(3, dim=-1))
+        y = self.entry(x)
+        pad = -(y.shape[2] * y.shape[3]) % self.num_landmarks if self.front_pad else 0
+        if pad:
+            y = F.pad(to_tokens(y), (0, 0, pad, 0)).transpose(1, 2).unsqueeze(-1)
+        q, k, v = (self.split_heads(t) for t in to_tokens(pointwise(y, self.qkv.weight)).chunk(3, dim=-1))
+        q, k = self.place(q, k)
         out = cxv_kernels.nystrom_attention(
             q, k, v, self.num_landmarks, residual_weight=self.res_conv.weight, backend=self.backend
         )
-        return self.project(out, drop, x)
+        return self.project(out[:, :, pad:], drop, x)
 
 
 class LinearAttention(_Attention):
@@ -121,15 +224,19 @@ class LinearAttention(_Attention):
         kernel_size: int = 1,
         feature_map: str = "softmax",
         use_fused: bool = False,
+        **kwargs: Any,
     ):
-        super().__init__(dim, num_heads, 0.0, use_fused)
+        super().__init__(dim, num_heads, 0.0, use_fused, **kwargs)
         if kernel_size % 2 == 0:
             raise ValueError(f"attn_kernel_size must be odd, got {kernel_size}")
         self.feature_map = feature_map
-        self.q, self.k, self.v = (nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2) for _ in range(3))
-        self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2)
+        padding, inner = kernel_size // 2, self.inner_dim
+        self.q, self.k, self.v = (nn.Conv2d(dim, inner, kernel_size, padding=padding) for _ in range(3))
+        self.proj = nn.Conv2d(inner, dim, kernel_size, padding=padding)
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        q, k, v = (self.split_heads(to_tokens(convolve(layer, x))) for layer in (self.q, self.k, self.v))
+        y = self.entry(x)
+        q, k, v = (self.split_heads(to_tokens(convolve(layer, y))) for layer in (self.q, self.k, self.v))
+        q, k = self.place(q, k)
         out = cxv_kernels.linear_attention(q, k, v, self.feature_map, backend=self.backend)
         return x + convolve(self.proj, to_pixels(self.merge_heads(out), x))

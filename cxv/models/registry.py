@@ -1,43 +1,87 @@
-"""Models by name: the paper's ``family-layers/heads``."""
+"""Models by name: Table 1's fifteen rows as ``family-layers`` or ``family-layers/heads``."""
 
 import difflib
 import fnmatch
 import re
+from collections.abc import Callable
 from typing import Any
 
-from .cxv import CLTV, CNV, CPV, CXV
+from torch import nn
 
-FAMILIES: dict[str, type[CXV]] = {"cltv": CLTV, "cnv": CNV, "cpv": CPV}
-_NAMED = [f"{family}-5/4" for family in FAMILIES]
+from . import baselines
+from .cxv import CLTV, CNV, CPV
+from .fnet import FNet
+from .hybrid import HybridViLT, HybridViN, HybridViP
+from .wavemix import WaveMix
+
+# Table 1's rows, and what builds a family: (depth=…, num_heads=…, **kwargs) → a model, without heads for some.
+TABLE_1: dict[str, Callable[..., nn.Module]] = {
+    "resnet-18": baselines.resnet,
+    "resnet-34": baselines.resnet,
+    "fnet-10": FNet,
+    "mlp-mixer-5": baselines.mlp_mixer,
+    "wavemix-5": WaveMix,
+    "convmixer-16": baselines.convmixer,
+    "vit-10/4": baselines.vit,
+    "hybrid-vin-6/8": HybridViN,
+    "hybrid-vip-6/8": HybridViP,
+    "hybrid-vilt-6/8": HybridViLT,
+    "cct-6/4": baselines.cct,
+    "cvt-5/4": baselines.cvt,
+    "cnv-5/4": CNV,
+    "cltv-5/4": CLTV,
+    "cpv-5/4": CPV,
+}
+_FUSED = (CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP)
+_NAME = re.compile(r"([a-z-]+?)-(\d+)(?:/(\d+))?")
+# family → (what builds it, whether its names have heads)
+_FAMILIES = {m[1]: (build, m[3] is not None) for n, build in TABLE_1.items() if (m := _NAME.fullmatch(n))}
 
 
 def list_models(filter: str = "") -> list[str]:
     """The names of the paper's models, those that match ``filter`` (shell wildcards) if it is given.
 
-    Any other depth and number of heads can be built too: ``create_model("cpv-3/8")``.
+    Other depths and numbers of heads can be built too: ``create_model("cpv-3/8")``. The models of timm and vit-pytorch
+    need the extra ``cxv[baselines]``.
     """
-    return sorted(fnmatch.filter(_NAMED, filter) if filter else _NAMED)
+    return sorted(fnmatch.filter(TABLE_1, filter) if filter else TABLE_1)
 
 
-def create_model(name: str, **kwargs: Any) -> CXV:
+def has_fused_ops(name: str) -> bool:
+    """Whether ``use_fused`` makes a difference to the model of this name."""
+    return _parse(name)[0] in _FUSED
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
-        name: ``family-depth/heads``, e.g. ``"cpv-5/4"``; case does not matter.
-        **kwargs: the model's own, e.g. ``num_classes``, ``in_chans``, ``use_fused``; see :class:`cxv.CXV`.
+        name: ``family-depth/heads``, e.g. ``"cpv-5/4"``, or ``family-depth`` for those without heads, e.g.
+            ``"resnet-18"``; case does not matter.
+        **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`.
+            ``use_fused`` is accepted by all, and means nothing where the model has no op of ours.
 
     Raises:
-        ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name.
+        ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name;
+        ImportError: a baseline's library is not installed.
     """
-    match = re.fullmatch(r"([a-z]+)-(\d+)/(\d+)", name.lower())
-    if match is None or match[1] not in FAMILIES:
-        close = difflib.get_close_matches(name.lower(), _NAMED, n=1, cutoff=0.4)
+    build, depth, heads = _parse(name)
+    twice = {"depth", "num_heads"} & kwargs.keys()
+    if twice:
+        raise ValueError(f"{' and '.join(sorted(twice))} come from the name {name!r}: give them there")
+    if build not in _FUSED:
+        kwargs.pop("use_fused", None)
+    return build(depth=depth, **({} if heads is None else {"num_heads": heads}), **kwargs)
+
+
+def _parse(name: str) -> tuple[Callable[..., nn.Module], int, int | None]:
+    match = _NAME.fullmatch(name.lower())
+    build, has_heads = _FAMILIES.get(match[1], (None, False)) if match else (None, False)
+    if match is None or build is None or has_heads != (match[3] is not None):
+        close = difflib.get_close_matches(name.lower(), TABLE_1, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"model must be one of {', '.join(map(repr, list_models()))}, or the same families with other "
             f"layers/heads, got {name!r}{hint}"
         )
-    twice = {"depth", "num_heads"} & kwargs.keys()
-    if twice:
-        raise ValueError(f"{' and '.join(sorted(twice))} come from the name {name!r}: give them there")
-    return FAMILIES[match[1]](depth=int(match[2]), num_heads=int(match[3]), **kwargs)
+    return build, int(match[2]), int(match[3]) if has_heads else None

@@ -53,12 +53,14 @@ class ResidualBranch(nn.Module):
 
     Args:
         drop_rate: probability of a zero in training. use_fused: see above; False also pins the reference.
+        pre_norm: channels of a LayerNorm at the branch's entry; None for none.
     """
 
     num_drops = 1  # dropouts of the branch
 
-    def __init__(self, drop_rate: float, use_fused: bool):
+    def __init__(self, drop_rate: float, use_fused: bool, pre_norm: int | None = None):
         super().__init__()
+        self.pre_norm = None if pre_norm is None else nn.LayerNorm(pre_norm)
         self.drop_rate = drop_rate
         self.use_fused = use_fused
         self.backend = None if use_fused else "reference"
@@ -84,6 +86,10 @@ class ResidualBranch(nn.Module):
         for first in range(0, x.shape[0], images):
             out[first : first + images] = self._run(x[first : first + images], first, *seeds)
         return out
+
+    def entry(self, x: Tensor) -> Tensor:
+        """What the branch computes on, (B, C, H, W): x, or its norm."""
+        return x if self.pre_norm is None else to_pixels(self.pre_norm(to_tokens(x)), x)
 
     def _checkpointed(self, x: Tensor, first_image: int, *seeds: Tensor) -> Tensor:
         return checkpoint(self._run, x, first_image, *seeds, use_reentrant=False, preserve_rng_state=False)

@@ -68,8 +68,9 @@ def conv_norm(
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     with without_autocast(x):
-        if backends.resolve("conv_norm", x, backend) == "reference":
+        serving = backends.resolve("conv_norm", x, backend)
+        if serving == "reference":
             bias = None if bias is None else bias.to(x.dtype)
             return conv_norm_reference(x, weight.to(x.dtype), bias, gamma, beta, eps)
         dtype = accumulate_dtype(x.dtype)
-        return ConvNorm.apply(x, weight, bias, gamma.to(dtype), beta.to(dtype), eps)[0]
+        return ConvNorm.apply(x, weight, bias, gamma.to(dtype), beta.to(dtype), eps, serving)[0]

@@ -6,30 +6,30 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._extension import CPP_MISSING
-from ..autograd import double_backward, serves_cpu
+from ..autograd import double_backward, kernels, register_fake, serves_cpu
 from ..validation import accumulate_dtype, without_autocast
 from .reference import conv_norm_reference
 
-if CPP_MISSING is None:
 
-    def _convolution(x, weight):
-        return torch.ops.aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+def _convolution(x, weight):
+    return torch.ops.aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 
-    @torch.library.register_fake("cxv_kernels::conv_norm_forward")
-    def _(x, weight, bias, gamma, beta, eps):
-        return _convolution(x, weight), x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
 
-    @torch.library.register_fake("cxv_kernels::conv_norm_backward")
-    def _(grad_out, x, weight, bias, out, rstd, gamma, beta, eps, needed):
-        grads = torch.ops.aten.convolution_backward(
-            out, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needed[:2], False]
-        )
-        vectors = (bias if needed[2] else x, gamma, beta)
-        return (
-            *(grad if need else x.new_empty(0) for grad, need in zip(grads, needed[:2], strict=False)),
-            *(t.new_empty(gamma.shape if need else 0) for t, need in zip(vectors, needed[2:], strict=True)),
-        )
+@register_fake("conv_norm_forward")
+def _(x, weight, bias, gamma, beta, eps):
+    return _convolution(x, weight), x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
+
+
+@register_fake("conv_norm_backward")
+def _(grad_out, x, weight, bias, out, rstd, gamma, beta, eps, needed):
+    grads = torch.ops.aten.convolution_backward(
+        out, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needed[:2], False]
+    )
+    vectors = (bias if needed[2] else x, gamma, beta)
+    return (
+        *(grad if need else x.new_empty(0) for grad, need in zip(grads, needed[:2], strict=False)),
+        *(t.new_empty(gamma.shape if need else 0) for t, need in zip(vectors, needed[2:], strict=True)),
+    )
 
 
 def _as(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -38,15 +38,15 @@ def _as(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class ConvNorm(torch.autograd.Function):
-    """(x, weight, bias, gamma, beta, eps) → (out, rstd); rstd carries no gradient."""
+    """(x, weight, bias, gamma, beta, eps, backend) → (out, rstd); rstd carries no gradient."""
 
     @staticmethod
-    def forward(x, weight, bias, gamma, beta, eps):
-        return torch.ops.cxv_kernels.conv_norm_forward(x, *_as(x, weight, bias), gamma, beta, eps)
+    def forward(x, weight, bias, gamma, beta, eps, backend):
+        return kernels(backend).conv_norm_forward(x, *_as(x, weight, bias), gamma, beta, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, gamma, beta, ctx.eps = inputs
+        x, weight, bias, gamma, beta, ctx.eps, ctx.backend = inputs
         out, rstd = output
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
@@ -55,20 +55,21 @@ class ConvNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None):
         if grad_out is None:
-            return (None,) * 6
+            return (None,) * 7
         x, weight, bias, gamma, beta, out, rstd = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:5])
         with without_autocast(x):
-            grads = ConvNormBackward.apply(grad_out, x, weight, bias, gamma, beta, out, rstd, ctx.eps, needed)
-        return (*grads, None)
+            arguments = (grad_out, x, weight, bias, gamma, beta, out, rstd, ctx.eps, needed, ctx.backend)
+            grads = ConvNormBackward.apply(*arguments)
+        return (*grads, None, None)
 
 
 class ConvNormBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad_out, x, weight, bias, gamma, beta, out, rstd, eps, needed):
-        grads = torch.ops.cxv_kernels.conv_norm_backward(
+    def forward(grad_out, x, weight, bias, gamma, beta, out, rstd, eps, needed, backend):
+        grads = kernels(backend).conv_norm_backward(
             grad_out, x, *_as(x, weight, bias), out, rstd, gamma, beta, eps, needed
         )
         inputs = (x, weight, bias, gamma, beta)
@@ -76,7 +77,7 @@ class ConvNormBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_out, x, weight, bias, gamma, beta, _, _, ctx.eps, _ = inputs
+        grad_out, x, weight, bias, gamma, beta, _, _, ctx.eps, *_ = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_out, x, weight, bias, gamma, beta)
 
@@ -93,7 +94,7 @@ class ConvNormBackward(torch.autograd.Function):
         pairs = [(t, g) for t, g in zip(inputs, grads, strict=True) if t is not None]
         (of_grad,), rest = double_backward(reference, [t for t, _ in pairs], [grad_out], [g for _, g in pairs])
         second = iter(rest)
-        return (of_grad, *(next(second) if there else None for there in given), *(None,) * 4)
+        return (of_grad, *(next(second) if there else None for there in given), *(None,) * 5)
 
 
 backends.register("conv_norm", "cpp", serves_cpu)

@@ -78,4 +78,4 @@ def dropout(
     with without_autocast(x):
         if serving == "reference":
             return dropout_reference(x.contiguous(), p, seed, residual, offset)
-        return Dropout.apply(x.contiguous(), residual, seed, p, offset)
+        return Dropout.apply(x.contiguous(), residual, seed, p, offset, serving)

@@ -57,9 +57,10 @@ def linear_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     with without_autocast(q):
-        if backends.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1])) == "reference":
+        serving = backends.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1]))
+        if serving == "reference":
             return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
-        return LinearAttention.apply(q, k, v, key_mask, feature_map, eps)[0]
+        return LinearAttention.apply(q, k, v, key_mask, feature_map, eps, serving)[0]
 
 
 def kv_state(
@@ -90,6 +91,7 @@ def kv_state(
     check_keys_values(k, v)
     check_key_mask(key_mask, k)
     with without_autocast(k):
-        if backends.resolve("kv_state", k, backend) == "reference":
+        serving = backends.resolve("kv_state", k, backend, max(k.shape[-1], v.shape[-1]))
+        if serving == "reference":
             return kv_state_reference(k, v, feature_map, key_mask)
-        return KvState.apply(k, v, key_mask, feature_map)[:2]
+        return KvState.apply(k, v, key_mask, feature_map, serving)[:2]

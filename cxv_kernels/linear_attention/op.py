@@ -7,44 +7,46 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._extension import CPP_MISSING, CUDA_MISSING
-from ..autograd import double_backward, like_layout, serves_cpu
+from .._extension import CUDA_MISSING
+from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
 from ..validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
-if CPP_MISSING is None:
 
-    @torch.library.register_fake("cxv_kernels::linear_attention_forward")
-    def _(q, k, v, key_mask, feature_map, eps):
-        batch, heads, dim, value_dim = *q.shape[:2], q.shape[3], v.shape[3]
-        out = like_layout(q, (*q.shape[:3], value_dim))
-        state = q.new_empty((batch, heads, dim, value_dim), dtype=accumulate_dtype(q.dtype))
-        return out, state, state.new_empty((batch, heads, dim))
+@register_fake("linear_attention_forward")
+def _(q, k, v, key_mask, feature_map, eps):
+    batch, heads, dim, value_dim = *q.shape[:2], q.shape[3], v.shape[3]
+    out = like_layout(q, (*q.shape[:3], value_dim))
+    state = q.new_empty((batch, heads, dim, value_dim), dtype=accumulate_dtype(q.dtype))
+    return out, state, state.new_empty((batch, heads, dim))
 
-    @torch.library.register_fake("cxv_kernels::linear_attention_backward")
-    def _(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
-        return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
 
-    @torch.library.register_fake("cxv_kernels::kv_state_forward")
-    def _(k, v, key_mask, feature_map):
-        state = k.new_empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=accumulate_dtype(k.dtype))
-        return state, state.new_empty((*k.shape[:2], k.shape[3]))
+@register_fake("linear_attention_backward")
+def _(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
+    return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
 
-    @torch.library.register_fake("cxv_kernels::kv_state_backward")
-    def _(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
-        return tuple(like_layout(t, tuple(t.shape)) for t in (k, v))
+
+@register_fake("kv_state_forward")
+def _(k, v, key_mask, feature_map):
+    state = k.new_empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=accumulate_dtype(k.dtype))
+    return state, state.new_empty((*k.shape[:2], k.shape[3]))
+
+
+@register_fake("kv_state_backward")
+def _(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
+    return tuple(like_layout(t, tuple(t.shape)) for t in (k, v))
 
 
 class LinearAttention(torch.autograd.Function):
-    """(q, k, v, key_mask, feature_map, eps) → (out, state, key_stat); the last two carry no gradient."""
+    """(q, k, v, key_mask, feature_map, eps, backend) → (out, state, key_stat); the last two carry no gradient."""
 
     @staticmethod
-    def forward(q, k, v, key_mask, feature_map, eps):
-        return torch.ops.cxv_kernels.linear_attention_forward(q, k, v, key_mask, feature_map, eps)
+    def forward(q, k, v, key_mask, feature_map, eps, backend):
+        return kernels(backend).linear_attention_forward(q, k, v, key_mask, feature_map, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        q, k, v, key_mask, ctx.feature_map, ctx.eps = inputs
+        q, k, v, key_mask, ctx.feature_map, ctx.eps, ctx.backend = inputs
         _, state, key_stat = output
         ctx.mark_non_differentiable(state, key_stat)
         ctx.set_materialize_grads(False)
@@ -53,24 +55,24 @@ class LinearAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None):
         if grad_out is None:
-            return (None,) * 6
+            return (None,) * 7
         q, k, v, key_mask, state, key_stat = ctx.saved_tensors
-        arguments = (grad_out, q, k, v, key_mask, state, key_stat, ctx.feature_map, ctx.eps)
-        return (*LinearAttentionBackward.apply(*arguments), None, None, None)
+        arguments = (grad_out, q, k, v, key_mask, state, key_stat, ctx.feature_map, ctx.eps, ctx.backend)
+        return (*LinearAttentionBackward.apply(*arguments), *(None,) * 4)
 
 
 class LinearAttentionBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
-        return torch.ops.cxv_kernels.linear_attention_backward(
+    def forward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, backend):
+        return kernels(backend).linear_attention_backward(
             grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_out, q, k, v, key_mask, _, _, ctx.feature_map, ctx.eps = inputs
+        grad_out, q, k, v, key_mask, _, _, ctx.feature_map, ctx.eps, _ = inputs
         ctx.save_for_backward(grad_out, q, k, v, key_mask)
 
     @staticmethod
@@ -79,43 +81,43 @@ class LinearAttentionBackward(torch.autograd.Function):
         grad_out, *inputs = differentiable
         reference = partial(linear_attention_reference, feature_map=ctx.feature_map, eps=ctx.eps, key_mask=key_mask)
         second = double_backward(reference, inputs, [grad_out], grads)
-        return (*second[0], *second[1], *(None,) * 5)
+        return (*second[0], *second[1], *(None,) * 6)
 
 
 class KvState(torch.autograd.Function):
-    """(k, v, key_mask, feature_map) → (S, z, key_stat); the last carries no gradient."""
+    """(k, v, key_mask, feature_map, backend) → (S, z, key_stat); the last carries no gradient."""
 
     @staticmethod
-    def forward(k, v, key_mask, feature_map):
-        state, stat = torch.ops.cxv_kernels.kv_state_forward(k, v, key_mask, feature_map)
+    def forward(k, v, key_mask, feature_map, backend):
+        state, stat = kernels(backend).kv_state_forward(k, v, key_mask, feature_map)
         z = stat.isfinite().to(stat.dtype) if feature_map == "softmax" else stat.clone()
         return state, z, stat
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        k, v, key_mask, ctx.feature_map = inputs
+        k, v, key_mask, ctx.feature_map, ctx.backend = inputs
         state, _, stat = output
         ctx.mark_non_differentiable(stat)
         ctx.save_for_backward(k, v, key_mask, state, stat)
 
     @staticmethod
     def backward(ctx: Any, grad_state: Tensor, grad_z: Tensor, _: Tensor):
-        grads = KvStateBackward.apply(grad_state, grad_z, *ctx.saved_tensors, ctx.feature_map)
-        return (*grads, None, None)
+        grads = KvStateBackward.apply(grad_state, grad_z, *ctx.saved_tensors, ctx.feature_map, ctx.backend)
+        return (*grads, *(None,) * 3)
 
 
 class KvStateBackward(torch.autograd.Function):
     """The fused backward of kv_state, itself differentiable."""
 
     @staticmethod
-    def forward(grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map):
+    def forward(grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, backend):
         if feature_map == "softmax":  # S is normalised, and z is 1: what S's gradient does to the normalisation
             grad_z = -(grad_state * state).sum(dim=-1)
-        return torch.ops.cxv_kernels.kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map)
+        return kernels(backend).kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_state, grad_z, k, v, key_mask, _, _, ctx.feature_map = inputs
+        grad_state, grad_z, k, v, key_mask, _, _, ctx.feature_map, _ = inputs
         ctx.save_for_backward(grad_state, grad_z, k, v, key_mask)
 
     @staticmethod
@@ -123,7 +125,7 @@ class KvStateBackward(torch.autograd.Function):
         grad_state, grad_z, k, v, key_mask = ctx.saved_tensors
         reference = partial(kv_state_reference, feature_map=ctx.feature_map, key_mask=key_mask)
         second = double_backward(reference, [k, v], [grad_state, grad_z], grads)
-        return (*second[0], *second[1], *(None,) * 4)
+        return (*second[0], *second[1], *(None,) * 5)
 
 
 def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

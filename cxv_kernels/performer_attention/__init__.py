@@ -88,12 +88,14 @@ def performer_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     _check_options(q, projection, kernel, eps, stabilizer)
-    serving = backends.resolve("performer_attention", q, backend, declined=declined(projection, stabilizer))
+    dim, reason = max(q.shape[-1], v.shape[-1]), declined(projection, stabilizer)
+    serving = backends.resolve("performer_attention", q, backend, dim, reason)
     with without_autocast(q):
         if serving == "reference":
             return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
         eps = DEFAULT_EPS[kernel] if eps is None else eps
-        return PerformerAttention.apply(q, k, v, projection.to(accumulate_dtype(q.dtype)), key_mask, kernel, eps)[0]
+        projection = projection.to(accumulate_dtype(q.dtype))
+        return PerformerAttention.apply(q, k, v, projection, key_mask, kernel, eps, serving)[0]
 
 
 def performer_features(
@@ -124,9 +126,10 @@ def performer_features(
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, H, N, D)")
     _check_options(x, projection, kernel, eps, stabilizer)
-    serving = backends.resolve("performer_features", x, backend, declined=declined(projection, stabilizer))
+    serving = backends.resolve("performer_features", x, backend, x.shape[-1], declined(projection, stabilizer))
     with without_autocast(x):
         if serving == "reference":
             return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)
         eps = DEFAULT_EPS[kernel] if eps is None else eps
-        return PerformerFeatures.apply(x, projection.to(accumulate_dtype(x.dtype)), is_query, kernel, eps)[0]
+        projection = projection.to(accumulate_dtype(x.dtype))
+        return PerformerFeatures.apply(x, projection, is_query, kernel, eps, serving)[0]

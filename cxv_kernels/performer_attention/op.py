@@ -7,32 +7,33 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._extension import CPP_MISSING
-from ..autograd import double_backward, like_layout, serves_cpu
+from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
 from ..validation import accumulate_dtype
 from .reference import performer_attention_reference, performer_features_reference
 
-if CPP_MISSING is None:
 
-    @torch.library.register_fake("cxv_kernels::performer_attention_forward")
-    def _(q, k, v, projection, key_mask, kernel, eps):
-        heads, features, value_dim = tuple(q.shape[:2]), projection.shape[0], v.shape[3]
-        out = like_layout(q, (*q.shape[:3], value_dim))
-        state = q.new_empty((*heads, features, value_dim), dtype=accumulate_dtype(q.dtype))
-        return out, state, state.new_empty((*heads, features)), state.new_empty(heads)
+@register_fake("performer_attention_forward")
+def _(q, k, v, projection, key_mask, kernel, eps):
+    heads, features, value_dim = tuple(q.shape[:2]), projection.shape[0], v.shape[3]
+    out = like_layout(q, (*q.shape[:3], value_dim))
+    state = q.new_empty((*heads, features, value_dim), dtype=accumulate_dtype(q.dtype))
+    return out, state, state.new_empty((*heads, features)), state.new_empty(heads)
 
-    @torch.library.register_fake("cxv_kernels::performer_attention_backward")
-    def _(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
-        return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
 
-    @torch.library.register_fake("cxv_kernels::performer_features_forward")
-    def _(x, projection, is_query, kernel, eps):
-        phi = like_layout(x, (*x.shape[:3], projection.shape[0]))
-        return phi, x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+@register_fake("performer_attention_backward")
+def _(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
+    return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
 
-    @torch.library.register_fake("cxv_kernels::performer_features_backward")
-    def _(grad_phi, x, projection, key_max, is_query, kernel, eps):
-        return like_layout(x, tuple(x.shape))
+
+@register_fake("performer_features_forward")
+def _(x, projection, is_query, kernel, eps):
+    phi = like_layout(x, (*x.shape[:3], projection.shape[0]))
+    return phi, x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+
+
+@register_fake("performer_features_backward")
+def _(grad_phi, x, projection, key_max, is_query, kernel, eps):
+    return like_layout(x, tuple(x.shape))
 
 
 def declined(projection: Tensor, stabilizer: str) -> str | None:
@@ -43,15 +44,15 @@ def declined(projection: Tensor, stabilizer: str) -> str | None:
 
 
 class PerformerAttention(torch.autograd.Function):
-    """(q, k, v, projection, key_mask, kernel, eps) → (out, state, key_stat, key_max); only out carries a gradient."""
+    """(q, k, v, projection, key_mask, kernel, eps, backend) → (out, state, key_stat, key_max), out differentiable."""
 
     @staticmethod
-    def forward(q, k, v, projection, key_mask, kernel, eps):
-        return torch.ops.cxv_kernels.performer_attention_forward(q, k, v, projection, key_mask, kernel, eps)
+    def forward(q, k, v, projection, key_mask, kernel, eps, backend):
+        return kernels(backend).performer_attention_forward(q, k, v, projection, key_mask, kernel, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.kernel, ctx.eps = inputs
+        *tensors, ctx.kernel, ctx.eps, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[1:])
@@ -59,23 +60,23 @@ class PerformerAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None):
         if grad_out is None:
-            return (None,) * 7
-        grads = PerformerAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.kernel, ctx.eps)
-        return (*grads, *(None,) * 4)
+            return (None,) * 8
+        grads = PerformerAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.kernel, ctx.eps, ctx.backend)
+        return (*grads, *(None,) * 5)
 
 
 class PerformerAttentionBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
-        return torch.ops.cxv_kernels.performer_attention_backward(
+    def forward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, backend):
+        return kernels(backend).performer_attention_backward(
             grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.kernel, ctx.eps = inputs[-2:]
+        ctx.kernel, ctx.eps, _ = inputs[-3:]
         ctx.save_for_backward(*inputs[:6])
 
     @staticmethod
@@ -85,15 +86,15 @@ class PerformerAttentionBackward(torch.autograd.Function):
             performer_attention_reference, projection=projection, kernel=ctx.kernel, eps=ctx.eps, key_mask=key_mask
         )
         second = double_backward(reference, [q, k, v], [grad_out], grads)
-        return (*second[0], *second[1], *(None,) * 7)
+        return (*second[0], *second[1], *(None,) * 8)
 
 
 class PerformerFeatures(torch.autograd.Function):
-    """(x, projection, is_query, kernel, eps) → (φ, key_max); key_max carries no gradient."""
+    """(x, projection, is_query, kernel, eps, backend) → (φ, key_max); key_max carries no gradient."""
 
     @staticmethod
-    def forward(x, projection, is_query, kernel, eps):
-        return torch.ops.cxv_kernels.performer_features_forward(x, projection, is_query, kernel, eps)
+    def forward(x, projection, is_query, kernel, eps, backend):
+        return kernels(backend).performer_features_forward(x, projection, is_query, kernel, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -105,22 +106,20 @@ class PerformerFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_phi: Tensor | None, _: None):
         if grad_phi is None:
-            return (None,) * 5
-        return (PerformerFeaturesBackward.apply(grad_phi, *ctx.saved_tensors, *ctx.options), *(None,) * 4)
+            return (None,) * 6
+        return (PerformerFeaturesBackward.apply(grad_phi, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
 
 
 class PerformerFeaturesBackward(torch.autograd.Function):
     """The fused backward of performer_features, itself differentiable."""
 
     @staticmethod
-    def forward(grad_phi, x, projection, key_max, is_query, kernel, eps):
-        return torch.ops.cxv_kernels.performer_features_backward(
-            grad_phi, x, projection, key_max, is_query, kernel, eps
-        )
+    def forward(grad_phi, x, projection, key_max, is_query, kernel, eps, backend):
+        return kernels(backend).performer_features_backward(grad_phi, x, projection, key_max, is_query, kernel, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_phi, x, projection, _, *ctx.options = inputs
+        grad_phi, x, projection, _, *ctx.options, _ = inputs
         ctx.save_for_backward(grad_phi, x, projection)
 
     @staticmethod
@@ -132,7 +131,7 @@ class PerformerFeaturesBackward(torch.autograd.Function):
             return performer_features_reference(x, projection, is_query, kernel, eps)
 
         second = double_backward(reference, [x], [grad_phi], [grad])
-        return (*second[0], *second[1], *(None,) * 5)
+        return (*second[0], *second[1], *(None,) * 6)
 
 
 backends.register("performer_attention", "cpp", serves_cpu)

@@ -1,0 +1,222 @@
+"""The paper's Table 1 rebuilt: parameters, multiply-adds, memory and speed of all its models. See README.md."""
+
+import argparse
+import csv
+import gc
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Both are read when torch is imported: its profiler and its CPU allocator write a line or more per measurement.
+os.environ["KINETO_LOG_LEVEL"] = os.environ.get("KINETO_LOG_LEVEL", "99")
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import counting
+import torch
+from common import DTYPES, Parser, environment, name_of, positive, seconds, some_of, timing_json, write_json
+from memory import Timing, allocated, interleaved, out_of_memory, saved_for_backward
+from table1_plot import draw
+from table1_report import counts_table, measures_table, report, spreadsheet
+from torch import nn
+from training import (
+    CLASSES,
+    IMAGE_SIZE,
+    autocast,
+    loss_of,
+    random_batch,
+    step,
+    train_two_steps,
+    use_plain_dropout,
+)
+
+import cxv
+from cxv.models.registry import TABLE_1, has_fused_ops
+
+# How often torchsummary counted a parameter: the authors' channel norms call theirs g and b, which it does not see, and
+# WaveMix calls one MLP at four levels.
+TIMES = {
+    "wavemix-5": {"blocks.*.mlp.*": 4},
+    "hybrid-vilt-6/8": {"*.pre_norm.*": 0},
+    **{name: {"*.conv_norm.norm.*": 0} for name in ("cnv-5/4", "cltv-5/4", "cpv-5/4")},
+}
+
+
+@dataclass
+class Row:
+    """One model in plain PyTorch or with the fused ops. Bytes; images per second; multiply-adds of one image."""
+
+    name: str
+    fused: bool
+    status: str = "ok"
+    parameters: int = 0
+    torchsummary: int = 0
+    macs: int = 0
+    true_macs: int = 0
+    # by dtype: "float32" as the authors ran it, or the 16-bit autocast
+    kept: dict[str, int] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
+    train: dict[str, dict[str, Any]] = field(default_factory=dict)  # a step's time
+    inference: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batch: int = 0
+
+
+@dataclass
+class Settings:
+    """What to measure, where."""
+
+    models: tuple[str, ...]
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    batch: int
+    budget: float
+    repeats: int
+
+
+def counted(name: str, fused: bool, batch: int) -> Row:
+    """A row with what follows from the architecture alone."""
+    model = cxv.create_model(name, num_classes=CLASSES)
+    image = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return Row(
+        name,
+        fused,
+        parameters=counting.parameters(model),
+        torchsummary=counting.torchsummary_parameters(model, TIMES.get(name, {})),
+        macs=counting.layer_macs(model, image),
+        true_macs=counting.true_macs(model, image),
+        batch=batch,
+    )
+
+
+def measure(row: Row, settings: Settings, dtype: torch.dtype) -> None:
+    """Fill in bytes and times for a dtype; a model that does not fit says so."""
+    make = partial(_build, row)
+    key, device, batch = name_of(dtype), settings.device, settings.batch
+    try:
+        row.peak[key] = allocated(lambda: train_two_steps(make, batch, IMAGE_SIZE, device, dtype), device).peak
+        torch.manual_seed(0)
+        images, labels = random_batch(batch, IMAGE_SIZE, device, dtype)
+        model = make().to(device, images.dtype).train()
+        held = (*model.parameters(), *model.buffers(), images, labels)
+        row.kept[key] = saved_for_backward(lambda: loss_of(model, images, labels, dtype), held).beyond_inputs
+        optimizer = torch.optim.AdamW(model.parameters())
+        training = partial(step, model, optimizer, images, labels, dtype)
+        row.train[key] = timing_json(_timed(training, settings))
+        model.eval()
+        row.inference[key] = timing_json(_timed(partial(_infer, model, images, dtype), settings))
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        row.status = "out of memory"
+
+
+def _build(row: Row) -> nn.Module:
+    model = cxv.create_model(row.name, num_classes=CLASSES, use_fused=row.fused)
+    if not row.fused:
+        use_plain_dropout(model)
+    return model
+
+
+def _timed(run: Callable[[], Any], settings: Settings) -> Timing:
+    """Its time after a first run; that of the first where one takes very long."""
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    if settings.device.type == "cpu" and first > 8 * settings.budget:
+        return Timing((first,))
+    (timing,) = interleaved(
+        [run], settings.device, budget=settings.budget, min_repeats=settings.repeats, limit=4 * settings.budget
+    )
+    if timing is None:
+        raise torch.OutOfMemoryError
+    return timing
+
+
+def _infer(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> None:
+    with torch.no_grad(), autocast(images.device, dtype):
+        model(images)
+
+
+def benchmark(settings: Settings, path: Path) -> None:
+    """Measure model after model; the files are written after each."""
+    start = time.perf_counter()
+    results: dict[str, Any] = {
+        "benchmark": "table1",
+        "environment": environment(settings.device, settings.dtypes[0])
+        | {"dtype": ", ".join(map(name_of, settings.dtypes))},
+        "settings": {"batch": settings.batch, "image_size": IMAGE_SIZE, "classes": CLASSES},
+        "rows": [],
+    }
+    for name in settings.models:
+        for fused in (False, True) if has_fused_ops(name) else (False,):
+            row = counted(name, fused, settings.batch)
+            for dtype in settings.dtypes:
+                measure(row, settings, dtype)
+                gc.collect()
+            results["rows"].append(asdict(row))
+            results["wall_s"] = round(time.perf_counter() - start, 1)
+            write_json(path, results)
+            print(f"{name}{' fused' if fused else ''}: {row.status}, {results['wall_s']:.0f} s so far", flush=True)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(spreadsheet(results))
+    draw(results, path.with_suffix(".png"))
+    print(f"\n{counts_table(results).text()}\n{measures_table(results).text()}\n{path}, .csv and .png")
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and one line on a bad value."""
+    parser = Parser("table1", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_shared("JSON, CSV and PNG", dtypes=("float32", "bfloat16"))
+    parser.add_argument("--models", type=some_of(tuple(TABLE_1)), default=tuple(TABLE_1), help="comma-separated")
+    parser.add_argument("--batch", type=positive, help="images of a step; unset: 32, as the paper's memory")
+    parser.add_argument("--threads", type=positive, default=2, help="of the CPU")
+    parser.add_argument("--budget", type=seconds, default=1.0, help="seconds of steps per number, at least 2 steps")
+    parser.add_argument("--quick", action="store_true", help="a batch of 2, one step: a test")
+    parser.add_argument("--plot", type=Path, metavar="FILE.json", help="measure nothing: redraw FILE.png")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE.json's tables as Markdown"
+    )
+    arguments = parser.parse_args(argv)
+    for flag in ("plot", "markdown"):
+        if getattr(arguments, flag):
+            arguments.results = parser.results(f"--{flag}", getattr(arguments, flag), "table1")
+            return arguments
+    parser.check_shared(arguments)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write JSON, CSV and PNG."""
+    arguments = parse(argv)
+    if arguments.plot:
+        draw(arguments.results, arguments.plot.with_suffix(".png"))
+        return 0
+    if arguments.markdown:
+        print(report(arguments.results))
+        return 0
+    torch.set_num_threads(arguments.threads)
+    settings = Settings(
+        models=arguments.models,
+        device=torch.device(arguments.device),
+        dtypes=tuple(DTYPES[name] for name in arguments.dtype),
+        batch=arguments.batch or (2 if arguments.quick else 32),
+        budget=0.001 if arguments.quick else arguments.budget,
+        repeats=1 if arguments.quick else 2,
+    )
+    with warnings.catch_warnings():  # what serves an op is not this table's matter; ConvMixer's kernel is even
+        warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel", category=UserWarning)
+        benchmark(settings, arguments.out / f"table1-{settings.device.type}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
