@@ -68,7 +68,7 @@ def conv_norm(
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     with without_autocast(x):
-        serving = backends.resolve("conv_norm", x, backend)
+        serving = backends.resolve("conv_norm", x, backend, weight.shape[0])
         if serving == "reference":
             bias = None if bias is None else bias.to(x.dtype)
             return conv_norm_reference(x, weight.to(x.dtype), bias, gamma, beta, eps)
