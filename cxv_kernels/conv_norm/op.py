@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import define, serves_triton
-from ..autograd import double_backward, kernels, register_fake, serves_cpu
+from ..autograd import double_backward, kernels, register_fake, serves_cpu, serves_cuda
 from ..validation import accumulate_dtype, without_autocast
 from .reference import conv_norm_reference
 
@@ -116,6 +116,7 @@ class ConvNormBackward(torch.autograd.Function):
 
 
 backends.register("conv_norm", "cpp", serves_cpu)
+backends.register("conv_norm", "cuda", serves_cuda(3072, (torch.float32, torch.float16, torch.bfloat16), narrowest=3))
 
 
 def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

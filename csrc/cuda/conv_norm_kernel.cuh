@@ -1,0 +1,299 @@
+// The norm pass of conv_norm and its backward on CUDA cores. Torch-free. The derivation is in
+// cxv_kernels/conv_norm/README.md; names follow it. A block takes groups of neighbouring pixels, its threads laid over
+// pixels × lanes of channels: of NCHW a warp runs along 32 pixels, of channels_last along the channels of one.
+#pragma once
+
+#include <cmath>
+
+#include "../include/conv_norm.h"
+#include "number.cuh"
+
+namespace cxv {
+namespace cuda {
+
+extern __shared__ __align__(16) unsigned char shared_memory[];
+
+constexpr int kNormThreads = 256;
+constexpr int kNormWarps = kNormThreads / 32;
+// Of one or two channels du is little more than what cancels; of more than the most, shared memory lacks the sums.
+constexpr int64_t kMinNormChannels = 3, kMaxNormChannels = 3072;
+
+// What the kernels need beyond ConvNorm: the convolution's arguments, for the channels whose y does not tell x̂.
+struct NormWork {
+  View x, weight;  // (B, C_in, H, W), (C, C_in, 3, 3)
+  int64_t in_channels, height, width;
+  float* mean_weight;  // (C_in · 9 + 1): the mean of weight and bias over C
+  int* lost;           // (C + 1): how many channels these are, and which
+};
+
+// Rows of threads that have sums of channels of their own.
+__host__ __device__ inline int norm_rows(const ConvNorm& p) {
+  if (!p.channels_last) return 1;
+  const int64_t fit = (48 * 1024 - 2048) / (12 * p.channels);
+  return fit < kNormWarps ? int(fit) : kNormWarps;
+}
+inline int norm_bytes(const ConvNorm& p) { return 2048 + int(12 * p.channels) * norm_rows(p); }
+__host__ __device__ inline int64_t norm_groups(const ConvNorm& p) {
+  return p.channels_last ? (p.batch * p.pixels + norm_rows(p) - 1) / norm_rows(p) : p.batch * ((p.pixels + 31) / 32);
+}
+
+// One thread's pixel and its channels: lane, lane + lanes, …
+template <class T>
+struct Cell {
+  const ConvNorm& p;
+  const bool channels_last;
+  const int lane, lanes, slot;             // slot: of the pixel in the group
+  int64_t pixel = 0, first = 0, step = 1;  // of all pixels; the element of channel 0; from channel to channel
+  bool there = false;
+
+  __device__ explicit Cell(const ConvNorm& p)
+      : p(p),
+        channels_last(p.channels_last),
+        lane(channels_last ? threadIdx.x % 32 : threadIdx.x / 32),
+        lanes(channels_last ? 32 : kNormWarps),
+        slot(channels_last ? threadIdx.x / 32 : threadIdx.x % 32) {}
+
+  __device__ void move_to(int64_t group) {
+    if (channels_last) {
+      pixel = group * norm_rows(p) + slot;
+      there = slot < norm_rows(p) && pixel < p.batch * p.pixels;
+      first = pixel * p.channels;
+    } else {
+      const int64_t groups = (p.pixels + 31) / 32, image = group / groups, n = group % groups * 32 + slot;
+      there = n < p.pixels;
+      pixel = image * p.pixels + n;
+      first = image * p.channels * p.pixels + n;
+      step = p.pixels;
+    }
+  }
+  // f(channel, element) for this thread's.
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    if (there)
+      for (int64_t c = lane; c < p.channels; c += lanes) f(c, first + c * step);
+  }
+  // Over the lanes of the pixel. All threads of the block call it.
+  __device__ float sum(float x) const {
+    if (channels_last) {
+#pragma unroll
+      for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+      return x;
+    }
+    float* sums = reinterpret_cast<float*>(shared_memory);
+    __syncthreads();
+    sums[threadIdx.x] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int i = 0; i < kNormWarps; ++i) x += sums[i * 32 + slot];
+    return x;
+  }
+};
+
+// block = one of any number
+template <class T>
+__global__ void __launch_bounds__(kNormThreads) norm_forward(const __grid_constant__ ConvNorm p) {
+  Cell<T> cell(p);
+  T* y = static_cast<T*>(p.y);
+  const T* bias = static_cast<const T*>(p.bias);
+  const float *gamma = static_cast<const float*>(p.gamma), *beta = static_cast<const float*>(p.beta);
+  const auto value = [&](int64_t c, int64_t i) { return widen(y[i]) + (bias == nullptr ? 0.f : widen(bias[c])); };
+  for (int64_t group = blockIdx.x; group < norm_groups(p); group += gridDim.x) {
+    cell.move_to(group);
+    float sum = 0, first = 0, second = 0;
+    cell.each([&](int64_t c, int64_t i) { sum += value(c, i); });
+    const float shift = cell.sum(sum) / p.channels;
+    // The first sum is 0 but for rounding; what it is not corrects mean and variance.
+    cell.each([&](int64_t c, int64_t i) {
+      const float d = value(c, i) - shift;
+      first += d;
+      second = fmaf(d, d, second);
+    });
+    const float offset = cell.sum(first) / p.channels;
+    const float variance = cell.sum(second) / p.channels - offset * offset;
+    const float rstd = 1 / sqrtf((variance < 0 ? 0.f : variance) + float(p.eps));
+    cell.each(
+        [&](int64_t c, int64_t i) { narrow(fmaf((value(c, i) - shift - offset) * rstd, gamma[c], beta[c]), y + i); });
+    if (cell.there && cell.lane == 0) static_cast<float*>(p.rstd)[cell.pixel] = rstd;
+  }
+}
+
+// Does y = γ x̂ + β not tell x̂? One of the README's reasons.
+template <class T>
+__device__ __forceinline__ bool is_lost(const ConvNorm& p, int64_t c) {
+  const bool low = sizeof(T) == 2, half = p.dtype == DType::kHalf;
+  const float smallest = half ? 0x1p-14f : 0x1p-126f, largest = half ? 65504.f : 1.7e38f;
+  const float gamma = fabsf(static_cast<const float*>(p.gamma)[c]), beta = fabsf(static_cast<const float*>(p.beta)[c]);
+  return p.channels <= 2 ||
+         !(gamma >= smallest && beta <= (low ? 4 : 32) * gamma && sqrtf(float(p.channels)) * gamma + beta <= largest);
+}
+
+template <class T>
+__device__ __forceinline__ float weight_at(const NormWork& work, int64_t c, int64_t in, int tap) {
+  const View& w = work.weight;
+  return widen(static_cast<const T*>(
+      w.data)[c * w.stride[0] + in * w.stride[1] + tap / 3 * w.stride[2] + tap % 3 * w.stride[3]]);
+}
+
+// One block: which channels are lost, and for their sake the mean of weight and bias: it makes the pixels' means.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_find_lost(const __grid_constant__ ConvNorm p, const __grid_constant__ NormWork work) {
+  int count = 0;
+  if (threadIdx.x == 0) {
+    for (int64_t c = 0; c < p.channels; ++c)
+      if (is_lost<T>(p, c)) work.lost[1 + count++] = int(c);
+    work.lost[0] = count;
+    *reinterpret_cast<int*>(shared_memory) = count;
+  }
+  __syncthreads();
+  count = *reinterpret_cast<int*>(shared_memory);
+  if (count == 0) return;
+  for (int64_t i = threadIdx.x; i <= work.in_channels * 9; i += kNormThreads) {
+    float sum = 0;
+    for (int64_t c = 0; c < p.channels; ++c)
+      sum += i < work.in_channels * 9 ? weight_at<T>(work, c, i / 9, int(i % 9))
+             : p.bias == nullptr      ? 0.f
+                                      : widen(static_cast<const T*>(p.bias)[c]);
+    work.mean_weight[i] = sum / p.channels;
+  }
+}
+
+// x̂ of the lost channels into grad_conv: they are convolved again, a thread for a pixel and a channel.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_find_again(const __grid_constant__ ConvNorm p, const __grid_constant__ NormWork work) {
+  const int lost = work.lost[0];
+  if (lost == 0) return;
+  const T* bias = static_cast<const T*>(p.bias);
+  Cell<T> cell(p);
+  const auto convolve = [&](auto&& weight) {
+    const int64_t image = cell.pixel / p.pixels, row = cell.pixel % p.pixels / work.width,
+                  column = cell.pixel % work.width;
+    float sum = 0;
+    for (int64_t in = 0; in < work.in_channels; ++in)
+      for (int tap = 0; tap < 9; ++tap) {
+        const int64_t h = row + tap / 3 - 1, w = column + tap % 3 - 1;
+        if (h < 0 || h >= work.height || w < 0 || w >= work.width) continue;
+        const int64_t i =
+            image * work.x.stride[0] + in * work.x.stride[1] + h * work.x.stride[2] + w * work.x.stride[3];
+        sum = fmaf(widen(static_cast<const T*>(work.x.data)[i]), weight(in, tap), sum);
+      }
+    return sum;
+  };
+  for (int64_t group = blockIdx.x; group < norm_groups(p); group += gridDim.x) {
+    cell.move_to(group);
+    float mean = 0;
+    if (cell.there && cell.lane == 0)
+      mean = convolve([&](int64_t in, int tap) { return work.mean_weight[in * 9 + tap]; }) +
+             work.mean_weight[work.in_channels * 9];
+    mean = cell.sum(mean);
+    if (!cell.there) continue;
+    const float rstd = static_cast<const float*>(p.rstd)[cell.pixel];
+    for (int j = cell.lane; j < lost; j += cell.lanes) {
+      const int64_t c = work.lost[1 + j];
+      const float u = convolve([&](int64_t in, int tap) { return weight_at<T>(work, c, in, tap); }) +
+                      (bias == nullptr ? 0.f : widen(bias[c]));
+      narrow((u - mean) * rstd, static_cast<T*>(p.grad_conv) + cell.first + c * cell.step);
+    }
+  }
+}
+
+// block = split. grad_conv holds x̂ of the lost channels, and gets du where `conv_needed`.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_backward(const __grid_constant__ ConvNorm p, const __grid_constant__ bool conv_needed) {
+  Cell<T> cell(p);
+  const T *y = static_cast<const T*>(p.y), *g = static_cast<const T*>(p.grad_out);
+  T* du = static_cast<T*>(p.grad_conv);
+  const float *gamma = static_cast<const float*>(p.gamma), *beta = static_cast<const float*>(p.beta);
+  const int64_t C = p.channels;
+  // Σ g x̂, Σ g, Σ du of each channel: in channels_last per warp, else one warp has the channel to itself.
+  const int rows = norm_rows(p);
+  float* const sums = reinterpret_cast<float*>(shared_memory + 2048);
+  for (int64_t i = threadIdx.x; i < 3 * C * rows; i += kNormThreads) sums[i] = 0;
+  __syncthreads();
+  float* const own = sums + (p.channels_last && cell.slot < rows ? cell.slot * 3 * C : 0);
+  const auto add = [&](int64_t i, float x) {
+    if (!p.channels_last) {
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+      if (cell.slot == 0) own[i] += x;
+    } else {
+      own[i] += x;
+    }
+  };
+  const auto xhat = [&](int64_t c, int64_t i) {
+    return is_lost<T>(p, c) ? widen(du[i]) : (widen(y[i]) - beta[c]) / gamma[c];
+  };
+  // As cell.each, but in NCHW with all 32 pixels, for add's sake.
+  const auto each = [&](auto&& f) {
+    if (p.channels_last && !cell.there) return;
+    for (int64_t c = cell.lane; c < C; c += cell.lanes) f(c, cell.first + c * cell.step);
+  };
+  const int64_t groups = norm_groups(p), per_split = (groups + gridDim.x - 1) / gridDim.x;
+  for (int64_t group = blockIdx.x * per_split; group < groups && group < (blockIdx.x + 1) * per_split; ++group) {
+    cell.move_to(group);
+    float sum_a = 0, sum_ax = 0;
+    each([&](int64_t c, int64_t i) {
+      const float dy = cell.there ? widen(g[i]) : 0.f, x = cell.there ? xhat(c, i) : 0.f;
+      sum_a = fmaf(dy, gamma[c], sum_a);
+      sum_ax = fmaf(dy * gamma[c], x, sum_ax);
+      add(c, dy * x);
+      add(C + c, dy);
+    });
+    const float mean_a = cell.sum(sum_a) / C, mean_ax = cell.sum(sum_ax) / C;
+    if (!conv_needed && p.grad_bias == nullptr) continue;
+    const float rstd = cell.there ? static_cast<const float*>(p.rstd)[cell.pixel] : 0.f;
+    each([&](int64_t c, int64_t i) {
+      float d = 0;
+      if (cell.there) d = rstd * (widen(g[i]) * gamma[c] - mean_a - xhat(c, i) * mean_ax);
+      if (cell.there && conv_needed) narrow(d, du + i);
+      add(2 * C + c, d);
+    });
+  }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < 3 * C; i += kNormThreads) {
+    float total = 0;
+    for (int row = 0; row < rows; ++row) total += sums[row * 3 * C + i];
+    static_cast<float*>(p.partial)[blockIdx.x * 3 * C + i] = total;
+  }
+}
+
+// A thread for a channel.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads) norm_backward_reduce(const __grid_constant__ ConvNorm p) {
+  const int64_t c = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
+  if (c >= p.channels) return;
+  float sums[3] = {0, 0, 0};
+  for (int64_t s = 0; s < p.splits; ++s)
+#pragma unroll
+    for (int k = 0; k < 3; ++k) sums[k] += static_cast<const float*>(p.partial)[(s * 3 + k) * p.channels + c];
+  if (p.grad_gamma != nullptr) static_cast<float*>(p.grad_gamma)[c] = sums[0];
+  if (p.grad_beta != nullptr) static_cast<float*>(p.grad_beta)[c] = sums[1];
+  if (p.grad_bias != nullptr) narrow(sums[2], static_cast<T*>(p.grad_bias) + c);
+}
+
+// Splits of the sums over pixels: of the shape alone.
+inline int64_t norm_splits(const ConvNorm& p) {
+  const int64_t splits = (norm_groups(p) + 3) / 4;
+  return splits < 1 ? 1 : splits < 512 ? splits : 512;
+}
+
+// launch(kernel, blocks, bytes of shared memory, arguments…) in order, kNormThreads each.
+template <class T, class Launch>
+void norm_forward_pass(const ConvNorm& p, Launch&& launch) {
+  const int64_t groups = norm_groups(p);
+  launch(norm_forward<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p);
+}
+template <class T, class Launch>
+void norm_backward_pass(const ConvNorm& p, const NormWork& work, bool conv_needed, Launch&& launch) {
+  const int64_t groups = norm_groups(p);
+  launch(norm_find_lost<T>, 1, 1024, p, work);
+  launch(norm_find_again<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p, work);
+  launch(norm_backward<T>, p.splits, norm_bytes(p), p, conv_needed);
+  launch(norm_backward_reduce<T>, (p.channels + kNormThreads - 1) / kNormThreads, 0, p);
+}
+
+}  // namespace cuda
+}  // namespace cxv
