@@ -15,11 +15,11 @@ def kernels(backend: str) -> Any:
     return torch.ops.cxv_kernels_triton if backend == "triton" else torch.ops.cxv_kernels
 
 
-def register_fake(name: str) -> Callable[[Callable], Callable]:
-    """Decorate the fake implementation that all backends' ops ``name`` share."""
+def register_fake(name: str, *namespaces: str) -> Callable[[Callable], Callable]:
+    """Decorate the fake implementation that the ops ``name`` of these namespaces share, or those of all."""
 
     def register(fake: Callable) -> Callable:
-        for namespace in ("cxv_kernels", NAMESPACE):
+        for namespace in namespaces or ("cxv_kernels", NAMESPACE):
             if hasattr(getattr(torch.ops, namespace), name):
                 torch.library.register_fake(f"{namespace}::{name}", fake)
         return fake

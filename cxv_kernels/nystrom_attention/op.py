@@ -30,23 +30,23 @@ def _like(x: Tensor) -> Tensor:
     return like_layout(x, tuple(x.shape))
 
 
-@register_fake("nystrom_summary")
+@register_fake("nystrom_summary", "cxv_kernels")
 def _(q_means, k, v):
     landmarks = q_means.shape[2]
     return like_layout(v, (*v.shape[:2], landmarks, v.shape[3])), q_means.new_empty((*v.shape[:2], landmarks))
 
 
-@register_fake("nystrom_summary_backward")
+@register_fake("nystrom_summary_backward", "cxv_kernels")
 def _(grad_summary, q_means, k, v, summary, log_sums):
     return _like(q_means), _like(k), _like(v)
 
 
-@register_fake("nystrom_readout")
+@register_fake("nystrom_readout", "cxv_kernels")
 def _(q, k_means, mixed):
     return like_layout(q, (*q.shape[:3], mixed.shape[3]))
 
 
-@register_fake("nystrom_readout_backward")
+@register_fake("nystrom_readout_backward", "cxv_kernels")
 def _(grad_out, q, k_means, mixed):
     return _like(q), _like(k_means), _like(mixed)
 
