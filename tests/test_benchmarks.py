@@ -20,6 +20,7 @@ import attn_speed_report  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import memory  # noqa: E402
+import model_floor  # noqa: E402
 import model_ledger  # noqa: E402
 import model_mem  # noqa: E402
 import model_mem_report  # noqa: E402
@@ -689,6 +690,21 @@ def test_the_readme_has_the_committed_models():
     block, ends, _ = rest.partition("<!-- /model_mem -->")
     assert ends
     assert block.strip() == model_mem_report.report(json.loads(MODEL_MEM_JSON.read_text())).strip()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_of_a_step_are_counted(dtype, monkeypatch):
+    """One second each: a 3×3 convolution has three (the first has no gradient of the image), a map three per chunk."""
+    monkeypatch.setattr(model_floor, "fastest", lambda *forms: len([form() for form in forms]) / len(forms))
+    for cached in (model_floor.conv_seconds, model_floor.map_seconds):
+        cached.cache_clear()
+    chunks, fused = 4, 2 + 3 + 3
+    fused += chunks * (3 * (3 + 1) + 3 + (3 + 1) + 3)  # q, k, v and fc1 again in backward
+    try:
+        assert model_floor.floor("cltv-1/4", dtype) == (fused, fused + 1 + chunks * 4)
+    finally:
+        for cached in (model_floor.conv_seconds, model_floor.map_seconds):
+            cached.cache_clear()
 
 
 def test_a_wrong_model_gets_no_number(tmp_path, monkeypatch, capsys):
