@@ -1,6 +1,7 @@
 """The ``cxv`` command: train, evaluate and use the models."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0, or 2 after an error that the user can put right (one line on stderr), or 130 when interrupted.
+        0, or 2 after an error that the user can put right (one line on stderr), or 130 when interrupted by Ctrl-C and
+        143 by SIGTERM (128 + the signal), after what was done is saved.
     """
     try:
         args = _parser().parse_args(argv)
@@ -29,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"cxv: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("cxv: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
 
@@ -128,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a model with DualOpT",
         description="Train a model by the paper's recipe: AdamW until top-1 is stale or --epochs are done, "
         "then SGD from the best weights until it is stale or --sgd-epochs are done. Without arguments it "
-        "trains a small CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits: minutes on one CPU core.",
+        "trains a small CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits: minutes on one CPU core. "
+        "Ctrl-C and SIGTERM stop it between two batches and lose nothing; exit status 130 and 143.",
     )
     p.set_defaults(run=_train)
     g = p.add_argument_group("model")
@@ -212,7 +215,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stale epochs that end a phase (default: 20, the paper's)",
     )
-    g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a step (default: 128)")
+    g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a batch (default: 128)")
+    g.add_argument(
+        "--accumulate", type=_at_least(1), metavar="N", help="batches whose gradients make one step (default: 1)"
+    )
+    g.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of a gradient (default: no limit)")
     g.add_argument("--lr", type=float, help="of AdamW, or of the only optimiser (default: 0.001)")
     g.add_argument("--sgd-lr", type=float, metavar="LR", help="of DualOpT's SGD (default: 0.001)")
     g = p.add_argument_group("training")
@@ -220,6 +227,11 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         help="fp32, or autocast to bf16 or fp16 (CUDA only) (default: fp32)",
+    )
+    g.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the model; not lean in memory, and a resumed run is not bit-exact (default: no)",
     )
     g.add_argument("--seed", type=_at_least(0), metavar="N", help="of weights, order, dropout and subsets (default: 0)")
     g.add_argument(

@@ -38,3 +38,14 @@ def qkv(batch=2, num_heads=3, queries=70, keys=150, dim=32, value_dim=32, dtype=
     """q (B, H, N_q, D), k (B, H, N_k, D) and v (B, H, N_k, E), normal random."""
     shapes = ((queries, dim), (keys, dim), (keys, value_dim))
     return [heads(batch, num_heads, n, d, dtype=dtype, grad=grad) for n, d in shapes]
+
+
+@pytest.fixture(scope="session")
+def augmented(tmp_path_factory):
+    """A training run through every phase, that nothing interrupts: RandAugment, post-training, held-out images."""
+    from test_training import AUGMENTED, run
+
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("runs") / "augmented"
+    result, log = run(output, **AUGMENTED)
+    return output, result, log

@@ -179,12 +179,12 @@ def test_the_default_is_a_small_cpv_on_digits(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "train", seen.append)
     assert main(["train"]) == 0
-    config, _ = resolve(seen[0])
+    config, *_ = resolve(seen[0])
     assert (config.data, config.model, config.embed_dim) == ("digits", "cpv-2/4", 64)
     assert (config.epochs, config.sgd_epochs, config.patience) == (60, 20, 20)
     assert config.output == "runs/digits-cpv-2-4"
     assert main(["train", "--data", "cifar10", "--no-fused"]) == 0
-    config, _ = resolve(seen[1])
+    config, *_ = resolve(seen[1])
     assert (config.model, config.embed_dim, config.epochs, config.sgd_epochs) == ("cpv-5/4", None, 300, 100)
     assert config.fused is False
 
@@ -196,8 +196,9 @@ def test_importing_the_command_is_light():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_exits_cleanly_and_says_where_to_go_on(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_exit_cleanly_and_say_where_to_go_on(tmp_path, number, status):
     output = tmp_path / "a"
     command = [sys.executable, "-m", "cxv.cli", "train", *TINY, "--epochs", "100000", "--patience", "100000"]
     with subprocess.Popen(
@@ -210,8 +211,8 @@ def test_ctrl_c_exits_cleanly_and_says_where_to_go_on(tmp_path):
         deadline = time.monotonic() + 60
         while not (output / "best.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == status, err
     assert f"go on with  cxv train --resume --output {output}" in out
     assert "Traceback" not in err

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from test_training import TINY, assert_same_run, curve, run
+from test_training import AUGMENTED, TINY, assert_same_run, curve, run
 
 from cxv.training import DualOpT, InputError, TrainConfig, train, train_seeds
 from cxv.training import config as config_module
@@ -13,16 +13,6 @@ from cxv.training import loop as loop_module
 from cxv.training.checkpoint import read_checkpoint
 from cxv.training.config import resolve
 from cxv.training.seeds import has_seeds
-
-AUGMENTED = {"rand_augment": (2, 9), "post_train": True, "validation": 40, "epochs": 2, "sgd_epochs": 1}
-
-
-@pytest.fixture(scope="module")
-def augmented(tmp_path_factory):
-    """RandAugment, post-training and held-out images, and nothing interrupts it."""
-    output = tmp_path_factory.mktemp("runs") / "augmented"
-    result, log = run(output, **AUGMENTED)
-    return output, result, log
 
 
 def test_post_training_is_a_second_dualopt_on_clean_images_from_the_best_weights(augmented):

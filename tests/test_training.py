@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import cxv
+from cxv.models.registry import TABLE_1, has_fused_ops
 from cxv.training import InputError, TrainConfig, evaluate, load_model, train
 from cxv.training import checkpoint as checkpoint_module
 from cxv.training import loop as loop_module
@@ -33,6 +34,7 @@ TINY = {
     "sgd_epochs": 2,
     "threads": 1,
 }
+AUGMENTED = {"rand_augment": (2, 9), "post_train": True, "validation": 40, "epochs": 2, "sgd_epochs": 1}
 TIMES = ("images_per_second", "seconds")
 
 
@@ -439,6 +441,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         ({"drop_rate": 1.0}, "--drop-rate: expected at least 0 and less than 1"),
         ({"patience": 0}, "--patience: expected at least 1"),
         ({"epochs": 0, "sgd_epochs": 0}, "both 0"),
+        ({"accumulate": 0}, "--accumulate: expected at least 1, got 0"),
+        ({"clip_grad": 0.0}, "--clip-grad: expected a finite number above 0, got 0.0"),
         ({"threads": 0}, "--threads: expected at least 1"),
     ],
 )
@@ -495,3 +499,93 @@ def test_an_interrupt_waits_for_the_next_batch():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # somebody else's business
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# --- steps
+
+
+def weights(output):
+    return read_checkpoint(output / "last.pt")["model"]
+
+
+def test_accumulated_batches_are_the_large_batch(tmp_path):
+    # 90 images: the last step is smaller, and so is its last batch
+    same = {"optimizer": "sgd", "lr": 0.1, "sgd_epochs": None, "drop_rate": 0.0, "limit_train": 90, "epochs": 2}
+    run(tmp_path / "large", batch_size=32, **same)
+    run(tmp_path / "parts", batch_size=8, accumulate=4, **same)
+    run(tmp_path / "small", batch_size=8, **same)
+    large, parts, small = (weights(tmp_path / name) for name in ("large", "parts", "small"))
+    for name, value in large.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=2e-6)
+    assert max((small[name] - value).abs().max() for name, value in large.items()) > 1e-3
+    for a, b in zip(curve(tmp_path / "large"), curve(tmp_path / "parts"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)
+
+
+def test_an_interrupted_run_with_accumulation_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    run(tmp_path / "a", batch_size=8, accumulate=3)
+    batches, calls = loop_module.batches, []
+
+    def signalled(*args, **kwargs):
+        for pair in batches(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield pair
+
+    monkeypatch.setattr(loop_module, "batches", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", batch_size=8, accumulate=3)
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / "b" / "last.pt")["position"]["step"] == 2
+    train(TrainConfig(output=str(tmp_path / "b"), resume=True), log=str)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_clip_grad_limits_the_norm_and_is_off_by_default(tmp_path, monkeypatch):
+    norms, step = [], torch.amp.GradScaler.step
+
+    def recorded(scaler, optimizer):
+        grads = [p.grad for p in optimizer.param_groups[0]["params"]]
+        norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])).item())
+        return step(scaler, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", recorded)
+    run(tmp_path / "a", epochs=1, sgd_epochs=0)
+    free, norms[:] = list(norms), []
+    run(tmp_path / "b", epochs=1, sgd_epochs=0, clip_grad=0.01)
+    assert min(free) > 0.1
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def test_compile_runs_the_model_compiled_and_changes_no_name(tmp_path, monkeypatch):
+    counter = torch._dynamo.testing.CompileCounter()  # an eager backend: no compiler is needed
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend=counter, **kwargs))
+    monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kwargs: Stacked(**kwargs))
+    _, log = run(tmp_path / "a", compile=True, embed_dim=None)
+    assert "fp32, compiled" in log
+    assert counter.frame_count > 0
+    run(tmp_path / "b", compile=False, embed_dim=None)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+class Stacked(nn.Sequential):
+    def __init__(self, num_classes, in_chans, img_size, use_fused):
+        super().__init__(nn.Flatten(), nn.Linear(in_chans * img_size**2, 8), nn.GELU(), nn.Linear(8, num_classes))
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE_1 if row != "resnet-34"])
+def test_every_model_of_table_1_trains(tmp_path, row):
+    family = row.rpartition("-")[0]
+    name = "resnet-18" if family == "resnet" else f"{family}-1/2" if "/" in row else f"{family}-1"
+    small = {"model": name, "embed_dim": None, "limit_train": 12, "limit_test": 10, "batch_size": 6, "img_size": 16}
+    result, log = run(tmp_path / "a", **small, epochs=1, sgd_epochs=0)
+    assert result.epochs == 1
+    assert ("fused, fp32" in log) == has_fused_ops(row)
+    assert ("plain PyTorch (it has no fused ops), fp32" in log) == (not has_fused_ops(row))
+
+
+def test_arguments_that_a_baseline_lacks_are_named(tmp_path):
+    with pytest.raises(InputError, match="--drop-rate: resnet-18 has no such argument"):
+        run(tmp_path / "a", model="resnet-18", embed_dim=None, drop_rate=0.1)

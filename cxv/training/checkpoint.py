@@ -3,6 +3,9 @@
 import io
 import os
 import random
+import shutil
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ from ..models import create_model
 from .errors import InputError
 
 FORMAT = "cxv-checkpoint-1"
-LAST, BEST = "last.pt", "best.pt"
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
-def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
+def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | Path | None = None) -> None:
     """Write a file so that, whatever happens, ``path`` holds either all of the old content or all of the new.
+
+    The old content is kept as ``previous``, if that is given.
 
     Raises:
         InputError: the disk is full, the directory is not writable, …
@@ -29,6 +34,8 @@ def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)  # a kill here leaves no ``path``: its readers take ``previous`` then
         os.replace(temporary, path)
         if os.name == "posix":  # the new name is on the disk once its directory is
             directory = os.open(path.parent, os.O_RDONLY)
@@ -37,7 +44,25 @@ def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
             finally:
                 os.close(directory)
     except OSError as error:
+        with suppress(OSError):  # half a file only fills the disk more
+            temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_space(output: Path, model: nn.Module) -> None:
+    """See that a run's checkpoints find room on the disk, before an epoch is spent on them.
+
+    Raises:
+        InputError: they do not.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    size = 4 * sum(t.numel() * t.element_size() for t in tensors) + 2**18  # the weights, the best, two moments
+    needed = size * (1 + sum(not (output / name).exists() for name in (LAST, PREVIOUS, BEST)))
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise InputError(
+            f"--output: {output} has {free / 1e6:.1f} MB free, and the next checkpoints need {needed / 1e6:.1f} MB"
+        )
 
 
 def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:
@@ -57,7 +82,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as archive:  # torch itself does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise OSError(f"wrong checksum of {damaged}")
+        content.seek(0)
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
@@ -69,6 +100,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if found != FORMAT:
         raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
     return checkpoint
+
+
+def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
+    """The checkpoint that a run goes on from: ``last.pt``, or ``previous.pt`` where that cannot be read.
+
+    Returns:
+        The checkpoint, and why it is the previous one if it is.
+
+    Raises:
+        InputError: neither can be read; the message is about ``last.pt``.
+    """
+    output = Path(output)
+    try:
+        return read_checkpoint(output / LAST), None
+    except InputError as error:
+        try:
+            return read_checkpoint(output / PREVIOUS), str(error)
+        except InputError:
+            raise error from None
 
 
 def load_model(

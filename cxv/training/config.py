@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .augment import NUM_BINS
-from .checkpoint import BEST, LAST, read_checkpoint
+from .checkpoint import BEST, LAST, PREVIOUS, read_last
 from .errors import InputError
 
 METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
@@ -18,8 +18,10 @@ DEFAULTS: dict[str, Any] = {
     "epochs": 300,
     "patience": 20,
     "batch_size": 128,
+    "accumulate": 1,
     "lr": 1e-3,
     "precision": "fp32",
+    "compile": False,
     "fused": True,
     "seed": 0,
     "device": "auto",
@@ -57,7 +59,8 @@ class TrainConfig:
     """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
 
     Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
-    ``sgd_epochs`` and ``sgd_lr`` of its second; ``rand_augment`` is (operations, magnitude); ``validation`` the number
+    ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images make one step, whose
+    gradient has a norm of at most ``clip_grad``; ``rand_augment`` is (operations, magnitude); ``validation`` the number
     of training images held out to select by. ``seeds``: all those of the runs that this one is of, see
     :func:`cxv.training.train_seeds`.
     """
@@ -74,6 +77,8 @@ class TrainConfig:
     sgd_epochs: int | None = None
     patience: int | None = None
     batch_size: int | None = None
+    accumulate: int | None = None
+    clip_grad: float | None = None
     lr: float | None = None
     sgd_lr: float | None = None
     embed_dim: int | None = None
@@ -81,6 +86,7 @@ class TrainConfig:
     img_size: int | None = None
     precision: str | None = None
     fused: bool | None = None
+    compile: bool | None = None
     limit_train: int | None = None
     limit_test: int | None = None
     seed: int | None = None
@@ -93,11 +99,11 @@ class TrainConfig:
     overwrite: bool = False
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
+def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
     """Fill in the defaults, or when resuming what the run has, and check what can be checked at once.
 
     Returns:
-        The configuration and, when resuming, the checkpoint to go on from.
+        The configuration and, when resuming, the checkpoint to go on from, and why that is not ``last.pt``.
 
     Raises:
         InputError: an argument is out of its range, contradicts another one or the run in ``output``.
@@ -105,12 +111,12 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     given = {k: v for k, v in asdict(config).items() if v is not None}
-    full, saved = _with_defaults(given), None
+    full, saved, fallback = _with_defaults(given), None, None
     output = Path(full["output"])
     if config.resume:
-        if not (output / LAST).is_file():
+        if not any((output / name).is_file() for name in (LAST, PREVIOUS)):
             raise InputError(f"--resume: {output} holds no run to go on with ({LAST} is not there)")
-        saved = read_checkpoint(output / LAST)
+        saved, fallback = read_last(output)
         run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
         full = run | given | {"output": full["output"]}
         changed = [
@@ -121,7 +127,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
         if changed:
             raise InputError(f"--resume: the run in {output} has other arguments: {', '.join(changed)}")
     else:
-        present = [name for name in (LAST, BEST, METRICS) if (output / name).exists()]
+        present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
         if present and not config.overwrite:
             raise InputError(
                 f"--output: {output} holds another run ({', '.join(present)}); give --resume to go on with "
@@ -133,7 +139,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
     _check(config)
     if saved is not None:
         _check_progress(config, saved)
-    return config, saved
+    return config, saved, fallback
 
 
 def default_output(config: TrainConfig) -> str:
@@ -187,11 +193,18 @@ def _check(config: TrainConfig) -> None:
                 f"{flag(name)}: of DualOpT's second phase, and --optimizer is {config.optimizer}, which has one phase: "
                 f"give {flag(name.removeprefix('sgd_'))}"
             )
-    for name, least in (("epochs", 0), ("sgd_epochs", 0), ("patience", 1), ("batch_size", 1), ("threads", 1)):
+    for name, least in (
+        ("epochs", 0),
+        ("sgd_epochs", 0),
+        ("patience", 1),
+        ("batch_size", 1),
+        ("accumulate", 1),
+        ("threads", 1),
+    ):
         value = getattr(config, name)
         if value is not None and value < least:
             raise InputError(f"{flag(name)}: expected at least {least}, got {value}")
-    for name in ("lr", "sgd_lr"):
+    for name in ("lr", "sgd_lr", "clip_grad"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(f"{flag(name)}: expected a finite number above 0, got {value}")

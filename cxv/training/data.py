@@ -178,7 +178,7 @@ def _hold_out(data: Data, n: int, seed: int) -> Data:
     share = torch.empty(len(labels), dtype=torch.float64)  # how far through its own class each image comes
     for c in labels.unique():
         mine = order[labels[order] == c]
-        share[mine] = (torch.arange(len(mine)) + 0.5) / len(mine)
+        share[mine] = (torch.arange(len(mine), dtype=share.dtype) + 0.5) / len(mine)
     order = order[torch.argsort(share[order], stable=True)]
     held, rest = order[:n].sort().values, order[n:].sort().values
     if len(labels[rest].unique()) < len(labels.unique()):
@@ -196,15 +196,16 @@ def batches(
     *,
     augment: "RandAugment | None" = None,
     epoch: int = 0,
+    skip: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``(images, labels)``: (B, C, S, S) float32 in [-1, 1] and (B,) int64, on ``device``.
 
     In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
-    works on the device, by its draws for ``epoch``.
+    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out.
     """
     order = None if generator is None else torch.randperm(len(data), generator=generator)
     draws = None if augment is None else augment.draws(len(data), epoch)
-    for i in range(0, len(data), batch_size):
+    for i in range(skip * batch_size, len(data), batch_size):
         rows = slice(i, i + batch_size) if order is None else order[i : i + batch_size]
         x = data.images[rows].to(device)
         if augment is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C between batches, where nothing is half done."""
+"""Ctrl-C and SIGTERM between batches, where nothing is half done."""
 
 import contextlib
 import signal
@@ -8,39 +8,49 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_waiting = False
+_waiting: int | None = None  # the signal that came
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised between two batches: all that a step writes to is as a whole step left it. ``signal``: its number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signal = signum
 
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Within, Ctrl-C raises ``KeyboardInterrupt`` at the next item of :func:`interruptible`, and a second one at once.
+    """Within, Ctrl-C and SIGTERM raise :class:`Interrupted` at the next item of :func:`interruptible`, and a second one
+    acts at once.
 
     Raised anywhere else it can be lost in a callback or end the process inside autograd. Where another handler than
     Python's own is set, or in another thread than the main one, nothing is changed.
     """
     global _waiting
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    own = {number: handler for number, handler in own.items() if in_main and signal.getsignal(number) is handler}
 
-    def wait(*_: object) -> None:
+    def wait(number: int, _: object) -> None:
         global _waiting
-        _waiting = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _waiting = number
+        signal.signal(number, own[number])
 
-    _waiting = False
-    signal.signal(signal.SIGINT, wait)
+    _waiting = None
+    for number in own:
+        signal.signal(number, wait)
     try:
         yield
         _raise_if_waiting()
     finally:
-        _waiting = False
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _waiting = None
+        for number, handler in own.items():
+            signal.signal(number, handler)
 
 
 def interruptible(items: Iterable[T]) -> Iterator[T]:
-    """The items; a Ctrl-C that waits is raised before the next one."""
+    """The items; a signal that waits is raised before the next one."""
     for item in items:
         _raise_if_waiting()
         yield item
@@ -48,5 +58,5 @@ def interruptible(items: Iterable[T]) -> Iterator[T]:
 
 
 def _raise_if_waiting() -> None:
-    if _waiting:
-        raise KeyboardInterrupt
+    if _waiting is not None:
+        raise Interrupted(_waiting)

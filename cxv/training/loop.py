@@ -19,11 +19,13 @@ from .augment import RandAugment
 from .checkpoint import (
     BEST,
     LAST,
+    PREVIOUS,
     atomic_write,
     build_model,
+    check_space,
     load_weights,
     pack_checkpoint,
-    read_checkpoint,
+    read_last,
     rng_state,
     set_rng_state,
 )
@@ -32,7 +34,7 @@ from .curves import phase_name, plot_curves
 from .data import MEAN, STD, Data, ImageSet, batches, load_data
 from .dualopt import DualOpT
 from .errors import InputError
-from .interrupt import deferred_interrupts, interruptible
+from .interrupt import Interrupted, deferred_interrupts, interruptible
 from .progress import Progress
 from .summary import summarise, summary_line
 
@@ -70,7 +72,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     """
     log = log or (lambda line: print(line, flush=True))
     named = config.model is not None or config.resume
-    config, saved = resolve(config)
+    config, saved, fallback = resolve(config)
     output = Path(config.output)
     device = pick_device(config.device)
     autocast = autocast_for(config.precision, device)
@@ -101,35 +103,39 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     }
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
     model = build_model(config.model, kwargs).to(device)
+    if config.compile:
+        model.compile()  # in place: the same parameters by the same names
     opt = _optimiser(model, config)
     augment = None if config.rand_augment is None else RandAugment(*config.rand_augment, seed=config.seed)
     selection = "test" if data.validation is None else "validation"
-    post_training = False
+    post_training, position = False, None
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     sampler = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, Any]] = []
 
     if saved is not None:
-        load_weights(model, saved, output / LAST)
+        load_weights(model, saved, output / (LAST if fallback is None else PREVIOUS))
         opt.load_state_dict(saved["optimiser"])
         scaler.load_state_dict(saved["scaler"])
         sampler.set_state(saved["sampler"])
         set_rng_state(saved["rng"], device)
         history = saved["history"]
         post_training = saved.get("post_training", False)
+        # of another phase, where a changed cap ended that one
+        position = saved.get("position") if opt.phase == saved["optimiser"]["phase"] else None
 
     def post_train_if_due() -> None:
-        nonlocal post_training
+        nonlocal post_training, position
         if opt.finished and config.post_train and not post_training:
             why = _why(opt, config)
             opt.restart()
-            post_training = True
+            post_training, position = True, None
             log(
                 f"post-training on clean images after epoch {opt.epoch}: {why}; reloaded the best weights, of epoch "
                 f"{opt.best_epoch} ({opt.best_top1:.2f} %)"
             )
 
-    def save(best: bool) -> None:
+    def save(best: bool = False, position: dict[str, Any] | None = None, keep: bool = True) -> None:
         content = pack_checkpoint(
             {
                 "model": model.state_dict(),
@@ -143,25 +149,33 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "optimiser": opt.state_dict(),
                 "post_training": post_training,
                 "scaler": scaler.state_dict(),
-                "sampler": sampler.get_state(),
+                "sampler": sampler.get_state() if position is None else position.pop("sampler"),
+                "position": position,
                 "rng": rng_state(device),
                 "epoch": opt.epoch,
                 "history": history,
                 "args": arguments(config),
             }
         )
-        if best:
-            atomic_write(output / BEST, content)
-        atomic_write(output / LAST, content)
-        # after the checkpoint, which is the truth: a resumed run rewrites them
-        _write_metrics(output, history)
+        try:
+            if best:
+                atomic_write(output / BEST, content)
+            atomic_write(output / LAST, content, output / PREVIOUS if keep else None)
+            # after the checkpoint, which is the truth: a resumed run rewrites them
+            _write_metrics(output, history)
+        except InputError as error:
+            kept = f"; what {output / LAST} has is kept, and --resume goes on from it" if history else ""
+            raise InputError(f"{error}{kept}") from error
 
     if not named:
         width = "" if config.embed_dim is None else f" with --embed-dim {config.embed_dim}"
         log(f"no --model given: {config.model}{width}, the default for {config.data}")
     parameters = sum(p.numel() for p in model.parameters())
-    ops = "plain PyTorch" if not config.fused else "fused" if has_fused_ops(config.model) else "no fused ops in it"
-    log(f"{config.model}: {parameters:,} parameters, {ops}, {config.precision}")
+    ops = "fused" if config.fused else "plain PyTorch"
+    if not has_fused_ops(config.model):
+        ops = "plain PyTorch (it has no fused ops)"
+    compiled = ", compiled" if config.compile else ""
+    log(f"{config.model}: {parameters:,} parameters, {ops}, {config.precision}{compiled}")
     held = "" if data.validation is None else f" {len(data.validation):,} validation"
     log(
         f"{config.data}: {len(data.train):,} training{',' if held else ''}{held} and {len(data.test):,} test images, "
@@ -175,27 +189,32 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         except OSError as error:
             raise InputError(f"--output: cannot create {output} ({error.strerror})") from error
         if config.overwrite:
-            for name in (LAST, BEST, METRICS, CURVES, ARGS, SUMMARY):
+            for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
                 (output / name).unlink(missing_ok=True)
-        save(best=False)  # so that a run killed in its first epoch can be resumed too
+        check_space(output, model)
+        save()  # so that a run killed in its first epoch can be resumed too
     else:
-        log(f"resumed after epoch {opt.epoch}, in the {NAMES[opt.phase]} phase")
+        if fallback is not None:
+            log(f"{fallback}; going on from {PREVIOUS}, which is one save older")
+        part = "" if position is None else f" and {position['step']} batches of the next"
+        log(f"resumed after epoch {opt.epoch}{part}, in the {NAMES[opt.phase]} phase")
         if opt.phase != saved["optimiser"]["phase"]:  # a changed cap ends the phase here
             log(_switch_line(opt, config))
         post_train_if_due()  # --post-train can be given to a run that is over
-        save(best=False)
+        save(position=position and {**position, "sampler": sampler.get_state()}, keep=fallback is None)
         if opt.finished:
             name = "epochs" if config.optimizer != "dualopt" else "sgd_epochs"
             log(f"the training is over already: nothing left to train (raise {flag(name)} to go on)")
     atomic_write(output / ARGS, (json.dumps(arguments(config), indent=2) + "\n").encode())
 
+    epoch = _Epoch(model, data, opt, scaler, sampler, config, device, autocast, output)
     try:
         with deferred_interrupts():
             while not opt.finished:
-                clean = augment is None or post_training
-                row = _train_epoch(
-                    model, data, opt, scaler, sampler, config, device, autocast, output, None if clean else augment
-                )
+                check_space(output, model)
+                epoch.augment = None if post_training else augment
+                row = epoch(position)
+                position = None
                 best = opt.end_epoch(row[f"{selection}_top1"])
                 row["best_top1"] = opt.best_top1
                 history.append(row)
@@ -204,14 +223,18 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                     log(_switch_line(opt, config))
                 post_train_if_due()
                 save(best)
-    except KeyboardInterrupt:
-        epoch = read_checkpoint(output / LAST)["epoch"]
-        log(f"interrupted; epoch {epoch} is saved: go on with  cxv train --resume --output {output}")
+    except KeyboardInterrupt as error:
+        if isinstance(error, Interrupted) and epoch.position is not None:
+            save(position=epoch.position)
+        saved, _ = read_last(output)
+        part = "" if saved["position"] is None else f" and {saved['position']['step']} batches of the next"
+        log(f"interrupted; epoch {saved['epoch']}{part} is saved: go on with  cxv train --resume --output {output}")
         raise
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"--batch-size {config.batch_size}: out of memory on {device} ({str(error).split('.')[0]}); use "
-            f"a smaller one, --fused, or --precision fp16. The last good checkpoint is {output / LAST}"
+            "a smaller one (--accumulate keeps the step the same), --fused, or --precision fp16. The last good "
+            f"checkpoint is {output / LAST}"
         ) from error
 
     log(f"finished: {_why(opt, config)}")
@@ -285,78 +308,135 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
-def _train_epoch(
-    model: nn.Module,
-    data: Data,
-    opt: DualOpT,
-    scaler: torch.amp.GradScaler,
-    sampler: torch.Generator,
-    config: TrainConfig,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
-    output: Path,
-    augment: RandAugment | None,
-) -> dict[str, Any]:
-    """One epoch of training and the evaluation after it, as a line of ``metrics.jsonl``."""
-    epoch, start = opt.epoch + 1, time.perf_counter()
-    phase, lr = opt.phase, opt.param_groups[0]["lr"]
-    total = len(data.train)
-    steps = math.ceil(total / config.batch_size)
-    pending: list[tuple[Tensor, int]] = []  # (loss, images) of the batches since the last look
-    loss_sum, seen = 0.0, 0
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    model.train()
-    source = batches(data.train, config.batch_size, device, sampler, augment=augment, epoch=epoch)
-    with Progress(total, f"epoch {epoch} {NAMES[phase]}") as progress:
-        for step, (x, y) in enumerate(interruptible(source), 1):
-            opt.zero_grad()
-            with autocast():
-                logits = model(x)
+@dataclass
+class _Epoch:
+    """One epoch of training and the evaluation after it: called, gives a line of ``metrics.jsonl``.
+
+    While it runs, ``position`` says how far it is, at a time when no step is half done.
+    """
+
+    model: nn.Module
+    data: Data
+    opt: DualOpT
+    scaler: torch.amp.GradScaler
+    sampler: torch.Generator
+    config: TrainConfig
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager]
+    output: Path
+    augment: RandAugment | None = None
+
+    def __post_init__(self) -> None:
+        self._start: Tensor | None = None  # the sampler's state before the epoch; None when none is running
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Where to go on in this epoch; None when none is running."""
+        if self._start is None:
+            return None
+        self._look()
+        return {"sampler": self._start, "hits": self._hits.item()} | {k: getattr(self, f"_{k}") for k in _POSITION}
+
+    def __call__(self, position: dict[str, Any] | None = None) -> dict[str, Any]:
+        opt, config = self.opt, self.config
+        self._number, start = opt.epoch + 1, time.perf_counter()
+        phase, lr = opt.phase, opt.param_groups[0]["lr"]
+        total = len(self.data.train)
+        batch_size = config.batch_size * config.accumulate
+        self._steps = math.ceil(total / batch_size)
+        self._pending: list[tuple[Tensor, int]] = []  # (loss, images) of the batches since the last look
+        self._start = self.sampler.get_state()
+        position = position or dict.fromkeys((*_POSITION, "hits"), 0)
+        self._step, self._loss_sum, self._seen, self._skipped = (position[k] for k in _POSITION)
+        self._hits = torch.full((), position["hits"], dtype=torch.int64, device=self.device)
+        done = self._seen
+        self.model.train()
+        source = batches(
+            self.data.train,
+            batch_size,
+            self.device,
+            self.sampler,
+            augment=self.augment,
+            epoch=self._number,
+            skip=self._step,
+        )
+        with Progress(total, f"epoch {self._number} {NAMES[phase]}") as progress:
+            progress.update(done)
+            for x, y in interruptible(source):
+                self._train_step(x, y)
+                self._step += 1
+                shown = {}
+                if self._step % _CHECK_EVERY == 0 or self._step == self._steps:
+                    self._look()
+                    mean = self._loss_sum / self._seen
+                    shown = {"loss": f"{mean:.4f}", "top-1": f"{100 * self._hits.item() / self._seen:.1f} %"}
+                progress.update(len(y), **shown)
+        train_seconds = time.perf_counter() - start
+        scores = self._evaluate()
+        self._start = None
+        return {
+            "epoch": self._number,
+            "phase": phase,
+            "augmented": self.augment is not None,
+            "lr": lr,
+            "train_loss": self._loss_sum / total,
+            "train_top1": 100 * self._hits.item() / total,
+            **scores,
+            "skipped_steps": self._skipped,
+            "images_per_second": (total - done) / train_seconds,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of the optimiser by ``accumulate`` batches."""
+        self.opt.zero_grad()
+        size = self.config.batch_size
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            with self.autocast():
+                logits = self.model(x)
             loss = F.cross_entropy(logits.float(), y)
-            scaler.scale(loss).backward()
-            scaler.step(opt.optimizer)
-            scaler.update()
-            pending.append((loss.detach(), len(y)))
-            hits += (logits.detach().argmax(1) == y).sum()
-            shown = {}
-            if step % _CHECK_EVERY == 0 or step == steps:
-                values = torch.stack([value for value, _ in pending]).tolist()
-                for i, (value, (_, n)) in enumerate(zip(values, pending, strict=True)):
-                    if not math.isfinite(value):
-                        batch = step - len(pending) + i + 1
-                        raise _diverged(f"the loss is {value} at epoch {epoch}, batch {batch} of {steps}", output)
-                    loss_sum, seen = loss_sum + value * n, seen + n
-                pending.clear()
-                shown = {"loss": f"{loss_sum / seen:.4f}", "top-1": f"{100 * hits.item() / seen:.1f} %"}
-            progress.update(len(y), **shown)
-    train_seconds = time.perf_counter() - start
-    scores: dict[str, float] = {}
-    for name, split in data.splits.items():
-        if name == "train":
-            continue
-        split_loss, scores[f"{name}_top1"] = evaluate(model, split, config.batch_size, device, autocast)
-        # the last step of the epoch can break weights whose loss was still finite
-        if not math.isfinite(split_loss):
-            where = f"at epoch {epoch}, after batch {steps} of {steps}"
-            raise _diverged(f"the {name} loss is {split_loss} {where}", output)
-        scores[f"{name}_loss"] = split_loss
-    return {
-        "epoch": epoch,
-        "phase": phase,
-        "augmented": augment is not None,
-        "lr": lr,
-        "train_loss": loss_sum / total,
-        "train_top1": 100 * hits.item() / total,
-        **scores,
-        "images_per_second": total / train_seconds,
-        "seconds": time.perf_counter() - start,
-    }
+            self.scaler.scale(loss * (len(y) / len(labels))).backward()  # the mean over all of them
+            self._pending.append((loss.detach(), len(y)))
+            self._hits += (logits.detach().argmax(1) == y).sum()
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.opt.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.opt.optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        self._skipped += self.scaler.get_scale() < scale  # a gradient overflowed, and the step was not made
+
+    def _look(self) -> None:
+        """Add up the losses since the last look, which makes a GPU wait, and stop at one that is not finite."""
+        values = torch.stack([value for value, _ in self._pending]).tolist() if self._pending else []
+        for value, (_, n) in zip(values, self._pending, strict=True):
+            if not math.isfinite(value):
+                batch = self._seen // (self.config.batch_size * self.config.accumulate) + 1
+                where = f"at epoch {self._number}, batch {batch} of {self._steps}"
+                raise _diverged(f"the loss is {value} {where}", self.output)
+            self._loss_sum, self._seen = self._loss_sum + value * n, self._seen + n
+        self._pending.clear()
+
+    def _evaluate(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for name, split in self.data.splits.items():
+            if name == "train":
+                continue
+            loss, top1 = evaluate(self.model, split, self.config.batch_size, self.device, self.autocast)
+            # the last step of the epoch can break weights whose loss was still finite
+            if not math.isfinite(loss):
+                where = f"at epoch {self._number}, after batch {self._steps} of {self._steps}"
+                raise _diverged(f"the {name} loss is {loss} {where}", self.output)
+            scores |= {f"{name}_loss": loss, f"{name}_top1": top1}
+        return scores
+
+
+_POSITION = ("step", "loss_sum", "seen", "skipped")
 
 
 def _diverged(what: str, output: Path) -> InputError:
-    last = output / LAST
     return InputError(
-        f"{what}; the last good checkpoint is {last} (after epoch {read_checkpoint(last)['epoch']}). "
+        f"{what}; the last good checkpoint is {output / LAST} (after epoch {read_last(output)[0]['epoch']}). "
         "Try a smaller --lr, or --precision fp32"
     )
 
@@ -369,7 +449,9 @@ def _epoch_line(row: dict[str, Any], best: bool) -> str:
         f"epoch {row['epoch']:3d} {phase_name(row):5s} lr {row['lr']:g}  loss {row['train_loss']:.4f} "
         f"top-1 {row['train_top1']:6.2f} %  {held}"
         f"test loss {row['test_loss']:.4f} top-1 {row['test_top1']:6.2f} %  "
-        f"{row['images_per_second']:.0f} images/s {row['seconds']:.1f} s" + ("  best" if best else "")
+        f"{row['images_per_second']:.0f} images/s {row['seconds']:.1f} s"
+        + (f"  {row['skipped_steps']} steps skipped (fp16 overflow)" if row["skipped_steps"] else "")
+        + ("  best" if best else "")
     )
 
 

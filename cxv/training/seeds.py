@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import BEST, LAST, atomic_write, read_checkpoint
+from .checkpoint import BEST, LAST, PREVIOUS, atomic_write, read_last
 from .config import SUMMARY, TrainConfig, default_output
 from .errors import InputError
 from .loop import train
@@ -47,7 +47,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
         )
     if (root / LAST).exists():
         raise InputError(f"--output: {root} holds a single run: give another directory for several seeds")
-    run = dict(read_checkpoint(begun[0] / LAST)["args"]) if config.resume else {}
+    run = dict(read_last(begun[0])[0]["args"]) if config.resume else {}
     seeds = config.seeds or run["seeds"]
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"--seeds: expected different whole numbers, at least 0, got {','.join(map(str, seeds))}")
@@ -79,4 +79,4 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
 
 
 def _begun(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob(f"seed-*/{LAST}"))
+    return sorted({path.parent for name in (LAST, PREVIOUS) for path in root.glob(f"seed-*/{name}")})
