@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import backends
 from ..validation import autocast_inputs, check_attention, check_same, check_tensor, without_autocast
-from .op import MAX_LANDMARKS, nystrom_attention_fused
+from .op import nystrom_attention_fused
 from .reference import nystrom_attention_reference
 
 __all__ = ["nystrom_attention"]
@@ -55,11 +55,8 @@ def nystrom_attention(
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
-    declined = None
-    if landmarks > MAX_LANDMARKS and (q.is_cuda or (backend or backends.get_backend()) == "triton"):
-        declined = f"serves at most {MAX_LANDMARKS} landmarks, whose matrices one program holds, not {landmarks}"
     with without_autocast(q):
-        serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]), declined)
+        serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
         if serving == "reference" or landmarks == 0:
             return nystrom_attention_reference(q, k, v, landmarks, residual_weight)
         return nystrom_attention_fused(q, k, v, landmarks, residual_weight, serving)

@@ -12,8 +12,7 @@ from ..autograd import double_backward, kernels, like_layout, register_fake, ser
 from ..validation import accumulate_dtype
 from .reference import mix_reference, residual_reference
 
-MAX_LANDMARKS = 64  # of the Triton kernels
-_MAX_DIM = 128
+_MAX_DIM = 128  # of the Triton kernels
 
 for schema in (
     "nystrom_means(Tensor x, int landmarks) -> Tensor means",
@@ -178,7 +177,7 @@ def nystrom_attention_fused(
 def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if dim > _MAX_DIM:
         return f"serves heads of at most {_MAX_DIM} channels, not {dim}"
-    return serves_triton(device, dtype, dim)
+    return serves_triton(device, dtype, dim, tensor_cores=False)
 
 
 backends.register("nystrom_attention", "cpp", serves_cpu)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._triton import launch
 from ..autograd import like_layout
 from ..validation import accumulate_dtype
+from .reference import mix_reference
 
 
 @triton.jit
@@ -55,127 +56,6 @@ def _means(
             mean += tl.sum(tl.load(x_ptr + at, mask=inside, other=0).to(ACC), 0)
     if not SPREAD:
         tl.store(means_ptr, mean / size, mask=d < dim)
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="tf32x3", out_dtype=a.dtype)
-
-
-@triton.jit
-def _load(ptr, head, rows, columns, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A head's tile of a dense (B, H, rows, columns), zeros beyond it."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    at = head * rows * columns + row * columns + column
-    return tl.load(ptr + at, mask=(row < rows) & (column < columns), other=0).to(ACC)
-
-
-@triton.jit
-def _store(ptr, tile, head, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    at = head * rows * columns + row * columns + column
-    tl.store(ptr + at, tile, mask=(row < rows) & (column < columns))
-
-
-@triton.jit
-def _softmax(q, k, landmarks, scale, LANDMARKS: tl.constexpr):
-    """A, zero beyond the landmarks; its largest column sum and, per column, whether it is that column's."""
-    row, column = tl.arange(0, LANDMARKS)[:, None], tl.arange(0, LANDMARKS)[None, :]
-    scores = tl.where(column < landmarks, _dot(q, tl.trans(k)) * scale, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-    a = tl.where(row < landmarks, weights / tl.sum(weights, 1)[:, None], 0)
-    sums = tl.sum(a, 0)
-    top = tl.max(sums, 0)
-    return a, top, sums == top
-
-
-@triton.jit
-def _iteration(a, z, LANDMARKS: tl.constexpr):
-    """W = AZ, U = 15 − W(7 − W) and T = ¼(13 − WU) of an iteration Z ← ZT."""
-    i = tl.arange(0, LANDMARKS)
-    one = (i[:, None] == i[None, :]).to(a.dtype)
-    w = _dot(a, z)
-    u = 15 * one - 7 * w + _dot(w, w)
-    return w, u, 0.25 * (13 * one - _dot(w, u))
-
-
-@triton.jit
-def _inverse(a, top, iterations, LANDMARKS: tl.constexpr):
-    z = tl.trans(a) / top
-    for _ in range(iterations):
-        _, _, t = _iteration(a, z, LANDMARKS)
-        z = _dot(z, t)
-    return z
-
-
-@triton.jit
-def _mix(
-    q_ptr,  # (B, H, m, D)
-    k_ptr,  # (B, H, m, D)
-    summary_ptr,  # (B, H, m, E)
-    mixed_ptr,  # (B, H, m, E)
-    landmarks,
-    dim,
-    value_dim,
-    scale,
-    ACC: tl.constexpr,
-    LANDMARKS: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
-    q = _load(q_ptr, head, landmarks, dim, ACC, LANDMARKS, DIM)
-    k = _load(k_ptr, head, landmarks, dim, ACC, LANDMARKS, DIM)
-    a, top, _ = _softmax(q, k, landmarks, scale, LANDMARKS)
-    z = _inverse(a, top, 6, LANDMARKS)
-    y = _load(summary_ptr, head, landmarks, value_dim, ACC, LANDMARKS, VALUE_DIM)
-    _store(mixed_ptr, _dot(z, y), head, landmarks, value_dim, LANDMARKS, VALUE_DIM)
-
-
-@triton.jit
-def _mix_backward(
-    grad_ptr,  # (B, H, m, E)
-    q_ptr,
-    k_ptr,
-    summary_ptr,
-    grad_q_ptr,
-    grad_k_ptr,
-    grad_summary_ptr,
-    landmarks,
-    dim,
-    value_dim,
-    scale,
-    ACC: tl.constexpr,
-    LANDMARKS: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
-    q = _load(q_ptr, head, landmarks, dim, ACC, LANDMARKS, DIM)
-    k = _load(k_ptr, head, landmarks, dim, ACC, LANDMARKS, DIM)
-    a, top, is_top = _softmax(q, k, landmarks, scale, LANDMARKS)
-    grad = _load(grad_ptr, head, landmarks, value_dim, ACC, LANDMARKS, VALUE_DIM)
-    z = _inverse(a, top, 6, LANDMARKS)
-    _store(grad_summary_ptr, _dot(tl.trans(z), grad), head, landmarks, value_dim, LANDMARKS, VALUE_DIM)
-    y = _load(summary_ptr, head, landmarks, value_dim, ACC, LANDMARKS, VALUE_DIM)
-    grad_z = _dot(grad, tl.trans(y))
-    grad_a = tl.zeros((LANDMARKS, LANDMARKS), ACC)
-    for done in range(6):
-        z = _inverse(a, top, 5 - done, LANDMARKS)  # again from the start: cheaper than to keep six of them
-        w, u, t = _iteration(a, z, LANDMARKS)
-        r = -0.25 * _dot(tl.trans(z), grad_z)  # of WU
-        s = _dot(tl.trans(w), r)  # of U
-        grad_w = _dot(r, tl.trans(u)) + _dot(s, tl.trans(w)) + _dot(tl.trans(w), s) - 7 * s
-        grad_a += _dot(grad_w, tl.trans(z))
-        grad_z = _dot(grad_z, tl.trans(t)) + _dot(tl.trans(a), grad_w)
-    # Z₀ = Aᵀ / the largest column sum; columns that tie share its gradient.
-    of_top = -tl.sum(tl.sum(tl.trans(grad_z) * a, 1), 0) / (top * top * tl.sum(is_top.to(ACC), 0))
-    grad_a += tl.trans(grad_z) / top + tl.where(is_top, of_top, 0)[None, :]
-    scores = scale * a * (grad_a - tl.sum(a * grad_a, 1)[:, None])
-    k = _load(k_ptr, head, landmarks, dim, ACC, LANDMARKS, DIM)
-    _store(grad_q_ptr, _dot(scores, k), head, landmarks, dim, LANDMARKS, DIM)
-    q = _load(q_ptr, head, landmarks, dim, ACC, LANDMARKS, DIM)
-    _store(grad_k_ptr, _dot(tl.trans(scores), q), head, landmarks, dim, LANDMARKS, DIM)
 
 
 @triton.jit
@@ -309,42 +189,40 @@ def nystrom_means_backward(grad_means: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
-def _mix_options(q_means: Tensor, summary: Tensor) -> dict[str, Any]:
-    landmarks, dim, value_dim = *q_means.shape[2:], summary.shape[3]
-    sizes = (max(triton.next_power_of_2(n), 16) for n in (landmarks, dim, value_dim))
-    return {
-        "landmarks": landmarks,
-        "dim": dim,
-        "value_dim": value_dim,
-        "scale": dim**-0.5,
-        "ACC": _acc(q_means),
-        **dict(zip(("LANDMARKS", "DIM", "VALUE_DIM"), sizes, strict=True)),
-        "num_warps": 8,
-        "enable_fp_fusion": True,
-    }
-
-
-def _laid_out_as(x: Tensor, dense: Tensor) -> Tensor:
-    like = _like(x)
-    return dense if like.stride() == dense.stride() else like.copy_(dense)
-
-
 def nystrom_mix(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
-    inputs = [t.contiguous() for t in (q_means, k_means, summary)]
-    mixed = torch.empty_like(inputs[2])
-    grid = (q_means.shape[0] * q_means.shape[1],)
-    launch("nystrom_attention", _mix, grid, *inputs, mixed, **_mix_options(q_means, summary))
-    return _laid_out_as(summary, mixed)
+    return _like(summary).copy_(mix_reference(q_means, k_means, summary))
 
 
 def nystrom_mix_backward(
     grad_mixed: Tensor, q_means: Tensor, k_means: Tensor, summary: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [t.contiguous() for t in (grad_mixed, q_means, k_means, summary)]
-    grads = [torch.empty_like(t) for t in inputs[1:]]
-    grid = (q_means.shape[0] * q_means.shape[1],)
-    launch("nystrom_attention", _mix_backward, grid, *inputs, *grads, **_mix_options(q_means, summary))
-    return tuple(map(_laid_out_as, (q_means, k_means, summary), grads))
+    acc, scale = q_means.dtype, q_means.shape[3] ** -0.5
+    a = (q_means * scale @ k_means.mT).softmax(-1)
+    sums = a.sum(-2, keepdim=True)
+    top = sums.amax(-1, keepdim=True)
+    one = torch.eye(a.shape[-1], dtype=acc, device=a.device)
+    z, steps = a.mT / top, []
+    for _ in range(6):
+        w = a @ z
+        u = 15 * one - w @ (7 * one - w)
+        t = (13 * one - w @ u) / 4
+        steps.append((z, w, u, t))
+        z = z @ t
+    grad = grad_mixed.to(acc)
+    grad_summary = _like(summary).copy_(z.mT @ grad)
+    grad_z, grad_a = grad @ summary.to(acc).mT, torch.zeros_like(a)
+    for z, w, u, t in reversed(steps):
+        r = z.mT @ grad_z / -4  # of WU
+        s = w.mT @ r  # of U
+        grad_w = r @ u.mT + s @ w.mT + w.mT @ s - 7 * s
+        grad_a += grad_w @ z.mT
+        grad_z = grad_z @ t.mT + a.mT @ grad_w
+    # Z₀ = Aᵀ / the largest column sum; columns that tie share its gradient.
+    is_top = (sums == top).to(acc)
+    of_top = -(grad_z.mT * a).sum((-2, -1), keepdim=True) / (top * top * is_top.sum(-1, keepdim=True))
+    grad_a += grad_z.mT / top + of_top * is_top
+    scores = scale * a * (grad_a - (a * grad_a).sum(-1, keepdim=True))
+    return _like(q_means).copy_(scores @ k_means), _like(k_means).copy_(scores.mT @ q_means), grad_summary
 
 
 def _residual_tiles(v: Tensor, weight: Tensor) -> tuple[int, int, dict[str, Any]]:

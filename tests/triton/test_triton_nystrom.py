@@ -44,7 +44,7 @@ def assert_matches(inputs, landmarks, weight=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("queries", "keys", "dim", "value_dim", "landmarks"),
-    [(1, 1, 1, 1, 64), (65, 63, 17, 5, 12), (70, 70, 16, 20, 40)],
+    [(1, 1, 1, 1, 64), (65, 63, 17, 5, 12), (90, 90, 16, 20, 25)],
 )
 def test_matches_float64(queries, keys, dim, value_dim, landmarks, dtype):
     shapes = ((queries, dim), (keys, dim), (keys, value_dim))
@@ -143,9 +143,6 @@ def test_opcheck():
 
 
 def test_declines_what_does_not_fit():
-    q = torch.zeros(1, 1, 80, 8)
-    with pytest.raises(RuntimeError, match="at most 64 landmarks, whose matrices one program holds, not 70"):
-        nystrom_attention(q, q, q, 70, backend="triton")
-    wide = torch.zeros(1, 1, 4, 129)
+    q, wide = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 129)
     with pytest.raises(RuntimeError, match="heads of at most 128 channels, not 129"):
-        nystrom_attention(q[:, :, :4], q[:, :, :4], wide, backend="triton")
+        nystrom_attention(q, q, wide, backend="triton")
