@@ -559,7 +559,9 @@ def test_clip_grad_limits_the_norm_and_is_off_by_default(tmp_path, monkeypatch):
 
 
 def test_compile_runs_the_model_compiled_and_changes_no_name(tmp_path, monkeypatch):
-    counter = torch._dynamo.testing.CompileCounter()  # an eager backend: no compiler is needed
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()  # an eager backend: no compiler is needed
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend=counter, **kwargs))
     monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kwargs: Stacked(**kwargs))
@@ -578,7 +580,7 @@ class Stacked(nn.Sequential):
 @pytest.mark.parametrize("row", [row for row in TABLE_1 if row != "resnet-34"])
 def test_every_model_of_table_1_trains(tmp_path, row):
     family = row.rpartition("-")[0]
-    name = "resnet-18" if family == "resnet" else f"{family}-1/2" if "/" in row else f"{family}-1"
+    name = {"resnet": "resnet-18", "cvt": "cvt-3/2"}.get(family) or f"{family}-1" + "/2" * ("/" in row)
     small = {"model": name, "embed_dim": None, "limit_train": 12, "limit_test": 10, "batch_size": 6, "img_size": 16}
     result, log = run(tmp_path / "a", **small, epochs=1, sgd_epochs=0)
     assert result.epochs == 1

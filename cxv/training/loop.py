@@ -476,7 +476,7 @@ def _reason(reason: str, cap: str, config: TrainConfig) -> str:
 def _recipe_line(config: TrainConfig, selection: str) -> str:
     parts = ["DualOpT" if config.optimizer == "dualopt" else f"{NAMES[config.optimizer]} alone"]
     if config.rand_augment is not None:
-        parts.append("RandAugment of {} at magnitude {}".format(*config.rand_augment))
+        parts[0] += " with RandAugment {},{}".format(*config.rand_augment)
     if config.post_train:
         parts.append("post-training on clean images")
     by = (
