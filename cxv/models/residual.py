@@ -8,8 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 import cxv_kernels
 
-# Tokens of a chunk: its widest tensors stay in a CPU's last-level cache, and what backward recomputes at once is small.
+# Tokens of a chunk: what backward recomputes at once is small. On a CPU its widest tensors stay in the last-level cache;
+# another device needs more work at a time to be full.
 CHUNK_TOKENS = 8192
+DEVICE_CHUNK_TOKENS = 65536
 
 # (x, residual) → dropout(x) + residual; without a residual, dropout(x)
 Drop = Callable[..., Tensor]
@@ -81,7 +83,8 @@ class ResidualBranch(nn.Module):
         keep = torch.is_grad_enabled()
         if torch.compiler.is_compiling():  # the compiler plans memory itself
             return self._checkpointed(x, 0, *seeds) if keep else self._run(x, 0, *seeds)
-        images = max(1, CHUNK_TOKENS // max(1, x.shape[2] * x.shape[3]))
+        tokens = CHUNK_TOKENS if x.device.type == "cpu" else DEVICE_CHUNK_TOKENS
+        images = max(1, tokens // max(1, x.shape[2] * x.shape[3]))
         if keep:
             chunks = [self._checkpointed(part, images * i, *seeds) for i, part in enumerate(x.split(images))]
             return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
