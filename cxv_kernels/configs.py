@@ -5,8 +5,8 @@ on a GPU yet. Nothing is tuned at run time.
 
 The table: kernel (its function's name) → architecture ("default", "80", "90", …) → size "DxF" → bits of the dtype ("16"
 or "32") → options; of each level but the first, "default" serves what has no entry. Options: num_warps, num_stages, the
-kernel's BLOCK_ sizes (the dimensions of a head are padded to powers of two by the launcher), and TOKENS, those that one
-program folds one tile after another.
+kernel's BLOCK_ sizes (the dimensions of a head are padded to powers of two by the launcher), TOKENS, those that one
+program folds one tile after another, and of query_backward_kernel SEPARATE: two launches of fewer registers for one.
 """
 
 import contextlib

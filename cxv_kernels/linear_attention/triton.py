@@ -489,8 +489,8 @@ def query_backward_kernel(
     BLOCKS: tl.constexpr,
     PHASE: tl.constexpr,
 ):
-    """The gradient of a run of queries ("queries") and what it adds to a block of the state's gradient ("state"); both
-    at once where all features fit one block ("both")."""
+    """A run of queries: their gradient ("queries"), what they add to a block of the state's gradient ("state"), or both
+    at once where all features fit one block ("both"): half the traffic, but more registers."""
     ACC: tl.constexpr = p_stat.dtype.element_ty
     T: tl.constexpr = p_q.dtype.element_ty
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -502,13 +502,14 @@ def query_backward_kernel(
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
     o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    if PHASE != "queries":
+    if PHASE != "queries" or BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+    if PHASE != "queries":
         b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
         b_rho = tl.zeros([BLOCK_F, 16], ACC)
         b_r1 = tl.zeros([BLOCK_E], ACC)
         b_rho1 = tl.zeros([BLOCK_N], ACC)
-    if PHASE == "both":
+    if PHASE != "state" and BLOCKS == 1:
         b_ut = tl.trans(load_state(p_state, o_f, unit, E, F, BLOCK_E, T))
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
@@ -978,10 +979,11 @@ class Skeleton:
         """dq and the state's gradient: R (B, H, F, E) and ρ with the largest |R| of each feature (B, H, 2, F)."""
         options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=True)
         blocks, heads = self.blocks(options), q.shape[0] * q.shape[1]
+        phases = [("queries", 1), ("state", blocks)] if options.pop("SEPARATE") or blocks > 1 else [("both", 1)]
         grad_q = like_layout(q, tuple(q.shape))
         sums = state.new_empty((heads, runs, self.features + 1, self.value_dim))
         stats = state.new_empty((heads, runs, self.features + 1))
-        rows = state.new_empty((heads, 4, q.shape[2]) if blocks > 1 else 0)
+        rows = state.new_empty((heads, 4, q.shape[2]) if len(phases) > 1 else 0)
         arguments = (
             grad_out,
             q,
@@ -1002,7 +1004,7 @@ class Skeleton:
             runs,
         )
         options["EPS"] = self.eps
-        for phase, programs in [("both", 1)] if blocks == 1 else [("queries", 1), ("state", blocks)]:
+        for phase, programs in phases:
             grid = (heads * runs, programs)
             launch(self.op, query_backward_kernel, grid, *arguments, BLOCKS=blocks, PHASE=phase, **options)
         return grad_q, *self._state_backward(sums, stats, runs, state, stat)

@@ -26,7 +26,7 @@ def short_runs():
         name: configs.lookup(name, 0, 32, 32, torch.float32) for name in ("query_kernel", "key_backward_kernel")
     }
     table = {
-        name: {"default": {"default": {"default": options | {"TOKENS": 16, "BLOCK_N": 16}}}}
+        name: {"default": {"default": {"default": options | {"TOKENS": 64, "BLOCK_N": 32}}}}
         for name, options in default.items()
     }
     return configs.override(table)
@@ -71,7 +71,7 @@ def test_runs_are_folded(variant, dtype):
     key_mask = torch.rand(3, 200) > 0.5
     key_mask[1, 3:], key_mask[2] = False, False
     with short_runs():
-        matches((q, k, v), variant, key_mask)
+        matches((q, k, v), variant, key_mask, 2)  # with three keys nothing averages the operands' roundings
         out, _, dk, dv = out_and_gradients(partial(ATTENTION[variant], key_mask=key_mask), (q, k, v))
         hidden = ~key_mask[:, None, :, None]
         spoilt = (q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf))
