@@ -506,7 +506,7 @@ def query_backward_kernel(
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
         b_rho = tl.zeros([BLOCK_F, 16], ACC)
-        b_r1 = tl.zeros([BLOCK_N, BLOCK_E], ACC)
+        b_r1 = tl.zeros([BLOCK_E], ACC)
         b_rho1 = tl.zeros([BLOCK_N], ACC)
     if PHASE == "both":
         b_ut = tl.trans(load_state(p_state, o_f, unit, E, F, BLOCK_E, T))
@@ -597,7 +597,7 @@ def query_backward_kernel(
                 b_rho = tl.dot(b_p, b_columns, b_rho, input_precision=PRECISION)
             if MAP == "favor" or MAP == "favor_relu":
                 b_inverse = tl.where(m_n, b_inverse, 0)
-                b_r1 += b_do.to(ACC) * b_inverse[:, None]
+                b_r1 += tl.sum(b_do.to(ACC) * b_inverse[:, None], 0)
                 b_rho1 += b_delta * b_inverse
     if PHASE != "queries":
         i_part = tl.program_id(0).to(tl.int64) * (F + 1)
@@ -608,7 +608,7 @@ def query_backward_kernel(
         if MAP != "softmax":
             tl.store(p_stats + i_part + o_f, tl.sum(b_rho, 1) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
         if (MAP == "favor" or MAP == "favor_relu") and tl.program_id(1) == 0:
-            tl.store(p + F * E + o_e, tl.sum(b_r1, 0), mask=m_e)
+            tl.store(p + F * E + o_e, b_r1, mask=m_e)
             tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
 
 
@@ -776,17 +776,19 @@ def key_backward_kernel(
                 b_a = project(b_k, b_wt, b_rest, PRECISION)
             else:
                 b_a = b_k.to(ACC) * SCALE
-            b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
-            b_da += tl.load(p_grads + o_i, mask=o_i < F, other=0)[None, :] * (b_inner / unit)[:, None]
             b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf") if EXP else 0.0)
             if EXP:
-                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None])
-                b_da *= b_t
+                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None]).to(T)
             else:
                 b_stat = reciprocal(b_stat)
-                b_t = feature(b_a, MAP) * (b_stat * gain)[None, :]
-                b_da *= (b_stat / steepest)[None, :] * slope(b_a, MAP)
-            b_dv = tl.dot(b_t.to(T), b_r, b_dv, input_precision=PRECISION)
+                b_t = (feature(b_a, MAP) * (b_stat * gain)[None, :]).to(T)
+            b_dv = tl.dot(b_t, b_r, b_dv, input_precision=PRECISION)
+            b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
+            b_da += tl.load(p_grads + o_i, mask=o_i < F, other=0)[None, :] * (b_inner / unit)[:, None]
+            if EXP:
+                b_da *= b_t.to(ACC)
+            else:
+                b_da *= (b_stat * reciprocal(steepest))[None, :] * slope(b_a, MAP)
             if EPS != 0:
                 b_dv += b_r1[None, :] * gain
             if p_w is not None:
