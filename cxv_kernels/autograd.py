@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._extension import CPP_MISSING
+from ._extension import CPP_MISSING, CUDA_MISSING
 from ._triton import NAMESPACE
 
 
@@ -30,6 +30,27 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
 def serves_cpu(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     """The capability check of C++ kernels that take every dtype and size."""
     return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
+
+
+def serves_cuda(
+    widest: int, dtypes: Sequence[torch.dtype], narrowest: int = 1
+) -> Callable[[torch.device, torch.dtype, int], str | None]:
+    """The capability check of CUDA kernels that take these dtypes and numbers of channels."""
+
+    def check(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+        if CUDA_MISSING or device.type != "cuda":
+            return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
+        if dtype not in dtypes:
+            return f"serves {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, not {dtype}"
+        if dtype == torch.bfloat16 and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability(device)
+            if major < 8:
+                return f"serves no bfloat16 on sm_{major}{minor}, which has none: use float16 or float32"
+        if dim and not narrowest <= dim <= widest:
+            return f"serves {narrowest} to {widest} channels, not {dim}"
+        return None
+
+    return check
 
 
 def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:

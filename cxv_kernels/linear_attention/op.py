@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._extension import CUDA_MISSING
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
-from ..validation import accumulate_dtype
+from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu, serves_cuda
+from ..validation import FLOAT_DTYPES, accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
 
@@ -128,12 +127,7 @@ class KvStateBackward(torch.autograd.Function):
         return (*second[0], *second[1], *(None,) * 5)
 
 
-def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    if CUDA_MISSING or device.type != "cuda":
-        return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
-    return f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None
-
-
 backends.register("linear_attention", "cpp", serves_cpu)
 backends.register("kv_state", "cpp", serves_cpu)
-backends.register("linear_attention", "cuda", _cuda)
+for _op in ("linear_attention", "kv_state"):
+    backends.register(_op, "cuda", serves_cuda(128, FLOAT_DTYPES))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
+from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu, serves_cuda
 from ..validation import accumulate_dtype
 from .reference import performer_attention_reference, performer_features_reference
 
@@ -136,3 +136,5 @@ class PerformerFeaturesBackward(torch.autograd.Function):
 
 backends.register("performer_attention", "cpp", serves_cpu)
 backends.register("performer_features", "cpp", serves_cpu)
+for _op in ("performer_attention", "performer_features"):
+    backends.register(_op, "cuda", serves_cuda(64, (torch.float32, torch.float16, torch.bfloat16)))
