@@ -25,6 +25,7 @@ MACS = {"HMMA.1688": 1024, "HMMA.16816": 2048}
 DTYPES = {"__half": 2, "__nv_bfloat16": 2, "float": 4}
 MAPS = ("favor", "favor_relu", "softmax", "rectifier")  # cxv::cuda::Map
 PROJECTED = MAPS[:2]
+ROLES = {"Lb1": "queries", "Lb0": "keys", "StepE0": "max", "StepE1": "forward", "StepE2": "backward"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Kernel:
     dtype: str
     size: int
     map: str
-    role: str
+    role: str  # whose gradients, or which step of performer_features
     registers: int
     stack: int
     sass: tuple[tuple[int, str], ...]
@@ -49,21 +50,23 @@ class Kernel:
 
     @property
     def tensor_core_share(self) -> float:
-        """Of the kernel's multiply-adds (each instruction counted once), those on tensor cores."""
-        tensor = sum(n * self.count(name) for name, n in MACS.items())
-        return tensor / max(1, tensor + 32 * self.count("FFMA", "FMUL", "HFMA2"))
+        """Of the multiply-adds in the inner loops (each instruction counted once), those on tensor cores."""
+        loop = self.inner_loops
+        tensor = sum(n * sum(t.startswith(name) for t in loop) for name, n in MACS.items())
+        return tensor / max(1, tensor + 32 * sum(t.startswith("FFMA") for t in loop))
 
     @property
-    def inner_loop(self) -> list[str]:
-        """The instructions of the smallest loop that holds all of the tensor cores' work of an iteration."""
+    def inner_loops(self) -> list[str]:
+        """The instructions of the loops that do the tensor cores' work and hold no other such loop."""
         loops = []
         for address, text in self.sass:
             target = re.search(r"BRA.* 0x([0-9a-f]+)", text)
             if target and int(target.group(1), 16) < address:
                 first = int(target.group(1), 16)
-                body = [t for a, t in self.sass if first <= a <= address]
-                loops.append((sum("HMMA" in t for t in body), -len(body), body))
-        return max(loops, key=lambda loop: loop[:2])[2] if loops else [t for _, t in self.sass]
+                if any("HMMA" in t for a, t in self.sass if first <= a <= address):
+                    loops.append((first, address))
+        inner = [one for one in loops if not any(o != one and one[0] <= o[0] and o[1] <= one[1] for o in loops)]
+        return [t for a, t in self.sass if not loops or any(first <= a <= last for first, last in inner)]
 
 
 @cache
@@ -122,7 +125,7 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
             for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/][^;]*);", body)
         )
         dtype = {"f": "float"}.get(dtype, dtype.lstrip("0123456789"))
-        role = re.sub(r"\W|EvNS.*", "", role).rstrip("E")
+        role = next((word for sign, word in ROLES.items() if sign in role), "")
         found.append(Kernel(name, dtype, int(size), MAPS[int(map_)], role, *usage[mangled.strip()], sass))
     return tuple(found)
 
@@ -157,7 +160,7 @@ def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[
     """Of each pass of fp16 forward and backward on a T4: what a token of a head costs, and the time that predicts.
 
     Bytes are those of the token's tensors; multiply-adds those that the tensor cores do (W is two operands); exps one
-    per token and feature; instructions those of the compiled inner loop. Each resource alone would take the ns given
+    per token and feature; instructions those of the compiled inner loops. Each resource alone would take the ns given
     for it; the predicted time is the largest. Nothing here is measured.
     """
     size = next(n for n in (16, 32, 64) if dim <= n)
@@ -168,17 +171,17 @@ def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[
     passes = [
         ("keys", "fold", "", 2, z + product),
         ("queries", "read", "", 2, z + product),
-        ("queries' gradients", "grad", "Lb1", 3, 2 * (z + product) + product * projected),
+        ("queries' gradients", "grad", "queries", 3, 2 * (z + product) + product * projected),
         ("gradient of the state", "fold", "", 2, z + product),
-        ("keys' gradients", "grad", "Lb0", 4, z + 2 * product + product * projected),
+        ("keys' gradients", "grad", "keys", 4, z + 2 * product + product * projected),
     ]
     rows = []
     for label, name, role, tensors, macs in passes:
         kernel = found[name, role]
-        exps = padded * (2 if role == "Lb1" else 1) if map_ in ("favor", "softmax") else 0
-        loop = kernel.inner_loop
+        exps = padded * (2 if role == "queries" else 1) if map_ in ("favor", "softmax") else 0
+        loop = kernel.inner_loops
         in_loop = sum(n * sum(t.startswith(i) for t in loop) for i, n in MACS.items())
-        # the share of instructions that come with a multiply-add is that of the inner loop
+        # the share of instructions that come with a multiply-add is that of the inner loops
         instructions = len(loop) * macs / in_loop if in_loop else 0
         costs = {
             "memory": 2 * dim * tensors / T4_BYTES_PER_NS,
