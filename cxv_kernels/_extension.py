@@ -9,7 +9,11 @@ import torch
 _OPS = (
     *(f"{op}_attention_{way}" for op in ("linear", "performer") for way in ("forward", "backward")),
     *(f"{op}_{way}" for op in ("kv_state", "performer_features", "conv_norm") for way in ("forward", "backward")),
-    *(f"nystrom_{part}{way}" for part in ("means", "summary", "mix", "readout", "residual") for way in ("", "_backward")),
+    *(
+        f"nystrom_{part}{way}"
+        for part in ("means", "summary", "mix", "readout", "residual")
+        for way in ("", "_backward")
+    ),
     "dropout",
 )
 

@@ -165,3 +165,19 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch):
     assert "was built from other sources" in _extension._load_cpp()
     schemas = set(re.findall(r'"(\w+)\(', SCHEMAS.read_text()))
     assert schemas == set(_extension._OPS[:-1])
+
+
+def test_cuda_kernels_decline_in_words(monkeypatch):
+    monkeypatch.setattr("cxv_kernels.autograd.CUDA_MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    ask = lambda op, dtype, dim=0: cxv_kernels.explain_backend(op, "cuda", dtype, dim)["cuda"]  # noqa: E731
+    for op in ("linear_attention", "kv_state", "performer_attention", "performer_features", "conv_norm"):
+        assert ask(op, torch.float16) == ask(op, torch.float32, 32) == "serves"
+        assert ask(op, torch.bfloat16) == "serves no bfloat16 on sm_75, which has none: use float16 or float32"
+    assert ask("performer_attention", torch.float16, 65) == "serves 1 to 64 channels, not 65"
+    assert ask("conv_norm", torch.float16, 2) == "serves 3 to 3072 channels, not 2"
+    assert "not torch.float64" in ask("performer_features", torch.float64)
+    assert ask("linear_attention", torch.float64, 128) == "serves"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert ask("performer_attention", torch.bfloat16) == "serves"

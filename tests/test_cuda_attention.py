@@ -1,6 +1,8 @@
 """The tensor-core kernels (csrc/cuda/attention_kernel.cuh) without a GPU: run on the host under the emulator."""
 
 import ctypes
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from cxv_kernels.performer_attention.reference import (
     performer_attention_reference,
     performer_features_reference,
 )
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import cuda_report
 
 pytestmark = needs_cxx
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -260,3 +266,18 @@ class TestNumerics:
         wants = want, *torch.autograd.grad(want, inputs, 100 * g.double())
         for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
             assert_close(name, got, expected, torch.float16)
+
+
+def test_the_report_knows_the_launches(sm75):
+    """cuda_report.launch repeats what FoldShape and ReadShape say in C++."""
+    threads, shared = (ctypes.c_int * 16)(), (ctypes.c_int * 16)()
+    maps = {"favor": "favor", "favor_relu": "favor_relu", "softmax": "softmax", "rectifier": "elu"}
+    for dtype, number, size in (("__half", 2, 16), ("__half", 2, 32), ("__half", 2, 64), ("float", 1, 16)):
+        for name, feature_map in maps.items():
+            projected = name in cuda_report.PROJECTED
+            for features in (110, 266) if projected else () if dtype == "float" else (size,):
+                a = Arguments(number, MAPS.index(feature_map), 1e-4, 1, 1, 100, 100, size, size)
+                a.features = features
+                assert sm75.simt_launches(ctypes.byref(a), threads, shared) == 10
+                for i, kernel in {0: "fold", 3: "read", 5: "grad", 6: "fold", 9: "grad"}.items():
+                    assert (threads[i], shared[i]) == cuda_report.launch(kernel, dtype, size, name, features)

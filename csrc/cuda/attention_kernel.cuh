@@ -234,8 +234,8 @@ struct FoldShape {
   static constexpr int kWarps = kProjected<map> ? 4 : P / 16;       // each with
   static constexpr int kTiles = kProjected<map> && P < 64 ? 2 : 1;  // 16 features
   static constexpr int kFeatures = 16 * kWarps * kTiles, kThreads = 32 * kWarps;
-  // blocks of a multiprocessor of sm_75: 8 warps, 12 of the smallest
-  static constexpr int kResident = (P == 16 && sizeof(T) == 2 ? 12 : 8) / kWarps;
+  // blocks of a multiprocessor of sm_75: 8 warps, 12 of the smallest with a projection
+  static constexpr int kResident = (kProjected<map> && P == 16 && sizeof(T) == 2 ? 12 : 8) / kWarps;
   static constexpr int kBytes = 2 * Tile<T, kTokens, P>::kBytes + 3 * kTokens * 4;
   static int64_t blocks(const LinearAttention& p) {
     return kProjected<map> ? (p.features + kFeatures - 1) / kFeatures : 1;

@@ -43,7 +43,7 @@ template <class T, Step step>
 void run_features(const LinearAttention& p, const FeaturesSide& side, cudaStream_t stream) {
   const Work work = {};
   for_map(p.feature_map, [&](auto map) {
-    if constexpr (kProjected<map()>)
+    if constexpr (map() == Map::kFavor || (kProjected<map()> && step != Step::kMax))  // relu has no maximum
       for_size(
           p, [&](auto size) { Passes<T, size(), map()>::template phi<step>(p, work, side, Launch{p, work, stream}); });
   });

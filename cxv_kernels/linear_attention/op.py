@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._extension import CUDA_MISSING
 from .._triton import NAMESPACE, define, serves_triton
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
-from ..validation import accumulate_dtype
+from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu, serves_cuda
+from ..validation import FLOAT_DTYPES, accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
 _TRITON = "cxv_kernels.linear_attention.triton"
@@ -167,14 +166,8 @@ def serves_attention(device: torch.device, dtype: torch.dtype, dim: int) -> str 
     return reason or (f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None)
 
 
-def _cuda(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    if CUDA_MISSING or device.type != "cuda":
-        return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
-    return f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None
-
-
 backends.register("linear_attention", "cpp", serves_cpu)
 backends.register("kv_state", "cpp", serves_cpu)
-backends.register("linear_attention", "cuda", _cuda)
 for _op in ("linear_attention", "kv_state"):
+    backends.register(_op, "cuda", serves_cuda(128, FLOAT_DTYPES))
     backends.register(_op, "triton", serves_attention)

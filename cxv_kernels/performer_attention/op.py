@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import NAMESPACE, define
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
+from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu, serves_cuda
 from ..linear_attention.op import serves_attention, triton_state
 from ..validation import accumulate_dtype
 from .reference import performer_attention_reference, performer_features_reference
@@ -171,4 +171,5 @@ class PerformerFeaturesBackward(torch.autograd.Function):
 backends.register("performer_attention", "cpp", serves_cpu)
 backends.register("performer_features", "cpp", serves_cpu)
 for _op in ("performer_attention", "performer_features"):
+    backends.register(_op, "cuda", serves_cuda(64, (torch.float32, torch.float16, torch.bfloat16)))
     backends.register(_op, "triton", serves_attention)

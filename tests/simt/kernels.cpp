@@ -81,6 +81,20 @@ const char* simt_attention(LinearAttention* in, Call call, unsigned seed) {
   });
 }
 
+// The threads and shared memory of each launch of forward and backward, which are not run; how many they are.
+int simt_launches(const LinearAttention* p, int* threads, int* shared) {
+  int count = 0;
+  for_passes(*p, [&](auto passes) {
+    const auto launch = [&](auto, int64_t, int block, int bytes, const auto&) {
+      threads[count] = block;
+      shared[count++] = bytes;
+    };
+    passes.forward(*p, Work{}, launch);
+    passes.backward(*p, Work{}, launch);
+  });
+  return count;
+}
+
 // q is x; out φ, or grad_out its gradient; key_max is that of the keys, or null. Of grad_q null the forward pass.
 const char* simt_features(LinearAttention* in, unsigned seed) {
   return guarded([&] {

@@ -1,0 +1,229 @@
+"""What nvcc made of the CUDA kernels, and what a T4 should do with them: no GPU is needed, and nothing is measured.
+
+    python benchmarks/cuda_report.py [--arch 75]
+
+Reads the built library (cxv_kernels/_cuda*.so) with cuobjdump: registers, spills, shared memory, resident warps and
+tensor-core instructions of each kernel, and a prediction of the time per token and head on a T4 (sm_75).
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# A T4: https://www.nvidia.com/en-us/data-center/tesla-t4 and the Turing white paper. 16 exponentials and 4 warp
+# instructions a clock and multiprocessor; an HMMA.1688.F32 (1024 multiply-adds) takes its tensor cores 2 clocks.
+T4_BYTES_PER_NS, T4_SMS, T4_GHZ = 320.0, 40, 1.59
+T4_WARPS, T4_REGISTERS, T4_SHARED, T4_BLOCKS = 32, 65536, 64 * 1024, 16
+MACS = {"HMMA.1688": 1024, "HMMA.16816": 2048}
+
+DTYPES = {"__half": 2, "__nv_bfloat16": 2, "float": 4}
+MAPS = ("favor", "favor_relu", "softmax", "rectifier")  # cxv::cuda::Map
+PROJECTED = MAPS[:2]
+ROLES = {"Lb1": "queries", "Lb0": "keys", "StepE0": "max", "StepE1": "forward", "StepE2": "backward"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one architecture. sass: (address, instruction) in order; size: D and E, padded."""
+
+    name: str
+    dtype: str
+    size: int
+    map: str
+    role: str  # whose gradients, or which step of performer_features
+    registers: int
+    stack: int
+    sass: tuple[tuple[int, str], ...]
+
+    def count(self, *prefixes: str) -> int:
+        return sum(text.startswith(prefixes) for _, text in self.sass)
+
+    @property
+    def spills(self) -> int:
+        return self.stack + self.count("STL", "LDL")
+
+    @property
+    def tensor_core_share(self) -> float:
+        """Of the multiply-adds in the inner loops (each instruction counted once), those on tensor cores."""
+        loop = self.inner_loops
+        tensor = sum(n * sum(t.startswith(name) for t in loop) for name, n in MACS.items())
+        return tensor / max(1, tensor + 32 * sum(t.startswith("FFMA") for t in loop))
+
+    @property
+    def inner_loops(self) -> list[str]:
+        """The instructions of the loops that do the tensor cores' work and hold no other such loop."""
+        loops = []
+        for address, text in self.sass:
+            target = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+            if target and int(target.group(1), 16) < address:
+                first = int(target.group(1), 16)
+                if any("HMMA" in t for a, t in self.sass if first <= a <= address):
+                    loops.append((first, address))
+        inner = [one for one in loops if not any(o != one and one[0] <= o[0] and o[1] <= one[1] for o in loops)]
+        return [t for a, t in self.sass if not loops or any(first <= a <= last for first, last in inner)]
+
+
+@cache
+def cuobjdump() -> str | None:
+    """The toolkit's, else Triton's own."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(path) if path.exists() else None
+
+
+def library() -> Path | None:
+    """The built library, if there is one."""
+    return next(iter(sorted((ROOT / "cxv_kernels").glob("_cuda*.so"))), None)
+
+
+def _dump(*arguments: str) -> str:
+    done = subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@cache
+def kernels(arch: int) -> tuple[Kernel, ...]:
+    """The tensor-core kernels of the built library for sm_<arch>.
+
+    Raises:
+        RuntimeError: there is no library or no cuobjdump.
+    """
+    path = library()
+    if path is None or cuobjdump() is None:
+        raise RuntimeError("the CUDA library was not built, or there is no cuobjdump")
+    target = ("-arch", f"sm_{arch}", str(path))
+    usage = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _dump("-res-usage", *target)
+        )
+    }
+    found = []
+    for part in _dump("-sass", *target).split("Function : ")[1:]:
+        mangled, _, body = part.partition("\n")
+        match = re.fullmatch(
+            r"_ZN3cxv4cuda\d+(fold|read|grad|features)I(6__half|13__nv_bfloat16|f)Li(\d+)ELNS0_3MapE(\d)E(.*)E?EvNS_.*",
+            mangled.strip(),
+        )
+        if match is None:
+            continue
+        name, dtype, size, map_, role = match.groups()
+        sass = tuple(
+            (int(address, 16), re.sub(r"^@!?U?P\w+ ", "", text.strip()))
+            for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/][^;]*);", body)
+        )
+        dtype = {"f": "float"}.get(dtype, dtype.lstrip("0123456789"))
+        role = next((word for sign, word in ROLES.items() if sign in role), "")
+        found.append(Kernel(name, dtype, int(size), MAPS[int(map_)], role, *usage[mangled.strip()], sass))
+    return tuple(found)
+
+
+def launch(name: str, dtype: str, size: int, map_: str, features: int) -> tuple[int, int]:
+    """(threads, bytes of shared memory) of a launch: what FoldShape and ReadShape say, which a test compares."""
+    width, pad, projected = DTYPES[dtype], 8, map_ in PROJECTED
+
+    def tile(rows: int) -> int:
+        return max(rows, size) * (min(rows, size) + pad) * width
+
+    if name == "fold":
+        tokens = 32 if width == 4 else 64
+        return 32 * (4 if projected else size // 16), 2 * tile(tokens) + 3 * tokens * 4
+    warps = 4 if width == 4 else 8
+    most = (64 if size == 64 else 128) // (width // 2) if projected else size
+    chunk = min(most, (features + 15) // 16 * 16)
+    matrices = (name != "features") + (2 if width == 2 else 1) * projected
+    return 32 * warps, tile(16 * warps) + chunk * (matrices * (size + pad) * width + 2 * 4)
+
+
+def resident_warps(kernel: Kernel, features: int) -> int:
+    """Warps of a multiprocessor of sm_75 at a time, by registers and shared memory."""
+    threads, shared = launch(kernel.name, kernel.dtype, kernel.size, kernel.map, features)
+    warps = threads // 32
+    by_registers = T4_REGISTERS // ((kernel.registers + 7) // 8 * 8 * 32) // warps
+    by_shared = T4_SHARED // ((shared + 255) // 256 * 256)
+    return warps * min(by_registers, by_shared, T4_BLOCKS, T4_WARPS // warps)
+
+
+def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[dict]:
+    """Of each pass of fp16 forward and backward on a T4: what a token of a head costs, and the time that predicts.
+
+    Bytes are those of the token's tensors; multiply-adds those that the tensor cores do (W is two operands); exps one
+    per token and feature; instructions those of the compiled inner loops. Each resource alone would take the ns given
+    for it; the predicted time is the largest. Nothing here is measured.
+    """
+    size = next(n for n in (16, 32, 64) if dim <= n)
+    found = {(k.name, k.role): k for k in kernels(75) if (k.dtype, k.size, k.map) == ("__half", size, map_)}
+    padded, projected = (features + 15) // 16 * 16 if map_ in PROJECTED else size, map_ in PROJECTED
+    z = 2 * size * padded if projected else 0  # multiply-adds of the exponents
+    product = size * padded
+    passes = [
+        ("keys", "fold", "", 2, z + product),
+        ("queries", "read", "", 2, z + product),
+        ("queries' gradients", "grad", "queries", 3, 2 * (z + product) + product * projected),
+        ("gradient of the state", "fold", "", 2, z + product),
+        ("keys' gradients", "grad", "keys", 4, z + 2 * product + product * projected),
+    ]
+    rows = []
+    for label, name, role, tensors, macs in passes:
+        kernel = found[name, role]
+        exps = padded * (2 if role == "queries" else 1) if map_ in ("favor", "softmax") else 0
+        loop = kernel.inner_loops
+        in_loop = sum(n * sum(t.startswith(i) for t in loop) for i, n in MACS.items())
+        # the share of instructions that come with a multiply-add is that of the inner loops
+        instructions = len(loop) * macs / in_loop if in_loop else 0
+        costs = {
+            "memory": 2 * dim * tensors / T4_BYTES_PER_NS,
+            "tensor cores": macs / 512 / T4_SMS / T4_GHZ,
+            "exps": exps / 16 / T4_SMS / T4_GHZ,
+            "issue": instructions / 4 / T4_SMS / T4_GHZ,
+        }
+        facts = {"pass": label, "bytes": 2 * dim * tensors, "flops": 2 * macs, "exps": exps}
+        rows.append(facts | {"ns": costs, "predicted_ns": max(costs.values()), "bound": max(costs, key=costs.get)})
+    return rows
+
+
+def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
+    """Both tables in Markdown, for this script and for compile_report."""
+    lines = [
+        f"| kernel, sm_{arch} | registers | spills | shared memory | HMMA | of multiply-adds | warps on sm_75 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for k in sorted(kernels(arch), key=lambda k: (k.dtype, k.map, k.size, k.name, k.role)):
+        shared = launch(k.name, k.dtype, k.size, k.map, features)[1]
+        lines.append(
+            f"| {k.name}{k.role and ' ' + k.role} {k.dtype} {k.size} {k.map} | {k.registers} | {k.spills} | "
+            f"{shared / 1024:.1f} KB | {k.count('HMMA')} | {k.tensor_core_share:.0%} | {resident_warps(k, features)} |"
+        )
+    if arch == 75:
+        lines += [
+            "",
+            f"Predicted, not measured: a token of a head on a T4, fp16, FAVOR+, D = E = {dim}, M = {features}.",
+            "",
+            "| pass | bytes | FLOP | exps | memory ns | tensor cores ns | exps ns | issue ns | predicted ns |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in prediction(dim, features):
+            ns = " | ".join(f"{row['ns'][name]:.2f}" for name in ("memory", "tensor cores", "exps", "issue"))
+            lines.append(
+                f"| {row['pass']} | {row['bytes']} | {row['flops']} | {row['exps']} | {ns} | "
+                f"{row['predicted_ns']:.2f} ({row['bound']}) |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, default=75, choices=(75, 80, 90))
+    print(report(parser.parse_args().arch))

@@ -1,0 +1,69 @@
+"""What nvcc made of the tensor-core kernels: the built library, read with cuobjdump."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import cuda_report
+
+ARCHS = (75, 80, 90)
+FEATURES = 110  # what the models use, of D = 32
+
+built = pytest.mark.skipif(
+    cuda_report.library() is None or cuda_report.cuobjdump() is None, reason="no CUDA library, or no cuobjdump"
+)
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+class TestMachineCode:
+    def test_every_kernel_is_there(self, arch):
+        names = {(k.name, k.role, k.dtype, k.size, k.map) for k in cuda_report.kernels(arch)}
+        maps = {"__half": cuda_report.MAPS, "__nv_bfloat16": cuda_report.MAPS, "float": cuda_report.PROJECTED}
+        for dtype, served in maps.items():
+            for name, role in (("fold", ""), ("read", ""), ("grad", "queries"), ("grad", "keys")):
+                wanted = {(name, role, dtype, size, m) for size in (16, 32, 64) for m in served}
+                assert wanted <= names, wanted - names
+
+    def test_no_spills(self, arch):
+        """But in float32 of 64 channels, whose shuffles for mma need the registers."""
+        spilled = {(k.name, k.role, k.dtype, k.size, k.map) for k in cuda_report.kernels(arch) if k.spills}
+        assert {(dtype, size) for _, _, dtype, size, _ in spilled} <= {("float", 64)}, spilled
+
+    def test_tensor_cores(self, arch):
+        for k in cuda_report.kernels(arch):
+            if k.dtype == "float":
+                assert k.count("HMMA") == 0
+            elif k.dtype == "__half" or arch >= 80:
+                assert k.count("HMMA.16816" if arch >= 80 else "HMMA.1688") > 0, k
+
+
+@built
+@pytest.mark.slow
+class TestTuring:
+    def test_shared_memory_and_resident_warps(self):
+        for k in cuda_report.kernels(75):
+            _, shared = cuda_report.launch(k.name, k.dtype, k.size, k.map, 1000)
+            assert shared <= 48 * 1024
+            claimed = 4 if k.dtype == "float" and k.name != "fold" else 8
+            if (k.name, k.dtype, k.size) == ("fold", "__half", 16) and k.map in cuda_report.PROJECTED:
+                claimed = 12
+            if k.dtype != "__nv_bfloat16":
+                assert cuda_report.resident_warps(k, 1000) >= claimed, k.name
+
+    def test_the_key_pass_multiplies_on_tensor_cores(self):
+        for k in cuda_report.kernels(75):
+            if k.name == "fold" and k.dtype == "__half":
+                assert k.tensor_core_share >= 0.8, (k.map, k.size, k.tensor_core_share)
+
+    def test_prediction_counts_what_the_mathematics_says(self):
+        rows = {row["pass"]: row for row in cuda_report.prediction(32, FEATURES)}
+        assert rows["keys"]["bytes"] + rows["queries"]["bytes"] == 256
+        # W x twice, as W is two operands, and e vᵀ, of 112 features
+        assert rows["keys"]["flops"] == 2 * 112 * (2 * 32 + 32)
+        assert all(row["predicted_ns"] >= row["ns"]["memory"] for row in rows.values())
+        assert "Predicted, not measured" in cuda_report.report(75)
