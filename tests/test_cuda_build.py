@@ -8,6 +8,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import cuda_report
+import torch
+
+from cxv_kernels._extension import CUDA_MISSING
 
 ARCHS = (75, 80, 90)
 FEATURES = 110  # what the models use, of D = 32
@@ -67,3 +70,12 @@ class TestTuring:
         assert rows["keys"]["flops"] == 2 * 112 * (2 * 32 + 32)
         assert all(row["predicted_ns"] >= row["ns"]["memory"] for row in rows.values())
         assert "Predicted, not measured" in cuda_report.report(75)
+
+
+@pytest.mark.skipif(CUDA_MISSING is not None, reason="no CUDA library")
+@pytest.mark.parametrize(
+    "op", ["linear_attention", "kv_state", "performer_attention", "performer_features", "conv_norm"]
+)
+def test_the_library_has_both_directions(op):
+    for way in ("forward", "backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cxv_kernels::{op}_{way}", "CUDA")

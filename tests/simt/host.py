@@ -4,6 +4,8 @@ import ctypes
 import os
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 SIMT = Path(__file__).parent
 CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++"))), None)
+_folder = tempfile.TemporaryDirectory()  # goes with the process
 needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
@@ -20,12 +23,19 @@ def _compile(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@cache
+def _emulator() -> Path:
+    """Compiled once, for all of the process's libraries."""
+    target = Path(_folder.name) / "simt.o"
+    _compile("-O2", "-c", str(SIMT / "simt.cpp"), "-o", str(target))
+    return target
+
+
 def build(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     """tests/simt/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
-    emulator, kernels, library = (folder / name for name in ("simt.o", "kernels.o", "simt.so"))
-    _compile("-O2", "-c", str(SIMT / "simt.cpp"), "-o", str(emulator))
+    kernels, library = folder / "kernels.o", folder / "simt.so"
     _compile("-O1", "-fsanitize=thread", *flags, "-c", str(SIMT / source), "-o", str(kernels))
-    _compile("-shared", str(emulator), str(kernels), "-o", str(library))
+    _compile("-shared", str(_emulator()), str(kernels), "-o", str(library))
     return ctypes.CDLL(str(library))
 
 
