@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from cxv_kernels._extension import CPP_MISSING
+from cxv_kernels._triton import interpreting
 
+collect_ignore = [] if interpreting() else ["interpreter"]  # tests/test_triton.py runs that folder in a process of its own
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
 
 
