@@ -292,7 +292,8 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
       y_chunks.fetch(side.y, y_head, tile * Rows, side.tokens, int(p.value_dim), mask, p.mask_stride[1]);
     };
     const Range<Rows> range(side.tokens, side.splits, item % side.splits);
-    constexpr bool kAhead = sizeof(T) == 2;  // a tile is under way while another is computed; float has no registers
+    // A tile is under way while another is computed, where registers are left for it.
+    constexpr bool kAhead = sizeof(T) == 2 && !(kProjected<map> && P == 64);
     if (kAhead && range.begin < range.end) fetch(range.begin);
     for (int64_t tile = range.begin; tile < range.end; ++tile) {
       __syncthreads();
