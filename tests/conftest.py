@@ -6,7 +6,8 @@ import torch
 from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import interpreting
 
-collect_ignore = [] if interpreting() else ["interpreter"]  # tests/test_triton.py runs that folder in a process of its own
+# tests/test_triton.py runs that folder in a process of its own
+collect_ignore = [] if interpreting() else ["interpreter"]
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
 
 

@@ -275,7 +275,7 @@ def test_a_wrong_kernel_gets_no_speed(tmp_path, monkeypatch, capsys):
         return attend if backend == "reference" else lambda q, k, v: attend(q, k, v) * 1.001
 
     monkeypatch.setattr(attn_mem, "attention", wrong)
-    monkeypatch.setattr(attn_mem.backends, "resolve", lambda op, tensor, backend=None: backend or "cpp")
+    monkeypatch.setattr(attn_mem.backends, "resolve", lambda op, tensor, backend=None, *_, **__: backend or "cpp")
     arguments = ["--quick", "--device", "cpu", "--no-models", "--lengths", "64", "--mechanisms", "nystrom,sdpa"]
     assert attn_mem.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
