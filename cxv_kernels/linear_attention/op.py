@@ -48,9 +48,9 @@ def _(q, k, v, key_mask, feature_map, eps):
 
 
 def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """What the Triton kernels keep of a head: U (B, H, F + 2, E) and the features' statistics (B, H, 2, F + 1)."""
+    """What the Triton kernels keep of a head: U (B, H, F + 2, E) and the statistics (B, H, 2 F + 1)."""
     state = q.new_empty((*q.shape[:2], features + 2, value_dim), dtype=accumulate_dtype(q.dtype))
-    return state, state.new_empty((*q.shape[:2], 2, features + 1))
+    return state, state.new_empty((*q.shape[:2], 2 * features + 1))
 
 
 @register_fake("linear_attention_backward")

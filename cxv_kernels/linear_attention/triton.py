@@ -9,7 +9,7 @@ A head has F features: the rows of the projection W, or without one the D channe
 The first, second and fourth are exponentials (``EXP``), computed in base 2. What is kept of a head (README.md):
 
 - state (F + 2, E): U_m = S_m/z_m − c̄; c̄; the largest |U| of each column.
-- stat (2, F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact),
+- stat (2 F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact),
   0 (softmax), else z_m/Σ z·HALF_RANGE.
 
 ``p_`` is a pointer, ``s_`` its strides, ``b_`` a tile's values, ``o_`` offsets, ``m_`` masks, ``i_`` an index.
@@ -236,7 +236,7 @@ def state_kernel(
     p_sums,  # as key_kernel left them
     p_stats,
     p_state,  # (B·H, F + 2, E), or (B·H, F, E) if RAW
-    p_stat,  # (B·H, 2, F + 1), or (B·H, F) if RAW
+    p_stat,  # (B·H, 2 F + 1), or (B·H, F) if RAW
     p_top,  # (B·H): log2 of favor's maximum
     SPLITS,
     E: tl.constexpr,
@@ -310,7 +310,7 @@ def state_kernel(
         tl.store(p + F * E, b_c, mask=m_e)
         tl.store(p + (F + 1) * E, tl.max(tl.abs(b_u), 0), mask=m_e)
         if i_e == 0:
-            p_stat += i_bh * 2 * (F + 1)
+            p_stat += i_bh * (2 * F + 1)
             b_weight = b_z * (HALF_RANGE * reciprocal(total))
             if MAP == "exact":
                 b_weight = b_log
@@ -418,7 +418,7 @@ def query_kernel(
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     p_q, p_out = of_head(p_q, s_q, i_bh, H), of_head(p_out, s_out, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
-    p_stat += i_bh.to(tl.int64) * 2 * (F + 1)
+    p_stat += i_bh.to(tl.int64) * (2 * F + 1)
     o_e = tl.arange(0, BLOCK_E)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
@@ -496,7 +496,7 @@ def query_backward_kernel(
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     p_q, p_do, p_dq = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H), of_head(p_dq, s_dq, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
-    p_stat += i_bh.to(tl.int64) * 2 * (F + 1)
+    p_stat += i_bh.to(tl.int64) * (2 * F + 1)
     p_rows += i_bh.to(tl.int64) * 4 * N
     o_e = tl.arange(0, BLOCK_E)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
@@ -639,7 +639,7 @@ def state_backward_kernel(
     b_r = tl.zeros([BLOCK_F, BLOCK_E], ACC)
     b_rho = tl.zeros([BLOCK_F], ACC)
     if MAP == "favor" or MAP == "favor_relu":
-        b_z = EPS * load_weights(p_stat + i_bh * 2 * (F + 1), o_f, F, MAP)
+        b_z = EPS * load_weights(p_stat + i_bh * (2 * F + 1), o_f, F, MAP)
     for i_s in range(SPLITS):
         i_part = (i_bh * SPLITS + i_s) * (F + 1)
         p = p_sums + i_part * E + o_e
@@ -921,7 +921,7 @@ class Skeleton:
     def key_pass(
         self, k: Tensor, v: Tensor, key_mask: Tensor | None, raw: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(state (B, H, F + 2, E), stat (B, H, 2, F + 1), favor's maximum (B, H)), or if raw kv_state's S and stat."""
+        """(state (B, H, F + 2, E), stat (B, H, 2 F + 1), favor's maximum (B, H)), or if raw kv_state's S and stat."""
         sums, stats, runs = self.key_sums(k, v, key_mask)
         heads = tuple(k.shape[:2])
         if raw:
