@@ -580,6 +580,9 @@ class Stacked(nn.Sequential):
 @pytest.mark.parametrize("row", [row for row in TABLE_1 if row != "resnet-34"])
 def test_every_model_of_table_1_trains(tmp_path, row):
     family = row.rpartition("-")[0]
+    libraries = dict.fromkeys(("vit", "mlp-mixer", "convmixer"), "timm") | dict.fromkeys(("cct", "cvt"), "vit_pytorch")
+    if family in libraries:
+        pytest.importorskip(libraries[family])
     name = {"resnet": "resnet-18", "cvt": "cvt-3/2"}.get(family) or f"{family}-1" + "/2" * ("/" in row)
     small = {"model": name, "embed_dim": None, "limit_train": 12, "limit_test": 10, "batch_size": 6, "img_size": 16}
     result, log = run(tmp_path / "a", **small, epochs=1, sgd_epochs=0)
