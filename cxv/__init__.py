@@ -2,7 +2,19 @@
 
 from cxv_kernels import __version__
 
-from .models import CLTV, CNV, CPV, CXV, create_model, list_models
+from .models import CLTV, CNV, CPV, CXV, HybridViLT, HybridViN, HybridViP, create_model, list_models
 from .training import DualOpT
 
-__all__ = ["CLTV", "CNV", "CPV", "CXV", "DualOpT", "__version__", "create_model", "list_models"]
+__all__ = [
+    "CLTV",
+    "CNV",
+    "CPV",
+    "CXV",
+    "DualOpT",
+    "HybridViLT",
+    "HybridViN",
+    "HybridViP",
+    "__version__",
+    "create_model",
+    "list_models",
+]

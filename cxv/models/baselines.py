@@ -1,4 +1,8 @@
-"""Table 1's baselines that a well-kept library has, in the rows' configurations (timm, vit-pytorch, torchvision)."""
+"""Table 1's baselines that a well-kept library has, in the rows' configurations (timm, vit-pytorch, torchvision).
+
+All take images (B, in_chans, img_size, img_size) and give logits (B, num_classes); those of timm and vit-pytorch raise
+ImportError where their library is not installed.
+"""
 
 import importlib
 from types import ModuleType

@@ -48,7 +48,11 @@ def list_models(filter: str = "") -> list[str]:
 
 
 def has_fused_ops(name: str) -> bool:
-    """Whether ``use_fused`` makes a difference to the model of this name."""
+    """Whether ``use_fused`` makes a difference to the model of this name.
+
+    Raises:
+        ValueError: no such model.
+    """
     return _parse(name)[0] in _FUSED
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import cxv_kernels
 
 # Tokens of a chunk: what backward recomputes at once is small. On a CPU its widest tensors stay in the last-level
-# cache; another device needs more work at a time to be full.
+# cache; a GPU needs more work at a time to be full (how much, nobody has measured yet).
 CHUNK_TOKENS = 8192
 DEVICE_CHUNK_TOKENS = 65536
 

@@ -10,9 +10,7 @@ from torch.library import opcheck
 
 import cxv_kernels
 from cxv_kernels import checks, configs, orthogonal_projection, performer_features
-from cxv_kernels._triton import interpreting
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
 every_variant = pytest.mark.parametrize("variant", ATTENTION)
 DTYPES = (torch.float64, torch.float32, torch.float16)
 OURS = ("linear_attention", "kv_state", "performer_attention", "performer_features")

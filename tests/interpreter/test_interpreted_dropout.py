@@ -5,9 +5,7 @@ import torch
 from torch.library import opcheck
 
 from cxv_kernels import dropout, dropout_mask
-from cxv_kernels._triton import interpreting
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
 SEED = torch.tensor(0x0123456789ABCDEF)
 DTYPES = (torch.float64, torch.float32, torch.float16)
 

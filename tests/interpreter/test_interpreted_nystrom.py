@@ -5,12 +5,10 @@ import torch
 from torch.library import opcheck
 
 from cxv_kernels import nystrom_attention
-from cxv_kernels._triton import interpreting
 from cxv_kernels.checks import tolerance
 from cxv_kernels.nystrom_attention.op import Means, Mix, Residual
 from cxv_kernels.nystrom_attention.reference import mix_reference, residual_reference, segment_means
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
 DTYPES = (torch.float64, torch.float32, torch.float16)
 OPS = torch.ops.cxv_kernels_triton
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from cxv_kernels import _triton, configs
-from cxv_kernels._triton import interpreting
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1, in a process of its own")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
