@@ -13,6 +13,7 @@ from .models import create_model, list_models
 from .training.checkpoint import load_model
 from .training.config import OPTIMIZERS, RECIPES, TrainConfig
 from .training.data import DATASETS, decode_image, load_data, normalise
+from .training.distributed import PeerError, World, process_group
 from .training.errors import InputError
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
 from .training.seeds import has_seeds, train_seeds
@@ -28,11 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         args.run(args)
+    except PeerError:
+        return 2
     except InputError as error:
         print(f"cxv: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("cxv: interrupted", file=sys.stderr)
+        if World.current().is_main:
+            print("cxv: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
@@ -44,10 +48,11 @@ def _train(args: argparse.Namespace) -> None:
             raise InputError("--repeats and --seeds exclude each other")
         first = config.seed or 0
         config = replace(config, seed=None, seeds=tuple(range(first, first + args.repeats)))
-    if has_seeds(config):
-        train_seeds(config)
-    else:
-        train(config)
+    with process_group():
+        if World.current().from_main(lambda: has_seeds(config)):
+            train_seeds(config)
+        else:
+            train(config)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -215,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stale epochs that end a phase (default: 20, the paper's)",
     )
-    g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a batch (default: 128)")
+    g.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        metavar="N",
+        help="images a batch, which the processes of torchrun share (default: 128)",
+    )
     g.add_argument(
         "--accumulate", type=_at_least(1), metavar="N", help="batches whose gradients make one step (default: 1)"
     )
@@ -244,6 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(g, default=None)
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="where the run's files go (default: runs/DATA-MODEL)")
+    g.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="the numbers of metrics.jsonl for TensorBoard too, in OUTPUT/tensorboard (default: no)",
+    )
     g.add_argument(
         "--resume", action="store_true", help="go on with the run in --output; other arguments default to its"
     )
