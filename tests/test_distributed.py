@@ -13,7 +13,7 @@ import torch
 from test_training import AUGMENTED, TINY, assert_same_run, curve, run
 
 import cxv
-from cxv.training import evaluate, load_data, load_model
+from cxv.training import TrainConfig, evaluate, load_data, load_model, train
 from cxv.training.checkpoint import read_checkpoint
 from cxv.training.distributed import World
 
@@ -195,6 +195,11 @@ def test_a_step_of_accumulated_and_clipped_batches_is_shared_too(jobs, tmp_path)
     one, two = (read_checkpoint(path / "last.pt")["model"] for path in (tmp_path / "one", root / "accumulated"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6)
+    for output in (tmp_path / "one", root / "accumulated"):  # the number of processes may change
+        train(TrainConfig(output=str(output), resume=True, epochs=3), log=str)
+    one, two = (read_checkpoint(path / "last.pt")["model"] for path in (tmp_path / "one", root / "accumulated"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
 
 
 def test_gradients_of_the_fused_models_are_those_of_one_process(jobs):

@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -305,25 +305,48 @@ def evaluate(
 
     The processes of ``world``, all of which must call it, share the images; none is counted twice.
     """
-    world = world or World()
-    autocast = autocast or autocast_for("fp32", torch.device(device))
+    world, device = world or World(), torch.device(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss, the hits
+    for logits, y in _logits(model, data, batch_size, device, autocast, world):
+        sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+    loss, hits = world.sum(sums).tolist()
+    return loss / len(data), 100 * hits / len(data)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: ImageSet,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager] | None = None,
+) -> Tensor:
+    """Logits (images, classes) of every image, in ``eval()`` mode: float32, on the CPU."""
+    found = _logits(model, data, batch_size, torch.device(device), autocast, World())
+    return torch.cat([logits.cpu() for logits, _ in found])
+
+
+def _logits(
+    model: nn.Module,
+    data: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] | None,
+    world: World,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's logits in float32 and its labels, batch by batch."""
+    autocast = autocast or autocast_for("fp32", device)
+    share = None if world.size == 1 else partial(world.share, batch_size=batch_size)
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.float64, device=device)
-    share = None if world.size == 1 else partial(world.share, batch_size=batch_size)
     try:
         for i, (x, y) in enumerate(interruptible(batches(data, batch_size, device, share=share), world.max)):
             mine = len(world.part(min(batch_size, len(data) - i * batch_size)))
             with autocast():
-                logits = model(x)[:mine]
-            y = y[:mine]
-            loss += F.cross_entropy(logits.float(), y, reduction="sum")
-            hits += (logits.argmax(1) == y).sum()
+                logits = model(x)
+            yield logits[:mine].float(), y[:mine]
     finally:
         model.train(was_training)
-    total_loss, total_hits = world.sum(torch.stack([loss, hits])).tolist()
-    return total_loss / len(data), 100 * total_hits / len(data)
 
 
 def pick_device(name: str) -> torch.device:
