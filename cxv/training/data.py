@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,16 +197,22 @@ def batches(
     augment: "RandAugment | None" = None,
     epoch: int = 0,
     skip: int = 0,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``(images, labels)``: (B, C, S, S) float32 in [-1, 1] and (B,) int64, on ``device``.
 
     In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
-    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out.
+    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``share`` takes
+    the rows of a batch and returns those to give of it.
     """
     order = None if generator is None else torch.randperm(len(data), generator=generator)
+    if order is None and share is not None:
+        order = torch.arange(len(data))
     draws = None if augment is None else augment.draws(len(data), epoch)
     for i in range(skip * batch_size, len(data), batch_size):
         rows = slice(i, i + batch_size) if order is None else order[i : i + batch_size]
+        if share is not None:
+            rows = share(rows)
         x = data.images[rows].to(device)
         if augment is not None:
             x = augment(x, draws[rows])
