@@ -12,10 +12,11 @@ import torch
 from .models import create_model, list_models
 from .training.checkpoint import load_model
 from .training.config import OPTIMIZERS, RECIPES, TrainConfig
-from .training.data import DATASETS, decode_image, load_data, normalise
+from .training.data import DATASETS, load_data, normalise
 from .training.errors import InputError
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
 from .training.seeds import has_seeds, train_seeds
+from .training.sources import decode_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +66,8 @@ def _eval(args: argparse.Namespace) -> None:
         seed=run["seed"],
         on_corrupt=args.on_corrupt or run["on_corrupt"],
         splits=("test",),
+        cache_dir=args.cache_dir,
+        normalisation=checkpoint["normalisation"],
     )
     if data.classes != checkpoint["classes"]:
         raise InputError(
@@ -93,7 +96,9 @@ def _predict(args: argparse.Namespace) -> None:
     images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
     for path, image in zip(args.images, images, strict=True):
         with torch.no_grad():
-            probabilities = model(normalise(image[None].to(device)))[0].float().softmax(0)
+            probabilities = (
+                model(normalise(image[None].to(device), **checkpoint["normalisation"]))[0].float().softmax(0)
+            )
         top = probabilities.topk(min(5, len(probabilities)))
         print(path)
         for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
@@ -145,6 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-rate", type=float, metavar="P", help="dropout (default: the model's own; the paper's is 0.5)"
     )
     g.add_argument(
+        "--stem-stride",
+        type=_at_least(1),
+        metavar="N",
+        help="of the first convolution, or the side of a patch where the model has those (default: the model's own, 1; "
+        "for tiny-imagenet 2, as in the paper)",
+    )
+    g.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,
         help="fused kernels or plain PyTorch (default: --fused)",
@@ -154,8 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="for folder: it has train/CLASS/… and test/CLASS/… (or val); for cifar: where its archive is or "
+        help="for folder: it has train/CLASS/… and test/CLASS/… (or val); for the others: where the archive is or "
         "goes (default: data)",
+    )
+    _add_cache(g)
+    g.add_argument(
+        "--data-on-device",
+        action=argparse.BooleanOptionalAction,
+        help="all images in the GPU's memory, where batches are drawn and augmented (default: where they take at most "
+        "a quarter of what is free)",
     )
     g.add_argument(
         "--img-size",
@@ -254,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(p)
     p.add_argument("--data", metavar="NAME", help=f"{', '.join(DATASETS)} (default: the run's)")
     p.add_argument("--data-dir", metavar="DIR", help="its files (default: the run's); folder needs only test/ or val/")
+    _add_cache(p)
     p.add_argument("--limit-test", type=_at_least(1), metavar="N", help="at most N images (default: as in the run)")
     p.add_argument("--on-corrupt", choices=("error", "skip"), help="an unreadable image (default: as in the run)")
     p.add_argument("--batch-size", type=_at_least(1), metavar="N", help="default: the run's")
@@ -269,6 +289,15 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("models", help="list the models", description="The models and their parameter counts.")
     p.set_defaults(run=_models)
     return parser
+
+
+def _add_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where decoded images are kept, to be mapped into memory; none: nowhere (default: $CXV_CACHE, else cxv in "
+        "$XDG_CACHE_HOME or ~/.cache)",
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,10 @@
 
 import difflib
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -54,6 +56,16 @@ def has_fused_ops(name: str) -> bool:
         ValueError: no such model.
     """
     return _parse(name)[0] in _FUSED
+
+
+def downsampling(name: str) -> str:
+    """The argument that makes a model's map smaller than the image: ``patch_size`` of one of patches, else
+    ``stem_stride``, also for a name that :func:`create_model` refuses.
+    """
+    with suppress(ValueError):
+        if "patch_size" in inspect.signature(_parse(name)[0]).parameters:
+            return "patch_size"
+    return "stem_stride"
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.registry import has_fused_ops
+from ..models.registry import downsampling, has_fused_ops
 from .augment import RandAugment
 from .checkpoint import (
     BEST,
@@ -31,7 +31,7 @@ from .checkpoint import (
 )
 from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TrainConfig, arguments, flag, resolve
 from .curves import phase_name, plot_curves
-from .data import MEAN, STD, Data, ImageSet, batches, load_data
+from .data import Data, ImageSet, batches, load_data, to_device
 from .dualopt import DualOpT
 from .errors import InputError
 from .interrupt import Interrupted, deferred_interrupts, interruptible
@@ -88,11 +88,14 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         validation=config.validation,
         seed=config.seed,
         on_corrupt=config.on_corrupt,
+        cache_dir=config.cache_dir,
+        log=log,
     )
     config.img_size = data.img_size
     fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
     if saved is not None:
         _check_same_data(saved, data, fingerprint, output)
+    data = to_device(data, device, config.data_on_device)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     kwargs = {
@@ -102,6 +105,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         "use_fused": config.fused,
     }
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
+    if config.stem_stride is not None:
+        kwargs[downsampling(config.model)] = config.stem_stride
     model = build_model(config.model, kwargs).to(device)
     if config.compile:
         model.compile()  # in place: the same parameters by the same names
@@ -144,7 +149,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "classes": data.classes,
                 "img_size": data.img_size,
                 "in_chans": data.in_chans,
-                "normalisation": {"mean": MEAN, "std": STD},
+                "normalisation": data.normalisation,
                 "data_fingerprint": fingerprint,
                 "optimiser": opt.state_dict(),
                 "post_training": post_training,
@@ -179,7 +184,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     held = "" if data.validation is None else f" {len(data.validation):,} validation"
     log(
         f"{config.data}: {len(data.train):,} training{',' if held else ''}{held} and {len(data.test):,} test images, "
-        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}"
+        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}, {data.place}"
     )
     log(_recipe_line(config, selection))
     log(f"on {device} with {torch.get_num_threads()} threads, output in {output}")
