@@ -5,14 +5,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from .models import create_model, list_models
 from .training.checkpoint import load_model
-from .training.config import OPTIMIZERS, RECIPES, TrainConfig
-from .training.data import DATASETS, decode_image, load_data, normalise
+from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
+from .training.data import DATASETS, MEAN, STD, decode_image, load_data, normalise
 from .training.errors import InputError
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
 from .training.seeds import has_seeds, train_seeds
@@ -54,8 +54,11 @@ def _eval(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
-    run = checkpoint["args"]
+    _check_normalisation(checkpoint, args)
+    run = DEFAULTS | dict.fromkeys(("data", "data_dir", "limit_test")) | checkpoint["args"]  # shared files lack some
     name = args.data or run["data"]
+    if name is None:
+        raise InputError(f"--data: give it, as {args.checkpoint} does not say what the model was trained on")
     same = name == run["data"]
     data = load_data(
         name,
@@ -80,8 +83,9 @@ def _eval(args: argparse.Namespace) -> None:
         precision = "fp32"
     batch_size = args.batch_size or run["batch_size"]
     loss, top1 = evaluate(model, data.test, batch_size, device, autocast_for(precision, device))
+    epoch = "" if checkpoint["epoch"] is None else f" of epoch {checkpoint['epoch']}"
     print(
-        f"{checkpoint['model_name']} of epoch {checkpoint['epoch']} on {name}: top-1 {top1:.2f} %, "
+        f"{checkpoint['model_name']}{epoch} on {name}: top-1 {top1:.2f} %, "
         f"loss {loss:.4f} ({len(data.test):,} images, {precision})"
     )
 
@@ -90,6 +94,7 @@ def _predict(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
+    _check_normalisation(checkpoint, args)
     images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
     for path, image in zip(args.images, images, strict=True):
         with torch.no_grad():
@@ -98,6 +103,12 @@ def _predict(args: argparse.Namespace) -> None:
         print(path)
         for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             print(f"  {100 * p:6.2f} %  {checkpoint['classes'][i]}")
+
+
+def _check_normalisation(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+    wanted, ours = checkpoint["normalisation"], {"mean": MEAN, "std": STD}
+    if wanted != ours:
+        raise InputError(f"--checkpoint: {args.checkpoint} wants pixels normalised by {wanted}, and cxv does by {ours}")
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -272,7 +283,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of `cxv train`, or a .pt file")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="the --output of `cxv train`, a .pt file in it, or a .safetensors file of cxv.save_safetensors",
+    )
     parser.add_argument(
         "--which", choices=("best", "last"), default="best", help="which of its weights (default: best)"
     )
