@@ -270,12 +270,24 @@ def test_a_hostile_pickle_is_never_run(tmp_path, run, kind):
     assert trace.exists() or kind in ("legacy", "named safetensors")
 
 
-def test_sharing_needs_no_hub_and_imports_nothing():
-    code = "import sys, cxv; assert not {'safetensors', 'huggingface_hub', 'timm'} & sys.modules.keys(); "
-    code += "sys.modules['huggingface_hub'] = None; import cxv.hub"
+def test_cxv_needs_neither_the_hub_nor_timm():
+    code = """
+import sys
+import cxv
+assert not {"safetensors", "huggingface_hub", "timm"} & sys.modules.keys()
+sys.modules["huggingface_hub"] = sys.modules["timm"] = None
+for name in ("hub", "timm"):
+    try:
+        __import__(f"cxv.{name}")
+    except ImportError as error:
+        print(error)
+"""
     env = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert "pip install 'cxv[hub]'" in done.stderr.splitlines()[-1]
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "cxv.hub needs huggingface_hub, which is not installed: pip install 'cxv[hub]'",
+        "cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'",
+    ]
 
 
 @pytest.fixture
