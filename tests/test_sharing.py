@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -356,3 +357,15 @@ def test_model_card(run, tmp_path):
     card = ModelCard.load(tmp_path / "b" / "README.md")
     assert card.data.eval_results is None
     assert "| trained on | not recorded |" in card.text
+
+
+def test_the_documentation_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "sharing.md"
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["fine_tune"].head.weight.shape == (5, 64)
+    assert names["logits"].shape == (1, 3)
+    assert [f.shape for f in names["features"]] == [(1, 64, 56, 56)] * 2
+    assert torch.equal(names["again"].stem[0].weight, names["model"].stem[0].weight)  # by way of timm
