@@ -5,13 +5,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from .models import create_model, list_models
 from .training.checkpoint import load_model
-from .training.config import OPTIMIZERS, RECIPES, TrainConfig
+from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
 from .training.data import DATASETS, load_data, normalise
 from .training.errors import InputError
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
@@ -55,8 +55,11 @@ def _eval(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
-    run = checkpoint["args"]
+    _check_normalisation(checkpoint, args)
+    run = DEFAULTS | dict.fromkeys(("data", "data_dir", "limit_test")) | checkpoint["args"]  # shared files lack some
     name = args.data or run["data"]
+    if name is None:
+        raise InputError(f"--data: give it, as {args.checkpoint} does not say what the model was trained on")
     same = name == run["data"]
     data = load_data(
         name,
@@ -83,8 +86,9 @@ def _eval(args: argparse.Namespace) -> None:
         precision = "fp32"
     batch_size = args.batch_size or run["batch_size"]
     loss, top1 = evaluate(model, data.test, batch_size, device, autocast_for(precision, device))
+    epoch = "" if checkpoint["epoch"] is None else f" of epoch {checkpoint['epoch']}"
     print(
-        f"{checkpoint['model_name']} of epoch {checkpoint['epoch']} on {name}: top-1 {top1:.2f} %, "
+        f"{checkpoint['model_name']}{epoch} on {name}: top-1 {top1:.2f} %, "
         f"loss {loss:.4f} ({len(data.test):,} images, {precision})"
     )
 
@@ -93,16 +97,26 @@ def _predict(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
+    _check_normalisation(checkpoint, args)
     images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
     for path, image in zip(args.images, images, strict=True):
         with torch.no_grad():
-            probabilities = (
-                model(normalise(image[None].to(device), **checkpoint["normalisation"]))[0].float().softmax(0)
-            )
+            x = normalise(image[None].to(device), **checkpoint["normalisation"])
+            probabilities = model(x)[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
         print(path)
         for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             print(f"  {100 * p:6.2f} %  {checkpoint['classes'][i]}")
+
+
+def _check_normalisation(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+    try:
+        normalise(torch.zeros(1, checkpoint["in_chans"], 1, 1, dtype=torch.uint8), **checkpoint["normalisation"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--checkpoint: {args.checkpoint} wants pixels normalised by {checkpoint['normalisation']}; expected a mean "
+            f"and a std, numbers or one for each of {checkpoint['in_chans']} channels"
+        ) from error
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -301,7 +315,12 @@ def _add_cache(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of `cxv train`, or a .pt file")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="the --output of `cxv train`, a .pt file in it, or a .safetensors file of cxv.save_safetensors",
+    )
     parser.add_argument(
         "--which", choices=("best", "last"), default="best", help="which of its weights (default: best)"
     )
