@@ -8,13 +8,16 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 
 from .models import create_model, list_models
 from .training.checkpoint import load_model
 from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
 from .training.data import DATASETS, load_data, normalise
+from .training.distributed import PeerError, World, process_group
 from .training.errors import InputError
-from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
+from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, predict, train
+from .training.report import Report, check_suffix
 from .training.seeds import has_seeds, train_seeds
 from .training.sources import decode_image
 
@@ -29,11 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         args.run(args)
+    except PeerError:
+        return 2
     except InputError as error:
         print(f"cxv: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("cxv: interrupted", file=sys.stderr)
+        if World.current().is_main:
+            print("cxv: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
@@ -45,13 +51,16 @@ def _train(args: argparse.Namespace) -> None:
             raise InputError("--repeats and --seeds exclude each other")
         first = config.seed or 0
         config = replace(config, seed=None, seeds=tuple(range(first, first + args.repeats)))
-    if has_seeds(config):
-        train_seeds(config)
-    else:
-        train(config)
+    with process_group():
+        if World.current().from_main(lambda: has_seeds(config)):
+            train_seeds(config)
+        else:
+            train(config)
 
 
 def _eval(args: argparse.Namespace) -> None:
+    if args.report is not None:
+        check_suffix(args.report)
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
@@ -85,12 +94,22 @@ def _eval(args: argparse.Namespace) -> None:
     if precision == "fp16" and args.precision is None and device.type != "cuda":
         precision = "fp32"
     batch_size = args.batch_size or run["batch_size"]
-    loss, top1 = evaluate(model, data.test, batch_size, device, autocast_for(precision, device))
+    how = (model, data.test, batch_size, device, autocast_for(precision, device))
+    if args.report is None:
+        loss, top1 = evaluate(*how)
+    else:
+        logits, labels = predict(*how), data.test.labels
+        loss = F.cross_entropy(logits, labels).item()
+        top1 = 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
     epoch = "" if checkpoint["epoch"] is None else f" of epoch {checkpoint['epoch']}"
-    print(
+    line = (
         f"{checkpoint['model_name']}{epoch} on {name}: top-1 {top1:.2f} %, "
         f"loss {loss:.4f} ({len(data.test):,} images, {precision})"
     )
+    print(line)
+    if args.report is not None:
+        Report(line, data.classes, data.test, logits).write(args.report)
+        print(f"report in {args.report}")
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -114,8 +133,8 @@ def _check_normalisation(checkpoint: dict[str, Any], args: argparse.Namespace) -
         normalise(torch.zeros(1, checkpoint["in_chans"], 1, 1, dtype=torch.uint8), **checkpoint["normalisation"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"--checkpoint: {args.checkpoint} wants pixels normalised by {checkpoint['normalisation']}; expected a mean "
-            f"and a std, numbers or one for each of {checkpoint['in_chans']} channels"
+            f"--checkpoint: {args.checkpoint} wants pixels normalised by {checkpoint['normalisation']}; expected mean "
+            f"and std, numbers or one for each of {checkpoint['in_chans']} channels"
         ) from error
 
 
@@ -248,7 +267,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stale epochs that end a phase (default: 20, the paper's)",
     )
-    g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a batch (default: 128)")
+    g.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        metavar="N",
+        help="images a batch, which the processes of torchrun share (default: 128)",
+    )
     g.add_argument(
         "--accumulate", type=_at_least(1), metavar="N", help="batches whose gradients make one step (default: 1)"
     )
@@ -278,6 +302,11 @@ def _parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="where the run's files go (default: runs/DATA-MODEL)")
     g.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="the numbers of metrics.jsonl for TensorBoard too, in OUTPUT/tensorboard (default: no)",
+    )
+    g.add_argument(
         "--resume", action="store_true", help="go on with the run in --output; other arguments default to its"
     )
     g.add_argument("--overwrite", action="store_true", help="delete the run in --output first")
@@ -292,6 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--on-corrupt", choices=("error", "skip"), help="an unreadable image (default: as in the run)")
     p.add_argument("--batch-size", type=_at_least(1), metavar="N", help="default: the run's")
     p.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
+    p.add_argument(
+        "--report",
+        metavar="FILE",
+        help="confusion matrix, accuracy by class and the worst mistakes, in one .html or .png file",
+    )
     _add_machine(p, default="auto")
 
     p = commands.add_parser("predict", help="classify images", description="The five likeliest classes of images.")

@@ -19,15 +19,8 @@ from .training.checkpoint import (
 from .training.data import MEAN, STD
 from .training.errors import InputError
 
-_PRIVATE = (
-    "data_dir",
-    "cache_dir",
-    "data_on_device",
-    "output",
-    "device",
-    "threads",
-    "seeds",
-)  # a run's arguments that are nobody else's business
+_PRIVATE = ("data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
+"""A run's arguments that are nobody else's business."""
 
 
 def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which: str = "best", **metadata: Any) -> None:

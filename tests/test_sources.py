@@ -14,7 +14,9 @@ import torch
 from conftest import write_image
 from PIL import Image
 
+from cxv.cli import main
 from cxv.training import cache as cache_module
+from cxv.training import load_model
 from cxv.training import sources as sources_module
 from cxv.training.data import TINY_IMAGENET, load_data
 from cxv.training.errors import InputError
@@ -309,3 +311,28 @@ def test_tiny_imagenet_that_cannot_be_had_or_is_incomplete_says_what_is_expected
     shutil.rmtree(root / "train" / WNIDS[1] / "images")
     with pytest.raises(InputError, match=f"no image of a class .train: {WNIDS[1]}."):
         load_data("tiny-imagenet", tiny, splits=("train",))
+
+
+def test_tiny_imagenet_is_trained_with_the_papers_stride_and_normalisation(tiny, tmp_path, capsys):
+    run = ["train", "--data", "tiny-imagenet", "--data-dir", str(tiny), "--epochs", "1", "--sgd-epochs", "0"]
+    run += ["--embed-dim", "16", "--threads", "1"]
+    for name, more, kwargs in (
+        ("cpv-1/2", [], {"stem_stride": 2}),
+        ("cltv-1/2", ["--stem-stride", "4"], {"stem_stride": 4}),
+        ("fnet-1", [], {"patch_size": 2}),
+    ):
+        output = tmp_path / name.replace("/", "-")
+        assert main([*run, "--model", name, "--output", str(output), *more]) == 0
+        model, checkpoint = load_model(output)
+        assert kwargs.items() <= checkpoint["model_kwargs"].items()
+        assert checkpoint["normalisation"] == TINY_IMAGENET
+        top1 = checkpoint["history"][-1]["test_top1"]
+        capsys.readouterr()
+        assert main(["eval", "--checkpoint", str(output), "--threads", "1"]) == 0
+        assert f"top-1 {top1:.2f} %" in capsys.readouterr().out
+    image = tiny / "tiny-imagenet-200" / "val" / "images" / "val_0.JPEG"
+    assert main(["predict", "--checkpoint", str(output), str(image), "--threads", "1"]) == 0
+    mean, std = (torch.tensor(TINY_IMAGENET[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        shares = model((decode_image(image) / 255 - mean).div(std)[None])[0].softmax(0)
+    assert f"{100 * shares.max():6.2f} %  {checkpoint['classes'][shares.argmax()]}" in capsys.readouterr().out

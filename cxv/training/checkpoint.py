@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -68,10 +69,11 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
 
 
 def check_space(output: Path, model: nn.Module) -> None:
-    """See that a run's checkpoints find room on the disk, before an epoch is spent on them.
+    """See that a run's checkpoints find room on the disk, before an epoch is spent on them: by what the disk has free,
+    and, as quotas and limits do not show there, by taking the room of one for a moment.
 
     Raises:
-        InputError: they do not.
+        InputError: they do not, or ``output`` cannot be written to.
     """
     tensors = [*model.parameters(), *model.buffers()]
     size = 4 * sum(t.numel() * t.element_size() for t in tensors) + 2**18  # the weights, the best, two moments
@@ -81,6 +83,14 @@ def check_space(output: Path, model: nn.Module) -> None:
         raise InputError(
             f"--output: {output} has {free / 1e6:.1f} MB free, and the next checkpoints need {needed / 1e6:.1f} MB"
         )
+    try:
+        with tempfile.TemporaryFile(dir=output) as f:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as error:
+        raise InputError(
+            f"--output: {output} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror or error}"
+        ) from error
 
 
 def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:

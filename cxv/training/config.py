@@ -10,6 +10,7 @@ from .checkpoint import BEST, LAST, PREVIOUS, read_last
 from .errors import InputError
 
 METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
+TENSORBOARD = "tensorboard"
 OPTIMIZERS = ("dualopt", "adamw", "sgd")
 DEFAULTS: dict[str, Any] = {
     "data": "digits",
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "device": "auto",
     "on_corrupt": "error",
+    "tensorboard": False,
     "model": "cpv-5/4",
 }
 """The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
@@ -53,7 +55,7 @@ RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 _CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
-_CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device"}
+_CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
 
 
 @dataclass
@@ -61,10 +63,10 @@ class TrainConfig:
     """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
 
     Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
-    ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images make one step, whose
-    gradient has a norm of at most ``clip_grad``; ``rand_augment`` is (operations, magnitude); ``validation`` the number
-    of training images held out to select by. ``seeds``: all those of the runs that this one is of, see
-    :func:`cxv.training.train_seeds`.
+    ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the processes of
+    a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
+    ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by.
+    ``seeds``: all those of the runs that this one is of, see :func:`cxv.training.train_seeds`.
     """
 
     model: str | None = None
@@ -100,6 +102,7 @@ class TrainConfig:
     output: str | None = None
     on_corrupt: str | None = None
     threads: int | None = None
+    tensorboard: bool | None = None
     resume: bool = False
     overwrite: bool = False
 

@@ -293,11 +293,13 @@ def batches(
     augment: "RandAugment | None" = None,
     epoch: int = 0,
     skip: int = 0,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``(images, labels)``: (B, C, S, S) float32, normalised, and (B,) int64, on ``device``.
 
     In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
-    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out.
+    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``share`` takes
+    the rows of a batch and returns those to give of it.
     """
     device = torch.device(device)
     order = torch.arange(len(data)) if generator is None else torch.randperm(len(data), generator=generator)
@@ -306,7 +308,8 @@ def batches(
     together = max(1, GROUP_BYTES // (batch_size * data.pixels[:1].numel()))
     for first in range(skip - skip % together, len(parts), together):
         group = parts[first : first + together]
-        rows = torch.cat(group)
+        group = group if share is None else [share(rows) for rows in group]
+        rows = torch.cat(list(group))
         images, labels = data.take(rows, device)
         if augment is not None:
             images = augment(images, draws[rows])
