@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
 }
 """The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
 a third of ``epochs``, rounded up, and ``sgd_lr`` 0.001."""
+TINY_IMAGENET_DEFAULTS: dict[str, Any] = {"stem_stride": 2}
+"""The paper's, for 64×64 images: a map of 32×32."""
 DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60}
 DIGITS_MODEL: dict[str, Any] = {"model": "cpv-2/4", "embed_dim": 64}
 """For digits, when no model is named: enough for 8×8 images, and minutes on a laptop's CPU."""
@@ -53,7 +55,7 @@ RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 _CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
-_CHANGEABLE |= {"resume", "overwrite", "tensorboard"}
+_CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
 
 
 @dataclass
@@ -70,6 +72,8 @@ class TrainConfig:
     model: str | None = None
     data: str | None = None
     data_dir: str | None = None
+    cache_dir: str | None = None
+    data_on_device: bool | None = None
     recipe: str | None = None
     optimizer: str | None = None
     rand_augment: tuple[int, int] | None = None
@@ -85,6 +89,7 @@ class TrainConfig:
     sgd_lr: float | None = None
     embed_dim: int | None = None
     drop_rate: float | None = None
+    stem_stride: int | None = None
     img_size: int | None = None
     precision: str | None = None
     fused: bool | None = None
@@ -164,6 +169,8 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     defaults = dict(DEFAULTS)
     if given.get("data", "digits") == "digits":
         defaults |= DIGITS_DEFAULTS | ({} if "model" in given else DIGITS_MODEL)
+    if given.get("data") == "tiny-imagenet":
+        defaults |= TINY_IMAGENET_DEFAULTS
     recipe = given.get("recipe")
     if recipe is not None:
         if recipe not in RECIPES:
@@ -202,6 +209,7 @@ def _check(config: TrainConfig) -> None:
         ("patience", 1),
         ("batch_size", 1),
         ("accumulate", 1),
+        ("stem_stride", 1),
         ("threads", 1),
     ):
         value = getattr(config, name)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.registry import has_fused_ops
+from ..models.registry import downsampling, has_fused_ops
 from ..models.residual import ResidualBranch
 from .augment import RandAugment
 from .checkpoint import (
@@ -35,7 +35,7 @@ from .checkpoint import (
 )
 from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TENSORBOARD, TrainConfig, arguments, flag, resolve
 from .curves import phase_name, plot_curves
-from .data import MEAN, STD, Data, ImageSet, batches, load_data
+from .data import Data, ImageSet, batches, load_data, to_device
 from .distributed import PeerError, World
 from .dualopt import DualOpT
 from .errors import InputError
@@ -101,6 +101,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             validation=config.validation,
             seed=config.seed,
             on_corrupt=config.on_corrupt,
+            cache_dir=config.cache_dir,
+            log=log,
         )
     )
     config.img_size = data.img_size
@@ -111,6 +113,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             raise InputError(f"--data: the images that process {world.rank} finds are not those of process 0")
         if saved is not None:
             _check_same_data(saved, data, fingerprint, output)
+        data = to_device(data, device, config.data_on_device)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     kwargs = {
@@ -120,6 +123,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         "use_fused": config.fused,
     }
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
+    if config.stem_stride is not None:
+        kwargs[downsampling(config.model)] = config.stem_stride
     with world.together():
         model = build_model(config.model, kwargs).to(device)
     if config.compile:
@@ -169,7 +174,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "classes": data.classes,
                 "img_size": data.img_size,
                 "in_chans": data.in_chans,
-                "normalisation": {"mean": MEAN, "std": STD},
+                "normalisation": data.normalisation,
                 "data_fingerprint": fingerprint,
                 "optimiser": opt.state_dict(),
                 "post_training": post_training,
@@ -204,7 +209,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     held = "" if data.validation is None else f" {len(data.validation):,} validation"
     log(
         f"{config.data}: {len(data.train):,} training{',' if held else ''}{held} and {len(data.test):,} test images, "
-        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}"
+        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}, {data.place}"
     )
     log(_recipe_line(config, selection))
     processes = "" if world.size == 1 else f" in each of {world.size} processes"
