@@ -13,7 +13,14 @@ from cxv_kernels._triton import interpreting
 # tests/test_triton.py runs that folder in a process of its own
 collect_ignore = [] if interpreting() else ["interpreter"]
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
+# The files that take a minute or more: the others fill up what the processes have left.
+LONGEST = ("test_triton.py", "test_table1.py", "test_training.py", "test_compile_gate.py", "test_models.py")
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

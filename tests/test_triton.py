@@ -14,7 +14,7 @@ from cxv_kernels._triton import TRITON_MISSING, interpreting
 @pytest.mark.skipif(TRITON_MISSING is not None or interpreting(), reason=f"Triton: {TRITON_MISSING or 'interpreting'}")
 def test_kernels_in_the_interpreter():
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(here / "interpreter")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(here / "interpreter")]
     child = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=here.parent, capture_output=True, text=True
     )
