@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Parser, environment, gpu_facts, positive, timing_json, write_json
+from common import DTYPES, Parser, environment, gpu_facts, positive, timing_json, write_json
 from memory import Timing, interleaved
 
 from cxv.training import TrainConfig, train
@@ -30,7 +30,7 @@ from cxv.training.data import Data, batches, load_data
 
 MODELS = ("cpv-5/4", "cnv-5/4", "cltv-5/4")
 AUGMENTS = {"plain": None, "RandAugment 1,1": RandAugment(1, 1), "RandAugment 3,3": RandAugment(3, 3)}
-PARTS = ("loader", "epoch", "resume")
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LOADED = 8192  # images of one repetition
 WANTED = {"loader": 3.0, "epoch": 1.5, "resume": 2.0}  # times the step's rate, times the reference's, seconds at most
 
@@ -45,20 +45,25 @@ def main() -> int:
     parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--rounds", type=positive, default=3, help="runs of each model, fused and not")
     parser.add_argument(
-        "--parts", default=",".join(PARTS), help="comma-separated; the file keeps what it has of others"
+        "--parts", default=",".join(MEASURE), help="comma-separated; the file keeps what it has of others"
     )
     args = parser.parse_args()
     parser.check_shared(args)
+    if args.dtype not in PRECISIONS:
+        parser.error(f"argument --dtype: must be one of {', '.join(PRECISIONS)}, got {args.dtype!r}")
     device = torch.device(args.device)
     path = args.out / f"training_speed-{device.type}.json"
     results: dict[str, Any] = {"benchmark": "training_speed", "parts": {}}
     if path.exists():
         results = parser.results("--out", path, "training_speed")
     for part in args.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"argument --parts: must be some of {', '.join(PARTS)}, got {part!r}")
-        where = environment(device, torch.float32) | gpu_facts(device)
-        results["parts"][part] = {"environment": where, "wanted": WANTED[part]} | globals()[f"_{part}"](args, device)
+        if part not in MEASURE:
+            parser.error(f"argument --parts: must be some of {', '.join(MEASURE)}, got {part!r}")
+        where = environment(device, DTYPES[args.dtype]) | gpu_facts(device)
+        before = results["parts"].get(part, {}).get("rows", {})
+        found = {"environment": where, "wanted": WANTED[part]} | MEASURE[part](args, device)
+        found["rows"] = before | found["rows"]  # of other models
+        results["parts"][part] = found
         write_json(path, results)
     print(table(results["parts"]))
     return 0
@@ -119,11 +124,12 @@ def _epochs(args: Any, data: str, model: str, fused: bool, device: torch.device)
             data_dir=args.data_dir,
             output=str(Path(folder) / "run"),
             optimizer="adamw",
-            epochs=3,
+            epochs=2,
             batch_size=args.batch_size,
             limit_train=args.images,
             limit_test=args.images // 2,
             fused=fused,
+            precision=PRECISIONS[args.dtype],
             device=str(device),
         )
         train(config, log=lambda line: None)
@@ -194,6 +200,8 @@ def table(parts: dict[str, Any]) -> str:
         ]
     return "\n".join(lines)
 
+
+MEASURE = {"loader": _loader, "epoch": _epoch, "resume": _resume}
 
 if __name__ == "__main__":
     sys.exit(main())
