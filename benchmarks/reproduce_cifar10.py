@@ -68,7 +68,7 @@ def main() -> int:
         _collect(results, model, run)
         write_json(args.checkpoint_out / RESULTS, results)
         if status in STOPPED:
-            (run / PREVIOUS).unlink(missing_ok=True)  # last.pt was just read: it is whole
+            (run / PREVIOUS).unlink(missing_ok=True)  # last.pt is replaced as a whole
             break
         if status != 0:
             return 1
