@@ -68,7 +68,7 @@ def main() -> int:
         _collect(results, model, run)
         write_json(args.checkpoint_out / RESULTS, results)
         if status in STOPPED:
-            (run / PREVIOUS).unlink(missing_ok=True)  # last.pt was just read: it is whole
+            (run / PREVIOUS).unlink(missing_ok=True)  # last.pt is replaced as a whole
             break
         if status != 0:
             return 1
@@ -80,7 +80,7 @@ def main() -> int:
         print(
             f"more than the {LARGEST // 2**20} MiB of one load: train fewer --models in one directory", file=sys.stderr
         )
-    if all(row["finished"] for row in results["models"].values()) and len(results["models"]) == len(chosen["models"]):
+    if all(row["finished"] for row in results["runs"].values()) and len(results["runs"]) == len(chosen["models"]):
         return 0
     print(f"not finished: go on with --checkpoint-in {args.checkpoint_out}")
     return MORE_TO_DO
@@ -92,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
         "| model | epochs | best top-1, % | at epoch | last | paper, % | difference |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for model, row in results["models"].items():
+    for model, row in results["runs"].items():
         if not row["epochs"]:
             continue
         best = max(row["epochs"], key=lambda epoch: (epoch["test_top1"], epoch["epoch"]))
@@ -122,7 +122,7 @@ def _take_over(parser: Parser, before: Path | None, out: Path) -> None:
 def _begin(parser: Parser, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = environment(device, torch.float32) | gpu_facts(device)
-    results = {"benchmark": "reproduce_cifar10", **chosen, "slices": [], "models": {}}
+    results = {"benchmark": "reproduce_cifar10", **chosen, "slices": [], "runs": {}}
     if (out / RESULTS).exists():
         results = parser.results("--checkpoint-in", out / RESULTS, "reproduce_cifar10")
         changed = [name for name in chosen if results[name] != chosen[name]]
@@ -168,7 +168,7 @@ def _collect(results: dict[str, Any], model: str, run: Path) -> None:
     if (run / METRICS).exists():
         rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     finished = (run / SUMMARY).exists()
-    results["models"][model] = {
+    results["runs"][model] = {
         "paper_top1": PAPER[results["recipe"]].get(model),
         "finished": finished,
         "summary": json.loads((run / SUMMARY).read_text()) if finished else None,

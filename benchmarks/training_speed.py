@@ -4,8 +4,8 @@
 
 **loader**: images/s of ``cxv.training.data.batches`` alone, over the whole training set mapped from the cache,
 shuffled, plain and with the paper's two RandAugments. **epoch**: seconds of an epoch of ``cxv train`` (training and
-evaluation) on ``--images`` images, with the fused kernels and with the reference, runs in turn, each run's first epoch
-left out. **resume**: seconds from the call of ``cxv.training.train`` to its first batch, with every image and CPV-5/4.
+evaluation) on ``--images`` images, with the fused kernels and with the reference, in turn, the first round left out.
+**resume**: seconds from the call of ``cxv.training.train`` to its first batch, with every image and CPV-5/4.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Parser, environment, gpu_facts, positive, timing_json, write_json
+from common import DTYPES, Parser, environment, gpu_facts, positive, timing_json, write_json
 from memory import Timing, interleaved
 
 from cxv.training import TrainConfig, train
@@ -30,7 +30,7 @@ from cxv.training.data import Data, batches, load_data
 
 MODELS = ("cpv-5/4", "cnv-5/4", "cltv-5/4")
 AUGMENTS = {"plain": None, "RandAugment 1,1": RandAugment(1, 1), "RandAugment 3,3": RandAugment(3, 3)}
-PARTS = ("loader", "epoch", "resume")
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LOADED = 8192  # images of one repetition
 WANTED = {"loader": 3.0, "epoch": 1.5, "resume": 2.0}  # times the step's rate, times the reference's, seconds at most
 
@@ -45,20 +45,25 @@ def main() -> int:
     parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--rounds", type=positive, default=3, help="runs of each model, fused and not")
     parser.add_argument(
-        "--parts", default=",".join(PARTS), help="comma-separated; the file keeps what it has of others"
+        "--parts", default=",".join(MEASURE), help="comma-separated; the file keeps what it has of others"
     )
     args = parser.parse_args()
     parser.check_shared(args)
+    if args.dtype not in PRECISIONS:
+        parser.error(f"argument --dtype: must be one of {', '.join(PRECISIONS)}, got {args.dtype!r}")
     device = torch.device(args.device)
     path = args.out / f"training_speed-{device.type}.json"
     results: dict[str, Any] = {"benchmark": "training_speed", "parts": {}}
     if path.exists():
         results = parser.results("--out", path, "training_speed")
     for part in args.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"argument --parts: must be some of {', '.join(PARTS)}, got {part!r}")
-        where = environment(device, torch.float32) | gpu_facts(device)
-        results["parts"][part] = {"environment": where, "wanted": WANTED[part]} | globals()[f"_{part}"](args, device)
+        if part not in MEASURE:
+            parser.error(f"argument --parts: must be some of {', '.join(MEASURE)}, got {part!r}")
+        where = environment(device, DTYPES[args.dtype]) | gpu_facts(device)
+        before = results["parts"].get(part, {}).get("rows", {})
+        found = {"environment": where, "wanted": WANTED[part]} | MEASURE[part](args, device)
+        found["rows"] = before | found["rows"]  # of other models
+        results["parts"][part] = found
         write_json(path, results)
     print(table(results["parts"]))
     return 0
@@ -98,8 +103,9 @@ def _epoch(args: Any, device: torch.device) -> dict[str, Any]:
     for model in args.models.split(","):
         seconds: dict[bool, list[float]] = {True: [], False: []}
         rates: dict[bool, list[float]] = {True: [], False: []}
-        for _, fused in itertools.product(range(args.rounds), (True, False)):
-            for row in _epochs(args, name, model, fused, device)[1:]:
+        for n, fused in itertools.product(range(args.rounds + 1), (True, False)):
+            row = _first_epoch(args, name, model, fused, device)
+            if n > 0:
                 seconds[fused].append(row["seconds"])
                 rates[fused].append(row["images_per_second"])
         fused, reference = (Timing(tuple(seconds[way])) for way in (True, False))
@@ -111,7 +117,7 @@ def _epoch(args: Any, device: torch.device) -> dict[str, Any]:
     return {"images": args.images, "test_images": args.images // 2, "batch_size": args.batch_size, "rows": rows}
 
 
-def _epochs(args: Any, data: str, model: str, fused: bool, device: torch.device) -> list[dict[str, Any]]:
+def _first_epoch(args: Any, data: str, model: str, fused: bool, device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model=model,
@@ -119,15 +125,16 @@ def _epochs(args: Any, data: str, model: str, fused: bool, device: torch.device)
             data_dir=args.data_dir,
             output=str(Path(folder) / "run"),
             optimizer="adamw",
-            epochs=3,
+            epochs=1,
             batch_size=args.batch_size,
             limit_train=args.images,
             limit_test=args.images // 2,
             fused=fused,
+            precision=PRECISIONS[args.dtype],
             device=str(device),
         )
         train(config, log=lambda line: None)
-        return [json.loads(line) for line in (Path(config.output) / METRICS).read_text().splitlines()]
+        return json.loads((Path(config.output) / METRICS).read_text())
 
 
 def _resume(args: Any, device: torch.device) -> dict[str, Any]:
@@ -194,6 +201,8 @@ def table(parts: dict[str, Any]) -> str:
         ]
     return "\n".join(lines)
 
+
+MEASURE = {"loader": _loader, "epoch": _epoch, "resume": _resume}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -120,7 +120,7 @@ def damages():
 
         def flip(content, place=place):
             content = bytearray(content)
-            content[content.index(b"bee") if place is None else place] ^= 1
+            content[content.index(b'"bee') + 1 if place is None else place] ^= 1
             return bytes(content)
 
         yield where, flip

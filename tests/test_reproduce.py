@@ -1,4 +1,4 @@
-"""reproduce_cifar10.py: slices, wherever they are cut, are one run; what they leave can be carried away and used."""
+"""reproduce_cifar10.py: slices, wherever they are cut, are one run that can be carried away; training_speed.py."""
 
 import json
 import shutil
@@ -19,6 +19,7 @@ from cxv.training import loop as loop_module
 
 sys.path.insert(0, str(BENCHMARKS))
 import reproduce_cifar10
+import training_speed
 
 TINY = [
     "--embed-dim",
@@ -84,7 +85,7 @@ def call(images, out, *arguments, models="cpv-1/2,cltv-1/2", batches=10**9):
 
 
 def epochs(out):
-    models = json.loads((out / reproduce_cifar10.RESULTS).read_text())["models"]
+    models = json.loads((out / reproduce_cifar10.RESULTS).read_text())["runs"]
     return {m: [{k: v for k, v in e.items() if k not in TIMES} for e in row["epochs"]] for m, row in models.items()}
 
 
@@ -125,7 +126,7 @@ def test_the_papers_accuracies_stand_beside():
     models = {
         "cpv-5/4": {"paper_top1": 91.42, "epochs": [row | {"epoch": 6, "test_top1": 92.0}, row], "finished": False}
     }
-    assert "| cpv-5/4 | 7 so far | 92.00 | 6 | 91.50 | 91.42 | +0.58 |" in reproduce_cifar10.table({"models": models})
+    assert "| cpv-5/4 | 7 so far | 92.00 | 6 | 91.50 | 91.42 | +0.58 |" in reproduce_cifar10.table({"runs": models})
 
 
 def test_what_does_not_fit_is_refused(images, tmp_path, stopping, monkeypatch, capsys):
@@ -165,3 +166,24 @@ def test_the_clock_stops_a_real_process(images, tmp_path):
     assert done.returncode == reproduce_cifar10.MORE_TO_DO, done.stderr
     assert "cxv train --resume" in done.stdout
     assert epochs(tmp_path / "a")["cpv-1/2"]
+
+
+def test_training_speed_measures_every_part(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_speed, "LOADED", 8)
+    command = ["training_speed.py", "--data-dir", str(images), "--out", str(tmp_path), "--models", "cpv-1/2"]
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--images", "8", "--batch-size", "4", "--rounds", "1", "--device", "cpu"]
+    )
+    assert training_speed.main() == 0
+    parts = json.loads((tmp_path / "training_speed-cpu.json").read_text())["parts"]
+    row = parts["epoch"]["rows"]["cpv-1/2"]
+    assert len(row["fused"]["samples_s"]) == len(row["reference"]["samples_s"]) == 1
+    assert row["speedup"] == pytest.approx(row["reference"]["median_s"] / row["fused"]["median_s"])
+    assert parts["loader"]["rows"].keys() == training_speed.AUGMENTS.keys()
+    assert 0 < parts["resume"]["rows"]["median_s"] < 10
+    out = capsys.readouterr().out
+    assert f"| {row['speedup']:.2f}× |" in out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--parts", "loader,rest"])
+    with pytest.raises(SystemExit):
+        training_speed.main()
+    assert "must be some of loader, epoch, resume, got 'rest'" in capsys.readouterr().err
