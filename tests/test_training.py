@@ -59,16 +59,22 @@ def curve(output):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+def flat(state, name=""):
+    """Nested dictionaries and sequences as one dictionary."""
+    if not isinstance(state, (dict, list, tuple)):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}").items()}
+
+
 def assert_same_run(a, b):
+    """The same curve, and the same bits in every state that a checkpoint has."""
     assert curve(a) == curve(b)
     for name in ("last.pt", "best.pt"):
-        x, y = read_checkpoint(a / name), read_checkpoint(b / name)
-        assert x["epoch"] == y["epoch"]
-        assert x["model"].keys() == y["model"].keys()
-        for k in x["model"]:
-            assert torch.equal(x["model"][k], y["model"][k]), (name, k)
-        assert torch.equal(x["sampler"], y["sampler"])
-        assert torch.equal(x["rng"]["torch"], y["rng"]["torch"])
+        x, y = (flat({**read_checkpoint(path / name), "args": None, "history": None}) for path in (a, b))
+        assert x.keys() == y.keys()
+        for k in x:
+            assert torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k], (name, k)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +215,7 @@ train(config)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-@pytest.mark.parametrize(("epoch", "left"), [(1, 0), (3, 2), (5, 4)], ids=["first", "adamw", "sgd"])
+@pytest.mark.parametrize(("epoch", "left"), [(1, 0), (5, 4)], ids=["first", "sgd"])
 def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path, epoch, left):
     output = tmp_path / "killed"
     config = TrainConfig(**TINY, output=str(output))

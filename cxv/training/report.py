@@ -80,7 +80,7 @@ class Report:
         for i in self.mistakes[:_MISTAKES].tolist():
             lines = self._caption(i)
             pictures.append(
-                f'<figure><img alt="image {i}" src="{_data_url(_image_png(self.data.images[i]))}">'
+                f'<figure><img alt="image {i}" src="{_data_url(_image_png(self._image(i)))}">'
                 f"<figcaption>{'<br>'.join(map(html.escape, lines))}</figcaption></figure>"
             )
         return _PAGE.substitute(
@@ -105,7 +105,7 @@ class Report:
         for axes in bottom.subplots(lines, columns, squeeze=False).flat:
             axes.set_axis_off()
         for axes, i in zip(bottom.axes, mistakes, strict=False):
-            image = self.data.images[i].permute(1, 2, 0).numpy()
+            image = self._image(i).permute(1, 2, 0).numpy()
             axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
             axes.set_title("\n".join(self._caption(i)), fontsize=7)
         return figure
@@ -133,6 +133,9 @@ class Report:
         which = "the lowest accuracies" if len(worst) < len(self.classes) else "accuracy"
         axes.set(xlim=(0, 112), xlabel=f"{which} by class (%)")
         axes.spines[["top", "right"]].set_visible(False)
+
+    def _image(self, i: int) -> Tensor:
+        return self.data.take(torch.tensor([i]), torch.device("cpu"))[0][0]
 
     def _caption(self, i: int) -> tuple[str, str]:
         true, predicted = int(self.data.labels[i]), int(self.predicted[i])
