@@ -16,7 +16,7 @@ import table1_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def _of(name: str, draw: Callable[[Any], attn_speed_report.Table | str]) -> Callable[[], str]:

@@ -22,9 +22,9 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["**/README.md"]
 html_theme = "furo"
 html_title = f"cxv {version}"
-html_theme_options = {"source_edit_link": ""}
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["tables.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_enable_extensions = ["colon_fence"]
