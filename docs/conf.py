@@ -29,10 +29,11 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # -D nb_execution_mode=force shows what it prints; the tests run it either way
+nb_merge_streams = True
+nb_execution_mode, nb_execution_timeout = "off", 300  # -D nb_execution_mode=force shows what it prints
 
 autodoc_typehints = "signature"
-autodoc_member_order = "bysource"
+autodoc_member_order = "bysource"  # of a module the order of __all__
 python_maximum_signature_line_length = 100
 
 
