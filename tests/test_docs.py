@@ -49,12 +49,15 @@ def commands(page: Path) -> list[list[str]]:
     lines += re.findall(r"`((?:cxv |python benchmarks/)[^`\n]+)`", page.read_text())
     found = []
     for line in lines:
-        for command in re.split(r"&&|;", line.partition(" #")[0]):
-            words = shlex.split(command)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words = words[1:]
-            found += [words] if words else []
-    return found
+        words = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+        words.whitespace_split = True
+        found.append([])
+        for word in words if "$(" not in line else ():
+            if word in ("&&", ";"):
+                found.append([])
+            elif found[-1] or not re.fullmatch(r"[A-Za-z_]+=.*", word):
+                found[-1].append(word)
+    return [command for command in found if command]
 
 
 def help_of(main, argv: list[str], capsys) -> str:
@@ -107,7 +110,7 @@ def test_commands_are_what_the_programs_take(page, capsys):
                 assert all(f"\n{name} = [" in pyproject for name in extra.split(",")), words
             continue
         else:
-            assert words[0] in PROGRAMS, words
+            assert words[0] in PROGRAMS or words[0].startswith("./") or (ROOT / words[0]).is_file(), words
             assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), words
             continue
         for flag in flags:
@@ -136,8 +139,7 @@ def test_tables_are_the_committed_numbers(page):
 
 def test_tables_are_drawn_between_their_marks():
     assert tables.redrawn("a\n<!-- model_mem headline -->\nold\n<!-- /model_mem headline -->\nb").count("cpv-5/4") == 2
-    with pytest.raises(ValueError, match="no table is called 'speed'"):
-        tables.redrawn("<!-- speed -->\n<!-- /speed -->")
+    assert tables.redrawn("<!-- another -->\n<!-- /another -->") == "<!-- another -->\n<!-- /another -->"
     with pytest.raises(ValueError, match="has no end"):
         tables.redrawn("<!-- model_mem -->\n")
 
