@@ -23,18 +23,7 @@ import tables  # noqa: E402
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-# besides cxv and pip
-PROGRAMS = {
-    ".",
-    "cd",
-    "git",
-    "pre-commit",
-    "pytest",
-    "python",
-    "python3",
-    "sphinx-build",
-    "torchrun",
-}
+PROGRAMS = ". auditwheel cd g++ git pre-commit pytest python python3 sphinx-build torchrun".split()  # besides cxv and pip
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
