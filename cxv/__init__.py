@@ -3,6 +3,7 @@
 from cxv_kernels import __version__
 
 from .models import CLTV, CNV, CPV, CXV, HybridViLT, HybridViN, HybridViP, create_model, list_models
+from .sharing import save_safetensors
 from .training import DualOpT
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "__version__",
     "create_model",
     "list_models",
+    "save_safetensors",
 ]

@@ -5,17 +5,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 
 from .models import create_model, list_models
 from .training.checkpoint import load_model
-from .training.config import OPTIMIZERS, RECIPES, TrainConfig
-from .training.data import DATASETS, decode_image, load_data, normalise
+from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
+from .training.data import DATASETS, load_data, normalise
+from .training.distributed import PeerError, World, process_group
 from .training.errors import InputError
-from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, train
+from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, predict, train
+from .training.report import Report, check_suffix
 from .training.seeds import has_seeds, train_seeds
+from .training.sources import decode_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,11 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         args.run(args)
+    except PeerError:
+        return 2
     except InputError as error:
         print(f"cxv: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("cxv: interrupted", file=sys.stderr)
+        if World.current().is_main:
+            print("cxv: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
@@ -44,18 +51,24 @@ def _train(args: argparse.Namespace) -> None:
             raise InputError("--repeats and --seeds exclude each other")
         first = config.seed or 0
         config = replace(config, seed=None, seeds=tuple(range(first, first + args.repeats)))
-    if has_seeds(config):
-        train_seeds(config)
-    else:
-        train(config)
+    with process_group():
+        if World.current().from_main(lambda: has_seeds(config)):
+            train_seeds(config)
+        else:
+            train(config)
 
 
 def _eval(args: argparse.Namespace) -> None:
+    if args.report is not None:
+        check_suffix(args.report)
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
-    run = checkpoint["args"]
+    _check_normalisation(checkpoint, args)
+    run = DEFAULTS | dict.fromkeys(("data", "data_dir", "limit_test")) | checkpoint["args"]  # shared files lack some
     name = args.data or run["data"]
+    if name is None:
+        raise InputError(f"--data: give it, as {args.checkpoint} does not say what the model was trained on")
     same = name == run["data"]
     data = load_data(
         name,
@@ -65,6 +78,8 @@ def _eval(args: argparse.Namespace) -> None:
         seed=run["seed"],
         on_corrupt=args.on_corrupt or run["on_corrupt"],
         splits=("test",),
+        cache_dir=args.cache_dir,
+        normalisation=checkpoint["normalisation"],
     )
     if data.classes != checkpoint["classes"]:
         raise InputError(
@@ -79,25 +94,48 @@ def _eval(args: argparse.Namespace) -> None:
     if precision == "fp16" and args.precision is None and device.type != "cuda":
         precision = "fp32"
     batch_size = args.batch_size or run["batch_size"]
-    loss, top1 = evaluate(model, data.test, batch_size, device, autocast_for(precision, device))
-    print(
-        f"{checkpoint['model_name']} of epoch {checkpoint['epoch']} on {name}: top-1 {top1:.2f} %, "
+    how = (model, data.test, batch_size, device, autocast_for(precision, device))
+    if args.report is None:
+        loss, top1 = evaluate(*how)
+    else:
+        logits, labels = predict(*how), data.test.labels
+        loss = F.cross_entropy(logits, labels).item()
+        top1 = 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+    epoch = "" if checkpoint["epoch"] is None else f" of epoch {checkpoint['epoch']}"
+    line = (
+        f"{checkpoint['model_name']}{epoch} on {name}: top-1 {top1:.2f} %, "
         f"loss {loss:.4f} ({len(data.test):,} images, {precision})"
     )
+    print(line)
+    if args.report is not None:
+        Report(line, data.classes, data.test, logits).write(args.report)
+        print(f"report in {args.report}")
 
 
 def _predict(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
+    _check_normalisation(checkpoint, args)
     images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
     for path, image in zip(args.images, images, strict=True):
         with torch.no_grad():
-            probabilities = model(normalise(image[None].to(device)))[0].float().softmax(0)
+            x = normalise(image[None].to(device), **checkpoint["normalisation"])
+            probabilities = model(x)[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
         print(path)
         for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             print(f"  {100 * p:6.2f} %  {checkpoint['classes'][i]}")
+
+
+def _check_normalisation(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+    try:
+        normalise(torch.zeros(1, checkpoint["in_chans"], 1, 1, dtype=torch.uint8), **checkpoint["normalisation"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--checkpoint: {args.checkpoint} wants pixels normalised by {checkpoint['normalisation']}; expected mean "
+            f"and std, numbers or one for each of {checkpoint['in_chans']} channels"
+        ) from error
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -145,6 +183,13 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-rate", type=float, metavar="P", help="dropout (default: the model's own; the paper's is 0.5)"
     )
     g.add_argument(
+        "--stem-stride",
+        type=_at_least(1),
+        metavar="N",
+        help="of the first convolution, or the side of a patch where the model has those (default: the model's own, 1; "
+        "for tiny-imagenet 2, as in the paper)",
+    )
+    g.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,
         help="fused kernels or plain PyTorch (default: --fused)",
@@ -154,8 +199,15 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="for folder: it has train/CLASS/… and test/CLASS/… (or val); for cifar: where its archive is or "
+        help="for folder: it has train/CLASS/… and test/CLASS/… (or val); for the others: where the archive is or "
         "goes (default: data)",
+    )
+    _add_cache(g)
+    g.add_argument(
+        "--data-on-device",
+        action=argparse.BooleanOptionalAction,
+        help="all images in the GPU's memory, where batches are drawn and augmented (default: where they take at most "
+        "a quarter of what is free)",
     )
     g.add_argument(
         "--img-size",
@@ -215,7 +267,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stale epochs that end a phase (default: 20, the paper's)",
     )
-    g.add_argument("--batch-size", type=_at_least(1), metavar="N", help="images a batch (default: 128)")
+    g.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        metavar="N",
+        help="images a batch, which the processes of torchrun share (default: 128)",
+    )
     g.add_argument(
         "--accumulate", type=_at_least(1), metavar="N", help="batches whose gradients make one step (default: 1)"
     )
@@ -245,6 +302,11 @@ def _parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="where the run's files go (default: runs/DATA-MODEL)")
     g.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="the numbers of metrics.jsonl for TensorBoard too, in OUTPUT/tensorboard (default: no)",
+    )
+    g.add_argument(
         "--resume", action="store_true", help="go on with the run in --output; other arguments default to its"
     )
     g.add_argument("--overwrite", action="store_true", help="delete the run in --output first")
@@ -254,10 +316,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(p)
     p.add_argument("--data", metavar="NAME", help=f"{', '.join(DATASETS)} (default: the run's)")
     p.add_argument("--data-dir", metavar="DIR", help="its files (default: the run's); folder needs only test/ or val/")
+    _add_cache(p)
     p.add_argument("--limit-test", type=_at_least(1), metavar="N", help="at most N images (default: as in the run)")
     p.add_argument("--on-corrupt", choices=("error", "skip"), help="an unreadable image (default: as in the run)")
     p.add_argument("--batch-size", type=_at_least(1), metavar="N", help="default: the run's")
     p.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
+    p.add_argument(
+        "--report",
+        metavar="FILE",
+        help="confusion matrix, accuracy by class and the worst mistakes, in one .html or .png file",
+    )
     _add_machine(p, default="auto")
 
     p = commands.add_parser("predict", help="classify images", description="The five likeliest classes of images.")
@@ -271,8 +339,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where decoded images are kept, to be mapped into memory; none: nowhere (default: $CXV_CACHE, else cxv in "
+        "$XDG_CACHE_HOME or ~/.cache)",
+    )
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the --output of `cxv train`, or a .pt file")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="the --output of `cxv train`, a .pt file in it, or a .safetensors file of cxv.save_safetensors",
+    )
     parser.add_argument(
         "--which", choices=("best", "last"), default="best", help="which of its weights (default: best)"
     )

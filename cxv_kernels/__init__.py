@@ -10,6 +10,7 @@ from .dropout import dropout, dropout_mask, dropout_seed
 from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
+from .surgery import replace_attention
 
 __all__ = [
     "BACKENDS",
@@ -28,5 +29,6 @@ __all__ = [
     "orthogonal_projection",
     "performer_attention",
     "performer_features",
+    "replace_attention",
     "use_backend",
 ]

@@ -1,13 +1,18 @@
 """What several test files share."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import interpreting
 
 # tests/test_triton.py runs that folder in a process of its own
 collect_ignore = [] if interpreting() else ["interpreter"]
+os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
 
 
@@ -52,3 +57,22 @@ def augmented(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "augmented"
     result, log = run(output, **AUGMENTED)
     return output, result, log
+
+
+def write_image(path, seed=0, size=(8, 8), mode="RGB"):
+    """An image file of random pixels, which are returned."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+    return pixels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images: three classes of 4 training and 2 test images, 8×8."""
+    for split, n in (("train", 4), ("test", 2)):
+        for c, name in enumerate(("ant", "bee", "cow")):
+            for i in range(n):
+                suffix = ("webp", "png", "bmp")[c]
+                write_image(tmp_path / split / name / f"{i}.{suffix}", seed=100 * (split == "test") + 10 * c + i)
+    return tmp_path

@@ -90,6 +90,10 @@ def test_eval_reproduces_the_runs_top1(capsys, run):
     assert code == 0
     assert f"top-1 {rows[-1]['best_top1']:.2f} %" in out
     assert "(40 images, fp32)" in out
+    report = run / "report.html"
+    assert call(capsys, "eval", "--checkpoint", run, "--report", report)[1] == f"{out}report in {report}\n"
+    assert f"{40 - round(0.4 * rows[-1]['best_top1'])} mistakes" in report.read_text()
+    assert_error(call(capsys, "eval", "--checkpoint", run, "--report", "report.txt"), "--report", ".html or .png")
     _, out, _ = call(capsys, "eval", "--checkpoint", run, "--which", "last")
     assert f"epoch 3 on digits: top-1 {rows[-1]['test_top1']:.2f} %" in out
     _, out, _ = call(capsys, "eval", "--checkpoint", run, "--limit-test", 30)

@@ -1,43 +1,25 @@
-"""Datasets: what is in memory after loading, and the error for each thing that can be wrong."""
+"""Datasets in memory, mapped or on a device, their subsets and batches."""
 
-import hashlib
-import pickle
 import re
-import socket
 import sys
-from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from cxv.training import cache as cache_module
 from cxv.training import data as data_module
-from cxv.training.data import balanced_subset, batches, decode_image, load_data, normalise
+from cxv.training.augment import RandAugment
+from cxv.training.data import (
+    MEAN,
+    STD,
+    ImageSet,
+    balanced_subset,
+    batches,
+    load_data,
+    normalise,
+    to_device,
+)
 from cxv.training.errors import InputError
-
-
-def write_image(path, seed=0, size=(8, 8), mode="RGB"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).convert(mode).save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
-    return pixels
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for split, n in (("train", 4), ("test", 2)):
-        for c, name in enumerate(("ant", "bee", "cow")):
-            for i in range(n):
-                suffix = ("webp", "png", "bmp")[c]
-                write_image(tmp_path / split / name / f"{i}.{suffix}", seed=100 * (split == "test") + 10 * c + i)
-    return tmp_path
-
-
-def truncate(path):
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
 
 # --- digits
 
@@ -114,206 +96,6 @@ def test_normalise_is_the_papers():
     assert x.tolist() == [0, 51, 255]
 
 
-# --- folders
-
-
-def test_folder_keeps_every_pixel_and_sorts_the_classes(folder):
-    data = load_data("folder", folder)
-    assert data.classes == ["ant", "bee", "cow"]
-    assert data.train.images.shape == (12, 3, 8, 8)
-    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    for i, (c, suffix) in enumerate((("ant", "webp"), ("bee", "png"), ("cow", "bmp"))):
-        expected = np.asarray(Image.open(folder / "train" / c / f"1.{suffix}"))
-        assert torch.equal(data.train.images[4 * i + 1], torch.from_numpy(expected.copy()).permute(2, 0, 1))
-
-
-def test_val_serves_as_test_and_other_files_are_passed_over(folder):
-    (folder / "test").rename(folder / "val")
-    (folder / "train" / "ant" / "notes.txt").write_text("not an image")
-    (folder / "train" / "ant" / "._0.webp").write_text("what macOS leaves behind")
-    (folder / "train" / ".cache").mkdir()
-    data = load_data("folder", folder)
-    assert (len(data.train), len(data.test), data.classes) == (12, 6, ["ant", "bee", "cow"])
-
-
-def test_limits_decode_only_what_they_keep(folder, monkeypatch):
-    seen = []
-    decode = data_module.decode_image
-    monkeypatch.setattr(data_module, "decode_image", lambda *a: (seen.append(str(a[0])), decode(*a))[1])
-    data = load_data("folder", folder, limit_train=6, limit_test=3, img_size=8, seed=1)
-    assert data.train.labels.bincount().tolist() == [2, 2, 2]
-    assert data.test.labels.bincount().tolist() == [1, 1, 1]
-    assert len(seen) == 9
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "CMYK"])
-def test_any_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    write_image(path, mode=mode)
-    image = decode_image(path)
-    assert image.shape == (3, 8, 8)
-    assert image.float().std() > 10
-    if mode == "L":
-        assert torch.equal(image[0], image[1])
-    assert decode_image(path, in_chans=1).shape == (1, 8, 8)
-
-
-def test_16_bit_grey_keeps_its_shades(tmp_path):
-    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024).save(tmp_path / "x.png")
-    assert decode_image(tmp_path / "x.png", in_chans=1).flatten().tolist() == list(range(0, 256, 4))
-
-
-def test_other_sizes_are_cropped_about_the_centre_and_resized(tmp_path):
-    pixels = np.zeros((20, 40, 3), np.uint8)
-    pixels[:, :10] = 255  # outside the central 20×20
-    pixels[:, 20:30] = 100
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    image = decode_image(tmp_path / "x.png", img_size=10)
-    assert image.shape == (3, 10, 10)
-    assert image[:, :, 1:4].max() < 10  # column 0 is blended with its neighbours
-    assert (image[:, :, 6:].int() - 100).abs().max() < 10
-
-
-def test_default_size_is_the_first_images_shorter_side_up_to_64(folder):
-    write_image(folder / "train" / "ant" / "0.webp", size=(14, 12))
-    assert load_data("folder", folder).img_size == 12
-    write_image(folder / "train" / "ant" / "0.webp", size=(300, 200))
-    data = load_data("folder", folder)
-    assert data.img_size == 64
-    assert data.test.images.shape == (6, 3, 64, 64)
-
-
-def test_a_damaged_image_is_named_or_skipped(folder, capsys):
-    bad = folder / "train" / "bee" / "2.png"
-    truncate(bad)
-    with pytest.raises(InputError, match=re.escape(str(bad)) + ".*--on-corrupt skip"):
-        load_data("folder", folder)
-    data = load_data("folder", folder, on_corrupt="skip")
-    assert data.train.labels.bincount().tolist() == [4, 3, 4]
-    assert data.train.skipped == [str(bad)]
-    out, err = capsys.readouterr()
-    assert "train: skipped 1 of 12 images" in out
-    assert str(bad) in err
-
-
-def test_a_class_that_is_all_damaged_is_an_error(folder):
-    for path in (folder / "test" / "cow").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(InputError, match="cow: not one image"):
-        load_data("folder", folder, on_corrupt="skip")
-
-
-@pytest.mark.parametrize("suffix", ["webp", "png", "jpg", "gif", "tif"])
-def test_truncation_is_seen_in_every_format(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
-    write_image(path, size=(64, 64))
-    decode_image(path)
-    truncate(path)
-    with pytest.raises(InputError, match=re.escape(str(path))):
-        decode_image(path)
-
-
-@pytest.mark.parametrize(
-    ("breakage", "message"),
-    [
-        (lambda d: d.rename(d.with_name("elsewhere")), "is not a directory"),
-        (lambda d: (d / "train").rename(d / "x"), "has no directory train/"),
-        (lambda d: (d / "test").rename(d / "x"), "has no directory test/ or val/"),
-        (
-            lambda d: [p.unlink() for p in (d / "train" / "bee").iterdir()],
-            "bee: this class folder has no image",
-        ),
-        (
-            lambda d: (d / "test" / "bee").rename(d / "test" / "fly"),
-            r"only in \S+train: bee; only in \S+test: fly",
-        ),
-        (lambda d: (d / "train" / "cow").rename(d / "cow"), r"only in \S+test: cow"),
-        (
-            lambda d: [(d / s / c).rename(d / f"{s}{c}") for s in ("train", "test") for c in ("ant", "bee")],
-            r"one class \(cow\)",
-        ),
-        (
-            lambda d: [(d / "train" / c).rename(d / f"{c}") for c in ("ant", "bee", "cow")],
-            "train: no class folders in it",
-        ),
-    ],
-)
-def test_folder_errors(folder, breakage, message):
-    breakage(folder)
-    with pytest.raises(InputError, match=message):
-        load_data("folder", folder)
-
-
-def test_argument_errors(folder):
-    with pytest.raises(InputError, match=r"'cifar11' \(did you mean cifar10\?\); allowed: digits, cifar10"):
-        load_data("cifar11")
-    with pytest.raises(InputError, match="--data-dir: needed"):
-        load_data("folder")
-    with pytest.raises(InputError, match="--on-corrupt"):
-        load_data("folder", folder, on_corrupt="ignore")
-    for name in ("img_size", "limit_train", "limit_test"):
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: expected at least 1, got 0"):
-            load_data("digits", **{name: 0})
-
-
-def test_a_set_that_does_not_fit_the_memory_is_refused_before_decoding(folder, monkeypatch):
-    monkeypatch.setattr(data_module, "available_memory", lambda: 2 * 2**30)
-    monkeypatch.setattr(data_module, "_decode", None)
-    with pytest.raises(InputError, match=r"take 14\.06 GiB .* 2\.00 GiB is available: use a smaller --img-size"):
-        load_data("folder", folder, img_size=16720)
-
-
-def test_available_memory_is_plausible():
-    free = data_module.available_memory()
-    assert free is None or 2**20 < free < 2**50
-
-
-# --- CIFAR
-
-
-def test_cifar_without_network_says_which_file_goes_where(tmp_path, monkeypatch):
-    import torchvision.datasets.cifar as cifar
-
-    timeouts = []
-
-    def closed(*args, **kwargs):
-        timeouts.append(socket.getdefaulttimeout())
-        raise URLError("network is unreachable")
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", closed)
-    for name, file in (("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")):
-        with pytest.raises(InputError, match=f"unreachable.*put {file} .*into {re.escape(str(tmp_path))} "):
-            load_data(name, tmp_path)
-    assert timeouts == [30, 30]  # a firewall that drops packets does not hang it
-    assert socket.getdefaulttimeout() is None
-
-
-def test_cifar_that_is_there_is_used_without_the_network(tmp_path, monkeypatch):
-    import torchvision.datasets.cifar as cifar
-
-    base = tmp_path / cifar.CIFAR10.base_folder
-    base.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
-
-    def write(name, content):
-        (base / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
-
-    train = write("data_batch_1", {"data": pixels, "labels": [i % 10 for i in range(20)]})
-    test = write("test_batch", {"data": pixels[:10], "labels": list(range(10))})
-    names = [f"class{i}" for i in range(10)]
-    meta = write("batches.meta", {"label_names": names})
-    monkeypatch.setattr(cifar.CIFAR10, "train_list", [train])
-    monkeypatch.setattr(cifar.CIFAR10, "test_list", [test])
-    monkeypatch.setattr(cifar.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta[1]})
-    monkeypatch.setattr(cifar, "download_and_extract_archive", None)
-    data = load_data("cifar10", tmp_path, limit_test=5)
-    assert data.classes == names
-    assert torch.equal(data.train.images, torch.from_numpy(pixels).view(20, 3, 32, 32))
-    assert data.train.labels.tolist() == [i % 10 for i in range(20)]
-    assert len(data.test) == 5
-
-
 # --- held-out training images
 
 
@@ -342,3 +124,62 @@ def test_limit_train_counts_what_is_left_to_train_on(folder):
         load_data("folder", folder, validation=10)
     with pytest.raises(InputError, match="--validation: expected at least 1, got 0"):
         load_data("folder", folder, validation=0)
+
+
+def test_held_out_images_are_not_copied(folder):
+    data = load_data("folder", folder, validation=3)
+    assert data.train.pixels.data_ptr() == data.validation.pixels.data_ptr()
+    whole = load_data("folder", folder).train
+    rows = data.validation.rows
+    assert torch.equal(data.validation.images, whole.images[rows])
+    expected = ImageSet(whole.images[rows].clone(), whole.labels[rows]).fingerprint()
+    assert data.validation.fingerprint() == data.validation.subset(torch.arange(3)).fingerprint() == expected
+    assert torch.equal(data.validation.subset(torch.tensor([2, 0])).images, whole.images[rows[[2, 0]]])
+
+
+# --- normalisation, the device
+
+
+def test_each_dataset_has_its_normalisation_and_batches_apply_it(folder):
+    own = {"mean": [0.1, 0.5, 0.25], "std": [0.5, 1.0, 2.0]}
+    assert load_data("digits", limit_train=20, limit_test=20).normalisation == {"mean": MEAN, "std": STD}
+    data = load_data("folder", folder, normalisation=own, validation=3)
+    assert data.validation.normalisation == own
+    x = torch.cat([x for x, _ in batches(data.validation, 2)])
+    pixels = data.validation.images / 255
+    for c in range(3):
+        assert torch.allclose(x[:, c], (pixels[:, c] - own["mean"][c]) / own["std"][c])
+
+
+def test_a_set_on_the_device_gives_the_same_batches(folder):
+    data = load_data("folder", folder, validation=3)
+    placed = to_device(data, torch.device("cpu"), True)
+    assert placed.train.pixels.shape[0] == len(placed.train) == 9  # those held out are not in it
+    assert placed.train.rows is None
+    assert to_device(data, torch.device("cpu"), None) is data
+    for split in ("train", "validation", "test"):
+        one, other = (
+            list(batches(d.splits[split], 2, generator=torch.Generator().manual_seed(1))) for d in (data, placed)
+        )
+        assert all(torch.equal(x, v) and torch.equal(y, w) for (x, y), (v, w) in zip(one, other, strict=True))
+
+
+def test_groups_of_batches_give_the_same_as_one_at_a_time(monkeypatch):
+    data = load_data("digits", limit_train=50, splits=("train",)).train
+
+    def drawn(group_bytes, skip):
+        monkeypatch.setattr(data_module, "GROUP_BYTES", group_bytes)
+        augment, generator = RandAugment(2, 9), torch.Generator().manual_seed(3)
+        return list(batches(data, 8, generator=generator, augment=augment, epoch=2, skip=skip))
+
+    for skip in (0, 2, 3, 7):
+        one, three = drawn(1, skip), drawn(3 * 8 * 64, skip)
+        assert [len(y) for _, y in three] == [8, 8, 8, 8, 8, 8, 2][skip:]
+        assert all(torch.equal(a, b) for x, y in zip(one, three, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_set_that_the_device_cannot_hold_is_refused(monkeypatch):
+    data = load_data("digits", limit_train=20, limit_test=20)
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
+    with pytest.raises(InputError, match="available"):
+        to_device(data, torch.device("cpu"), True)

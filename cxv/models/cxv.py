@@ -1,6 +1,6 @@
 """Convolutional X-formers for Vision: CPV, CNV and CLTV (paper section 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,7 @@ class CXV(nn.Module):
         drop_rate: dropout after each MLP convolution and after the output map of CPV's and CNV's attention (the
             released CPV hard-codes 0.5 there; here it follows the argument).
         stem_stride: stride of the first convolution (the paper takes 2 for 64×64 images).
+        global_pool: ``"avg"``, or ``""`` for none, where there is no classifier: the output is (B, C, H, W) then.
         use_fused: serve the ops from the fastest backend (see ``cxv_kernels.use_backend``) instead of the reference;
             parameters, ``state_dict`` and outputs are the same.
         stem_convs: 1 to 3 convolutions in the stem, to C/2 channels, halved towards the image (Table 2, CNV on
@@ -129,6 +130,7 @@ class CXV(nn.Module):
         mlp_ratio: float = 2.0,
         drop_rate: float = 0.5,
         stem_stride: int = 1,
+        global_pool: str = "avg",
         use_fused: bool = False,
         stem_convs: int = 2,
         stem_padding: int = 1,
@@ -159,8 +161,11 @@ class CXV(nn.Module):
             )
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
-        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
-        self.embed_dim = self.num_features = embed_dim
+        self.img_size, self.in_chans = img_size, in_chans
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": stem_stride, "module": f"layers.{i}"} for i in range(depth)
+        ]
         self.grad_checkpointing = False
         stem: list[nn.Module] = []
         side = img_size
@@ -190,10 +195,7 @@ class CXV(nn.Module):
             )
             for i in range(depth)
         )
-        self.head = self._classifier()
-
-    def _classifier(self) -> nn.Module:
-        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each layer's input for backward and recompute the rest."""
@@ -203,31 +205,106 @@ class CXV(nn.Module):
         """The last layer."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one of ``num_classes`` (0: none), on the model's device and dtype."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one of ``num_classes`` (0: none), on the model's device and dtype.
+
+        Raises:
+            ValueError: fewer than 0 classes; another ``global_pool`` (None: as it is) than ``"avg"`` or, without
+                classes, ``""``.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        self.num_classes = num_classes
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in (("avg",) if num_classes else ("avg", "")):
+            raise ValueError(f"global_pool must be 'avg', or without classes '', got {pool!r}")
+        self.num_classes, self.global_pool = num_classes, pool
         weight = self.stem[0].weight
-        self.head = self._classifier().to(weight.device, weight.dtype)
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = head.to(weight.device, weight.dtype)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's: the parameters by depth, for a learning rate that decays by layer."""
+        return {"stem": r"^stem", "blocks": r"^layers\.(\d+)"}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → (B, C, H/stem_stride, W/stem_stride), channels_last in memory."""
+        return self._run_layers(x, len(self.layers), ())[0]
+
+    def _run_layers(self, x: Tensor, stop: int, kept: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The output of layer ``stop`` − 1, and those of the layers ``kept``."""
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"input must be (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
         # channels_last from end to end: attention, MLP and norm read a pixel's channels together, and of all that could
         # be converted the image is the smallest
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for layer in self.layers:
+        outputs = {}
+        for i, layer in enumerate(self.layers):
+            if i == stop:
+                break
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
-        return x
+            if i in kept:
+                outputs[i] = x
+        return x, outputs
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of layers, as timm's models give them.
+
+        Args:
+            x: (B, in_chans, H, W). indices: layers, from the end if negative; an int takes the last so many, None all.
+            norm: no matter here, as no norm follows the last layer. stop_early: leave out the layers after the last of
+                ``indices``. output_fmt: ``"NCHW"``. intermediates_only: see below.
+
+        Returns:
+            The outputs (B, C, H/stem_stride, W/stem_stride) of the layers of ``indices``, first layer first; unless
+            ``intermediates_only``, after the output of :meth:`forward_features`.
+
+        Raises:
+            ValueError: an index out of range, another ``output_fmt``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        kept = self._feature_indices(indices)
+        x, outputs = self._run_layers(x, max(kept) + 1 if stop_early else len(self.layers), kept)
+        features = list(outputs.values())
+        return features if intermediates_only else (x, features)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers after the last of ``indices`` (as in :meth:`forward_intermediates`) and the classifier.
+
+        Returns:
+            ``indices`` from the first layer on.
+        """
+        kept = self._feature_indices(indices)
+        self.layers = self.layers[: max(kept) + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return kept
+
+    def _feature_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        depth = len(self.layers)
+        if indices is None or isinstance(indices, int):
+            indices = range(-(depth if indices is None else indices), 0)
+        if not indices or not all(-depth <= i < depth for i in indices):
+            raise ValueError(f"indices must be layers from {-depth} to {depth - 1}, got {list(indices)}")
+        return [i % depth for i in indices]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) → (B, num_classes), or the pooled features (B, C) with ``pre_logits``."""
-        x = x.permute(0, 2, 3, 1).mean((1, 2))  # as AdaptiveAvgPool2d, but its gradient is channels_last too
+        """(B, C, H, W) → (B, num_classes); the pooled features (B, C) with ``pre_logits`` or without a classifier."""
+        if self.global_pool:
+            x = x.permute(0, 2, 3, 1).mean((1, 2))  # as AdaptiveAvgPool2d, but its gradient is channels_last too
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

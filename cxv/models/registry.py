@@ -2,8 +2,11 @@
 
 import difflib
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -56,26 +59,63 @@ def has_fused_ops(name: str) -> bool:
     return _parse(name)[0] in _FUSED
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build a model by name.
+def downsampling(name: str) -> str:
+    """The argument that makes a model's map smaller than the image: ``patch_size`` of one of patches, else
+    ``stem_stride``, also for a name that :func:`create_model` refuses.
+    """
+    with suppress(ValueError):
+        if "patch_size" in inspect.signature(_parse(name)[0]).parameters:
+            return "patch_size"
+    return "stem_stride"
+
+
+def create_model(name: str, *, checkpoint: str | Path | None = None, **kwargs: Any) -> nn.Module:
+    """Build a model by name; with ``checkpoint`` a trained one.
 
     Args:
         name: ``family-depth/heads``, e.g. ``"cpv-5/4"``, or ``family-depth`` for those without heads, e.g.
             ``"resnet-18"``; case does not matter.
+        checkpoint: the weights: a file of :func:`cxv.save_safetensors`, the ``--output`` of a run of ``cxv train`` (its
+            best epoch), or a ``.pt`` of it. Its arguments are the defaults then. Another ``num_classes`` than its own
+            makes a fresh classifier on the trained features.
         **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`.
             ``use_fused`` is accepted by all, and means nothing where the model has no op of ours.
 
     Raises:
-        ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name;
+        ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name; a checkpoint that is missing,
+            damaged, of another model, or whose weights do not fit;
         ImportError: a baseline's library is not installed.
     """
     build, depth, heads = _parse(name)
     twice = {"depth", "num_heads"} & kwargs.keys()
     if twice:
         raise ValueError(f"{' and '.join(sorted(twice))} come from the name {name!r}: give them there")
-    if build not in _FUSED:
-        kwargs.pop("use_fused", None)
-    return build(depth=depth, **({} if heads is None else {"num_heads": heads}), **kwargs)
+    if checkpoint is not None:
+        return _create_trained(name, checkpoint, kwargs)
+    model = build(
+        depth=depth,
+        **({} if heads is None else {"num_heads": heads}),
+        **{k: v for k, v in kwargs.items() if build in _FUSED or k != "use_fused"},
+    )
+    model.model_name, model.model_kwargs = name.lower(), kwargs  # what save_safetensors writes beside the weights
+    return model
+
+
+def _create_trained(name: str, path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
+    from ..training.checkpoint import build_trained, find_checkpoint, read_checkpoint
+
+    path = find_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    if checkpoint["model_name"].lower() != name.lower():
+        raise ValueError(f"{path}: a checkpoint of {checkpoint['model_name']}, and not of {name}")
+    trained = len(checkpoint["classes"])
+    num_classes = kwargs.pop("num_classes", trained)
+    model = build_trained(checkpoint, path, kwargs)
+    if num_classes != trained:
+        if not hasattr(model, "reset_classifier"):
+            raise ValueError(f"num_classes of {name} must be {trained}, as in {path}, got {num_classes}")
+        model.reset_classifier(num_classes)
+    return model
 
 
 def _parse(name: str) -> tuple[Callable[..., nn.Module], int, int | None]:

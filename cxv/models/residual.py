@@ -62,6 +62,7 @@ class ResidualBranch(nn.Module):
     """
 
     num_drops = 1  # dropouts of the branch
+    first_image = 0  # place of x's first image in the batch: given a part of a batch, dropout uses that part's masks
 
     def __init__(self, drop_rate: float, use_fused: bool, pre_norm: int | None = None):
         super().__init__()
@@ -79,18 +80,20 @@ class ResidualBranch(nn.Module):
         dropping = self.training and self.drop_rate > 0
         seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
         if not self.use_fused or torch.compiler.is_exporting():
-            return self._run(x, 0, *seeds)
+            return self._run(x, self.first_image, *seeds)
         keep = torch.is_grad_enabled()
         if torch.compiler.is_compiling():  # the compiler plans memory itself
-            return self._checkpointed(x, 0, *seeds) if keep else self._run(x, 0, *seeds)
+            run = self._checkpointed if keep else self._run
+            return run(x, self.first_image, *seeds)
         tokens = CHUNK_TOKENS if x.device.type == "cpu" else DEVICE_CHUNK_TOKENS
         images = max(1, tokens // max(1, x.shape[2] * x.shape[3]))
         if keep:
-            chunks = [self._checkpointed(part, images * i, *seeds) for i, part in enumerate(x.split(images))]
+            firsts = range(self.first_image, self.first_image + max(1, x.shape[0]), images)
+            chunks = [self._checkpointed(part, i, *seeds) for i, part in zip(firsts, x.split(images), strict=True)]
             return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         out = x if inplace else torch.empty_like(x)
         for first in range(0, x.shape[0], images):
-            out[first : first + images] = self._run(x[first : first + images], first, *seeds)
+            out[first : first + images] = self._run(x[first : first + images], self.first_image + first, *seeds)
         return out
 
     def entry(self, x: Tensor) -> Tensor:

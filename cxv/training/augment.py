@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .data import need
+from .sources import need
 
 NUM_BINS = 31
 """The magnitudes that RandAugment knows: 0 to 30."""
@@ -78,5 +78,5 @@ _OPS: tuple[tuple[Callable[[int], float], bool, Callable[[ModuleType, Tensor, fl
     (lambda size: 4.0, False, _posterize),  # Posterize
     (lambda size: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
     (lambda size: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
-    (lambda size: 0.0, False, lambda f, x, m: f.equalize(x)),  # Equalize
+    (lambda size: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
 )

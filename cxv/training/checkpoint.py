@@ -1,9 +1,11 @@
-"""Checkpoints: written atomically, read with ``weights_only=True``, enough to rebuild the model or go on."""
+"""Checkpoints: written atomically, read without ever unpickling code, enough to rebuild the model or go on."""
 
 import io
+import json
 import os
 import random
 import shutil
+import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,23 @@ from .errors import InputError
 
 FORMAT = "cxv-checkpoint-1"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+SAFETENSORS = "model.safetensors"
+METADATA_KEY = "cxv"
+"""Where the header of a safetensors file has :data:`METADATA`, as JSON."""
+METADATA: dict[str, type | tuple[type, ...]] = {
+    "model_name": str,
+    "model_kwargs": dict,
+    "classes": list,
+    "img_size": int,
+    "in_chans": int,
+    "normalisation": dict,
+    "seed": (int, type(None)),
+    "epoch": (int, type(None)),
+    "metrics": dict,
+    "args": dict,
+}
+"""What a shared file says of its weights. ``metrics``: losses and top-1 (per cent) of ``epoch``; ``args``: those of
+``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
 
 
 def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | Path | None = None) -> None:
@@ -50,10 +69,11 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
 
 
 def check_space(output: Path, model: nn.Module) -> None:
-    """See that a run's checkpoints find room on the disk, before an epoch is spent on them.
+    """See that a run's checkpoints find room on the disk, before an epoch is spent on them: by what the disk has free,
+    and, as quotas and limits do not show there, by taking the room of one for a moment.
 
     Raises:
-        InputError: they do not.
+        InputError: they do not, or ``output`` cannot be written to.
     """
     tensors = [*model.parameters(), *model.buffers()]
     size = 4 * sum(t.numel() * t.element_size() for t in tensors) + 2**18  # the weights, the best, two moments
@@ -63,6 +83,14 @@ def check_space(output: Path, model: nn.Module) -> None:
         raise InputError(
             f"--output: {output} has {free / 1e6:.1f} MB free, and the next checkpoints need {needed / 1e6:.1f} MB"
         )
+    try:
+        with tempfile.TemporaryFile(dir=output) as f:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as error:
+        raise InputError(
+            f"--output: {output} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror or error}"
+        ) from error
 
 
 def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:
@@ -73,7 +101,7 @@ def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read one checkpoint file onto the CPU.
+    """Read one checkpoint file, ``.pt`` or ``.safetensors``, onto the CPU. Neither can run code.
 
     Raises:
         InputError: it is missing, truncated, corrupt, or another program's.
@@ -81,6 +109,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as archive:  # torch itself does not look at the checksums
@@ -100,6 +130,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if found != FORMAT:
         raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
     return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: truncated or corrupt, not a safetensors file ({error})") from error
+    if METADATA_KEY not in header:
+        raise InputError(
+            f"{path}: its header has no {METADATA_KEY!r} entry, so it does not say which model the weights are of; "
+            "cxv.save_safetensors writes one"
+        )
+    try:
+        metadata = json.loads(header[METADATA_KEY])
+    except ValueError as error:
+        raise InputError(f"{path}: the {METADATA_KEY!r} entry of its header is not JSON ({error})") from error
+    for name, kind in METADATA.items():
+        if not isinstance(metadata, dict) or not isinstance(metadata.get(name), kind):
+            found = repr(metadata[name]) if isinstance(metadata, dict) and name in metadata else "missing"
+            raise InputError(f"{path}: in the {METADATA_KEY!r} entry of its header {name} is {found}")
+    expected = metadata["model_kwargs"].get("num_classes")
+    if expected is not None and len(metadata["classes"]) != expected:
+        raise InputError(f"{path}: its header names {len(metadata['classes'])} classes, and num_classes is {expected}")
+    return {"model": weights, **{name: metadata.get(name) for name in METADATA}}
 
 
 def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
@@ -127,17 +185,18 @@ def load_model(
     device: torch.device | str = "cpu",
     use_fused: bool | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a trained model from its run's directory alone.
+    """Rebuild a trained model from its run's directory or its file alone.
 
     Args:
-        checkpoint_dir: the ``--output`` of the run, or one of the checkpoint files in it.
-        which: ``"best"`` or ``"last"``.
+        checkpoint_dir: the ``--output`` of the run, one of the checkpoint files in it, a file of
+            :func:`cxv.save_safetensors`, or a directory with one named ``model.safetensors``.
+        which: ``"best"`` or ``"last"``, of a run.
         device: where to put the model.
         use_fused: the fused kernels or plain PyTorch; default as in the run.
 
     Returns:
         The model, in ``eval()`` mode, and the checkpoint: ``classes`` (names in label order), ``img_size``
-        (pixels), ``in_chans``, ``normalisation``, ``args``, ``epoch``, ``history`` …
+        (pixels), ``in_chans``, ``normalisation``, ``args``, ``epoch`` …
 
     Raises:
         InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it
@@ -145,18 +204,42 @@ def load_model(
     """
     if which not in ("best", "last"):
         raise InputError(f"which: expected best or last, got {which!r}")
-    path = Path(checkpoint_dir)
-    if not path.exists():
-        raise InputError(f"{path}: no such directory")
-    if path.is_dir():
-        path = path / f"{which}.pt"
+    path = find_checkpoint(checkpoint_dir, which)
     checkpoint = read_checkpoint(path)
-    kwargs = dict(checkpoint["model_kwargs"])
-    if use_fused is not None:
-        kwargs["use_fused"] = use_fused
-    model = build_model(checkpoint["model_name"], kwargs)
-    load_weights(model, checkpoint, path)
+    model = build_trained(checkpoint, path, {} if use_fused is None else {"use_fused": use_fused})
     return model.to(device).eval(), checkpoint
+
+
+def find_checkpoint(path: str | Path, which: str = "best") -> Path:
+    """The checkpoint file that ``path`` is, or has in it if it is a directory.
+
+    Raises:
+        InputError: there is nothing of this name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        return path
+    found = path / f"{which}.pt"
+    return found if found.exists() or not (path / SAFETENSORS).exists() else path / SAFETENSORS
+
+
+def build_trained(checkpoint: dict[str, Any], path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
+    """The model that a checkpoint describes, its arguments replaced by ``kwargs``, with its weights.
+
+    Raises:
+        InputError: the file, named ``path``, describes no model, or its weights are those of another.
+    """
+    try:
+        model = build_model(checkpoint["model_name"], checkpoint["model_kwargs"] | kwargs)
+    except MemoryError:
+        raise
+    except Exception as error:  # arguments that somebody else wrote raise nearly anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: the model it names cannot be built ({reason})") from error
+    load_weights(model, checkpoint, path)
+    return model
 
 
 def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -10,6 +10,7 @@ from .checkpoint import BEST, LAST, PREVIOUS, read_last
 from .errors import InputError
 
 METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
+TENSORBOARD = "tensorboard"
 OPTIMIZERS = ("dualopt", "adamw", "sgd")
 DEFAULTS: dict[str, Any] = {
     "data": "digits",
@@ -26,10 +27,13 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "device": "auto",
     "on_corrupt": "error",
+    "tensorboard": False,
     "model": "cpv-5/4",
 }
 """The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
 a third of ``epochs``, rounded up, and ``sgd_lr`` 0.001."""
+TINY_IMAGENET_DEFAULTS: dict[str, Any] = {"stem_stride": 2}
+"""The paper's, for 64×64 images: a map of 32×32."""
 DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60}
 DIGITS_MODEL: dict[str, Any] = {"model": "cpv-2/4", "embed_dim": 64}
 """For digits, when no model is named: enough for 8×8 images, and minutes on a laptop's CPU."""
@@ -51,7 +55,7 @@ RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 _CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
-_CHANGEABLE |= {"resume", "overwrite"}
+_CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
 
 
 @dataclass
@@ -59,15 +63,17 @@ class TrainConfig:
     """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
 
     Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
-    ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images make one step, whose
-    gradient has a norm of at most ``clip_grad``; ``rand_augment`` is (operations, magnitude); ``validation`` the number
-    of training images held out to select by. ``seeds``: all those of the runs that this one is of, see
-    :func:`cxv.training.train_seeds`.
+    ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the processes of
+    a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
+    ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by.
+    ``seeds``: all those of the runs that this one is of, see :func:`cxv.training.train_seeds`.
     """
 
     model: str | None = None
     data: str | None = None
     data_dir: str | None = None
+    cache_dir: str | None = None
+    data_on_device: bool | None = None
     recipe: str | None = None
     optimizer: str | None = None
     rand_augment: tuple[int, int] | None = None
@@ -83,6 +89,7 @@ class TrainConfig:
     sgd_lr: float | None = None
     embed_dim: int | None = None
     drop_rate: float | None = None
+    stem_stride: int | None = None
     img_size: int | None = None
     precision: str | None = None
     fused: bool | None = None
@@ -95,6 +102,7 @@ class TrainConfig:
     output: str | None = None
     on_corrupt: str | None = None
     threads: int | None = None
+    tensorboard: bool | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -161,6 +169,8 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     defaults = dict(DEFAULTS)
     if given.get("data", "digits") == "digits":
         defaults |= DIGITS_DEFAULTS | ({} if "model" in given else DIGITS_MODEL)
+    if given.get("data") == "tiny-imagenet":
+        defaults |= TINY_IMAGENET_DEFAULTS
     recipe = given.get("recipe")
     if recipe is not None:
         if recipe not in RECIPES:
@@ -199,6 +209,7 @@ def _check(config: TrainConfig) -> None:
         ("patience", 1),
         ("batch_size", 1),
         ("accumulate", 1),
+        ("stem_stride", 1),
         ("threads", 1),
     ):
         value = getattr(config, name)

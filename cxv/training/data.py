@@ -1,67 +1,97 @@
-"""Datasets, decoded once into uint8 tensors, and the batches drawn from them.
+"""Datasets as uint8 images, decoded once and in memory, mapped from a file or on the device, and batches of them.
 
-The paper scales each channel by mean = std = 0.5, and so does this; RandAugment, where wanted, comes before.
+The paper scales each channel by mean = std = 0.5, Tiny ImageNet's by its own; RandAugment, where wanted, comes before.
 """
 
 import difflib
-import importlib
-import os
-import socket
-import sys
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import Decoded, cache_folder, check_memory, crc, decode
 from .errors import InputError
-from .progress import Progress
+from .sources import (
+    Source,
+    cifar_sources,
+    folder_sources,
+    need,
+    resize,
+    tiny_imagenet_sources,
+)
 
 if TYPE_CHECKING:
     from .augment import RandAugment
 
-DATASETS = ("digits", "cifar10", "cifar100", "folder")
+DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
 VALIDATION = "validation"
 MEAN = STD = 0.5
-MAX_DEFAULT_SIZE = 64
-"""The side that a folder of larger images gets without ``img_size``: the paper's largest, Tiny ImageNet's."""
+TINY_IMAGENET = {
+    "mean": [122.479 / 255, 114.276 / 255, 101.396 / 255],
+    "std": [70.492 / 255, 68.568 / 255, 71.813 / 255],
+}
+"""Tiny ImageNet's own mean and std of a channel, from [0, 1], as the paper's scripts have them."""
+GROUP_BYTES = 2**22
+"""Of images that are gathered and augmented at once, several batches of small ones: few calls serve many images."""
+DEVICE_SHARE = 0.25
+"""Of the device's free memory, what a dataset may take without being told to."""
 
 _DIGITS_SEED = 0  # of the held-out fifth: another --seed must not move images between training and test
-_CIFAR = {
-    "cifar10": (
-        "CIFAR10",
-        "cifar-10-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    ),
-    "cifar100": (
-        "CIFAR100",
-        "cifar-100-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-    ),
-}
 
 
 @dataclass
 class ImageSet:
-    """One split: ``images`` (N, C, S, S) uint8, ``labels`` (N,) int64, ``skipped``: the files left out."""
+    """One split: ``pixels`` (M, C, S, S) uint8, in memory, mapped from a file or on a device; ``labels`` (N,) int64.
 
-    images: Tensor
+    ``rows`` (N,) int64 are the split's images among ``pixels``; None: all, in order. ``skipped``: the files left out.
+    ``normalisation``: mean and std, of pixels in [0, 1], numbers or one for each channel.
+    """
+
+    pixels: Tensor
     labels: Tensor
     skipped: list[str] = field(default_factory=list)
+    rows: Tensor | None = None
+    normalisation: dict[str, Any] = field(default_factory=lambda: {"mean": MEAN, "std": STD})
+    _fingerprint: int | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """(N, C, S, S) uint8; a copy where ``rows`` choose."""
+        return self.pixels if self.rows is None else self.pixels[self.rows]
+
+    def subset(self, index: Tensor) -> "ImageSet":
+        """Those of the images, by their place; none is copied."""
+        rows = index if self.rows is None else self.rows[index]
+        return replace(self, labels=self.labels[index], rows=rows, _fingerprint=None)
+
+    def take(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images (n, C, S, S) uint8 and labels (n,) by their place in the set (int64, on the CPU), on ``device``."""
+        rows = index if self.rows is None else self.rows[index]
+        images, labels = (t[i.to(t.device)] for t, i in ((self.pixels, rows), (self.labels, index)))
+        pin = device.type == "cuda" and images.device.type == "cpu"  # the copy goes on while this process does
+        images, labels = (t.pin_memory() if pin else t for t in (images, labels))
+        return images.to(device, non_blocking=pin), labels.to(device, non_blocking=pin)
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The set with its pixels, and no others, in the memory of ``device``, where its batches are then made."""
+        pixels = self.images.to(device, copy=self.rows is None)
+        return replace(self, pixels=pixels, labels=self.labels.to(device), rows=None)
+
     def fingerprint(self) -> int:
         """A CRC-32 of the pixels and the labels: equal for the same images in the same order."""
-        return zlib.crc32(self.labels.contiguous().numpy(), zlib.crc32(self.images.contiguous().numpy()))
+        if self._fingerprint is None:
+            total = 0
+            for index in torch.arange(len(self)).split(4096):
+                total = crc(self.take(index, torch.device("cpu"))[0], total)
+            self._fingerprint = crc(self.labels.cpu(), total)
+        return self._fingerprint
 
 
 @dataclass
@@ -75,7 +105,17 @@ class Data:
 
     @property
     def in_chans(self) -> int:
-        return next(iter(self.splits.values())).images.shape[1]
+        return next(iter(self.splits.values())).pixels.shape[1]
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        return next(iter(self.splits.values())).normalisation
+
+    @property
+    def place(self) -> str:
+        """Where the pixels are, in words."""
+        pixels = self.splits[next(iter(self.splits))].pixels
+        return "in memory" if pixels.device.type == "cpu" else f"on {pixels.device}"
 
     @property
     def train(self) -> ImageSet:
@@ -101,15 +141,19 @@ def load_data(
     seed: int = 0,
     on_corrupt: str = "error",
     splits: Sequence[str] = SPLITS,
+    cache_dir: str | Path | None = None,
+    normalisation: dict[str, Any] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Data:
-    """Load a dataset into memory as uint8.
+    """Load a dataset as uint8: digits into memory, the others decoded once into a cache and mapped from it.
 
     Args:
         name: ``"digits"`` (scikit-learn's 1797 real 8×8 scans, grey, a fixed stratified fifth held out),
-            ``"cifar10"`` or ``"cifar100"`` (torchvision's, downloaded into ``data_dir`` if not there), or
+            ``"cifar10"`` or ``"cifar100"`` (torchvision's, downloaded into ``data_dir`` if not there),
+            ``"tiny-imagenet"`` (200 classes, 64×64, downloaded likewise; its ``val/`` is the test split), or
             ``"folder"``: ``data_dir/train/CLASS/…`` and ``data_dir/test/CLASS/…`` (or ``val``; ``test`` if
             both are there), in any format that PIL reads, as RGB (alpha is dropped).
-        data_dir: where the files are; ``data`` for CIFAR by default.
+        data_dir: where the files are; ``data`` for the downloaded ones by default.
         img_size: side in pixels. Other sizes are cropped about the centre to a square and resized (bicubic,
             antialiased). Default: the dataset's own; for a folder the shorter side of its first training
             image (in sorted order), at most 64.
@@ -119,6 +163,9 @@ def load_data(
             ``"validation"``; ``limit_train`` counts what is left to train on.
         on_corrupt: ``"error"`` or ``"skip"``: what to do about an image that cannot be decoded.
         splits: which of ``"train"`` and ``"test"`` to load.
+        cache_dir: where the decoded images are kept; see :mod:`cxv.training.cache`. ``"none"``: in memory alone.
+        normalisation: in place of the dataset's own (the paper's): ``mean`` and ``std`` of pixels in [0, 1].
+        log: takes a line about the cache or images that were skipped; default: print it.
 
     Raises:
         InputError: anything wrong with these arguments or with the files, or too little memory for them.
@@ -138,19 +185,31 @@ def load_data(
     if limit_train is not None:
         limit_train += validation or 0
     limits = {"train": limit_train, "test": limit_test}
-    if name == "folder":
-        data = _folder(data_dir, img_size, limits, seed, on_corrupt, splits)
-        return data if validation is None else _hold_out(data, validation, seed)
-    images, labels, classes = _digits(splits) if name == "digits" else _cifar(name, data_dir or "data", splits)
-    loaded = {}
-    for split in splits:
-        keep = balanced_subset(labels[split], limits[split], seed)
-        x = images[split][keep]
-        if img_size is not None and x.shape[-1] != img_size:
-            _check_memory(len(x) * x.shape[1] * img_size**2)
-            x = _resize(x, img_size)
-        loaded[split] = ImageSet(x, labels[split][keep])
-    data = Data(name, classes, next(iter(loaded.values())).images.shape[-1], loaded)
+    log = log or (lambda line: print(line, flush=True))
+    if normalisation is None:
+        normalisation = TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD}
+
+    def select(labels: Tensor, split: str) -> Tensor:
+        return balanced_subset(labels, limits[split], seed)
+
+    if name == "digits":
+        data = _digits(splits, img_size, select)
+    else:
+        chosen = (splits, img_size, select)
+        if name == "folder":
+            sources = folder_sources(data_dir, *chosen, on_corrupt)
+        elif name == "tiny-imagenet":
+            sources = tiny_imagenet_sources(data_dir or "data", *chosen, on_corrupt)
+        else:
+            sources = cifar_sources(name, data_dir or "data", *chosen)
+        loaded = {}
+        for source in sources:
+            limit = limits[source.split]
+            variant = f"{name} {on_corrupt}" + ("" if limit is None else f" limit {limit} seed {seed}")
+            loaded[source] = decode(source, variant, cache_folder(cache_dir), log)
+        data = _readable(name, loaded, log)
+    for split in data.splits.values():
+        split.normalisation = normalisation
     return data if validation is None else _hold_out(data, validation, seed)
 
 
@@ -184,8 +243,45 @@ def _hold_out(data: Data, n: int, seed: int) -> Data:
     if len(labels[rest].unique()) < len(labels.unique()):
         raise InputError(f"--validation: {n} of {len(labels)} training images leave a class without one to train on")
     splits = {"train": rest, VALIDATION: held}
-    split = {name: ImageSet(data.train.images[i], labels[i], data.train.skipped) for name, i in splits.items()}
-    return replace(data, splits=data.splits | split)
+    return replace(data, splits=data.splits | {name: data.train.subset(i) for name, i in splits.items()})
+
+
+def _readable(name: str, loaded: dict[Source, Decoded], log: Callable[[str], None]) -> Data:
+    """The dataset of the images that could be decoded."""
+    splits = {}
+    for source, found in loaded.items():
+        good = found.labels >= 0
+        labels = found.labels[good]
+        skipped = [str(source.paths[i]) for i in (~good).nonzero().flatten().tolist()]
+        if skipped:
+            log(f"{source.split}: skipped {len(skipped)} of {len(good)} images that could not be read")
+        lost = set((~found.labels[~good]).tolist()) - set(labels.tolist())
+        if lost:
+            where = f"{source.split} images of {found.classes[min(lost)]}"
+            raise InputError(f"--data-dir: {source.root}: not one of the {where} could be read")
+        splits[source.split] = ImageSet(found.images, labels, skipped, _fingerprint=found.fingerprint)
+    return Data(name, found.classes, source.img_size, splits)
+
+
+def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
+    """The data in the memory of ``device`` if ``wanted``, or for None if that is a GPU's and has ample room.
+
+    Raises:
+        InputError: wanted, and it has no room.
+    """
+    size = sum(len(split) * split.pixels[:1].numel() for split in data.splits.values())
+    if wanted is None:
+        wanted = device.type == "cuda" and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    if not wanted:
+        return data
+    if device.type == "cpu":
+        check_memory(size)
+    try:
+        return replace(data, splits={name: split.to(device) for name, split in data.splits.items()})
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"--data-on-device: the images take {size / 2**30:.2f} GiB, which {device} has not free; leave it out"
+        ) from error
 
 
 def batches(
@@ -197,242 +293,62 @@ def batches(
     augment: "RandAugment | None" = None,
     epoch: int = 0,
     skip: int = 0,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of ``(images, labels)``: (B, C, S, S) float32 in [-1, 1] and (B,) int64, on ``device``.
+    """Batches of ``(images, labels)``: (B, C, S, S) float32, normalised, and (B,) int64, on ``device``.
 
     In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
-    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out.
+    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``share`` takes
+    the rows of a batch and returns those to give of it.
     """
-    order = None if generator is None else torch.randperm(len(data), generator=generator)
+    device = torch.device(device)
+    order = torch.arange(len(data)) if generator is None else torch.randperm(len(data), generator=generator)
     draws = None if augment is None else augment.draws(len(data), epoch)
-    for i in range(skip * batch_size, len(data), batch_size):
-        rows = slice(i, i + batch_size) if order is None else order[i : i + batch_size]
-        x = data.images[rows].to(device)
+    parts = order.split(batch_size)
+    together = max(1, GROUP_BYTES // (batch_size * data.pixels[:1].numel()))
+    for first in range(skip - skip % together, len(parts), together):
+        group = parts[first : first + together]
+        group = group if share is None else [share(rows) for rows in group]
+        rows = torch.cat(list(group))
+        images, labels = data.take(rows, device)
         if augment is not None:
-            x = augment(x, draws[rows])
-        yield normalise(x), data.labels[rows].to(device)
+            images = augment(images, draws[rows])
+        sizes = [len(part) for part in group]
+        for i, batch in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True), first):
+            if i >= skip:
+                yield normalise(batch[0], **data.normalisation), batch[1]
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 to float32 with the paper's mean = std = 0.5: [0, 255] to [-1, 1]."""
-    return images.float().div_(255).sub_(MEAN).div_(STD)
+def normalise(images: Tensor, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD) -> Tensor:
+    """uint8 (…, C, H, W) to float32: [0, 255] to [0, 1], less mean, over std. The paper's 0.5 and 0.5 give [-1, 1]."""
+
+    def of_channels(values: float | Sequence[float]) -> float | Tensor:
+        if not isinstance(values, Sequence):
+            return values
+        return torch.tensor(values, device=images.device)[:, None, None]
+
+    return images.float().div_(255).sub_(of_channels(mean)).div_(of_channels(std))
 
 
-def decode_image(path: str | Path, in_chans: int = 3, img_size: int | None = None) -> Tensor:
-    """An image file as a uint8 tensor (in_chans, S, S), or (in_chans, H, W) without ``img_size``.
-
-    Turned upright by its EXIF tag, made RGB (or grey for ``in_chans=1``; alpha is dropped), cropped about the
-    centre to a square and resized (bicubic, antialiased) unless it has that size already.
-
-    Raises:
-        InputError: not an image, or a damaged one; the message names the file.
-    """
-    image_module, ops, numpy = need("PIL.Image"), need("PIL.ImageOps"), need("numpy")
-    try:
-        with image_module.open(path) as image:
-            image = ops.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8, and leave the image white
-                image = image_module.fromarray((numpy.asarray(image) >> 8).astype("uint8"))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            image = image.convert("L" if in_chans == 1 else "RGB")
-        if img_size is not None and image.size != (img_size, img_size):
-            image = ops.fit(image, (img_size, img_size), image_module.Resampling.BICUBIC)
-        pixels = torch.from_numpy(numpy.array(image))
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
-        raise InputError(f"{path}: cannot read the image ({_one_line(error)})") from error
-    return pixels[None] if in_chans == 1 else pixels.permute(2, 0, 1).contiguous()
-
-
-def need(module: str) -> ModuleType:
-    """Import an optional dependency, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
-        raise InputError(f"{package} is needed here and cannot be imported: pip install 'cxv[train]'") from error
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that a process can still take, the container's limit included; None where unknown."""
-    found = []
-    with suppress(OSError), open("/proc/meminfo") as f:
-        found += [int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # not there, or "max"
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return min(found, default=None)
-
-
-def _digits(splits: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+def _digits(splits: Sequence[str], img_size: int | None, select: Callable[[Tensor, str], Tensor]) -> Data:
     datasets, selection = need("sklearn.datasets"), need("sklearn.model_selection")
     bunch = datasets.load_digits()
     x = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]  # levels 0..16
     y = torch.from_numpy(bunch.target).long()
     train, test = selection.train_test_split(range(len(y)), test_size=0.2, random_state=_DIGITS_SEED, stratify=y)
-    rows = {"train": torch.tensor(train), "test": torch.tensor(test)}
-    return {s: x[rows[s]] for s in splits}, {s: y[rows[s]] for s in splits}, [str(i) for i in range(10)]
-
-
-def _cifar(
-    name: str, data_dir: str | Path, splits: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    class_name, file, url = _CIFAR[name]
-    dataset = getattr(need("torchvision.datasets"), class_name)
-    _check_memory(60_000 * 3 * 32 * 32)
-    images, labels, classes = {}, {}, []
+    held = {"train": torch.tensor(train), "test": torch.tensor(test)}
+    loaded = {}
     for split in splits:
-        try:
-            with _timeout(30):
-                found = dataset(str(data_dir), train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"{name}: cannot be downloaded ({_one_line(error)}); put {file} (from {url}) into "
-                f"{Path(data_dir).absolute()} and run again"
-            ) from error
-        images[split] = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        labels[split] = torch.tensor(found.targets)
-        classes = list(found.classes)
-    return images, labels, classes
-
-
-def _folder(
-    data_dir: str | Path | None,
-    img_size: int | None,
-    limits: dict[str, int | None],
-    seed: int,
-    on_corrupt: str,
-    splits: Sequence[str],
-) -> Data:
-    if data_dir is None:
-        raise InputError("--data-dir: needed for --data folder")
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise InputError(f"--data-dir: {root} is not a directory")
-    where = {}
-    for split in splits:
-        names = ("train",) if split == "train" else ("test", "val")
-        where[split] = next((root / n for n in names if (root / n).is_dir()), None)
-        if where[split] is None:
-            raise InputError(f"--data-dir: {root} has no directory {' or '.join(n + '/' for n in names)}")
-    files = {split: _list_images(folder) for split, folder in where.items()}
-    classes = list(next(iter(files.values())))
-    for split, found in files.items():
-        if list(found) != classes:
-            first = where[splits[0]]
-            only = [
-                f"only in {folder}: {', '.join(sorted(names))}"
-                for folder, names in (
-                    (first, set(classes) - set(found)),
-                    (where[split], set(found) - set(classes)),
-                )
-                if names
-            ]
-            raise InputError(f"--data-dir: the classes of {first} and {where[split]} differ ({'; '.join(only)})")
-    if len(classes) < 2:
-        raise InputError(f"--data-dir: {where[splits[0]]} has one class ({classes[0]}), at least two are needed")
-
-    chosen: dict[str, tuple[list[Path], Tensor]] = {}
-    for split, found in files.items():
-        paths = [path for group in found.values() for path in group]
-        labels = torch.tensor([i for i, group in enumerate(found.values()) for _ in group])
-        keep = balanced_subset(labels, limits[split], seed)
-        chosen[split] = ([paths[i] for i in keep.tolist()], labels[keep])
-    if img_size is None:
-        img_size = _first_size(next(iter(chosen.values()))[0], on_corrupt)
-    _check_memory(sum(len(paths) for paths, _ in chosen.values()) * 3 * img_size**2)
-    loaded = {s: _decode(s, paths, labels, img_size, on_corrupt) for s, (paths, labels) in chosen.items()}
-    for split, data in loaded.items():
-        lost = set(chosen[split][1].tolist()) - set(data.labels.tolist())
-        if lost:
-            raise InputError(f"{where[split] / classes[min(lost)]}: not one image of this class could be read")
-    return Data("folder", classes, img_size, loaded)
-
-
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder, both in sorted order; hidden and other files are passed over."""
-    extensions = set(need("PIL.Image").registered_extensions())
-    found = {}
-    for directory in sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")):
-        found[directory.name] = sorted(
-            Path(parent, name)
-            for parent, _, names in os.walk(directory, followlinks=True)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions
-        )
-        if not found[directory.name]:
-            raise InputError(f"{directory}: this class folder has no image")
-    if not found:
-        raise InputError(f"{folder}: no class folders in it; expected {folder / 'CLASS' / 'IMAGE'}")
-    return found
-
-
-def _first_size(paths: list[Path], on_corrupt: str) -> int:
-    for path in paths:
-        try:
-            return min(MAX_DEFAULT_SIZE, *decode_image(path).shape[-2:])
-        except InputError:
-            if on_corrupt == "error":
-                raise
-    raise InputError(f"{paths[0].parent}: not one image could be read")
-
-
-def _decode(split: str, paths: list[Path], labels: Tensor, img_size: int, on_corrupt: str) -> ImageSet:
-    images = torch.empty(len(paths), 3, img_size, img_size, dtype=torch.uint8)
-    good, skipped = [], []
-    with Progress(len(paths), f"decoding {split}") as progress:
-        for i, path in enumerate(paths):
-            try:
-                images[i] = decode_image(path, 3, img_size)
-                good.append(i)
-            except InputError as error:
-                if on_corrupt == "error":
-                    raise InputError(f"{error}; --on-corrupt skip leaves such images out") from error
-                skipped.append(str(path))
-                print(f"skipped {error}", file=sys.stderr)
-            progress.update(1)
-    if skipped:
-        print(f"{split}: skipped {len(skipped)} of {len(paths)} images that could not be read")
-        keep = torch.tensor(good, dtype=torch.long)
-        images, labels = images[keep], labels[keep]
-    return ImageSet(images, labels, skipped)
-
-
-def _resize(images: Tensor, img_size: int) -> Tensor:
-    size = (img_size, img_size)
-    chunks = (F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in images.split(1024))
-    return torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in chunks])
-
-
-def _check_memory(size: int) -> None:
-    free = available_memory()
-    if free is not None and size > 0.9 * free:
-        raise InputError(
-            f"the images take {size / 2**30:.2f} GiB of memory once decoded, and {free / 2**30:.2f} GiB is "
-            "available: use a smaller --img-size, or --limit-train and --limit-test"
-        )
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    # torchvision's downloader has none, and a firewall that drops packets would hang it
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+        rows = held[split]
+        rows = rows[select(y[rows], split)]
+        images = x[rows]
+        if img_size not in (None, images.shape[-1]):
+            check_memory(len(images) * img_size**2)
+            images = resize(images, img_size)
+        loaded[split] = ImageSet(images, y[rows])
+    return Data("digits", [str(i) for i in range(10)], img_size or x.shape[-1], loaded)
 
 
 def _closest(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,14 +49,19 @@ def deferred_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def interruptible(items: Iterable[T]) -> Iterator[T]:
-    """The items; a signal that waits is raised before the next one."""
+def interruptible(items: Iterable[T], agree: Callable[[int], int] = int) -> Iterator[T]:
+    """The items; a signal that waits is raised before the next one.
+
+    ``agree`` is called with its number (0: none) before each item and after the last one and returns the number to
+    raise: several processes stop at the same item.
+    """
     for item in items:
-        _raise_if_waiting()
+        _raise_if_waiting(agree)
         yield item
-    _raise_if_waiting()
+    _raise_if_waiting(agree)
 
 
-def _raise_if_waiting() -> None:
-    if _waiting is not None:
-        raise Interrupted(_waiting)
+def _raise_if_waiting(agree: Callable[[int], int] = int) -> None:
+    number = agree(_waiting or 0)
+    if number:
+        raise Interrupted(number)

@@ -3,18 +3,22 @@
 import json
 import math
 import random
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.registry import has_fused_ops
+from ..models.registry import downsampling, has_fused_ops
+from ..models.residual import ResidualBranch
 from .augment import RandAugment
 from .checkpoint import (
     BEST,
@@ -29,14 +33,16 @@ from .checkpoint import (
     rng_state,
     set_rng_state,
 )
-from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TrainConfig, arguments, flag, resolve
+from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TENSORBOARD, TrainConfig, arguments, flag, resolve
 from .curves import phase_name, plot_curves
-from .data import MEAN, STD, Data, ImageSet, batches, load_data
+from .data import Data, ImageSet, batches, load_data, to_device
+from .distributed import PeerError, World
 from .dualopt import DualOpT
 from .errors import InputError
 from .interrupt import Interrupted, deferred_interrupts, interruptible
 from .progress import Progress
 from .summary import summarise, summary_line
+from .tensorboard import TensorBoard
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 16  # batches between looks at the loss: each look makes a GPU wait
@@ -67,32 +73,47 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     out, and the test split is only reported. Sets torch's and Python's random seeds and, given ``threads``, torch's
     number of threads.
 
+    Under torch's default process group (:func:`cxv.training.distributed.process_group`) its processes train one model
+    together: each takes its part of every batch, and the main one writes. What comes out is what one process makes of
+    the same batches, within rounding.
+
     Raises:
         InputError: bad arguments or files, a directory that holds another run, or a loss that is not finite.
     """
-    log = log or (lambda line: print(line, flush=True))
+    world = World.current()
+    log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
     named = config.model is not None or config.resume
-    config, saved, fallback = resolve(config)
+    config, saved, fallback = world.from_main(partial(_resolve, config, world))
     output = Path(config.output)
-    device = pick_device(config.device)
-    autocast = autocast_for(config.precision, device)
+    with world.together():
+        device = world.local_device(pick_device(config.device))
+        autocast = autocast_for(config.precision, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
-    data = load_data(
-        config.data,
-        config.data_dir,
-        img_size=config.img_size,
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-        validation=config.validation,
-        seed=config.seed,
-        on_corrupt=config.on_corrupt,
+    data = world.main_first(
+        lambda: load_data(
+            config.data,
+            config.data_dir,
+            img_size=config.img_size,
+            limit_train=config.limit_train,
+            limit_test=config.limit_test,
+            validation=config.validation,
+            seed=config.seed,
+            on_corrupt=config.on_corrupt,
+            cache_dir=config.cache_dir,
+            log=log,
+        )
     )
     config.img_size = data.img_size
     fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
-    if saved is not None:
-        _check_same_data(saved, data, fingerprint, output)
+    theirs = world.from_main(lambda: fingerprint)
+    with world.together():
+        if theirs != fingerprint:
+            raise InputError(f"--data: the images that process {world.rank} finds are not those of process 0")
+        if saved is not None:
+            _check_same_data(saved, data, fingerprint, output)
+        data = to_device(data, device, config.data_on_device)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     kwargs = {
@@ -102,7 +123,10 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         "use_fused": config.fused,
     }
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
-    model = build_model(config.model, kwargs).to(device)
+    if config.stem_stride is not None:
+        kwargs[downsampling(config.model)] = config.stem_stride
+    with world.together():
+        model = build_model(config.model, kwargs).to(device)
     if config.compile:
         model.compile()  # in place: the same parameters by the same names
     opt = _optimiser(model, config)
@@ -114,7 +138,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     history: list[dict[str, Any]] = []
 
     if saved is not None:
-        load_weights(model, saved, output / (LAST if fallback is None else PREVIOUS))
+        with world.together():
+            load_weights(model, saved, output / (LAST if fallback is None else PREVIOUS))
         opt.load_state_dict(saved["optimiser"])
         scaler.load_state_dict(saved["scaler"])
         sampler.set_state(saved["sampler"])
@@ -136,6 +161,11 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             )
 
     def save(best: bool = False, position: dict[str, Any] | None = None, keep: bool = True) -> None:
+        with world.together():
+            if world.is_main:
+                write(best, position, keep)
+
+    def write(best: bool, position: dict[str, Any] | None, keep: bool) -> None:
         content = pack_checkpoint(
             {
                 "model": model.state_dict(),
@@ -144,7 +174,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "classes": data.classes,
                 "img_size": data.img_size,
                 "in_chans": data.in_chans,
-                "normalisation": {"mean": MEAN, "std": STD},
+                "normalisation": data.normalisation,
                 "data_fingerprint": fingerprint,
                 "optimiser": opt.state_dict(),
                 "post_training": post_training,
@@ -179,19 +209,16 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     held = "" if data.validation is None else f" {len(data.validation):,} validation"
     log(
         f"{config.data}: {len(data.train):,} training{',' if held else ''}{held} and {len(data.test):,} test images, "
-        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}"
+        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}, {data.place}"
     )
     log(_recipe_line(config, selection))
-    log(f"on {device} with {torch.get_num_threads()} threads, output in {output}")
+    processes = "" if world.size == 1 else f" in each of {world.size} processes"
+    log(f"on {device} with {torch.get_num_threads()} threads{processes}, output in {output}")
     if saved is None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output: cannot create {output} ({error.strerror})") from error
-        if config.overwrite:
-            for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
-                (output / name).unlink(missing_ok=True)
-        check_space(output, model)
+        with world.together():
+            if world.is_main:
+                _make_output(output, config.overwrite)
+                check_space(output, model)
         save()  # so that a run killed in its first epoch can be resumed too
     else:
         if fallback is not None:
@@ -205,19 +232,27 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         if opt.finished:
             name = "epochs" if config.optimizer != "dualopt" else "sgd_epochs"
             log(f"the training is over already: nothing left to train (raise {flag(name)} to go on)")
-    atomic_write(output / ARGS, (json.dumps(arguments(config), indent=2) + "\n").encode())
+    board = None
+    with world.together():
+        if world.is_main:
+            atomic_write(output / ARGS, (json.dumps(arguments(config), indent=2) + "\n").encode())
+            board = TensorBoard(output / TENSORBOARD, history) if config.tensorboard else None
 
-    epoch = _Epoch(model, data, opt, scaler, sampler, config, device, autocast, output)
+    epoch = _Epoch(model, data, opt, scaler, sampler, config, device, autocast, output, world)
     try:
         with deferred_interrupts():
             while not opt.finished:
-                check_space(output, model)
+                with world.together():
+                    if world.is_main:
+                        check_space(output, model)
                 epoch.augment = None if post_training else augment
                 row = epoch(position)
                 position = None
                 best = opt.end_epoch(row[f"{selection}_top1"])
                 row["best_top1"] = opt.best_top1
                 history.append(row)
+                if board is not None:
+                    board.add(row)
                 log(_epoch_line(row, best))
                 if row["phase"] != opt.phase:
                     log(_switch_line(opt, config))
@@ -226,9 +261,10 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     except KeyboardInterrupt as error:
         if isinstance(error, Interrupted) and epoch.position is not None:
             save(position=epoch.position)
-        saved, _ = read_last(output)
-        part = "" if saved["position"] is None else f" and {saved['position']['step']} batches of the next"
-        log(f"interrupted; epoch {saved['epoch']}{part} is saved: go on with  cxv train --resume --output {output}")
+        if world.is_main:
+            saved, _ = read_last(output)
+            part = "" if saved["position"] is None else f" and {saved['position']['step']} batches of the next"
+            log(f"interrupted; epoch {saved['epoch']}{part} is saved: go on with  cxv train --resume --output {output}")
         raise
     except torch.OutOfMemoryError as error:
         raise InputError(
@@ -236,17 +272,29 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             "a smaller one (--accumulate keeps the step the same), --fused, or --precision fp16. The last good "
             f"checkpoint is {output / LAST}"
         ) from error
+    except RuntimeError as error:
+        if not world.has_lost_a_peer(error):
+            raise
+        raise InputError(
+            f"process {world.rank} of {world.size}: another one has ended, and says why if it could; go on with  "
+            f"cxv train --resume --output {output}"
+        ) from error
 
     log(f"finished: {_why(opt, config)}")
-    drawn = plot_curves(history, output / CURVES, f"{config.model} on {config.data}")
     summary = summarise(history)
+    result = TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output, summary)
+    if not world.is_main:
+        return result
+    if board is not None:
+        board.close()
+    drawn = plot_curves(history, output / CURVES, f"{config.model} on {config.data}")
     atomic_write(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     what = "top-1" if selection == "test" else f"{selection} top-1"
     log(f"best {what} {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
     log(summary_line(summary))
-    files = [BEST, LAST, METRICS, ARGS, SUMMARY] + ([CURVES] if drawn else [])
+    files = [BEST, LAST, METRICS, ARGS, SUMMARY] + [CURVES] * drawn + [TENSORBOARD] * (board is not None)
     log(f"in {output}: {', '.join(files)}" + ("" if drawn else " (no curves: pip install 'cxv[train]')"))
-    return TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output, summary)
+    return result
 
 
 @torch.no_grad()
@@ -256,22 +304,54 @@ def evaluate(
     batch_size: int = 128,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager] | None = None,
+    world: World | None = None,
 ) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and exact top-1 (per cent) over every image, in ``eval()`` mode."""
-    autocast = autocast or autocast_for("fp32", torch.device(device))
+    """Mean cross-entropy (nats) and exact top-1 (per cent) over every image, in ``eval()`` mode.
+
+    The processes of ``world``, all of which must call it, share the images; none is counted twice.
+    """
+    world, device = world or World(), torch.device(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss, the hits
+    for logits, y in _logits(model, data, batch_size, device, autocast, world):
+        sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+    loss, hits = world.sum(sums).tolist()
+    return loss / len(data), 100 * hits / len(data)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: ImageSet,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager] | None = None,
+) -> Tensor:
+    """Logits (images, classes) of every image, in ``eval()`` mode: float32, on the CPU."""
+    found = _logits(model, data, batch_size, torch.device(device), autocast, World())
+    return torch.cat([logits.cpu() for logits, _ in found])
+
+
+def _logits(
+    model: nn.Module,
+    data: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] | None,
+    world: World,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's logits in float32 and its labels, batch by batch."""
+    autocast = autocast or autocast_for("fp32", device)
+    share = None if world.size == 1 else partial(world.share, batch_size=batch_size)
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
     try:
-        for x, y in interruptible(batches(data, batch_size, device)):
+        for i, (x, y) in enumerate(interruptible(batches(data, batch_size, device, share=share), world.max)):
+            mine = len(world.part(min(batch_size, len(data) - i * batch_size)))
             with autocast():
                 logits = model(x)
-            loss += F.cross_entropy(logits.float(), y, reduction="sum")
-            hits += (logits.argmax(1) == y).sum()
+            yield logits[:mine].float(), y[:mine]
     finally:
         model.train(was_training)
-    return loss.item() / len(data), 100 * hits.item() / len(data)
 
 
 def pick_device(name: str) -> torch.device:
@@ -324,9 +404,12 @@ class _Epoch:
     device: torch.device
     autocast: Callable[[], AbstractContextManager]
     output: Path
+    world: World
     augment: RandAugment | None = None
 
     def __post_init__(self) -> None:
+        self._parallel = self.world.wrap(self.model)
+        self._branches = [module for module in self.model.modules() if isinstance(module, ResidualBranch)]
         self._start: Tensor | None = None  # the sampler's state before the epoch; None when none is running
 
     @property
@@ -335,7 +418,7 @@ class _Epoch:
         if self._start is None:
             return None
         self._look()
-        return {"sampler": self._start, "hits": self._hits.item()} | {k: getattr(self, f"_{k}") for k in _POSITION}
+        return {"sampler": self._start} | {k: getattr(self, f"_{k}") for k in _POSITION}
 
     def __call__(self, position: dict[str, Any] | None = None) -> dict[str, Any]:
         opt, config = self.opt, self.config
@@ -344,11 +427,11 @@ class _Epoch:
         total = len(self.data.train)
         batch_size = config.batch_size * config.accumulate
         self._steps = math.ceil(total / batch_size)
-        self._pending: list[tuple[Tensor, int]] = []  # (loss, images) of the batches since the last look
+        # (this process's loss and hits, every process's images) of the batches since the last look
+        self._pending: list[tuple[Tensor, Tensor, int]] = []
         self._start = self.sampler.get_state()
-        position = position or dict.fromkeys((*_POSITION, "hits"), 0)
-        self._step, self._loss_sum, self._seen, self._skipped = (position[k] for k in _POSITION)
-        self._hits = torch.full((), position["hits"], dtype=torch.int64, device=self.device)
+        position = position or dict.fromkeys(_POSITION, 0)
+        self._step, self._loss_sum, self._hits, self._seen, self._skipped = (position[k] for k in _POSITION)
         done = self._seen
         self.model.train()
         source = batches(
@@ -359,19 +442,22 @@ class _Epoch:
             augment=self.augment,
             epoch=self._number,
             skip=self._step,
+            share=None if self.world.size == 1 else partial(self.world.share, batch_size=config.batch_size),
         )
-        with Progress(total, f"epoch {self._number} {NAMES[phase]}") as progress:
+        with Progress(total, f"epoch {self._number} {NAMES[phase]}", enabled=self.world.is_main) as progress:
             progress.update(done)
-            for x, y in interruptible(source):
-                self._train_step(x, y)
+            for x, y in interruptible(source, self.world.max):
+                images = min(batch_size, total - self._step * batch_size)
+                self._train_step(x, y, images)
                 self._step += 1
                 shown = {}
                 if self._step % _CHECK_EVERY == 0 or self._step == self._steps:
                     self._look()
                     mean = self._loss_sum / self._seen
-                    shown = {"loss": f"{mean:.4f}", "top-1": f"{100 * self._hits.item() / self._seen:.1f} %"}
-                progress.update(len(y), **shown)
+                    shown = {"loss": f"{mean:.4f}", "top-1": f"{100 * self._hits / self._seen:.1f} %"}
+                progress.update(images, **shown)
         train_seconds = time.perf_counter() - start
+        self.world.broadcast_buffers(self.model)
         scores = self._evaluate()
         self._start = None
         return {
@@ -380,24 +466,34 @@ class _Epoch:
             "augmented": self.augment is not None,
             "lr": lr,
             "train_loss": self._loss_sum / total,
-            "train_top1": 100 * self._hits.item() / total,
+            "train_top1": 100 * self._hits / total,
             **scores,
             "skipped_steps": self._skipped,
             "images_per_second": (total - done) / train_seconds,
             "seconds": time.perf_counter() - start,
         }
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of the optimiser by ``accumulate`` batches."""
+    def _train_step(self, images: Tensor, labels: Tensor, total: int) -> None:
+        """One step of the optimiser by ``accumulate`` batches, ``total`` images over all processes."""
         self.opt.zero_grad()
-        size = self.config.batch_size
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
-            with self.autocast():
-                logits = self.model(x)
-            loss = F.cross_entropy(logits.float(), y)
-            self.scaler.scale(loss * (len(y) / len(labels))).backward()  # the mean over all of them
-            self._pending.append((loss.detach(), len(y)))
-            self._hits += (logits.detach().argmax(1) == y).sum()
+        size, world = self.config.batch_size, self.world
+        counts = [min(size, total - i) for i in range(0, total, size)]
+        parts = [world.part(n) for n in counts]
+        lengths = [max(1, len(part)) for part in parts]  # a part without images has a stand-in, of no weight
+        self._seed_dropout()
+        for i, (x, y) in enumerate(zip(images.split(lengths), labels.split(lengths), strict=True)):
+            for branch in self._branches:
+                branch.first_image = parts[i].start
+            more = world.size > 1 and i + 1 < len(counts)
+            with self._parallel.no_sync() if more else nullcontext():  # gradients are averaged once
+                with self.autocast():
+                    logits = self._parallel(x)
+                loss = F.cross_entropy(logits.float(), y)
+                mine = len(parts[i])
+                # the mean over all images of all processes, whose mean DistributedDataParallel takes
+                self.scaler.scale(loss * (world.size * mine / total)).backward()
+            hits = (logits.detach().argmax(1) == y)[:mine].sum()
+            self._pending.append((loss.detach() * mine, hits, counts[i]))
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.opt.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -406,39 +502,70 @@ class _Epoch:
         self.scaler.update()
         self._skipped += self.scaler.get_scale() < scale  # a gradient overflowed, and the step was not made
 
+    def _seed_dropout(self) -> None:
+        """See that the processes do not drop the same elements of different images.
+
+        All of them draw the same seeds, of which the models' own dropout makes masks for the whole batch. A model
+        without it, from a library, has masks of its part alone: there every step and process gets a seed of its own.
+        """
+        if self.world.size > 1 and not self._branches:
+            parts = (self.config.seed, self._number, self._step, self.world.rank)
+            torch.manual_seed(zlib.crc32(f"dropout {parts}".encode()))
+
     def _look(self) -> None:
         """Add up the losses since the last look, which makes a GPU wait, and stop at one that is not finite."""
-        values = torch.stack([value for value, _ in self._pending]).tolist() if self._pending else []
-        for value, (_, n) in zip(values, self._pending, strict=True):
-            if not math.isfinite(value):
-                batch = self._seen // (self.config.batch_size * self.config.accumulate) + 1
-                where = f"at epoch {self._number}, batch {batch} of {self._steps}"
-                raise _diverged(f"the loss is {value} {where}", self.output)
-            self._loss_sum, self._seen = self._loss_sum + value * n, self._seen + n
+        if not self._pending:
+            return
+        losses, hits, counts = zip(*self._pending, strict=True)
         self._pending.clear()
+        sums = self.world.sum(torch.stack([torch.stack(losses).double(), torch.stack(hits).double()]))
+        for loss, hit, n in zip(*sums.tolist(), counts, strict=True):
+            if not math.isfinite(loss):
+                batch = self._seen // (self.config.batch_size * self.config.accumulate) + 1
+                self._diverged(f"the loss is {loss / n} at epoch {self._number}, batch {batch} of {self._steps}")
+            self._loss_sum, self._hits, self._seen = self._loss_sum + loss, self._hits + int(hit), self._seen + n
 
     def _evaluate(self) -> dict[str, float]:
         scores: dict[str, float] = {}
         for name, split in self.data.splits.items():
             if name == "train":
                 continue
-            loss, top1 = evaluate(self.model, split, self.config.batch_size, self.device, self.autocast)
+            loss, top1 = evaluate(self.model, split, self.config.batch_size, self.device, self.autocast, self.world)
             # the last step of the epoch can break weights whose loss was still finite
             if not math.isfinite(loss):
                 where = f"at epoch {self._number}, after batch {self._steps} of {self._steps}"
-                raise _diverged(f"the {name} loss is {loss} {where}", self.output)
+                self._diverged(f"the {name} loss is {loss} {where}")
             scores |= {f"{name}_loss": loss, f"{name}_top1": top1}
         return scores
 
+    def _diverged(self, what: str) -> NoReturn:
+        raise (InputError if self.world.is_main else PeerError)(
+            f"{what}; the last good checkpoint is {self.output / LAST} (after epoch {self.opt.epoch}). "
+            "Try a smaller --lr, or --precision fp32"
+        )
 
-_POSITION = ("step", "loss_sum", "seen", "skipped")
+
+_POSITION = ("step", "loss_sum", "hits", "seen", "skipped")
 
 
-def _diverged(what: str, output: Path) -> InputError:
-    return InputError(
-        f"{what}; the last good checkpoint is {output / LAST} (after epoch {read_last(output)[0]['epoch']}). "
-        "Try a smaller --lr, or --precision fp32"
-    )
+def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
+    resolved = resolve(config)
+    if resolved[0].batch_size < world.size:
+        raise InputError(
+            f"--batch-size: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
+        )
+    return resolved
+
+
+def _make_output(output: Path, overwrite: bool) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: cannot create {output} ({error.strerror})") from error
+    if overwrite:
+        for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / TENSORBOARD, ignore_errors=True)
 
 
 def _epoch_line(row: dict[str, Any], best: bool) -> str:

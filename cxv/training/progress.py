@@ -1,5 +1,6 @@
 """A progress bar on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 
@@ -7,15 +8,18 @@ import time
 class Progress:
     """Shows how far a loop is: a tqdm bar on a terminal; in a log file a line every ``every`` seconds.
 
-    Use it as a context manager; :meth:`update` takes the number of items done and what to show beside it.
+    Use it as a context manager; :meth:`update` takes the number of items done and what to show beside it. Without
+    ``enabled`` it shows nothing.
     """
 
-    def __init__(self, total: int, label: str, unit: str = "image", every: float = 30.0):
+    def __init__(self, total: int, label: str, unit: str = "image", every: float = 30.0, enabled: bool = True):
         self.total, self.label, self.unit, self.every = total, label, unit, every
         self._done, self._start = 0, time.monotonic()
         self._last, self._shown = self._start, {}
         self._bar = None
-        if sys.stderr.isatty():
+        if not enabled:
+            self.every = math.inf
+        elif sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:

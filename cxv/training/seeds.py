@@ -8,6 +8,7 @@ from typing import Any
 
 from .checkpoint import BEST, LAST, PREVIOUS, atomic_write, read_last
 from .config import SUMMARY, TrainConfig, default_output
+from .distributed import World
 from .errors import InputError
 from .loop import train
 from .summary import summarise_seeds, summary_lines
@@ -33,8 +34,36 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
     Raises:
         InputError: as :func:`train`, and when ``output`` holds something else.
     """
-    log = log or (lambda line: print(line, flush=True))
+    world = World.current()
+    log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
     root = Path(config.output or default_output(config))
+    begun, run = world.from_main(lambda: _check_root(config, root))
+    seeds = config.seeds or run["seeds"]
+    known = {f.name for f in fields(TrainConfig)}
+    runs = {}
+    for n, seed in enumerate(seeds, 1):
+        log(f"seed {seed}, run {n} of {len(seeds)}")
+        output = root / f"seed-{seed}"
+        one = replace(config, seed=seed, seeds=tuple(seeds), output=str(output))
+        if config.resume and output not in begun:
+            given = {k: v for k, v in asdict(one).items() if v is not None}
+            one = TrainConfig(**{k: v for k, v in run.items() if k in known} | given | {"resume": False})
+        try:
+            runs[seed] = train(one, log).summary
+        except KeyboardInterrupt:
+            log(f"and the other seeds after it with  cxv train --resume --output {root}")
+            raise
+    total = summarise_seeds(runs)
+    if world.is_main:
+        atomic_write(root / SUMMARY, (json.dumps(total, indent=2) + "\n").encode())
+    for line in summary_lines(total):
+        log(line)
+    log(f"in {root}: {SUMMARY}, and of each seed in its folder {BEST}, {LAST} and the rest")
+    return total
+
+
+def _check_root(config: TrainConfig, root: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The runs in ``root`` that have begun, and when resuming their arguments."""
     begun = _begun(root)
     if config.seed is not None:
         raise InputError("--seed: with several seeds give --seeds alone")
@@ -56,26 +85,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
         raise InputError(
             f"--overwrite: {root} holds runs of other seeds too ({', '.join(stale)}): delete them yourself"
         )
-    known = {f.name for f in fields(TrainConfig)}
-    runs = {}
-    for n, seed in enumerate(seeds, 1):
-        log(f"seed {seed}, run {n} of {len(seeds)}")
-        output = root / f"seed-{seed}"
-        one = replace(config, seed=seed, seeds=tuple(seeds), output=str(output))
-        if config.resume and output not in begun:
-            given = {k: v for k, v in asdict(one).items() if v is not None}
-            one = TrainConfig(**{k: v for k, v in run.items() if k in known} | given | {"resume": False})
-        try:
-            runs[seed] = train(one, log).summary
-        except KeyboardInterrupt:
-            log(f"and the other seeds after it with  cxv train --resume --output {root}")
-            raise
-    total = summarise_seeds(runs)
-    atomic_write(root / SUMMARY, (json.dumps(total, indent=2) + "\n").encode())
-    for line in summary_lines(total):
-        log(line)
-    log(f"in {root}: {SUMMARY}, and of each seed in its folder {BEST}, {LAST} and the rest")
-    return total
+    return begun, run
 
 
 def _begun(root: Path) -> list[Path]:

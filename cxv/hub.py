@@ -1,0 +1,143 @@
+"""Models on the Hugging Face Hub (extra ``hub``), by huggingface_hub's mixin.
+
+What is shared is the file of :func:`cxv.save_safetensors`, a copy of its metadata in ``config.json``, for people and
+the Hub to read, and a model card. Only the safetensors file is read back, and it cannot run code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+try:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+except ImportError as error:
+    raise ImportError("cxv.hub needs huggingface_hub, which is not installed: pip install 'cxv[hub]'") from error
+
+from .sharing import describe, save_safetensors
+from .training.checkpoint import SAFETENSORS, load_model
+
+PAPER = "https://arxiv.org/abs/2201.10271"
+
+
+class HubModel(nn.Module, PyTorchModelHubMixin, library_name="cxv", paper_url=PAPER):
+    """A model with its metadata, and the mixin's ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
+
+    ``HubModel.from_checkpoint("runs/digits-cpv-2-4").push_to_hub("me/cpv-digits")``, and elsewhere
+    ``HubModel.from_pretrained("me/cpv-digits")``; ``.model`` is the model proper, ``.metadata`` what is known of it.
+
+    Args:
+        model: of :func:`cxv.create_model`. **metadata: as in :func:`cxv.save_safetensors`.
+
+    Raises:
+        InputError: metadata that do not fit the model; from ``from_pretrained``, a file that is damaged or of something
+            else.
+    """
+
+    def __init__(self, model: nn.Module, **metadata: Any):
+        super().__init__()
+        self.model = model
+        self.metadata = describe(model, **metadata)
+        self._hub_mixin_config = self.metadata
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, which: str = "best") -> "HubModel":
+        """Of a run of ``cxv train``, a ``.pt`` or a ``.safetensors`` file; see :func:`cxv.training.load_model`."""
+        model, checkpoint = load_model(path, which)
+        return cls(model, **describe(checkpoint))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W), normalised as ``metadata["normalisation"]`` says → logits (B, num_classes)."""
+        return self.model(x)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_safetensors(self.model, save_directory / SAFETENSORS, **self.metadata)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        map_location: str = "cpu",
+        use_fused: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **config: Any,  # what the file itself says is what counts
+    ) -> "HubModel":
+        path = Path(model_id) / SAFETENSORS
+        if not Path(model_id).is_dir():
+            path = hf_hub_download(
+                model_id,
+                SAFETENSORS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        model, checkpoint = load_model(path, device=map_location, use_fused=use_fused)
+        return cls(model, **describe(checkpoint)).eval()
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """What the model is, how it was trained and scored, and how to use it; from the metadata alone."""
+        m = self.metadata
+        data = m["args"].get("data")
+        top1 = m["metrics"].get("test_top1")
+        scored = data is not None and top1 is not None
+        results = EvalResult("image-classification", data, data, "accuracy", top1 / 100) if scored else None
+        header = ModelCardData(
+            model_name=m["model_name"] if scored else None,
+            eval_results=[results] if scored else None,
+            library_name="cxv",
+            pipeline_tag="image-classification",
+            tags=["cxv", "image-classification", "linear-attention", "model_hub_mixin", "pytorch_model_hub_mixin"],
+        )
+        return ModelCard(f"---\n{header}\n---\n\n{self._card_text()}")
+
+    def _card_text(self) -> str:
+        m, pixels = self.metadata, self.metadata["normalisation"]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        rows = {
+            "parameters": f"{parameters:,}",
+            "input": f"{m['in_chans']}×{m['img_size']}×{m['img_size']}, pixels in [0, 1] − {pixels['mean']}, "
+            f"÷ {pixels['std']}",
+            "classes": f"{len(m['classes'])}: {', '.join(m['classes'][:20])}" + (", …" if m["classes"][20:] else ""),
+            "trained on": m["args"].get("data", "not recorded"),
+            "seed": "not recorded" if m["seed"] is None else m["seed"],
+            "epoch": "not recorded" if m["epoch"] is None else m["epoch"],
+        } | {name.replace("_", " "): f"{value:.4g}" for name, value in m["metrics"].items()}
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        selected = ""
+        if "test_top1" in m["metrics"] and "validation_top1" not in m["metrics"]:
+            selected = (
+                "\nThe test set itself may have picked the epoch, as in the paper: its top-1 is flattering by that.\n"
+            )
+        return f"""# {m["model_name"]}
+
+An image classifier of the Python package `cxv` (Convolutional X-formers for Vision, [Jeevan & Sethi]({PAPER})).
+
+| | |
+|---|---|
+{table}
+{selected}
+## Use
+
+```python
+from cxv.hub import HubModel
+
+model = HubModel.from_pretrained("THIS REPOSITORY")  # model.metadata["classes"] has the names
+logits = model(images)  # (B, {m["in_chans"]}, {m["img_size"]}, {m["img_size"]}), normalised as above
+```
+
+or, with the file at hand, `cxv predict --checkpoint {SAFETENSORS} IMAGE`.
+
+## Training
+
+```json
+{json.dumps({"arguments of the model": m["model_kwargs"], "arguments of cxv train": m["args"]}, indent=2)}
+```
+"""

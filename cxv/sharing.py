@@ -1,0 +1,120 @@
+"""Weights to give away: one safetensors file that says which model they are of, and how it was trained."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .training.checkpoint import (
+    METADATA,
+    METADATA_KEY,
+    atomic_write,
+    build_trained,
+    find_checkpoint,
+    read_checkpoint,
+)
+from .training.data import MEAN, STD
+from .training.errors import InputError
+
+_PRIVATE = ("data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
+"""A run's arguments that are nobody else's business."""
+
+
+def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which: str = "best", **metadata: Any) -> None:
+    """Write a model's weights, and what is needed to use them, into one safetensors file, atomically.
+
+    ``cxv.create_model(name, checkpoint=path)``, ``cxv eval`` and ``cxv predict`` read it, and so does whatever else
+    reads safetensors. A fresh model takes the weights before anything is written.
+
+    Args:
+        source: a model of :func:`cxv.create_model`, or what ``cxv train`` wrote: its ``--output`` or a ``.pt`` file.
+        path: the file to write, ``….safetensors``.
+        which: ``"best"`` or ``"last"``, of a run's weights.
+        **metadata: in place of what ``source`` says (see ``cxv.training.checkpoint.METADATA``): ``classes``, names in
+            label order, by default the labels' numbers; ``normalisation``, the mean and std of pixels in [0, 1], by
+            default the paper's 0.5 and 0.5; ``seed``; ``metrics``, numbers by name; and, for a model that
+            :func:`cxv.create_model` did not build, ``model_name`` and ``model_kwargs``.
+
+    Raises:
+        InputError: no such checkpoint, or a damaged one; metadata that are unknown or do not fit the model; a file that
+            cannot be written.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"path: expected a name that ends in .safetensors, got {path}")
+    if isinstance(source, nn.Module):
+        weights = source.state_dict()
+    else:
+        source = read_checkpoint(find_checkpoint(source, which))
+        weights = source["model"]
+    metadata = describe(source, **metadata)
+    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    with torch.random.fork_rng(devices=[]):  # the fresh model's initial weights are not the caller's draws
+        build_trained({**metadata, "model": weights}, f"{path} (not written)", {})
+    atomic_write(path, save(weights, {"format": "pt", METADATA_KEY: json.dumps(metadata)}))
+
+
+def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """The metadata of a model or of a checkpoint, those of ``given`` first.
+
+    Raises:
+        InputError: metadata that are unknown, missing, of the wrong type, or that contradict one another.
+    """
+    unknown = sorted(given.keys() - METADATA.keys())
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such metadata; allowed: {', '.join(METADATA)}")
+    found = (_of_model(source) if isinstance(source, nn.Module) else _of_checkpoint(source)) | given
+    if found["model_name"] is None:
+        raise InputError(
+            "model_name and model_kwargs: give them, as cxv.create_model did not build this "
+            f"{type(source).__name__} and they cannot be read from it"
+        )
+    kwargs = found["model_kwargs"]
+    num_classes = kwargs.get("num_classes", 10)
+    metadata = {
+        "classes": [str(label) for label in range(num_classes)],
+        "img_size": kwargs.get("img_size", 32),
+        "in_chans": kwargs.get("in_chans", 3),
+        "normalisation": {"mean": MEAN, "std": STD},
+        "seed": None,
+        "epoch": None,
+        "metrics": {},
+        "args": {},
+    } | found
+    for name, kind in METADATA.items():
+        if not isinstance(metadata[name], kind):
+            raise InputError(f"{name}: expected {_kind(kind)}, got {metadata[name]!r}")
+    if len(metadata["classes"]) != num_classes:
+        raise InputError(f"classes: expected {num_classes} names, as many as num_classes, got {metadata['classes']}")
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metadata: expected numbers, strings, lists and dicts ({error})") from error
+    return metadata
+
+
+def _of_model(model: nn.Module) -> dict[str, Any]:
+    name, kwargs = getattr(model, "model_name", None), dict(getattr(model, "model_kwargs", {}))
+    if hasattr(model, "num_classes"):  # reset_classifier changes it
+        kwargs["num_classes"] = model.num_classes
+    return {"model_name": name, "model_kwargs": kwargs}
+
+
+def _of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a ``.pt`` of ``cxv train``, or of what was read from a safetensors file."""
+    found = {name: checkpoint[name] for name in METADATA if name in checkpoint}
+    found["args"] = {k: v for k, v in checkpoint["args"].items() if v is not None and k not in _PRIVATE}
+    if "history" in checkpoint:
+        row = checkpoint["history"][-1] if checkpoint["history"] else {}
+        found["metrics"] = {k: v for k, v in row.items() if k.endswith(("_loss", "_top1"))}
+        found["seed"] = checkpoint["args"].get("seed")
+    return found
+
+
+def _kind(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(k.__name__.replace("NoneType", "None") for k in (kind if isinstance(kind, tuple) else (kind,)))

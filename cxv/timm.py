@@ -1,0 +1,55 @@
+"""``import cxv.timm`` makes timm know CPV, CNV and CLTV: ``timm.create_model("cpv_5_4", num_classes=100)``.
+
+Every argument of :class:`cxv.CXV` and of the model can be given (``depth=2, embed_dim=64, use_fused=True``), and timm's
+``features_only``, ``out_indices``, ``pretrained_cfg_overlay``. Weights of ``cxv train`` load with ``pretrained=True,
+pretrained_cfg_overlay={"file": "a.safetensors"}``, a file of :func:`cxv.save_safetensors`; none come with timm.
+"""
+
+from typing import Any
+
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ImportError as error:
+    raise ImportError("cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'") from error
+
+from .models import CLTV, CNV, CPV, CXV
+from .training.data import MEAN, STD
+
+_CFG = {
+    "url": "",
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (MEAN,) * 3,
+    "std": (STD,) * 3,
+    "first_conv": "stem.0",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
+default_cfgs = generate_default_cfgs({"cpv_5_4": _CFG, "cnv_5_4": _CFG, "cltv_5_4": _CFG})
+
+
+def _create(model: type[CXV], variant: str, pretrained: bool, **kwargs: Any) -> CXV:
+    return build_model_with_cfg(
+        model, variant, pretrained, feature_cfg={"out_indices": (-1,), "feature_cls": "getter"}, **kwargs
+    )
+
+
+@register_model
+def cpv_5_4(pretrained: bool = False, **kwargs: Any) -> CPV:
+    """CPV-5/4, see :class:`cxv.CPV`."""
+    return _create(CPV, "cpv_5_4", pretrained, **kwargs)
+
+
+@register_model
+def cnv_5_4(pretrained: bool = False, **kwargs: Any) -> CNV:
+    """CNV-5/4, see :class:`cxv.CNV`."""
+    return _create(CNV, "cnv_5_4", pretrained, **kwargs)
+
+
+@register_model
+def cltv_5_4(pretrained: bool = False, **kwargs: Any) -> CLTV:
+    """CLTV-5/4, see :class:`cxv.CLTV`."""
+    return _create(CLTV, "cltv_5_4", pretrained, **kwargs)

@@ -1,0 +1,175 @@
+"""Softmax attention in somebody else's model, replaced by ours."""
+
+import copy
+import inspect
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear_attention import linear_attention
+from .nystrom_attention import nystrom_attention
+from .performer_attention import num_random_features, orthogonal_projection, performer_attention
+from .validation import check_choice
+
+MECHANISMS: dict[str, tuple[str, ...]] = {
+    "performer": ("num_features", "kernel", "eps", "stabilizer"),
+    "linear": ("feature_map", "eps"),
+    "nystrom": ("num_landmarks",),
+}
+"""The mechanisms and their options, which are those of the ops."""
+
+# timm.layers.Attention's parts, by its names: what a module must consist of to be replaced, and what is kept of it
+_PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
+_ARGUMENTS = ("attn_mask", "is_causal")
+
+
+class ReplacedAttention(nn.Module):
+    """Self-attention (B, N, C) → (B, N, C_out) by one of our mechanisms, on the maps and norms of a softmax attention.
+
+    Args:
+        attention: a module as ``timm.layers.Attention``; its parts are shared, not copied.
+        mechanism, backend, **options: see :func:`replace_attention`.
+    """
+
+    def __init__(self, attention: nn.Module, mechanism: str, backend: str | None = None, **options: Any):
+        super().__init__()
+        for name in _PARTS:
+            setattr(self, name, getattr(attention, name, None))
+        self.num_heads = attention.num_heads
+        self.head_dim = self.qkv.out_features // (3 * self.num_heads)
+        self.scale = getattr(attention, "scale", self.head_dim**-0.5)
+        gain = self.scale * self.head_dim**0.5  # the ops divide by √D themselves
+        self.gain = None if math.isclose(gain, 1) else gain
+        self.mechanism, self.backend, self.options = mechanism, backend, dict(options)
+        if mechanism == "performer":
+            num_features = self.options.pop("num_features", num_random_features(self.head_dim))
+            projection = orthogonal_projection(num_features, self.head_dim, device=self.qkv.weight.device)
+            self.register_buffer("projection", projection)
+        self.train(attention.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B, N, C), any N → (B, N, C_out).
+
+        Raises:
+            ValueError: a mask, which no linear mechanism can apply to pairs of tokens; x of another rank.
+        """
+        if attn_mask is not None or is_causal:
+            name = "is_causal" if attn_mask is None else "attn_mask"
+            raise ValueError(f"{name}: {self.mechanism} attention has no map of pairs of tokens to mask")
+        if x.dim() != 3:
+            raise ValueError(f"x must be (B, N, C), got shape {tuple(x.shape)}")
+        return self._around(self._attend, x)
+
+    def _around(self, attend: Any, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        y = attend(q if self.gain is None else q * self.gain, k, v).transpose(1, 2).flatten(2)
+        y = y if self.norm is None else self.norm(y)
+        y = y if self.gate is None else y * self.gate(x).sigmoid()
+        y = self.proj(y)
+        return y if self.proj_drop is None else self.proj_drop(y)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.mechanism == "performer":
+            return performer_attention(q, k, v, self.projection, **self.options, backend=self.backend)
+        op = linear_attention if self.mechanism == "linear" else nystrom_attention
+        return op(q, k, v, **self.options, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"mechanism={self.mechanism!r}", *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+def replace_attention(
+    model: nn.Module, mechanism: str = "performer", *, backend: str | None = None, **options: Any
+) -> list[str]:
+    """Replace the softmax self-attentions of a vision transformer by a linear mechanism, in place, keeping the weights.
+
+    For ``timm.layers.Attention`` and whatever is built like it: a linear ``qkv``, ``num_heads``, ``proj``, optionally
+    ``q_norm``, ``k_norm``, ``norm``, ``gate`` and ``proj_drop``. Each module found is compared with softmax attention
+    on random tokens first, and left alone, with a warning, where it does something else (windows, relative or rotary
+    positions, channel attention). Class tokens and any number of tokens are fine.
+
+    The outputs change: ``"performer"`` and ``"nystrom"`` approximate softmax attention, ``"linear"`` is another
+    function. Fine-tune afterwards; examples/replace_attention.py measures what that brings.
+
+    Args:
+        model: the model; its modules are replaced where they are, so that an optimiser made before still fits.
+        mechanism: ``"performer"``, ``"linear"`` or ``"nystrom"``.
+        backend: see :func:`cxv_kernels.use_backend`.
+        **options: of the op: ``kernel``, ``eps``, ``stabilizer`` of :func:`performer_attention` and ``num_features``,
+            ⌊D ln D⌋ by default, drawn once from PyTorch's global generator and kept in the ``state_dict``;
+            ``feature_map``, ``eps`` of :func:`linear_attention`; ``num_landmarks`` of :func:`nystrom_attention`.
+
+    Returns:
+        The names of the modules that were replaced, e.g. ``blocks.0.attn``.
+
+    Raises:
+        ValueError: there was nothing to replace, the message has the reasons; an unknown mechanism, option or value.
+    """
+    check_choice("mechanism", mechanism, tuple(MECHANISMS))
+    unknown = sorted(options.keys() - set(MECHANISMS[mechanism]))
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: no option of {mechanism!r}; allowed: {', '.join(MECHANISMS[mechanism])}, got {options}"
+        )
+    found = [
+        (f"{path}.{name}".lstrip("."), parent, name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if isinstance(getattr(child, "qkv", None), nn.Linear) and hasattr(child, "num_heads") and hasattr(child, "proj")
+    ]
+    reasons = {path: reason for path, _, _, child in found if (reason := _why_not(child)) is not None}
+    declined = "; ".join(f"{path} {reason}" for path, reason in reasons.items())
+    if len(reasons) == len(found):
+        raise ValueError(
+            f"model: {type(model).__name__} has no softmax attention that could be replaced: "
+            f"{declined or 'none of its modules has qkv, num_heads and proj'}"
+        )
+    if reasons:
+        warnings.warn(f"replace_attention leaves alone: {declined}", stacklevel=2)
+    if any(getattr(getattr(child, "attn_drop", None), "p", 0) for path, _, _, child in found if path not in reasons):
+        warnings.warn(
+            f"{mechanism} attention has no attention map, so that attn_drop, the dropout on it, is gone", stacklevel=2
+        )
+    replacements: dict[int, ReplacedAttention] = {}  # a module may be in several places
+    for path, _, _, child in found:
+        if path not in reasons and id(child) not in replacements:
+            replacements[id(child)] = _replacement(child, mechanism, backend, options)
+    for path, parent, name, child in found:
+        if path not in reasons:
+            setattr(parent, name, replacements[id(child)])
+    return [path for path, *_ in found if path not in reasons]
+
+
+def _replacement(child: nn.Module, mechanism: str, backend: str | None, options: dict[str, Any]) -> ReplacedAttention:
+    new = ReplacedAttention(child, mechanism, backend, **options)
+    with torch.no_grad():  # what the op refuses it refuses now
+        head = child.qkv.weight.new_zeros(1, new.num_heads, 2, new.head_dim)
+        new._attend(head, head, head)
+    return new
+
+
+def _why_not(attention: nn.Module) -> str | None:
+    """Why a module cannot be replaced; None if it can."""
+    own = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in _PARTS]
+    if own:
+        return f"has parameters of its own: {', '.join(own)}"
+    arguments = list(inspect.signature(attention.forward).parameters)[1:]
+    other = [name for name in arguments if name not in _ARGUMENTS]
+    if other:
+        return f"({type(attention).__name__}) takes {', '.join(other)} besides the tokens"
+    attention = copy.deepcopy(attention).to("cpu", torch.float64).eval()
+    x = torch.randn(2, 6, attention.qkv.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            ours = ReplacedAttention(attention, "softmax")._around(F.scaled_dot_product_attention, x)
+            same = torch.allclose(attention(x), ours, rtol=1e-6, atol=1e-9)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        return f"({type(attention).__name__}) does not take tokens (B, N, C): {reason}"
+    return None if same else f"({type(attention).__name__}) is not softmax attention of its qkv"

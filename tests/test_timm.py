@@ -1,0 +1,177 @@
+"""The models in timm's registry, as backbones, and by timm's method names."""
+
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import cxv
+import cxv.timm
+
+NAMES = ["cpv_5_4", "cnv_5_4", "cltv_5_4"]
+SMALL = {"embed_dim": 16, "num_heads": 2, "depth": 3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_create_model(name):
+    """The models themselves: Table 1's parameters, the same weights from the same seed."""
+    assert timm.is_model(name)
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    torch.manual_seed(0)
+    ours = cxv.create_model(name.replace("_", "-", 1).replace("_", "/"))
+    assert type(model) is type(ours)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    assert model.default_cfg["classifier"] == "head"
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 32, 32)
+
+
+def test_arguments_reach_the_model():
+    model = timm.create_model("cpv_5_4", num_classes=7, in_chans=1, drop_rate=0.1, use_fused=True, **SMALL)
+    assert model.head.weight.shape == (7, 16)
+    assert model.layers[0].mlp.drop_rate == 0.1
+    assert model.layers[0].attn.use_fused
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 7)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for cpv_5_4"):
+        timm.create_model("cpv_5_4", pretrained=True, **SMALL)
+
+
+def test_classifier():
+    model = timm.create_model("cltv_5_4", num_classes=0, **SMALL).eval()
+    x = torch.randn(2, 3, 8, 6)
+    features = model.forward_features(x)
+    torch.testing.assert_close(model(x), features.mean((2, 3)))
+    assert model.num_features == model.head_hidden_size == model(x).shape[1]
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    with pytest.raises(ValueError, match="global_pool must be 'avg', or without classes '', got ''"):
+        model.reset_classifier(4)
+    model.reset_classifier(4, global_pool="avg")
+    assert model(x).shape == (2, 4)
+    assert model.get_classifier() is model.head
+    assert timm.create_model("cltv_5_4", num_classes=0, global_pool="", **SMALL)(x).shape == features.shape
+    with pytest.raises(ValueError, match="got 'max'"):
+        cxv.CLTV(global_pool="max", **SMALL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_intermediates(name, grad):
+    """Every layer's output, unchanged by the layers after it, that in eval mode write in place."""
+    model = timm.create_model(name, use_fused=True, **SMALL).eval()
+    x, seen = torch.randn(2, 3, 8, 8), []
+    hooks = [layer.register_forward_hook(lambda m, i, y: seen.append(y.clone())) for layer in model.layers]
+    with torch.set_grad_enabled(grad):
+        logits = model(x)
+        for hook in hooks:
+            hook.remove()
+        final, features = model.forward_intermediates(x)
+        assert torch.equal(model.forward_head(final), logits)
+        assert all(torch.equal(a, b) for a, b in zip(features, seen, strict=True))
+        for indices, layers in ((2, [1, 2]), ([0, -1], [0, 2]), ((1,), [1])):
+            found = model.forward_intermediates(x, indices, stop_early=True, intermediates_only=True)
+            assert all(torch.equal(a, seen[i]) for a, i in zip(found, layers, strict=True))
+    assert torch.equal(model.forward_intermediates(x, [0], stop_early=True)[0], seen[0])
+    assert torch.equal(model.forward_intermediates(x, [0])[0], seen[2])
+
+
+def test_intermediates_that_are_not_there():
+    model = timm.create_model("cpv_5_4", **SMALL)
+    x = torch.randn(1, 3, 8, 8)
+    for indices in ([3], [-4], [], 4):
+        with pytest.raises(ValueError, match="indices must be layers from -3 to 2, got"):
+            model.forward_intermediates(x, indices)
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_only(name):
+    whole = timm.create_model(name, stem_stride=2, **SMALL)
+    backbone = timm.create_model(name, stem_stride=2, features_only=True, out_indices=(0, -2), **SMALL)
+    assert backbone.feature_info.channels() == [16, 16]
+    assert backbone.feature_info.reduction() == [2, 2]
+    assert backbone.feature_info.module_name() == ["layers.0", "layers.1"]
+    assert len(backbone.model.layers) == 2  # what nobody asked for is gone
+    weights = {k: v for k, v in whole.state_dict().items() if not k.startswith(("head", "layers.2"))}
+    backbone.model.load_state_dict(weights)
+    x = torch.randn(2, 3, 16, 12)
+    expected = whole.eval().forward_intermediates(x, [0, 1], intermediates_only=True)
+    found = backbone.eval()(x)
+    assert [f.shape for f in found] == [(2, 16, 8, 6)] * 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    found[-1].sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    (last,) = timm.create_model(name, features_only=True, **SMALL)(x)  # the last layer without out_indices
+    assert last.shape == (2, 16, 16, 12)
+
+
+def test_weights_of_cxv_load(tmp_path):
+    """A shared file by timm's own loader, classifier and channels adapted by it."""
+    model = cxv.create_model("cpv-3/2", embed_dim=16, num_classes=10).eval()
+    cxv.save_safetensors(model, tmp_path / "a.safetensors")
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "a.safetensors")}}
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(timm.create_model("cpv_5_4", **options, **SMALL).eval()(x), model(x))
+    other = timm.create_model("cpv_5_4", num_classes=3, in_chans=1, **options, **SMALL)
+    assert other.head.weight.shape == (3, 16)
+    assert torch.equal(other.stem[0].weight, model.stem[0].weight.sum(1, keepdim=True))
+    (last,) = timm.create_model("cpv_5_4", features_only=True, **options, **SMALL).eval()(x)
+    assert torch.equal(last, model.forward_features(x))
+
+
+def test_learning_rates_by_layer():
+    from timm.optim import param_groups_layer_decay
+
+    model = timm.create_model("cpv_5_4", **SMALL)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    parts = (model.stem, *model.layers, model.head)
+    assert [{scale[id(p)] for p in part.parameters()} for part in parts] == [{0.5 ** (4 - i)} for i in range(5)]
+
+
+class Backbone(nn.Module):
+    """A timm backbone as torchvision's detectors want one."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.body = timm.create_model("cpv_5_4", features_only=True, **kwargs)
+        self.out_channels = self.body.feature_info.channels()[-1]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return OrderedDict((str(i), feature) for i, feature in enumerate(self.body(x)))
+
+
+def test_a_detector_trains():
+    """torchvision's RetinaNet on 224×224 images, 784 tokens to each attention, all of it fused."""
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    backbone = Backbone(embed_dim=32, num_heads=2, depth=2, stem_stride=8, drop_rate=0.1, use_fused=True)
+    assert all(layer.attn.use_fused for layer in backbone.body.model.layers)
+    anchors = AnchorGenerator(sizes=((32, 64),), aspect_ratios=((0.5, 1.0, 2.0),))
+    model = RetinaNet(backbone, num_classes=3, anchor_generator=anchors, min_size=224, max_size=224)
+    images = list(torch.rand(2, 3, 224, 224))
+    targets = [
+        {"boxes": torch.tensor([[20.0, 30.0, 90.0, 100.0]]), "labels": torch.tensor([1])},
+        {"boxes": torch.tensor([[50.0, 60.0, 200.0, 180.0], [5.0, 5.0, 60.0, 70.0]]), "labels": torch.tensor([2, 1])},
+    ]
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        optimiser.zero_grad()
+        loss = sum(model(images, targets).values())
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    gradients = [p.grad for p in backbone.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+    assert sum(g.abs().sum() for g in gradients) > 0
+    assert losses[1] < losses[0]
+    detected = model.eval()(images)
+    assert detected[0]["boxes"].shape[1] == 4
