@@ -37,8 +37,8 @@ def use_plain_dropout(model: nn.Module) -> None:
 
 
 def _plain_drops(branch: ResidualBranch) -> Callable[..., Drop]:
-    def drop(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = F.dropout(x, branch.drop_rate, branch.training)
+    def drop(x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
+        x = F.dropout(F.gelu(x) if gelu else x, branch.drop_rate, branch.training)
         return x if residual is None else x + residual
 
     return lambda first_image, seed: drop

@@ -137,7 +137,7 @@ def launches(
     for case in checks.cases(batch, heads, tokens, dim, ragged):
         if case.op in served and wanted(f"{case.op} {case.label}"):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
-            width = {"dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
+            width = {"dropout": 1, "gelu_dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
             units = inputs[0].numel() // width
             exps = _exps(case, dim)
             during(
@@ -147,7 +147,7 @@ def launches(
                 lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
             )
     for name, attention in MODELS.items() if dim == 32 and not ragged else ():
-        if {attention, "conv_norm", "dropout"} <= served and wanted(name):
+        if {attention, "conv_norm", "dropout", "gelu_dropout"} <= served and wanted(name):
             images, labels = random_batch(1, 32, torch.device("cpu"), dtype)
             model = cxv.create_model(name, use_fused=True).to(weights_dtype(dtype)).train()
             during(name, 4 * 1024, 0, lambda m=model, i=images, t=labels: loss_of(m, i, t, dtype).backward())
@@ -158,7 +158,7 @@ def _exps(case: checks.Case, dim: int) -> float:
     """Of a token's features."""
     if case.op.startswith("performer"):
         return 0 if case.label == "relu" else checks.num_random_features(dim)
-    return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout") else dim
+    return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout", "gelu_dropout") else dim
 
 
 # --- compiling ---------------------------------------------------------------------------------------------------

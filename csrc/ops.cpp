@@ -36,6 +36,9 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
 
   // x and residual contiguous, of one shape and dtype; seed one int64; element i is element offset + i of the mask.
   m.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p, int offset) -> Tensor");
+  // The dropout of GELU(x), and its gradient.
+  m.def("gelu_dropout_forward(Tensor x, Tensor seed, float p, int offset) -> Tensor");
+  m.def("gelu_dropout_backward(Tensor grad_out, Tensor x, Tensor seed, float p, int offset) -> Tensor");
 
   // x (B, C_in, H, W), weight (C_out, C_in, 3, 3), bias (C_out) in x's dtype; gamma, beta (C_out) and rstd (B, H, W) in
   // float32, or float64 for float64 inputs. out (B, C_out, H, W) lies in memory as the convolution's output does.

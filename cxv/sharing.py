@@ -13,6 +13,7 @@ from .training.checkpoint import (
     METADATA_KEY,
     atomic_write,
     build_trained,
+    check_metadata,
     find_checkpoint,
     read_checkpoint,
 )
@@ -86,11 +87,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
         "metrics": {},
         "args": {},
     } | found
-    for name, kind in METADATA.items():
-        if not isinstance(metadata[name], kind):
-            raise InputError(f"{name}: expected {_kind(kind)}, got {metadata[name]!r}")
-    if len(metadata["classes"]) != num_classes:
-        raise InputError(f"classes: expected {num_classes} names, as many as num_classes, got {metadata['classes']}")
+    check_metadata(metadata)
     try:
         json.dumps(metadata)
     except (TypeError, ValueError) as error:
@@ -114,7 +111,3 @@ def _of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         found["metrics"] = {k: v for k, v in row.items() if k.endswith(("_loss", "_top1"))}
         found["seed"] = checkpoint["args"].get("seed")
     return found
-
-
-def _kind(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(k.__name__.replace("NoneType", "None") for k in (kind if isinstance(kind, tuple) else (kind,)))

@@ -26,7 +26,6 @@ _CFG = {
     "std": (STD,) * 3,
     "first_conv": "stem.0",
     "classifier": "head",
-    "license": "apache-2.0",
 }
 default_cfgs = generate_default_cfgs({"cpv_5_4": _CFG, "cnv_5_4": _CFG, "cltv_5_4": _CFG})
 

@@ -6,7 +6,7 @@ Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` 
 from ._version import __version__
 from .backends import BACKENDS, OPS, explain_backend, get_backend, use_backend
 from .conv_norm import conv_norm
-from .dropout import dropout, dropout_mask, dropout_seed
+from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
 from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
@@ -21,6 +21,7 @@ __all__ = [
     "dropout_mask",
     "dropout_seed",
     "explain_backend",
+    "gelu_dropout",
     "get_backend",
     "kv_state",
     "linear_attention",

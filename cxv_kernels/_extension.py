@@ -15,6 +15,7 @@ _OPS = (
         for way in ("", "_backward")
     ),
     "dropout",
+    *(f"gelu_dropout_{way}" for way in ("forward", "backward")),
 )
 
 

@@ -21,6 +21,7 @@ OPS = (
     "nystrom_attention",
     "conv_norm",
     "dropout",
+    "gelu_dropout",
 )
 
 Check = Callable[[torch.device, torch.dtype, int], str | None]

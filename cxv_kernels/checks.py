@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import backends, conv_norm, dropout, kv_state, linear_attention, nystrom_attention
+from . import backends, conv_norm, dropout, gelu_dropout, kv_state, linear_attention, nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
 from .validation import FLOAT_DTYPES, accumulate_dtype
 
@@ -118,7 +118,8 @@ def cases(
     ]
     seed = torch.tensor(12345, device=device)
     drop = lambda x, residual, **options: dropout(x, 0.3, seed.to(x.device), residual=residual, **options)  # noqa: E731
-    found.append(Case("dropout", "p=0.3", drop, (query, query), 1))
+    gelu = lambda x, **options: gelu_dropout(x, 0.3, seed.to(x.device), **options)  # noqa: E731
+    found += [Case("dropout", "p=0.3", drop, (query, query), 1), Case("gelu_dropout", "p=0.3", gelu, (query,), 1)]
     return found
 
 

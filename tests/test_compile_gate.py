@@ -28,6 +28,7 @@ CASES = (
     "nystrom_attention residual",
     "conv_norm",
     "dropout",
+    "gelu_dropout",
 )
 SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
 # Bytes: what scalar code makes of a single matrix product takes half of that. Float32's products are three.

@@ -5,7 +5,7 @@ import torch
 from conftest import layouts, needs_cpp
 from torch.library import opcheck
 
-from cxv_kernels import dropout, dropout_mask, dropout_seed
+from cxv_kernels import dropout, dropout_mask, dropout_seed, gelu_dropout
 from cxv_kernels.dropout.reference import philox
 from cxv_kernels.validation import FLOAT_DTYPES
 
@@ -91,6 +91,50 @@ def test_gradients(backend):
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_gelu_is_exact_in_its_tail(dtype):
+    """Without a mask, output and gradient against float64, over every order of magnitude that GELU has."""
+    x = torch.linspace(-14, 14, 40_003, dtype=torch.float64).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    got, want = gelu_dropout(x, 0.0, SEED, backend="cpp"), exact * torch.erfc(-exact / 2**0.5) / 2
+    (got_grad,), (want_grad,) = torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), exact)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    # e^(-x²/2) turns the rounding of x²/2, which is up to 98, into a relative error
+    relative = 1e-12 if dtype == torch.float64 else eps + 1.2e-5
+    torch.testing.assert_close(got.double(), want, rtol=relative, atol=16 * tiny)
+    torch.testing.assert_close(got_grad.double(), want_grad, rtol=relative, atol=4 * torch.finfo(got.dtype).eps)
+
+
+@both
+def test_gelu_dropout_is_the_dropout_of_gelu(backend):
+    x = torch.randn(7, 101, dtype=torch.float64, requires_grad=True)
+    got = gelu_dropout(x, 0.4, SEED, offset=5, backend=backend)
+    torch.testing.assert_close(got, dropout(torch.nn.functional.gelu(x), 0.4, SEED, offset=5, backend=backend))
+    assert torch.equal(got != 0, dropout_mask(SEED, 707, 0.4, 5).view(7, 101))
+
+    def function(x):
+        return gelu_dropout(x, 0.4, SEED, offset=5, backend=backend)
+
+    small = x[:2, :60].detach().requires_grad_()
+    assert torch.autograd.gradcheck(function, small)
+    assert torch.autograd.gradgradcheck(function, small)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_dropout_keeps_its_input_alone(dtype):
+    x = torch.randn(3, 1000).to(dtype).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        gelu_dropout(x, 0.5, SEED, backend="cpp")
+    assert saved == [x.data_ptr()]
+    opcheck(torch.ops.cxv_kernels.gelu_dropout_forward, (x.detach(), SEED, 0.3, 5))
+    opcheck(torch.ops.cxv_kernels.gelu_dropout_backward, (x.detach(), x.detach(), SEED, 0.3, 5))
+    parts = [gelu_dropout(x[i : i + 1], 0.5, SEED, offset=1000 * i, backend="cpp") for i in range(3)]
+    assert torch.equal(torch.cat(parts), gelu_dropout(x, 0.5, SEED, backend="cpp"))
+
+
+@needs_cpp
 def test_nothing_is_saved():
     x = torch.randn(1000, requires_grad=True)
     saved = []
@@ -157,3 +201,6 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=match):
             dropout(*arguments, **options)
+        if "residual" not in options:
+            with pytest.raises(error, match=match):
+                gelu_dropout(*arguments, **options)

@@ -146,9 +146,13 @@ def test_another_number_of_classes_is_a_fresh_classifier(saved):
     ("metadata", "message"),
     [
         ({"classes": ["one"]}, "classes: expected 3 names"),
-        ({"classes": "abc"}, "classes: expected list, got 'abc'"),
+        ({"classes": "abc"}, "classes: expected a list of strings, got 'abc'"),
         ({"licence": "mine"}, "licence: no such metadata; allowed: model_name"),
-        ({"metrics": {"top1": torch.ones(1)}}, "metadata: expected numbers"),
+        ({"classes": [1, 2, 3]}, "classes: expected a list of strings"),
+        ({"normalisation": {"mean": 0.5}}, "normalisation: expected a dict of mean and std"),
+        ({"seed": "7"}, "seed: expected an integer or None, got '7'"),
+        ({"args": {"data": Path("data")}}, "metadata: expected numbers, strings"),
+        ({"metrics": {"top1": torch.ones(1)}}, "metrics: expected a dict of numbers"),
         ({"model_name": "cnv-1/2"}, "do not fit CNV"),
         ({"model_kwargs": {"num_classes": 3, "embed_dim": 32}}, "do not fit CPV"),
         ({"model_kwargs": {"num_classes": 3, "colour": 1}}, "cannot be built"),
@@ -198,14 +202,14 @@ def test_malformed_safetensors(saved, how, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_name": None}, "model_name is missing"),
-        ({"model_name": 5}, "model_name is 5"),
+        ({"model_name": None}, "model_name: expected a string, got None"),
+        ({"model_name": 5}, "model_name: expected a string, got 5"),
         ({"model_name": "gpt-1/2"}, "the model it names cannot be built (--model gpt-1/2"),
         ({"model_kwargs": {**TINY, "make_attention": 1}}, "the model it names cannot be built"),
         ({"model_kwargs": {**TINY, "embed_dim": "16"}}, "the model it names cannot be built"),
         ({"model_kwargs": {**TINY, "embed_dim": 32}}, "do not fit CPV"),
         ({"model_name": "cnv-1/2"}, "do not fit CNV: layers.0.attn"),
-        ({"classes": ["ant"]}, "names 1 classes, and num_classes is 3"),
+        ({"classes": ["ant"]}, "classes: expected 3 names, as many as num_classes, got ['ant']"),
     ],
 )
 def test_metadata_of_another_model(saved, change, message):

@@ -161,7 +161,7 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
     model, images, labels = model_and_batch()
     nn.functional.cross_entropy(model(images), labels).backward()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for got, parameter in zip(first, model.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)

@@ -5,11 +5,13 @@
 
 namespace cxv {
 
-// out = x · keep / P(keep) + residual over contiguous arrays; element i of them is element offset + i of the mask.
+// out = f(x) · keep / P(keep) + residual over contiguous arrays; element i of them is element offset + i of the mask.
 struct Dropout {
   DType dtype;
+  enum Map { kIdentity, kGelu, kGeluGradient } map;  // f(x): x, GELU(x), x · GELU'(activated)
   const void* x;
-  const void* residual;  // or null
+  const void* activated;  // for kGeluGradient
+  const void* residual;   // or null
   void* out;
   int64_t count, offset;
   uint64_t seed;

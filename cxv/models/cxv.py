@@ -61,11 +61,10 @@ class Mlp(ResidualBranch):
     def __init__(self, dim: int, hidden_dim: int, drop_rate: float, use_fused: bool = False, pre_norm: bool = False):
         super().__init__(drop_rate, use_fused, dim if pre_norm else None)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.act = nn.GELU()
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
     def branch(self, x: Tensor, drop: Drop, drop_out: Drop) -> Tensor:
-        hidden = drop(to_tokens(self.act(convolve(self.fc1, self.entry(x)))))
+        hidden = drop(to_tokens(convolve(self.fc1, self.entry(x))), gelu=True)
         return to_pixels(drop_out(to_tokens(convolve(self.fc2, to_pixels(hidden, x))), to_tokens(x)), x)
 
 

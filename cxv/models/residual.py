@@ -13,7 +13,7 @@ import cxv_kernels
 CHUNK_TOKENS = 8192
 DEVICE_CHUNK_TOKENS = 65536
 
-# (x, residual) → dropout(x) + residual; without a residual, dropout(x)
+# (x, residual) → dropout(x) + residual; (x) → dropout(x); (x, gelu=True) → dropout(GELU(x))
 Drop = Callable[..., Tensor]
 
 
@@ -107,11 +107,14 @@ class ResidualBranch(nn.Module):
         return self.branch(x, *(self._drop(first_image, seed) for seed in seeds or [None] * self.num_drops))
 
     def _drop(self, first_image: int, seed: Tensor | None) -> Drop:
-        def drop(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        def drop(x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
             if seed is None:
+                x = nn.functional.gelu(x) if gelu else x
                 return x if residual is None else x + residual
-            offset = first_image * x[0].numel()
-            return cxv_kernels.dropout(x, self.drop_rate, seed, residual=residual, offset=offset, backend=self.backend)
+            options = {"offset": first_image * x[0].numel(), "backend": self.backend}
+            if gelu:
+                return cxv_kernels.gelu_dropout(x, self.drop_rate, seed, **options)
+            return cxv_kernels.dropout(x, self.drop_rate, seed, residual=residual, **options)
 
         return drop
 

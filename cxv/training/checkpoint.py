@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,20 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 SAFETENSORS = "model.safetensors"
 METADATA_KEY = "cxv"
 """Where the header of a safetensors file has :data:`METADATA`, as JSON."""
-METADATA: dict[str, type | tuple[type, ...]] = {
-    "model_name": str,
-    "model_kwargs": dict,
-    "classes": list,
-    "img_size": int,
-    "in_chans": int,
-    "normalisation": dict,
-    "seed": (int, type(None)),
-    "epoch": (int, type(None)),
-    "metrics": dict,
-    "args": dict,
+METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model_name": ("a string", lambda v: isinstance(v, str)),
+    "model_kwargs": ("a dict", lambda v: isinstance(v, dict)),
+    "classes": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "img_size": ("an integer", lambda v: isinstance(v, int)),
+    "in_chans": ("an integer", lambda v: isinstance(v, int)),
+    "normalisation": ("a dict of mean and std", lambda v: isinstance(v, dict) and v.keys() == {"mean", "std"}),
+    "seed": ("an integer or None", lambda v: v is None or isinstance(v, int)),
+    "epoch": ("an integer or None", lambda v: v is None or isinstance(v, int)),
+    "metrics": (
+        "a dict of numbers",
+        lambda v: isinstance(v, dict) and all(isinstance(x, int | float) for x in v.values()),
+    ),
+    "args": ("a dict", lambda v: isinstance(v, dict)),
 }
 """What a shared file says of its weights. ``metrics``: losses and top-1 (per cent) of ``epoch``; ``args``: those of
 ``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
@@ -132,6 +136,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_metadata(metadata: Any) -> None:
+    """See that all of :data:`METADATA` is there and agrees.
+
+    Raises:
+        InputError: it names the entry.
+    """
+    if not isinstance(metadata, dict):
+        raise InputError(f"metadata: expected a dict, got {metadata!r}")
+    for name, (expected, valid) in METADATA.items():
+        if not valid(metadata.get(name)):
+            raise InputError(f"{name}: expected {expected}, got {metadata.get(name)!r}")
+    classes, num_classes = metadata["classes"], metadata["model_kwargs"].get("num_classes", 10)
+    if len(classes) != num_classes:
+        raise InputError(f"classes: expected {num_classes} names, as many as num_classes, got {classes}")
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
@@ -150,13 +170,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         metadata = json.loads(header[METADATA_KEY])
     except ValueError as error:
         raise InputError(f"{path}: the {METADATA_KEY!r} entry of its header is not JSON ({error})") from error
-    for name, kind in METADATA.items():
-        if not isinstance(metadata, dict) or not isinstance(metadata.get(name), kind):
-            found = repr(metadata[name]) if isinstance(metadata, dict) and name in metadata else "missing"
-            raise InputError(f"{path}: in the {METADATA_KEY!r} entry of its header {name} is {found}")
-    expected = metadata["model_kwargs"].get("num_classes")
-    if expected is not None and len(metadata["classes"]) != expected:
-        raise InputError(f"{path}: its header names {len(metadata['classes'])} classes, and num_classes is {expected}")
+    try:
+        check_metadata(metadata)
+    except InputError as error:
+        raise InputError(f"{path}: in the {METADATA_KEY!r} entry of its header, {error}") from error
     return {"model": weights, **{name: metadata.get(name) for name in METADATA}}
 
 

@@ -251,13 +251,13 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 best = opt.end_epoch(row[f"{selection}_top1"])
                 row["best_top1"] = opt.best_top1
                 history.append(row)
-                if board is not None:
-                    board.add(row)
                 log(_epoch_line(row, best))
                 if row["phase"] != opt.phase:
                     log(_switch_line(opt, config))
                 post_train_if_due()
                 save(best)
+                if board is not None:
+                    board.add(row)
     except KeyboardInterrupt as error:
         if isinstance(error, Interrupted) and epoch.position is not None:
             save(position=epoch.position)
@@ -505,8 +505,8 @@ class _Epoch:
     def _seed_dropout(self) -> None:
         """See that the processes do not drop the same elements of different images.
 
-        All of them draw the same seeds, of which the models' own dropout makes masks for the whole batch. A model
-        without it, from a library, has masks of its part alone: there every step and process gets a seed of its own.
+        All of them draw the same seeds, of which ``cxv_kernels.dropout`` makes masks for the whole batch. PyTorch's
+        makes masks of a part alone: for models with that one, every step and process gets a seed of its own.
         """
         if self.world.size > 1 and not self._branches:
             parts = (self.config.seed, self._number, self._step, self.world.rank)

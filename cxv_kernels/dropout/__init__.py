@@ -5,10 +5,10 @@ from torch import Tensor
 
 from .. import backends
 from ..validation import autocast_inputs, check_same, check_tensor, without_autocast
-from .op import Dropout
-from .reference import dropout_reference, keep_mask, keep_threshold
+from .op import Dropout, GeluDropout
+from .reference import dropout_reference, gelu_dropout_reference, keep_mask, keep_threshold
 
-__all__ = ["dropout", "dropout_mask", "dropout_seed"]
+__all__ = ["dropout", "dropout_mask", "dropout_seed", "gelu_dropout"]
 
 
 def dropout_seed(device: str | torch.device = "cpu", generator: torch.Generator | None = None) -> Tensor:
@@ -29,6 +29,16 @@ def _check_probability(p: float) -> float:
     if not 0 <= p < 1 or keep_threshold(p) == 0:
         raise ValueError(f"p must be in [0, 1 - 2^-17), got {p}")
     return p
+
+
+def _check(x: Tensor, p: float, seed: Tensor, offset: int) -> None:
+    check_tensor("x", x, None)
+    _check_probability(p)
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0, got {offset}")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+    check_same("seed", seed, "x", x, dtype=False)
 
 
 def dropout(
@@ -61,13 +71,7 @@ def dropout(
         ValueError: p or offset out of range, a residual of another shape, a seed that is not one int64, another device;
         TypeError: dtypes that differ; RuntimeError: the named backend cannot serve.
     """
-    check_tensor("x", x, None)
-    _check_probability(p)
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
-    check_same("seed", seed, "x", x, dtype=False)
+    _check(x, p, seed, offset)
     if residual is not None:
         (x, residual) = autocast_inputs(x, residual)
         check_same("residual", residual, "x", x)
@@ -79,3 +83,27 @@ def dropout(
         if serving == "reference":
             return dropout_reference(x.contiguous(), p, seed, residual, offset)
         return Dropout.apply(x.contiguous(), residual, seed, p, offset, serving)
+
+
+def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend: str | None = None) -> Tensor:
+    """Dropout of GELU(x) = x Φ(x) (Hendrycks & Gimpel 2016, the exact form), in one pass; x alone is kept for backward.
+
+    The mask is that of :func:`dropout`.
+
+    Args:
+        x: any shape, float64, float32, float16 or bfloat16; copied if it is not contiguous.
+        p, seed, offset, backend: as in :func:`dropout`.
+
+    Returns:
+        x's shape and dtype, contiguous; rounded once from float32 (float64 for float64).
+
+    Raises:
+        ValueError: p or offset out of range, a seed that is not one int64, another device; TypeError: not a float;
+        RuntimeError: the named backend cannot serve.
+    """
+    _check(x, p, seed, offset)
+    serving = backends.resolve("gelu_dropout", x, backend)
+    with without_autocast(x):
+        if serving == "reference":
+            return gelu_dropout_reference(x.contiguous(), p, seed, offset)
+        return GeluDropout.apply(x.contiguous(), seed, p, offset, serving)

@@ -1,6 +1,7 @@
 """Counter-based dropout in plain PyTorch: the same mask as the fused kernels, bit for bit."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..validation import accumulate_dtype
@@ -50,7 +51,16 @@ def keep_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
 
 def dropout_reference(x: Tensor, p: float, seed: Tensor, residual: Tensor | None = None, offset: int = 0) -> Tensor:
     """See :func:`cxv_kernels.dropout`; computed in float32 (float64 for float64), rounded once to x's dtype."""
-    keep = keep_mask(seed.reshape(()), x.numel(), p, offset).view(x.shape)
-    dtype = accumulate_dtype(x.dtype)
-    y = x.to(dtype) * (keep.to(dtype) * (65536 / keep_threshold(p)))
+    y = x.to(accumulate_dtype(x.dtype)) * _scaled_mask(x, p, seed, offset)
     return (y if residual is None else y + residual).to(x.dtype)
+
+
+def gelu_dropout_reference(x: Tensor, p: float, seed: Tensor, offset: int = 0) -> Tensor:
+    """See :func:`cxv_kernels.gelu_dropout`; computed in float32 (float64 for float64), rounded once to x's dtype."""
+    return (F.gelu(x.to(accumulate_dtype(x.dtype))) * _scaled_mask(x, p, seed, offset)).to(x.dtype)
+
+
+def _scaled_mask(x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
+    """keep / P(keep) for x, in the dtype that it is computed in."""
+    keep = keep_mask(seed.reshape(()), x.numel(), p, offset).view(x.shape)
+    return keep.to(accumulate_dtype(x.dtype)) * (65536 / keep_threshold(p))

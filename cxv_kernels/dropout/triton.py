@@ -12,9 +12,15 @@ _RUN = 16  # neighbours that take the same half of the same word, of neighbourin
 _ROWS = 32
 
 
+@triton.jit
+def _normal_cdf(x):
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _dropout(
     x_ptr,
+    activated_ptr,  # or None: then x is the gradient of GELU(activated)
     residual_ptr,  # or None
     out_ptr,
     seed_ptr,  # one int64
@@ -25,6 +31,7 @@ def _dropout(
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
+    GELU: tl.constexpr,  # of x, which is dropped
 ):
     block = offset // BLOCK + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, RUN)[None, :]
@@ -37,7 +44,13 @@ def _dropout(
             index = block * BLOCK + (half * 4 + word) * RUN + lane - offset
             inside = (index >= 0) & (index < count)
             draw = ((words[word] >> (16 * half)) & 0xFFFF).to(tl.int32)
-            y = tl.load(x_ptr + index, mask=inside, other=0).to(ACC) * tl.where(draw < threshold, scale, 0)
+            y = tl.load(x_ptr + index, mask=inside, other=0).to(ACC)
+            if GELU:
+                y *= _normal_cdf(y)
+            if activated_ptr is not None:
+                a = tl.load(activated_ptr + index, mask=inside, other=0).to(ACC)
+                y *= _normal_cdf(a) + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
+            y *= tl.where(draw < threshold, scale, 0)
             if residual_ptr is not None:
                 y += tl.load(residual_ptr + index, mask=inside, other=0).to(ACC)
             tl.store(out_ptr + index, y, mask=inside)
@@ -45,15 +58,39 @@ def _dropout(
 
 def dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, offset: int) -> Tensor:
     """``cxv_kernels_triton::dropout``, see csrc/ops.cpp."""
+    return _run("dropout", x, None, residual, seed, p, offset)
+
+
+def gelu_dropout_forward(x: Tensor, seed: Tensor, p: float, offset: int) -> Tensor:
+    """``cxv_kernels_triton::gelu_dropout_forward``, see csrc/ops.cpp."""
+    return _run("gelu_dropout", x, None, None, seed, p, offset, gelu=True)
+
+
+def gelu_dropout_backward(grad_out: Tensor, x: Tensor, seed: Tensor, p: float, offset: int) -> Tensor:
+    """``cxv_kernels_triton::gelu_dropout_backward``, see csrc/ops.cpp."""
+    return _run("gelu_dropout", grad_out, x, None, seed, p, offset)
+
+
+def _run(
+    op: str,
+    x: Tensor,
+    activated: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor,
+    p: float,
+    offset: int,
+    gelu: bool = False,
+) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     rows = (offset + x.numel() - 1) // BLOCK - offset // BLOCK + 1
     launch(
-        "dropout",
+        op,
         _dropout,
         (triton.cdiv(rows, _ROWS),),
         x,
+        activated,
         residual,
         out,
         seed,
@@ -64,6 +101,7 @@ def dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, offset: 
         ROWS=_ROWS,
         RUN=_RUN,
         BLOCK=BLOCK,
+        GELU=gelu,
         num_warps=max(x.element_size(), 1),  # 16 bytes a thread and run
         enable_fp_fusion=False,  # the product is rounded before the sum, as the reference's
     )

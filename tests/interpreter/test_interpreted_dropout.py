@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from cxv_kernels import dropout, dropout_mask
+from cxv_kernels import dropout, dropout_mask, gelu_dropout
 
 SEED = torch.tensor(0x0123456789ABCDEF)
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -44,3 +44,19 @@ def test_opcheck():
     x = torch.randn(2, 300)
     opcheck(torch.ops.cxv_kernels_triton.dropout, (x, x + 1, SEED, 0.3, 5))
     opcheck(torch.ops.cxv_kernels_triton.dropout, (x.half(), None, SEED, 0.3, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_dropout(dtype):
+    x = torch.randn(3, 90).to(dtype).requires_grad_()
+    got, want = (gelu_dropout(x, 0.3, SEED, offset=125, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (got, want))
+    torch.testing.assert_close(*grads)
+
+
+def test_gelu_dropout_gradients():
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gelu_dropout(x, 0.3, SEED, offset=125, backend="triton"), x)
+    opcheck(torch.ops.cxv_kernels_triton.gelu_dropout_forward, (x.detach().float(), SEED, 0.3, 5))
+    opcheck(torch.ops.cxv_kernels_triton.gelu_dropout_backward, (x.detach().float(),) * 2 + (SEED, 0.3, 5))
