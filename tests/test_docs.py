@@ -23,7 +23,20 @@ import tables  # noqa: E402
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-PROGRAMS = ". auditwheel cd g++ git pre-commit pytest python python3 sphinx-build torchrun".split()  # besides cxv and pip
+# besides cxv and pip
+PROGRAMS = [
+    ".",
+    "auditwheel",
+    "cd",
+    "g++",
+    "git",
+    "pre-commit",
+    "pytest",
+    "python",
+    "python3",
+    "sphinx-build",
+    "torchrun",
+]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
