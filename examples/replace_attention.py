@@ -1,7 +1,7 @@
 """Swap the attention of a trained vision transformer for a linear one: what it costs, and what fine-tuning repairs.
 
     python examples/replace_attention.py                                   # scikit-learn's digits, minutes on a CPU
-    python examples/replace_attention.py --data cifar10 --img-size 32 --patch-size 2 --epochs 30
+    python examples/replace_attention.py --data cifar10 --img-size 32 --embed-dim 64 --depth 4
 
 A small timm ViT is trained from scratch. For each mechanism a copy of it has its attention replaced, is tested,
 fine-tuned and tested again; the ViT as it was is fine-tuned as long, for comparison. Needs timm and, for the digits,
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     parser = argparse.ArgumentParser(description="Swap a ViT's attention for a linear one.")
     parser.add_argument("--data", default="digits", help="digits, cifar10, cifar100 or folder, as in `cxv train`")
     parser.add_argument("--data-dir", help="where its files are")
-    parser.add_argument("--img-size", type=int, default=8, help="side of the images in pixels")
-    parser.add_argument("--patch-size", type=int, default=1, help="side of a token in pixels")
-    parser.add_argument("--embed-dim", type=int, default=64, help="channels, a multiple of the 4 heads")
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--epochs", type=int, default=30, help="of training from scratch")
-    parser.add_argument("--finetune-epochs", type=int, default=5, help="after the swap")
+    parser.add_argument("--img-size", type=int, default=16, help="side of the images in pixels")
+    parser.add_argument("--patch-size", type=int, default=2, help="side of a token in pixels")
+    parser.add_argument("--embed-dim", type=int, default=32, help="channels, a multiple of the 2 heads")
+    parser.add_argument("--depth", type=int, default=2, help="layers")
+    parser.add_argument("--epochs", type=int, default=40, help="of training from scratch")
+    parser.add_argument("--finetune-epochs", type=int, default=8, help="after the swap")
     parser.add_argument("--limit-train", type=int, help="train on so many images")
     args = parser.parse_args(argv)
 
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         num_classes=len(data.classes),
         embed_dim=args.embed_dim,
         depth=args.depth,
-        num_heads=4,
+        num_heads=2,
     )
-    fit(trained, data, args.epochs, 1e-3)
+    fit(trained, data, args.epochs, 2e-3)
     tokens = (args.img_size // args.patch_size) ** 2 + 1
     print(f"{args.data}: {len(data.train):,} training and {len(data.test):,} test images, {tokens} tokens\n")
     print(f"top-1 after {args.epochs} epochs from scratch: {evaluate(trained, data.test)[1]:.2f} %\n", flush=True)
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         if swap is not None:
             cxv_kernels.replace_attention(model, **swap)
         swapped = evaluate(model, data.test)[1]
-        fit(model, data, args.finetune_epochs, 3e-4)
+        fit(model, data, args.finetune_epochs, 5e-4)
         results[name] = swapped, evaluate(model, data.test)[1]
         print(f"| {name} | {swapped:.2f} | {results[name][1]:.2f} |", flush=True)
     return results
