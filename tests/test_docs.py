@@ -62,9 +62,10 @@ def commands(page: Path) -> list[list[str]]:
     return [command for command in found if command]
 
 
-def help_of(main, argv: list[str], capsys) -> str:
+def help_of(main, argv: list[str], capsys, monkeypatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["program", *argv, "--help"])
     with pytest.raises(SystemExit) as stopped:
-        main([*argv, "--help"])
+        main()
     assert stopped.value.code == 0
     return capsys.readouterr().out
 
@@ -95,18 +96,20 @@ def test_the_readme_s_training_loop_runs():
 
 
 @each_page
-def test_commands_are_what_the_programs_take(page, capsys):
+def test_commands_are_what_the_programs_take(page, capsys, monkeypatch):
     pyproject = (ROOT / "pyproject.toml").read_text()
     for words in commands(page):
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
         if words[0] == "cxv":
-            known = help_of(cli.main, words[1:2] if len(words) > 1 and words[1] != "--help" else [], capsys)
+            known = help_of(
+                cli.main, words[1:2] if len(words) > 1 and words[1] != "--help" else [], capsys, monkeypatch
+            )
         elif words[:2] == ["python", "-m"]:
             assert words[2] in ("cxv_kernels", "cxv", "build"), words
             continue
         elif words[0] == "python" and words[1].startswith("benchmarks/"):
             assert (ROOT / words[1]).is_file(), words
-            known = help_of(importlib.import_module(Path(words[1]).stem).main, [], capsys) if flags else ""
+            known = help_of(importlib.import_module(Path(words[1]).stem).main, [], capsys, monkeypatch) if flags else ""
         elif words[0] == "pip":
             for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
                 assert all(f"\n{name} = [" in pyproject for name in extra.split(",")), words
