@@ -121,6 +121,20 @@ def op_table(cases: Sequence[dict[str, Any]], brief: bool = False) -> Table:
     return Table(title, header, rows, left=2)
 
 
+def headline_table(results: dict[str, Any]) -> Table:
+    """Each fused op against the first row of its kind: time as a ratio, bytes saved for backward."""
+    rows = []
+    for case in results["ops"]:
+        found = {row["implementation"]: row for row in case["rows"] if row["status"] == "ok"}
+        fused, baseline = found.get("fused"), found.get(case["baseline"])
+        if fused is None or baseline is None:
+            continue
+        cells = [_times(fused, baseline, part)[2] for part in PASSES]
+        rows.append([_name(case), case["baseline"], *cells, _mb(baseline["saved_bytes"]), _mb(fused["saved_bytes"])])
+    header = ["op", "against", "forward", "forward + backward", "saved for backward, MB", "fused, MB"]
+    return Table(["The fused ops' time as a ratio, and what they save for backward."], header, rows, left=2)
+
+
 def scaling_table(results: dict[str, Any], brief: bool = False) -> Table:
     """Forward + backward and workspace at each length, and the exponent."""
     lengths = results["settings"]["scaling_lengths"]

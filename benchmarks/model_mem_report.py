@@ -67,6 +67,26 @@ def memory_table(results: dict[str, Any], brief: bool = False) -> Table:
     return Table(title, header, rows, left=3)
 
 
+def headline_table(results: dict[str, Any]) -> Table:
+    """A model's peak and step, eager and fused, and what they mean for a card of 16 GB."""
+    times = {tuple(_key(row)): row for row in results["speed"]}
+    rows = []
+    for eager in results["memory"]:
+        mine = {row["mode"]: row for row in results["memory"] if _key(row)[:2] == _key(eager)[:2]}
+        if eager["mode"] != "eager" or any(row["status"] != "ok" for row in mine.values()):
+            continue
+        batch = str(results["settings"]["batch"])
+        cells = [_gb(mine[mode]["peaks"][batch]) for mode in ("eager", "fused", "checkpointed")]
+        step = times[(*_key(eager)[:2], "fused")]
+        ratio = step["step"]["median_s"] / times[tuple(_key(eager))]["step"]["median_s"]
+        largest = [f"{mine[mode]['largest_batch']:,}" for mode in ("eager", "fused")]
+        rows.append([*_key(eager)[:2], *cells, f"{ratio:.2f}×", " → ".join(largest)])
+    how = {row["largest_batch_by"] for row in results["memory"]} - {None}
+    header = ["model", "", "peak, GB: eager", "fused", "checkpointed", "fused step, × eager"]
+    header.append(f"batch in {results['settings']['budget_bytes'] / 1e9:g} GB ({', '.join(sorted(how))})")
+    return Table(["A training step with AdamW, eager and fused."], header, rows, left=2)
+
+
 GROUPS = {
     "conv + norm: in": ("conv + norm: input",),
     "out": ("conv + norm: outputs",),

@@ -82,6 +82,22 @@ def measures_table(results: dict[str, Any]) -> Table:
     return Table(["memory and speed of a training step, and of inference"], header, rows, left=2)
 
 
+def status_table(results: dict[str, Any] | None) -> Table:
+    """The paper's figures with ours beside them; ``results`` is table1.py's JSON, None where it was not run in full."""
+    missing = "not yet measured"
+    found = {(row["name"], row["fused"]): row for row in (results["rows"] if results else ())}
+    rows = []
+    for name, (params, macs, gb, *top1) in PAPER.items():
+        eager, fused = found.get((name, False)), found.get((name, True))
+        peaks = [_gb(row["peak"].get("float32")) for row in (eager, fused) if row and row["status"] == "ok"]
+        ours = [f"{eager['torchsummary'] / 1e6:.3f}", f"{eager['macs'] / 1e9:.3f}"] if eager else [missing] * 2
+        ours.append(" → ".join(filter(None, peaks)) or missing)
+        cells = [f"{paper:g} / {mine}" for paper, mine in zip((params, macs, gb), ours, strict=True)]
+        rows.append([name, *cells, " / ".join(f"{x:.2f}" for x in top1), missing])
+    header = ["model", "parameters, M", "multiply-adds, G", "memory, GB", "top-1, %", "top-1 here"]
+    return Table(["Table 1: paper / here."], header, rows)
+
+
 def notes(results: dict[str, Any]) -> list[str]:
     """Where a figure is not the paper's, why."""
     return [f"[{mark}] {name}: {NOTES[name]}." for name, mark in _marks(results).items()]

@@ -137,8 +137,8 @@ class DualOpT:
         """Report the epoch's top-1 (a fraction or per cent) and switch the phase when it is time.
 
         Returns:
-            True if the epoch is the best so far. A tie counts as progress: its weights are kept and the count
-            of stale epochs goes back to 0.
+            True if the epoch is the best so far. A tie counts as progress, so its weights are kept and the
+            count of stale epochs goes back to 0.
 
         Raises:
             InputError: ``top1`` is not finite.

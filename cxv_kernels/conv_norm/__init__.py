@@ -34,15 +34,15 @@ def conv_norm(
         backend: see :func:`cxv_kernels.use_backend`.
 
     Returns:
-        (B, C_out, H, W) in x's dtype (autocast's under autocast). In memory it lies as the convolution's own output:
+        (B, C_out, H, W) in x's dtype (autocast's under autocast). In memory it lies as the convolution's own output,
         channels_last if x or weight does, else NCHW; from the reference always channels_last.
 
     Saved for backward: x, the output (so it must not be changed in place) and one number per pixel. Double backward
     goes through the reference; forward-mode AD needs ``backend="reference"``.
 
     Raises:
-        ValueError: a wrong rank, shape, device or backend; TypeError: a wrong or mixed dtype; RuntimeError: the
-        named backend cannot serve.
+        ValueError: a wrong rank, shape, device or backend; TypeError: a wrong or mixed dtype;
+        RuntimeError: the named backend cannot serve.
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, C_in, H, W)")
