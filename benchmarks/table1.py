@@ -7,9 +7,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,7 @@ class Settings:
     batch: int
     budget: float
     repeats: int
+    threads: int
 
 
 def counted(name: str, fused: bool, batch: int) -> Row:
@@ -113,10 +118,28 @@ def measure(row: Row, settings: Settings, dtype: torch.dtype) -> None:
         row.train[key] = timing_json(_timed(training, settings))
         model.eval()
         row.inference[key] = timing_json(_timed(partial(_infer, model, images, dtype), settings))
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         row.status = "out of memory"
+
+
+def measured(row: Row, settings: Settings) -> Row:
+    """The row with every dtype measured."""
+    torch.set_num_threads(settings.threads)
+    with _quiet():
+        for dtype in settings.dtypes:
+            measure(row, settings, dtype)
+            gc.collect()
+    return row
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # what serves an op is not this table's matter; ConvMixer's kernel is even
+        warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel", category=UserWarning)
+        yield
 
 
 def _build(row: Row) -> nn.Module:
@@ -168,9 +191,13 @@ def benchmark(settings: Settings, results: dict[str, Any], path: Path) -> None:
             if (name, fused) in have:
                 continue
             row = counted(name, fused, settings.batch)
-            for dtype in settings.dtypes:
-                measure(row, settings, dtype)
-                gc.collect()
+            # in a process of its own: what a row leaves in the allocator is not there for the next, and one that the
+            # system kills for its memory costs no other
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                try:
+                    row = process.submit(measured, row, settings).result()
+                except BrokenProcessPool:
+                    row.status = "killed"
             results["rows"].append(asdict(row))
             results["rows"].sort(key=lambda row: (order.index(row["name"]), row["fused"]))
             results["wall_s"] = round(time.perf_counter() - start, 1)
@@ -223,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch=arguments.batch or (2 if arguments.quick else 32),
         budget=0.001 if arguments.quick else arguments.budget,
         repeats=1 if arguments.quick else 2,
+        threads=arguments.threads,
     )
     path, results = arguments.out / f"table1-{settings.device.type}.json", empty(settings)
     if arguments.resume and path.exists():
@@ -230,9 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(found[part].get(key) != results[part].get(key) for part, key in SAME):
             parser.error(f"argument --resume: {path} was measured with other arguments, versions or on another machine")
         results = found
-    with warnings.catch_warnings():  # what serves an op is not this table's matter; ConvMixer's kernel is even
-        warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel", category=UserWarning)
+    with _quiet():
         benchmark(settings, results, path)
     return 0
 
