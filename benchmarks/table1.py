@@ -7,9 +7,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,10 @@ TIMES = {
     **{name: {"*.conv_norm.norm.*": 0} for name in ("cnv-5/4", "cltv-5/4", "cpv-5/4")},
 }
 
+# What rows in one file share.
+SAME = [("settings", key) for key in ("batch", "image_size", "classes")]
+SAME += [("environment", key) for key in ("device_name", "threads", "dtype", "torch", "cxv", "build", "malloc")]
+
 
 @dataclass
 class Row:
@@ -76,6 +84,7 @@ class Settings:
     batch: int
     budget: float
     repeats: int
+    threads: int
 
 
 def counted(name: str, fused: bool, batch: int) -> Row:
@@ -109,10 +118,28 @@ def measure(row: Row, settings: Settings, dtype: torch.dtype) -> None:
         row.train[key] = timing_json(_timed(training, settings))
         model.eval()
         row.inference[key] = timing_json(_timed(partial(_infer, model, images, dtype), settings))
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         row.status = "out of memory"
+
+
+def measured(row: Row, settings: Settings) -> Row:
+    """The row with every dtype measured."""
+    torch.set_num_threads(settings.threads)
+    with _quiet():
+        for dtype in settings.dtypes:
+            measure(row, settings, dtype)
+            gc.collect()
+    return row
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # what serves an op is not this table's matter; ConvMixer's kernel is even
+        warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel", category=UserWarning)
+        yield
 
 
 def _build(row: Row) -> nn.Module:
@@ -142,23 +169,37 @@ def _infer(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> None:
         model(images)
 
 
-def benchmark(settings: Settings, path: Path) -> None:
-    """Measure model after model; the files are written after each."""
-    start = time.perf_counter()
-    results: dict[str, Any] = {
+def empty(settings: Settings) -> dict[str, Any]:
+    """The results before the first row."""
+    return {
         "benchmark": "table1",
         "environment": environment(settings.device, settings.dtypes[0])
         | {"dtype": ", ".join(map(name_of, settings.dtypes))},
         "settings": {"batch": settings.batch, "image_size": IMAGE_SIZE, "classes": CLASSES},
         "rows": [],
+        "wall_s": 0.0,
     }
+
+
+def benchmark(settings: Settings, results: dict[str, Any], path: Path) -> None:
+    """Measure the models that ``results`` does not have yet; the JSON is written after each row."""
+    start = time.perf_counter() - results["wall_s"]
+    have = {(row["name"], row["fused"]) for row in results["rows"]}
+    order = list(TABLE_1)
     for name in settings.models:
         for fused in (False, True) if has_fused_ops(name) else (False,):
+            if (name, fused) in have:
+                continue
             row = counted(name, fused, settings.batch)
-            for dtype in settings.dtypes:
-                measure(row, settings, dtype)
-                gc.collect()
+            # in a process of its own: what a row leaves in the allocator is not there for the next, and one that the
+            # system kills for its memory costs no other
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                try:
+                    row = process.submit(measured, row, settings).result()
+                except BrokenProcessPool:
+                    row.status = "killed"
             results["rows"].append(asdict(row))
+            results["rows"].sort(key=lambda row: (order.index(row["name"]), row["fused"]))
             results["wall_s"] = round(time.perf_counter() - start, 1)
             write_json(path, results)
             print(f"{name}{' fused' if fused else ''}: {row.status}, {results['wall_s']:.0f} s so far", flush=True)
@@ -171,8 +212,8 @@ def benchmark(settings: Settings, path: Path) -> None:
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 and one line on a bad value."""
+def command_line() -> Parser:
+    """What it understands."""
     parser = Parser("table1", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_shared("JSON, CSV and PNG", dtypes=("float32", "bfloat16"))
     parser.add_argument("--models", type=some_of(tuple(TABLE_1)), default=tuple(TABLE_1), help="comma-separated")
@@ -180,28 +221,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=2, help="of the CPU")
     parser.add_argument("--budget", type=seconds, default=1.0, help="seconds of steps per number, at least 2 steps")
     parser.add_argument("--quick", action="store_true", help="a batch of 2, one step: a test")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that the JSON in --out has, measured alike on this machine"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="measure nothing: redraw FILE.png")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE.json's tables as Markdown"
     )
-    arguments = parser.parse_args(argv)
-    for flag in ("plot", "markdown"):
-        if getattr(arguments, flag):
-            arguments.results = parser.results(f"--{flag}", getattr(arguments, flag), "table1")
-            return arguments
-    parser.check_shared(arguments)
-    return arguments
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write JSON, CSV and PNG."""
-    arguments = parse(argv)
+    """Measure, print, write JSON, CSV and PNG; exits with status 2 and one line on a bad value."""
+    parser = command_line()
+    arguments = parser.parse_args(argv)
     if arguments.plot:
-        draw(arguments.results, arguments.plot.with_suffix(".png"))
+        draw(parser.results("--plot", arguments.plot, "table1"), arguments.plot.with_suffix(".png"))
         return 0
     if arguments.markdown:
-        print(report(arguments.results))
+        print(report(parser.results("--markdown", arguments.markdown, "table1")))
         return 0
+    parser.check_shared(arguments)
     torch.set_num_threads(arguments.threads)
     settings = Settings(
         models=arguments.models,
@@ -210,11 +250,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch=arguments.batch or (2 if arguments.quick else 32),
         budget=0.001 if arguments.quick else arguments.budget,
         repeats=1 if arguments.quick else 2,
+        threads=arguments.threads,
     )
-    with warnings.catch_warnings():  # what serves an op is not this table's matter; ConvMixer's kernel is even
-        warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel", category=UserWarning)
-        benchmark(settings, arguments.out / f"table1-{settings.device.type}.json")
+    path, results = arguments.out / f"table1-{settings.device.type}.json", empty(settings)
+    if arguments.resume and path.exists():
+        found = parser.results("--resume", path, "table1")
+        if any(found[part].get(key) != results[part].get(key) for part, key in SAME):
+            parser.error(f"argument --resume: {path} was measured with other arguments, versions or on another machine")
+        results = found
+    with _quiet():
+        benchmark(settings, results, path)
     return 0
 
 

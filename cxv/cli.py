@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    config.model_args = dict(config.model_args) if config.model_args else None
     if args.repeats is not None:
         if config.seeds is not None:
             raise InputError("--repeats and --seeds exclude each other")
@@ -188,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the first convolution, or the side of a patch where the model has those (default: the model's own, 1; "
         "for tiny-imagenet 2, as in the paper)",
+    )
+    g.add_argument(
+        "--model-arg",
+        type=name_value,
+        action="append",
+        dest="model_args",
+        metavar="NAME=VALUE",
+        help="any other argument of the model, e.g. stem_convs=3 or norm=batch, see `help(cxv.models.CXV)`; repeatable",
     )
     g.add_argument(
         "--fused",
@@ -381,6 +391,20 @@ def _at_least(least: int):
         return value
 
     return whole_number
+
+
+def name_value(text: str) -> tuple[str, int | float | bool | str | None]:
+    """``"stem_convs=3"`` → ("stem_convs", 3): a number, true, false, none, or else a word."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name, words[value.lower()]
+    for number in (int, float):
+        with suppress(ValueError):
+            return name, number(value)
+    return name, value
 
 
 def _numbers(count: int | None, example: str):

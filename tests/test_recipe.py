@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_training import AUGMENTED, TINY, assert_same_run, curve, run
 
-from cxv.training import DualOpT, InputError, TrainConfig, train, train_seeds
+from cxv.training import DualOpT, InputError, TrainConfig, load_model, train, train_seeds
 from cxv.training import config as config_module
 from cxv.training import loop as loop_module
 from cxv.training.checkpoint import read_checkpoint
@@ -152,6 +152,36 @@ def test_recipes_are_presets_and_explicit_arguments_win():
     assert config.sgd_epochs == 100
     alone = resolved(recipe="paper", optimizer="adamw")
     assert (alone.epochs, alone.sgd_epochs, alone.sgd_lr) == (300, None, None)
+
+
+def test_model_args_reach_the_model_and_its_checkpoint(tmp_path):
+    own = {"stem_convs": 3, "norm": "batch"}
+    run(tmp_path / "a", model_args=own, epochs=1, sgd_epochs=0)
+    assert own.items() <= read_checkpoint(tmp_path / "a" / "best.pt")["model_kwargs"].items()
+    model, _ = load_model(tmp_path / "a")
+    assert (sum(isinstance(m, torch.nn.Conv2d) for m in model.stem), type(model.layers[0].conv_norm.norm).__name__) == (
+        3,
+        "BatchNorm2d",
+    )
+    again = TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=2, model_args=own)
+    assert train(again, log=str).epochs == 2
+    with pytest.raises(InputError, match=r"--resume: .* other arguments: --model-arg "):
+        train(TrainConfig(output=str(tmp_path / "a"), resume=True, model_args={"stem_convs": 1}), log=str)
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ({"stem": 3}, "--model-arg stem: cpv-1/2 has no such argument"),
+        ({"stem_convs": 4}, "--model cpv-1/2: stem_convs must be one of 1, 2, 3, got 4"),
+        ({"stem_stride": "two"}, "--model cpv-1/2: '<' not supported"),
+        ({"num_classes": 3}, "--model-arg num_classes: it comes from the data"),
+        ({"embed_dim": 3}, "--model-arg embed_dim: give --embed-dim"),
+    ],
+)
+def test_bad_model_args_are_named(tmp_path, model_args, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path / "a", model_args=model_args)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import zipfile
@@ -265,11 +266,12 @@ def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
         return create_model(name, **kwargs)
     except (ValueError, ImportError) as error:
         raise InputError(f"--model {name}: {error}") from error
-    except TypeError as error:  # not every baseline has every argument
-        odd = [k for k in ("embed_dim", "drop_rate") if f"'{k}'" in str(error)]
-        if not odd:
-            raise
-        raise InputError(f"--{odd[0].replace('_', '-')}: {name} has no such argument") from error
+    except TypeError as error:  # an argument that this model does not have, or of another type
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise InputError(f"--model {name}: {error}") from error
+        own = {"embed_dim": "--embed-dim", "drop_rate": "--drop-rate"}
+        raise InputError(f"{own.get(unknown[1], f'--model-arg {unknown[1]}')}: {name} has no such argument") from error
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

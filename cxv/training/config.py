@@ -53,6 +53,17 @@ RECIPES: dict[str, dict[str, Any]] = {"paper": _PAPER, "paper-augmented": _PAPER
 RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 """Table 4's operations and magnitude, by the family of the model."""
 
+RESERVED = {
+    "num_classes": "it comes from the data",
+    "in_chans": "it comes from the data",
+    "depth": "it comes from the model's name",
+    "num_heads": "it comes from the model's name",
+    "checkpoint": "a run begins with fresh weights",
+    **{name: f"give --{name.replace('_', '-')}" for name in ("img_size", "embed_dim", "drop_rate")},
+    "use_fused": "give --fused or --no-fused",
+}
+"""Arguments of a model that ``model_args`` may not set, and why."""
+
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 _CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
 _CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
@@ -65,8 +76,9 @@ class TrainConfig:
     Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
     ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the processes of
     a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
-    ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by.
-    ``seeds``: all those of the runs that this one is of, see :func:`cxv.training.train_seeds`.
+    ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by;
+    ``model_args`` the model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
+    :func:`cxv.training.train_seeds`.
     """
 
     model: str | None = None
@@ -90,6 +102,7 @@ class TrainConfig:
     embed_dim: int | None = None
     drop_rate: float | None = None
     stem_stride: int | None = None
+    model_args: dict[str, Any] | None = None
     img_size: int | None = None
     precision: str | None = None
     fused: bool | None = None
@@ -157,7 +170,7 @@ def default_output(config: TrainConfig) -> str:
 
 def flag(name: str) -> str:
     """The command line's name of an argument."""
-    return f"--{name.replace('_', '-')}"
+    return "--model-arg" if name == "model_args" else f"--{name.replace('_', '-')}"
 
 
 def arguments(config: TrainConfig) -> dict[str, Any]:
@@ -221,6 +234,11 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"{flag(name)}: expected a finite number above 0, got {value}")
     if config.drop_rate is not None and not 0 <= config.drop_rate < 1:
         raise InputError(f"--drop-rate: expected at least 0 and less than 1, got {config.drop_rate}")
+    for name in sorted(RESERVED.keys() & (config.model_args or {}).keys()):
+        raise InputError(f"--model-arg {name}: {RESERVED[name]}")
+    for name in sorted({"stem_stride", "patch_size"} & (config.model_args or {}).keys()):
+        if config.stem_stride is not None:
+            raise InputError(f"--model-arg {name}: --stem-stride is {config.stem_stride} already: give it there alone")
     if not config.epochs and not config.sgd_epochs:
         both = "" if config.sgd_epochs is None else " and --sgd-epochs are both"
         raise InputError(f"--epochs{both or ' is'} 0: nothing to train")

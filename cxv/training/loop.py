@@ -125,6 +125,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
     if config.stem_stride is not None:
         kwargs[downsampling(config.model)] = config.stem_stride
+    kwargs |= config.model_args or {}
     with world.together():
         model = build_model(config.model, kwargs).to(device)
     if config.compile:
