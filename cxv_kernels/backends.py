@@ -34,7 +34,7 @@ OPS = (
 Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
-_FP16_OPERANDS = ("linear_attention", "kv_state", "performer_attention", "performer_features")
+_FP16_OPS = ("linear_attention", "kv_state", "performer_attention", "performer_features")
 _MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _announced: set[tuple[str, str]] = set()
@@ -97,7 +97,7 @@ def allow_fp16_operands(allowed: bool = True) -> Iterator[None]:
     Off by default. It concerns float32 heads of at most 64 channels of ``linear_attention``, ``kv_state``,
     ``performer_attention`` and ``performer_features``, served by the backend ``"cuda"``: q, k, v and the results have
     float16's 11 bits and its range (65504), gradients its 11 bits relative to their largest. Inputs, results,
-    state, statistics and sums stay float32, and so does what is kept for backward.
+    state, statistics and sums stay float32, and so does what is kept for backward. Its speed is not yet measured.
 
     The setting is the process's; a backward pass does what its forward pass did.
     """
@@ -112,7 +112,7 @@ def allow_fp16_operands(allowed: bool = True) -> Iterator[None]:
 def _auto(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
     """The fused backends that "auto" tries, in order, each with why it is passed over, if it is."""
     if device.type != "cuda":
-        return [(name, None) for name in ("cpp",) if device.type == "cpu"]
+        return [("cpp", None)] if device.type == "cpu" else []
     major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
     known = [str(arch) for arch in range(10 * major, 10 * major + minor + 1) if str(arch) in _GPU_ROUTES]
     route = _GPU_ROUTES[known[-1]] if known else {}
@@ -174,7 +174,7 @@ def resolve(
         reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
         if reason is None:
             narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
-            return FP16_OPERANDS if narrow and name == "cuda" and op in _FP16_OPERANDS else name
+            return FP16_OPERANDS if narrow and name == "cuda" and op in _FP16_OPS else name
         reasons.append(f"{name} {reason}")
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")
