@@ -8,8 +8,14 @@ from torch import Tensor
 
 from ._extension import CPP_MISSING, CUDA_MISSING
 from ._triton import NAMESPACE
-from .backends import FP16_OPERANDS
+from .backends import FP16_OPERANDS, FP16_OPS
 
+# The arguments' names of the ops that allow_fp16_operands() is about, and which of them it rounds.
+_ARGUMENTS = {
+    name: [argument.name for argument in getattr(torch.ops.cxv_kernels, name).default._schema.arguments]
+    for name in (f"{op}_{way}" for op in FP16_OPS for way in ("forward", "backward"))
+    if hasattr(torch.ops.cxv_kernels, name)
+}
 _OPERANDS = ("q", "k", "v", "x", "grad_out", "grad_phi")
 
 
@@ -24,8 +30,7 @@ class _Fp16Operands:
     """The CUDA (and CPU) ops for float32 tensors, by their float16 kernels."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        op = getattr(torch.ops.cxv_kernels, name).default
-        return through_float16(op, [argument.name for argument in op._schema.arguments])
+        return through_float16(getattr(torch.ops.cxv_kernels, name), _ARGUMENTS[name])
 
 
 def through_float16(op: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:

@@ -31,10 +31,11 @@ OPS = (
     "gelu_dropout",
 )
 
+FP16_OPS = ("linear_attention", "kv_state", "performer_attention", "performer_features")  # of allow_fp16_operands
+
 Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
-_FP16_OPS = ("linear_attention", "kv_state", "performer_attention", "performer_features")
 _MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _announced: set[tuple[str, str]] = set()
@@ -174,7 +175,7 @@ def resolve(
         reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
         if reason is None:
             narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
-            return FP16_OPERANDS if narrow and name == "cuda" and op in _FP16_OPS else name
+            return FP16_OPERANDS if narrow and name == "cuda" and op in FP16_OPS else name
         reasons.append(f"{name} {reason}")
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")

@@ -538,7 +538,8 @@ def test_every_instruction_set(isa):
 # --- float16 ---
 
 
-@every_variant
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["softmax", "elu", "favor"])
 def test_a_million_large_keys_in_float16(variant):
     """|q| and |k| up to 30: finite, and what float64 says of the same inputs."""
     q, k, v, grad = (heads(1, 1, n, 8, dtype=torch.float16) for n in (16, 1 << 20, 1 << 20, 16))
@@ -552,7 +553,7 @@ def test_a_million_large_keys_in_float16(variant):
     want = attend(*exact, backend="reference")
     wants = want, *torch.autograd.grad(want, exact, grad.double())
     assert all(t.isfinite().all() for t in wants)
-    for got, expected in ((results[0], want), (results[3], wants[3])):
+    for got, expected in ((out.detach(), want.detach()), (results[3], wants[3])):
         assert float((got - expected).abs().max() / expected.abs().max()) < 2**-9
 
 
