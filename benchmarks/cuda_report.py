@@ -94,8 +94,8 @@ def _dump(*arguments: str) -> str:
 
 
 @cache
-def kernels(arch: int) -> tuple[Kernel, ...]:
-    """The tensor-core kernels of the built library for sm_<arch>.
+def usage(arch: int) -> dict[str, tuple[int, int, int]]:
+    """Of every kernel of the built library for sm_<arch>: registers, bytes of stack, bytes of static shared memory.
 
     Raises:
         RuntimeError: there is no library or no cuobjdump.
@@ -103,15 +103,21 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
     path = library()
     if path is None or cuobjdump() is None:
         raise RuntimeError("the CUDA library was not built, or there is no cuobjdump")
-    target = ("-arch", f"sm_{arch}", str(path))
-    usage = {
-        name: (int(registers), int(stack))
-        for name, registers, stack in re.findall(
-            r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _dump("-res-usage", *target)
-        )
-    }
+    printed = _dump("-res-usage", "-arch", f"sm_{arch}", str(path))
+    lines = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", printed)
+    return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in lines}
+
+
+@cache
+def kernels(arch: int) -> tuple[Kernel, ...]:
+    """The tensor-core kernels of the built library for sm_<arch>.
+
+    Raises:
+        RuntimeError: there is no library or no cuobjdump.
+    """
+    used = usage(arch)
     found = []
-    for part in _dump("-sass", *target).split("Function : ")[1:]:
+    for part in _dump("-sass", "-arch", f"sm_{arch}", str(library())).split("Function : ")[1:]:
         mangled, _, body = part.partition("\n")
         match = re.fullmatch(
             r"_ZN3cxv4cuda\d+(fold|read|grad|features)I(6__half|13__nv_bfloat16|f)Li(\d+)ELNS0_3MapE(\d)E(.*)E?EvNS_.*",
@@ -126,7 +132,7 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
         )
         dtype = {"f": "float"}.get(dtype, dtype.lstrip("0123456789"))
         role = next((word for sign, word in ROLES.items() if sign in role), "")
-        found.append(Kernel(name, dtype, int(size), MAPS[int(map_)], role, *usage[mangled.strip()], sass))
+        found.append(Kernel(name, dtype, int(size), MAPS[int(map_)], role, *used[mangled.strip()][:2], sass))
     return tuple(found)
 
 

@@ -4,7 +4,7 @@ Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` 
 """
 
 from ._version import __version__
-from .backends import BACKENDS, OPS, explain_backend, get_backend, use_backend
+from .backends import BACKENDS, OPS, allow_fp16_operands, explain_backend, get_backend, use_backend
 from .conv_norm import conv_norm
 from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
 from .linear_attention import kv_state, linear_attention
@@ -16,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "__version__",
+    "allow_fp16_operands",
     "conv_norm",
     "dropout",
     "dropout_mask",

@@ -2,17 +2,24 @@
 
 A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if it
 can serve, else the reason in words; ``dim`` is the largest number of channels of a head (0: not known). ``"auto"``
-walks :data:`_PREFERENCE` for the device, takes the first that can, and falls back to the reference, saying so once per
-(op, device type).
+takes the first that can in the device's order, and falls back to the reference, saying so once per (op, device type).
+
+On a GPU the order is that of ``gpu_routes.json``, which ``benchmarks/gpu_routes.py`` makes of what gpu_suite.py has
+checked and measured on such a card: architecture ("75", "80", …) → ``evidence``, the names of those files, and op →
+dtype → backends, the fastest first. An architecture that is not there has the nearest lower one of its major, whose
+machine code it runs; what no entry names serves only when it is named.
 """
 
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+FP16_OPERANDS = "cuda, float16 operands"
 OPS = (
     "linear_attention",
     "kv_state",
@@ -24,14 +31,22 @@ OPS = (
     "gelu_dropout",
 )
 
+FP16_OPS = ("linear_attention", "kv_state", "performer_attention", "performer_features")  # of allow_fp16_operands
+
 Check = Callable[[torch.device, torch.dtype, int], str | None]
 
-_PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
-# What "auto" passes over until a GPU has judged it; naming it serves.
-_UNPROVEN = dict.fromkeys(("triton", "cuda"), "has not been checked on a GPU yet and serves only when it is named")
+_GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
+_MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _announced: set[tuple[str, str]] = set()
 _active = "auto"
+_fp16_operands = False
+
+
+def gpu_order(arch: int) -> tuple[str, ...]:
+    """The GPU backends where nothing was measured, the likelier first; arch: 10·major + minor. Triton has no tensor
+    cores below sm_80."""
+    return ("cuda", "triton") if arch < 80 else ("triton", "cuda")
 
 
 def _validate(name: str) -> str:
@@ -76,6 +91,39 @@ def get_backend() -> str:
     return _active
 
 
+@contextlib.contextmanager
+def allow_fp16_operands(allowed: bool = True) -> Iterator[None]:
+    """In the block the CUDA C++ kernels may round float32 tensors to float16, to multiply them on tensor cores.
+
+    Off by default. It concerns float32 heads of at most 64 channels of ``linear_attention``, ``kv_state``,
+    ``performer_attention`` and ``performer_features``, served by the backend ``"cuda"``: q, k, v and the results have
+    float16's 11 bits and its range (65504), gradients its 11 bits relative to their largest. Inputs, results,
+    state, statistics and sums stay float32, and so does what is kept for backward. Its speed is not yet measured.
+
+    The setting is the process's; a backward pass does what its forward pass did.
+    """
+    global _fp16_operands
+    previous, _fp16_operands = _fp16_operands, allowed
+    try:
+        yield
+    finally:
+        _fp16_operands = previous
+
+
+def _auto(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """The fused backends that "auto" tries, in order, each with why it is passed over, if it is."""
+    if device.type != "cuda":
+        return [("cpp", None)] if device.type == "cpu" else []
+    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+    known = [str(arch) for arch in range(10 * major, 10 * major + minor + 1) if str(arch) in _GPU_ROUTES]
+    route = _GPU_ROUTES[known[-1]] if known else {}
+    chosen = route.get(op, {}).get(str(dtype).removeprefix("torch."))
+    why = "has not been checked on such a GPU yet" if chosen is None else f"gives way on {', '.join(route['evidence'])}"
+    tried = [(name, None) for name in chosen or ()]
+    rest = (name for name in gpu_order(10 * major + minor) if name not in (chosen or ()))
+    return [*tried, *((name, f"{why} and serves only when it is named") for name in rest)]
+
+
 def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     check = _checks[op].get(backend)
     return f"has no {op} kernel yet" if check is None else check(device, dtype, dim)
@@ -110,21 +158,24 @@ def resolve(
         backend: a name from :data:`BACKENDS`, or ``None`` for the one :func:`use_backend` has set.
         declined: of a fused backend's name, why it does not take the call's other arguments, if so.
 
+    Returns:
+        A name from :data:`BACKENDS` but "auto", or ``"cuda, float16 operands"`` (see :func:`allow_fp16_operands`).
+
     Raises:
         ValueError: unknown backend.
         RuntimeError: a backend was named and cannot serve; the message gives its reason.
     """
     wanted = _active if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
+    tried = _auto(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
     reasons = []
-    for name in _PREFERENCE.get(device.type, ()) if wanted == "auto" else wanted.split(","):
+    for name, passed_over in tried:
         if name == "reference":
             return name
-        reason = declined(name) or _decline(op, name, device, dtype, dim)
-        if reason is None and wanted == "auto":
-            reason = _UNPROVEN.get(name)
+        reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
         if reason is None:
-            return name
+            narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
+            return FP16_OPERANDS if narrow and name == "cuda" and op in FP16_OPS else name
         reasons.append(f"{name} {reason}")
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")

@@ -1,6 +1,7 @@
 """The tensor-core kernels (csrc/cuda/attention_kernel.cuh) without a GPU: run on the host under the emulator."""
 
 import ctypes
+import math
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from simt.host import Arena, Arguments, View, build, call, make, needs_cxx
 
+from cxv_kernels.autograd import through_float16
 from cxv_kernels.linear_attention.reference import kv_state_reference, linear_attention_reference
 from cxv_kernels.performer_attention.reference import (
     orthogonal_projection,
@@ -61,20 +63,24 @@ def describe(arena, feature_map, q, k, v, projection=None, key_mask=None):
     return a, results
 
 
-def run(simt, feature_map, q, k, v, grad_out, projection=None, key_mask=None, seed=0):
-    """out, grad_q, grad_k, grad_v, state, key_stat, key_max, as the kernels write them into NaNs."""
+def run(simt, feature_map, q, k, v, grad_out, projection=None, key_mask=None, seed=0, between=lambda *_: None):
+    """out, grad_q, grad_k, grad_v, state, key_stat, key_max, as the kernels write them into NaNs.
+
+    between: is given state and key_stat, before the backward pass reads them.
+    """
     with Arena(simt) as arena:
         a, results = describe(arena, feature_map, q, k, v, projection, key_mask)
         out, *grads = (arena.result(t.shape, t.dtype, t.stride()) for t in (grad_out, q, k, v))
         a.grad_out, a.out = View(arena.put(grad_out)), View(out)
         a.grad_q, a.grad_k, a.grad_v = map(View, grads)
-        for pass_ in (FORWARD, BACKWARD):
-            call(simt.simt_attention, ctypes.byref(a), pass_, seed)
+        call(simt.simt_attention, ctypes.byref(a), FORWARD, seed)
+        between(*results[:2])
+        call(simt.simt_attention, ctypes.byref(a), BACKWARD, seed)
     return out, *grads, *results
 
 
-def reference(feature_map, q, k, v, projection=None, key_mask=None):
-    eps = EPS.get(feature_map, 0)
+def reference(feature_map, q, k, v, projection=None, key_mask=None, eps=None):
+    eps = EPS.get(feature_map, 0) if eps is None else eps
     if projection is None:
         return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
     kernel = "relu" if feature_map == "favor_relu" else "softmax"
@@ -256,9 +262,35 @@ class TestNumerics:
             got = run(sm75, feature_map, q, k, v, g, projection)[0].isnan()
             assert torch.equal(got, reference(feature_map, q, k, v, projection).isnan())
 
+    @pytest.mark.parametrize("size", [1, 30])
+    def test_the_state_of_a_million_keys(self, sm75, feature_map, size):
+        """64 keys as if each came 16,384 times, |q| and |k| up to 30: the state is so many times theirs (its logarithm
+        so much more), and the gradients of a key so many times less."""
+        times, scale = 1 << 14, 1024
+        q, k, v, g = (make((1, 1, 64, c), torch.float16, i) for i, c in enumerate((16, 16, 12, 12)))
+        q, k = (q * size).clamp(-30, 30), (k * size).clamp(-30, 30)
+        projection = projection_for(feature_map, 16)
+
+        def repeated(state, key_stat):
+            if feature_map in ("softmax", "favor_exact"):
+                key_stat += math.log(times)
+            else:
+                state *= times
+                key_stat *= times
+
+        results = run(sm75, feature_map, q, k, v, g * scale, projection, between=repeated)
+        assert all(t.isfinite().all() for t in results)
+        inputs = [t.double().requires_grad_() for t in (q, k, v)]
+        eps = EPS.get(feature_map, 0) / (times if feature_map == "relu" else 1)  # of the denominator, or of each key
+        grads = torch.autograd.grad(reference(feature_map, *inputs, projection, eps=eps), inputs, g.double() * scale)
+        wants = [grads[0], grads[1] / times, grads[2] / times]
+        for name, got, want in list(zip(("dq", "dk", "dv"), results[1:4], wants, strict=True))[size == 30 and 2 :]:
+            assert_close(name, got, want, torch.float16)
+
     def test_many_keys(self, sm75, feature_map):
-        """Sums of 40,000 keys and gradients of 1/40,000 of theirs: 16 bits hold both."""
-        q, k, v, g = (make((1, 1, n, 16), torch.float16, i) for i, n in enumerate((64, 40_000, 40_000, 64)))
+        """Sums of 40,000 keys and gradients of 1/40,000 of theirs (of the slower maps 5,000): 16 bits hold both."""
+        keys = 40_000 if feature_map in ("softmax", "relu") else 5_000
+        q, k, v, g = (make((1, 1, n, 16), torch.float16, i) for i, n in enumerate((64, keys, keys, 64)))
         projection = projection_for(feature_map, 16, 16)
         results = run(sm75, feature_map, q, k, v, g * 100, projection)
         inputs = [t.double().requires_grad_() for t in (q, k, v)]
@@ -266,6 +298,25 @@ class TestNumerics:
         wants = want, *torch.autograd.grad(want, inputs, 100 * g.double())
         for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
             assert_close(name, got, expected, torch.float16)
+
+
+@pytest.mark.parametrize("loss_scale", [1e-12, 1.0, 1e10])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_float32_through_float16_operands(sm75, feature_map, loss_scale):
+    """What allow_fp16_operands() does, whatever the gradients' size: float16 would hold neither of these."""
+    q, k, v, g = (make((1, 2, 40, c), torch.float32, i, "nchw") for i, c in enumerate((16, 16, 12, 12)))
+    projection = projection_for(feature_map, 16)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    wants = torch.autograd.grad(reference(feature_map, *inputs, projection), inputs, g.double() * loss_scale)
+
+    def backward(grad_out, q, k, v):
+        assert {t.dtype for t in (grad_out, q, k, v)} == {torch.float16}
+        return run(sm75, feature_map, q, k, v, grad_out, projection)[1:4]
+
+    results = through_float16(backward, ("grad_out", "q", "k", "v"))(g * loss_scale, q, k, v)
+    for name, got, want in zip(("dq", "dk", "dv"), results, wants, strict=True):
+        assert got.dtype == torch.float32
+        assert float((got - want).abs().max() / want.abs().max()) < 2**-8, name  # q, k and v are rounded, too
 
 
 def test_the_report_knows_the_launches(sm75):

@@ -37,6 +37,14 @@ class TestMachineCode:
         spilled = {(k.name, k.role, k.dtype, k.size, k.map) for k in cuda_report.kernels(arch) if k.spills}
         assert {(dtype, size) for _, _, dtype, size, _ in spilled} <= {("float", 64)}, spilled
 
+    def test_no_spills_on_cuda_cores(self, arch):
+        """Linear attention in float32, float64 and of wide heads, and conv_norm: what is not for tensor cores."""
+        tensor = ("4foldI", "4readI", "4gradI", "8featuresI")
+        others = {n: u for n, u in cuda_report.usage(arch).items() if not any(name in n for name in tensor)}
+        assert sum("PlanE" in n for n in others) == 4 * 4 + 2 * 2  # four passes of four dtypes, two sums of splits
+        assert sum("ConvNorm" in n for n in others) == 5 * 3
+        assert {n for n, (_, stack, shared) in others.items() if stack or shared > 48 * 1024} == set()
+
     def test_tensor_cores(self, arch):
         for k in cuda_report.kernels(arch):
             if k.dtype == "float":

@@ -1,0 +1,98 @@
+"""Decides what serves each op on a GPU by default, from gpu_suite.py's JSONs; see cxv_kernels/backends.py.
+
+    python benchmarks/gpu_routes.py benchmarks/results/gpu_suite-tesla-t4.json …
+
+Rewrites cxv_kernels/gpu_routes.json from these files alone, so name all of them. A backend is in for an op and a dtype
+if it was checked there and nothing has failed: not the op, not a CUDA graph of it, not a model's gradients. Where it
+was timed, forward + backward, it must beat plain PyTorch, and the faster comes first: by the geometric mean of its
+ratios.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import DTYPES, Parser, write_json
+from gpu_report import rows_of, seconds
+
+from cxv_kernels import backends
+
+TABLE = Path(backends.__file__).with_name("gpu_routes.json")
+PLAIN = ("reference", "conv2d, layer_norm")
+
+
+def slowness(results: Sequence[dict[str, Any]], op: str, dtype: str, backend: str) -> float | None:
+    """Its time of forward + backward over plain PyTorch's, the geometric mean of all cases; None: never timed."""
+    logs = []
+    for one in results:
+        rows = [r for r in rows_of(one, "attention", "conv_norm") if (r["op"], r["dtype"]) == (op, dtype)]
+        plain = {(r["variant"], *r["shape"]): r for r in rows if r["implementation"] in PLAIN}
+        for row in (r for r in rows if r["implementation"] == backend):
+            ours = seconds(row, "forward_backward")
+            theirs = seconds(plain.get((row["variant"], *row["shape"])), "forward_backward")
+            if ours and theirs:
+                logs.append(math.log(ours / theirs))
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def wrong(results: dict[str, Any]) -> set[tuple[str, str, str]]:
+    """(op, backend, dtype) of whatever has failed."""
+    found = {tuple(failed) for failed in results["settings"]["barred"]}
+    for row in rows_of(results, "attention", "conv_norm"):
+        if row["status"] == "failed":
+            found.add((row["op"], row["implementation"], row["dtype"]))
+    for row in rows_of(results, "gradients"):
+        if row["status"] == "failed":
+            served = row.get("served") or dict.fromkeys(backends.OPS, row["backend"])
+            found |= {(op, backend, row["dtype"]) for op, backend in served.items()}
+    return found
+
+
+def route(results: Sequence[dict[str, Any]], arch: int) -> dict[str, dict[str, list[str]]]:
+    """Op → dtype → backends, the fastest first, by the results of one architecture; without what nobody checked."""
+    failed = set().union(*map(wrong, results))
+    checked = {
+        (row["op"], row["backend"], row["dtype"])
+        for one in results
+        for row in rows_of(one, "checks", "graphs")
+        if row["status"] == "ok"
+    }
+    table: dict[str, dict[str, list[str]]] = {}
+    for op in backends.OPS:
+        for dtype in DTYPES:
+            known = [name for name in backends.gpu_order(arch) if (op, name, dtype) in checked | failed]
+            if not known:
+                continue
+            times = {name: slowness(results, op, dtype, name) for name in known}
+            # unmeasured ones keep their order, after the others
+            good = [n for n in known if (op, n, dtype) not in failed and (times[n] is None or times[n] < 1)]
+            table.setdefault(op, {})[dtype] = sorted(good, key=lambda n: math.inf if times[n] is None else times[n])
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the table and print it; exits with status 2 and one line on a file that does not say what it must."""
+    parser = Parser("gpu_routes", description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE.json", help="of gpu_suite.py, on any cards")
+    parser.add_argument("--out", type=Path, default=TABLE, help="the package's own table unless told otherwise")
+    arguments = parser.parse_args(argv)
+    cards: dict[int, dict[str, Any]] = {}
+    for path in arguments.results:
+        results = parser.results("FILE.json", path, "gpu_suite")
+        capability = results["environment"].get("capability")
+        if capability is None:
+            parser.error(f"argument FILE.json: {path} is not of a GPU")
+        cards.setdefault(10 * capability[0] + capability[1], {})[path.name] = results
+    table = {str(a): {"evidence": sorted(found), **route(list(found.values()), a)} for a, found in cards.items()}
+    write_json(arguments.out, dict(sorted(table.items())))
+    for arch, entry in table.items():
+        for op in backends.OPS:
+            for dtype, names in entry.get(op, {}).items():
+                print(f"sm_{arch} {op} {dtype}: {', '.join(names) or 'reference'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
