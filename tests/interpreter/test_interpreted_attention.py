@@ -67,8 +67,8 @@ def test_more_channels_than_a_block(variant, dtype):
 @every_variant
 def test_runs_are_folded(variant, dtype):
     """Several runs of tokens, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
-    q, k, v = qkv(3, 1, 70, 140, 16, 16, dtype)
-    key_mask = torch.rand(3, 140) > 0.5
+    q, k, v = qkv(3, 1, 50, 200, 16, 16, dtype)
+    key_mask = torch.rand(3, 200) > 0.5
     key_mask[1, 3:], key_mask[2] = False, False
     with short_runs():
         matches((q, k, v), variant, key_mask, 2)  # with three keys nothing averages the operands' roundings
