@@ -38,7 +38,9 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             (arch, launch)
             for dtype, dim in wanted
             for size in SIZES[: 1 + arguments.ragged]
-            for launch in launches(DTYPES[dtype], arch, dim=dim, only=arguments.cases, **size)
+            for launch in launches(
+                DTYPES[dtype], arch, dim=dim, features=arguments.features, only=arguments.cases, **size
+            )
         ]
 
     newer = compile_all([pair for arch in arguments.arch if arch >= 80 for pair in recorded(arch)], arguments.jobs)
@@ -104,6 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="comma-separated",
     )
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
+    parser.add_argument("--features", type=positive, help="the Performer's; unset: ⌊D ln D⌋ of each head")
     parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only what these ops or cases launch")
     parser.add_argument("--ragged", action="store_true", help="also for sizes that divide by nothing, as in the checks")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")

@@ -6,7 +6,8 @@ built another way: ``python benchmarks/gpu_checks.py --backend cuda --size small
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def check_op(settings: Settings, emit: Emit, op: str, backend: str, size: str, d
             emit(row | {"status": status, "max_error": result.error, "of_tolerance": result.ratio})
 
 
+@contextmanager
+def deterministic_cudnn() -> Iterator[None]:
+    """In the block: else a weight's gradient may be summed in another order, and have other bits, at each call."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@deterministic_cudnn()
 def check_graph(settings: Settings, emit: Emit, op: str, backend: str, dtype: str) -> None:
     """The op's cases captured in a CUDA graph, forward and backward: a replay on new inputs gives the same bits."""
     for case in checks.cases(2, 4, 1024, 32, ragged=False, device=settings.device):

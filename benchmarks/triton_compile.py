@@ -101,12 +101,14 @@ def launches(
     heads: int = 4,
     tokens: int = 1024,
     dim: int = 32,
+    features: int | None = None,
     only: Sequence[str] | None = None,
     ragged: bool = False,
 ) -> list[Launch]:
     """What the ops, forward and backward, and a training step of each model launch on ``arch``.
 
     Args:
+        features: the Performer's random features, or None for ⌊D ln D⌋.
         ragged: sizes that divide by nothing, as :func:`cxv_kernels.checks.cases` has them; no models.
         only: ops ("conv_norm"), single cases of theirs ("performer_attention relu") and models ("cpv-1/4"), which are
             recorded at ``dim`` 32 alone.
@@ -134,12 +136,12 @@ def launches(
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
             found.append(Launch(case, None, name_of(dtype), (), (), {}, 0, units, exps, words[:300]))
 
-    for case in checks.cases(batch, heads, tokens, dim, ragged):
+    for case in checks.cases(batch, heads, tokens, dim, ragged, features=features):
         if case.op in served and wanted(f"{case.op} {case.label}"):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
             width = {"dropout": 1, "gelu_dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
             units = inputs[0].numel() // width
-            exps = _exps(case, dim)
+            exps = _exps(case, dim, features)
             during(
                 f"{case.op} {case.label}",
                 units,
@@ -154,10 +156,10 @@ def launches(
     return found
 
 
-def _exps(case: checks.Case, dim: int) -> float:
+def _exps(case: checks.Case, dim: int, features: int | None) -> float:
     """Of a token's features."""
     if case.op.startswith("performer"):
-        return 0 if case.label == "relu" else checks.num_random_features(dim)
+        return 0 if case.label == "relu" else features or checks.num_random_features(dim)
     return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout", "gelu_dropout") else dim
 
 

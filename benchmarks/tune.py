@@ -48,7 +48,7 @@ class Entry:
     kernel: str
     arch: int
     dim: int
-    features: int
+    features: int | None  # None: without a projection
     dtype: str
     packaged: Options
     cases: list[str] = field(default_factory=list)  # that launch it; the first is timed
@@ -59,8 +59,9 @@ class Entry:
 
     @property
     def size(self) -> str:
-        """As the table spells it."""
-        return f"{configs._bucket(self.dim)}x{configs._bucket(self.features)}"
+        """As the table spells it: with the next power of two."""
+        dim, *features = (max(16, 1 << (n - 1).bit_length()) for n in (self.dim, self.features) if n is not None)
+        return "x".join(map(str, (dim, *features)))
 
     @property
     def bits(self) -> str:
@@ -70,20 +71,18 @@ class Entry:
     def put(self, table: configs.Table, options: Options) -> configs.Table:
         """The table with these options at this entry; what a new level lacks is served as before."""
         table = copy.deepcopy(table)
-        archs = table[self.kernel]
-        older = [int(name) for name in archs if name != "default" and int(name) <= self.arch]
-        nearest = archs[str(max(older))] if older else archs["default"]
-        sizes = archs.setdefault(str(self.arch), copy.deepcopy(nearest))
-        sizes.setdefault(self.size, copy.deepcopy(sizes["default"]))[self.bits] = options
+        sizes = configs.sizes_of(table, self.kernel, self.arch)
+        served = sizes[configs.size_of(sizes, self.dim, self.features)]  # the other dtypes, as before
+        table[self.kernel].setdefault(str(self.arch), {})[self.size] = copy.deepcopy(served) | {self.bits: options}
         return table
 
 
-def entries(arch: int, dim: int, dtype: str) -> list[Entry]:
-    """Every entry that the checks' cases look up at this size."""
+def entries(arch: int, dim: int, dtype: str, random_features: int | None = None) -> list[Entry]:
+    """Every entry that the checks' cases look up at this size; ``random_features`` as :func:`checks.cases` has them."""
     found: dict[tuple[str, str], Entry] = {}
     lookup, now = configs.lookup, ""
 
-    def watch(kernel: str, _: int, dim: int, features: int, kind: torch.dtype) -> Options:
+    def watch(kernel: str, _: int, dim: int, features: int | None, kind: torch.dtype) -> Options:
         options = lookup(kernel, arch, dim, features, kind)
         entry = Entry(kernel, arch, dim, features, dtype, dict(options))
         entry = found.setdefault((kernel, entry.size), entry)
@@ -93,9 +92,9 @@ def entries(arch: int, dim: int, dtype: str) -> list[Entry]:
 
     configs.lookup = watch
     try:
-        for case in checks.cases(1, 4, 1024, dim, ragged=False):
+        for case in checks.cases(1, 4, 1024, dim, ragged=False, features=random_features):
             now = f"{case.op} {case.label}"
-            launches(DTYPES[dtype], arch, dim=dim, only=(now,))
+            launches(DTYPES[dtype], arch, dim=dim, features=random_features, only=(now,))
     finally:
         configs.lookup = lookup
     return list(found.values())
@@ -133,7 +132,9 @@ def compile_candidates(found: Sequence[Entry], table: configs.Table, jobs: int) 
         entry.notes, entry.seconds = [""] * len(entry.candidates), [None] * len(entry.candidates)
         for i, options in enumerate(entry.candidates):
             with configs.override(entry.put(table, options)):
-                mine = launches(DTYPES[entry.dtype], entry.arch, dim=entry.dim, only=entry.cases)
+                mine = launches(
+                    DTYPES[entry.dtype], entry.arch, dim=entry.dim, features=entry.features, only=entry.cases
+                )
             chosen = [(entry.arch, launch) for launch in mine if launch.error or launch.name == entry.kernel]
             wanted += chosen
             owners += [(entry, i)] * len(chosen)
@@ -156,7 +157,7 @@ def time_candidates(
     kind = DTYPES[entry.dtype]
     case = next(
         case
-        for case in checks.cases(*SHAPE, entry.dim, ragged=False, device=device)
+        for case in checks.cases(*SHAPE, entry.dim, ragged=False, device=device, features=entry.features)
         if f"{case.op} {case.label}" == entry.cases[0]
     )
     inputs = [torch.randn(shape, device=device).to(kind) for shape in case.shapes]
@@ -210,9 +211,11 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         for arch in arguments.arch
         for dim in arguments.dims
         for dtype in arguments.dtype
-        for entry in entries(arch, dim, dtype)
+        for features in arguments.features
+        for entry in entries(arch, dim, dtype, features)
         if arguments.kernels is None or entry.kernel in arguments.kernels
     ]
+    found = list({(e.kernel, e.arch, e.size, e.dtype): e for e in found}.values())
     for entry in found:
         entry.candidates = candidates(entry, arguments.candidates)
     compile_candidates(found, table, arguments.jobs)
@@ -232,6 +235,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank-by", choices=("time", "compile"), default="time", help="compile: without a GPU")
     parser.add_argument("--arch", type=int, nargs="+", choices=tuple(CARDS)[1:], help="unset: the GPU's, or 80 and 90")
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
+    parser.add_argument(
+        "--features", type=positive, nargs="+", default=[None], help="the Performer's; unset: ⌊D ln D⌋ of each head"
+    )
     dtypes = tuple(DTYPES)[1:]
     parser.add_argument("--dtype", type=some_of(dtypes), default=("float32", "float16"), help="comma-separated")
     parser.add_argument("--kernels", nargs="+", help="only these functions")

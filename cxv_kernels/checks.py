@@ -61,15 +61,17 @@ def cases(
     dim: int = 32,
     ragged: bool = True,
     device: str | torch.device = "cpu",
+    features: int | None = None,
 ) -> list[Case]:
     """The ops in their variants, by default at a size that takes milliseconds and that divides by nothing.
 
     Args:
         ragged: False calls them as the models do, with as many keys as queries, E = D, and square images.
         device: where projection and seed are, which are copied to the inputs' device if that is another.
+        features: M of the Performer's, or None for ⌊D ln D⌋.
     """
     generator = torch.Generator().manual_seed(0)
-    features = num_random_features(dim)
+    features = features or num_random_features(dim)
     projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64).to(device)
     keys, value_dim = (tokens + 7, dim + 3) if ragged else (tokens, dim)
     query, key, value = (batch, heads, tokens, dim), (batch, heads, keys, dim), (batch, heads, keys, value_dim)

@@ -3,10 +3,12 @@
 Its entries are chosen by what the compiler reports (no spills, shared memory, registers); they have not been measured
 on a GPU yet. Nothing is tuned at run time.
 
-The table: kernel (its function's name) → architecture ("default", "80", "90", …) → size "DxF" → bits of the dtype ("16"
-or "32") → options; of each level but the first, "default" serves what has no entry. Options: num_warps, num_stages, the
-kernel's BLOCK_ sizes (the dimensions of a head are padded to powers of two by the launcher), TOKENS, those that one
-program folds one tile after another, and of query_backward_kernel SEPARATE: two launches of fewer registers for one.
+The table: kernel (its function's name, so forward or backward) → architecture ("default", "80", "90", …), which has
+what differs from the nearest lower one → size, "D" without and "DxM" with a projection of up to M random features →
+bits of the dtype ("16" or "32") → options. Of sizes and bits "default" serves what has no entry. Options: num_warps,
+num_stages, the kernel's BLOCK_ sizes (the dimensions of a head are padded to powers of two by the launcher), TOKENS,
+those that one program folds one tile after another, and of query_backward_kernel SEPARATE: two launches of fewer
+registers for one.
 """
 
 import contextlib
@@ -40,24 +42,37 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _bucket(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
+def sizes_of(table: Table, kernel: str, arch: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the table has for a kernel and an architecture, whichever of those up to it has it."""
+    levels = table[kernel]
+    known = sorted((name for name in levels if name != "default" and int(name) <= arch), key=int)
+    return functools.reduce(lambda sizes, name: sizes | levels[name], known, levels.get("default", {}))
 
 
-def lookup(kernel: str, arch: int, dim: int, features: int, dtype: torch.dtype) -> dict[str, Any]:
+def size_of(sizes: dict[str, Any], dim: int, features: int | None) -> str:
+    """Which of these sizes serves a head; the arguments are :func:`lookup`'s."""
+    width = str(max(16, 1 << (dim - 1).bit_length()))
+    if features is None:
+        return width if width in sizes else "default"
+    pairs = (name.partition("x") for name in sizes)
+    enough = [int(most) for channels, _, most in pairs if channels == width and most and int(most) >= features]
+    return f"{width}x{min(enough)}" if enough else "default"
+
+
+def lookup(kernel: str, arch: int, dim: int, features: int | None, dtype: torch.dtype) -> dict[str, Any]:
     """A copy of the launch options of a kernel.
 
     Args:
         kernel: the function's name. arch: as :func:`architecture` has it: the table's nearest lower one serves.
-        dim, features: of a head; each is rounded up to a power of two, 16 or more. dtype: the inputs'.
+        dim: the channels of a head, of the values if those are more; rounded up to a power of two, 16 or more.
+        features: random features, None without a projection: the table's nearest higher number serves.
+        dtype: the inputs'.
 
     Raises:
         KeyError: the table has no such kernel.
     """
-    table = (_packaged() if _override is None else _override)[kernel]
-    known = sorted(int(name) for name in table if name != "default" and int(name) <= arch)
-    sizes = table[str(known[-1]) if known else "default"]
-    bits = sizes.get(f"{_bucket(dim)}x{_bucket(features)}") or sizes["default"]
+    sizes = sizes_of(_packaged() if _override is None else _override, kernel, arch)
+    bits = sizes[size_of(sizes, dim, features)]
     return dict(bits.get(str(8 * dtype.itemsize)) or bits["default"])
 
 

@@ -54,11 +54,14 @@ def names(row):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """float16 on every card; the Performer in the other dtypes."""
+    """float16 on every card; the Performer in the other dtypes; the most features, the widest heads."""
     folder = tmp_path_factory.mktemp("compile")
     found = compiled(folder, "--dtype", "float16", "--arch", "75", "80", "90", "--cases", *CASES)
-    found += compiled(folder, "--dtype", "bfloat16,float32", "--arch", "90", "--cases", CASES[0])
-    return found
+    found += compiled(folder, "--dtype", "bfloat16", "--arch", "80", "--cases", CASES[0])
+    found += compiled(folder, "--dtype", "float32", "--arch", "90", "--cases", CASES[0])
+    found += compiled(folder, "--dtype", "float16", "--arch", "80", "90", "--dims", "64", "--cases", CASES[0])
+    widest = ("--dims", "128", "--features", "512", "--dtype", "float32", "--arch", "80")
+    return found + compiled(folder, *widest, "--cases", CASES[0], "linear_attention softmax")
 
 
 @pytest.mark.slow
@@ -90,16 +93,11 @@ def test_float32_is_not_rounded_to_tf32(rows):
     assert products
 
 
-# Loads and stores of local memory that no tile in reach avoids: float32 in three products of tf32 fills every register.
-SPILLS = {("key_backward_kernel", "float32"): 4}
-
-
 @pytest.mark.slow
 def test_nothing_spills(rows):
-    spilling = {
-        names(row): row["spills"] for row in rows if row["spills"] > SPILLS.get((row["kernel"], row["dtype"]), 0)
-    }
-    assert not spilling
+    assert not {names(row): row["spills"] for row in rows if row["spills"]}
+    sizes = {(row["constants"].get("D"), row["constants"].get("F"), row["dtype"]) for row in rows}
+    assert {(64, 266, "float16"), (128, 512, "float32"), (128, 128, "float32")} <= sizes
 
 
 @pytest.mark.slow
@@ -123,7 +121,7 @@ def test_a_t4_gets_what_multiplies_no_matrices(rows):
 def test_the_floor_is_that_of_the_bytes(rows):
     """Queries and output of a head: read and written once, 2·32 channels of 2 bytes, and the state."""
     found = [r for r in rows if (r["case"], r["arch"], r["dtype"]) == (CASES[0], 90, "float16")]
-    query = next(row for row in found if row["kernel"] == "query_kernel")
+    query = next(row for row in found if row["kernel"] == "query_kernel" and row["constants"]["D"] == 32)
     assert 128 <= query["floor"]["bytes_per_unit"] < 160
     assert query["floor"]["exps_per_unit"] == 110
 
@@ -149,7 +147,7 @@ def test_the_tuner_drops_what_does_not_fit(tmp_path):
     """Without a GPU; and the table that it writes is what configs.py reads."""
     table, tried = tmp_path / "table.json", tmp_path / "tried.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
-    command += ["--dims", "32", "--dtype", "float16", "--kernels", "state_kernel", "--candidates", "3"]
+    command += ["--dims", "32", "--dtype", "float16", "--kernels", "state_kernel", "--candidates", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     outputs = ["--table", str(table), "--json", str(tried)]
@@ -159,9 +157,9 @@ def test_the_tuner_drops_what_does_not_fit(tmp_path):
     assert found["ranked_by"] == "compile"
     assert {entry["kernel"] for entry in found["tried"]} == {"state_kernel"}
     for entry in found["tried"]:
-        assert len(entry["candidates"]) == 3
+        assert len(entry["candidates"]) == 2
         assert entry["candidates"][0] == entry["packaged"]
-        assert entry["seconds"] == [None] * 3  # nothing was timed
+        assert entry["seconds"] == [None] * 2  # nothing was timed
         assert not entry["notes"][entry["candidates"].index(entry["chosen"])]
     written = json.loads(table.read_text())
     assert found["table"] == written

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -104,6 +105,7 @@ def test_every_planned_task_can_be_called(settings):
             assert task.section in ("ptx", "sanitizer")
         json.dumps(dataclasses.asdict(task))
         assert task.label or not task.function
+    assert len({(task.section, task.label) for task in tasks}) == len(tasks)
     called = {task.function for task in tasks} - {""}
     assert called == set(gpu_suite.FUNCTIONS)
     # what is not right is known before anything is timed
@@ -122,6 +124,9 @@ def test_the_targets_are_planned():
         m for s, a in planned if s == "models" and (a["model"], a["batch"]) == ("cpv-5/4", 256) for m in a["modes"]
     }
     assert {"eager", "eager + compile", "triton", "triton + compile", "cuda"} <= modes
+    trained = {(a["model"], a["dtype"], a["batch"]) for section, a in planned if section == "models"}
+    every = itertools.product(("cpv-5/4", "cnv-5/4", "cltv-5/4"), ("float16", "bfloat16"), (32, 256, 1024))
+    assert set(every) <= trained
 
 
 @pytest.mark.parametrize(
@@ -371,13 +376,17 @@ def test_checks_on_their_own(tmp_path):
 
 def test_programs_have_a_row_each(tmp_path):
     programs = gpu_suite.Programs(CPP, tmp_path / "log")
+    late = tmp_path / "late"
     commands = {
         "well": ([sys.executable, "-c", "print('hello')"], {}),
         "badly": ([sys.executable, "-c", "raise SystemExit(7)"], {}),
-        "for ever": ([sys.executable, "-c", "import time; time.sleep(60)"], {}),
+        "for ever": (["sh", "-c", f"(sleep 3; touch {late}) & sleep 60"], {}),
     }
     rows = {row["program"]: row for row in programs.run(commands, 2.0)}
+    assert programs.ptx_checks(1.0) == [{"program": "library of compute_75", "status": "not built"}]
     programs.close()
+    time.sleep(1.5)
+    assert not late.exists()  # what a program has started ends with it
     assert {name: row["status"] for name, row in rows.items()} == {
         "well": "ok",
         "badly": "failed",

@@ -65,16 +65,16 @@ def of_head(p, s, i_bh, H):
 
 
 @triton.jit
-def load_tokens(p, s, o_n, m_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK_N, BLOCK], zeros where masked and past WIDTH."""
-    o_c = tl.arange(0, BLOCK).to(tl.int64)
+def load_tokens(p, s, o_n, m_n, o_c, WIDTH: tl.constexpr):
+    """The channels o_c of the tokens o_n, zeros where masked and past WIDTH."""
+    o_c = o_c.to(tl.int64)
     mask = m_n[:, None] & (o_c < WIDTH)[None, :]
     return tl.load(p + o_n[:, None] * s[2] + o_c[None, :] * s[3], mask=mask, other=0)
 
 
 @triton.jit
-def store_tokens(p, s, o_n, m_n, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    o_c = tl.arange(0, BLOCK).to(tl.int64)
+def store_tokens(p, s, o_n, m_n, b, o_c, WIDTH: tl.constexpr):
+    o_c = o_c.to(tl.int64)
     mask = m_n[:, None] & (o_c < WIDTH)[None, :]
     tl.store(p + o_n[:, None] * s[2] + o_c[None, :] * s[3], b.to(p.dtype.element_ty), mask=mask)
 
@@ -175,6 +175,7 @@ def key_kernel(
     T: tl.constexpr = p_k.dtype.element_ty
     i_bh, i_s, i_f = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS, tl.program_id(1)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    o_d, o_e = o_f if p_w is None else tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     p_k = of_head(p_k, s_k, i_bh, H)
     if p_v is not None:
         p_v = of_head(p_v, s_v, i_bh, H)
@@ -193,7 +194,7 @@ def key_kernel(
         if p_mask is not None:
             p = p_mask + (i_bh // H).to(tl.int64) * s_mask[0] + o_n * s_mask[1]
             m_n = tl.load(p, mask=m_n, other=0) != 0
-        b_k = load_tokens(p_k, s_k, o_n, m_n, D, BLOCK_D)  # [BN, BD]
+        b_k = load_tokens(p_k, s_k, o_n, m_n, o_d, D)  # [BN, BD]
         if p_w is not None:
             b_a = tl.dot(b_w, tl.trans(b_k), input_precision=PRECISION)  # [BF, BN]
             if T.primitive_bitwidth == 16:
@@ -211,7 +212,7 @@ def key_kernel(
             b_x -= b_h[None, :]
         if p_v is not None:
             b_e = relative(b_x, b_new[:, None], EXP)
-            b_v = load_tokens(p_v, s_v, o_n, m_n, E, BLOCK_E)  # [BN, BE]
+            b_v = load_tokens(p_v, s_v, o_n, m_n, o_e, E)  # [BN, BE]
             b_z = b_z * b_shrink + tl.sum(b_e, 1)
             b_s = tl.dot(b_e.to(T), b_v, b_s * b_shrink[:, None], input_precision=PRECISION)
             if EPS != 0:
@@ -221,7 +222,6 @@ def key_kernel(
     i_part = tl.program_id(0).to(tl.int64) * (F + 1)
     tl.store(p_stats + i_part * 2 + o_f, b_top, mask=o_f < F)
     if p_v is not None:
-        o_e = tl.arange(0, BLOCK_E)
         m_e = o_e < E
         tl.store(p_stats + i_part * 2 + F + 1 + o_f, b_z, mask=o_f < F)
         p = p_sums + i_part * E
@@ -419,10 +419,9 @@ def query_kernel(
     p_q, p_out = of_head(p_q, s_q, i_bh, H), of_head(p_out, s_out, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
-    o_e = tl.arange(0, BLOCK_E)
+    o_d, o_e, o_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
-    o_f = tl.arange(0, BLOCK_F)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_u = load_state(p_state, o_f, unit, E, F, BLOCK_E, T)
@@ -430,19 +429,21 @@ def query_kernel(
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < last
-        b_q = load_tokens(p_q, s_q, o_n, m_n, D, BLOCK_D)
+        b_q = load_tokens(p_q, s_q, o_n, m_n, o_d, D)
         b_top = nothing(BLOCK_N, EXP, ACC)
         b_den = tl.zeros([BLOCK_N], ACC)
         b_o = tl.zeros([BLOCK_N, BLOCK_E], ACC)
-        for i_f in tl.static_range(BLOCKS):
+        for i_f in range(BLOCKS):
+            o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
-                b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-                b_u = load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T)
-            b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
-            b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                b_u = load_state(p_state, o_i, unit, E, F, BLOCK_E, T)
+            b_z = load_weights(p_stat, o_i, F, MAP)
+            b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
+            b_a, b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
             b_new = tl.maximum(b_top, tl.max(b_x, 1))
             b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
-            if i_f > 0:
+            if BLOCKS > 1:
                 b_shrink = relative(b_top, b_new, EXP)
                 b_den *= b_shrink
                 b_o *= b_shrink[:, None]
@@ -451,7 +452,7 @@ def query_kernel(
             b_top = b_new
         b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
         b_o = b_c[None, :] * b_sum[:, None] + b_o * (b_r * unit)[:, None]
-        store_tokens(p_out, s_out, o_n, m_n, b_o, E, BLOCK_E)
+        store_tokens(p_out, s_out, o_n, m_n, b_o, o_e, E)
 
 
 @triton.jit
@@ -498,15 +499,15 @@ def query_backward_kernel(
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
     p_rows += i_bh.to(tl.int64) * 4 * N
-    o_e = tl.arange(0, BLOCK_E)
+    o_f, o_e = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
+    o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
-    o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     if PHASE != "queries" or BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
     if PHASE != "queries":
         b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
-        b_rho = tl.zeros([BLOCK_F, 16], ACC)
+        b_rho = tl.zeros([BLOCK_F, 16 if T.primitive_bitwidth == 16 else 1], ACC)
         b_r1 = tl.zeros([BLOCK_E], ACC)
         b_rho1 = tl.zeros([BLOCK_N], ACC)
     if PHASE != "state" and BLOCKS == 1:
@@ -515,8 +516,8 @@ def query_backward_kernel(
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < last
-        b_q = load_tokens(p_q, s_q, o_n, m_n, D, BLOCK_D)
-        b_do = load_tokens(p_do, s_do, o_n, m_n, E, BLOCK_E)
+        b_q = load_tokens(p_q, s_q, o_n, m_n, o_d, D)
+        b_do = load_tokens(p_do, s_do, o_n, m_n, o_e, E)
         if PHASE == "state":
             b_top = tl.load(p_rows + o_n, mask=m_n, other=0)
             b_r = tl.load(p_rows + N + o_n, mask=m_n, other=0)
@@ -529,18 +530,25 @@ def query_backward_kernel(
             b_top = nothing(BLOCK_N, EXP, ACC)
             b_den = tl.zeros([BLOCK_N], ACC)
             b_delta = tl.zeros([BLOCK_N], ACC)
-            for i_f in tl.static_range(BLOCKS):
+            if BLOCKS == 1:  # kept for the second sweep
+                b_z = load_weights(p_stat, o_f, F, MAP)
+                b_a = tl.zeros([BLOCK_N, BLOCK_F], ACC)
+                b_g = tl.zeros([BLOCK_N, BLOCK_F], ACC)
+                b_e = tl.zeros([BLOCK_N, BLOCK_F], T)
+            for i_f in range(BLOCKS):
                 if BLOCKS > 1:
-                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-                    b_ut = tl.trans(load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T))
-                b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
-                b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                    o_i = i_f * BLOCK_F + o_f
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                    b_ut = tl.trans(load_state(p_state, o_i, unit, E, F, BLOCK_E, T))
+                    b_z = load_weights(p_stat, o_i, F, MAP)
+                b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
+                b_a, b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
                 b_new = tl.maximum(b_top, tl.max(b_x, 1))
                 b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
                 b_den_block = tl.sum(b_e, 1)
                 b_e = b_e.to(T)
                 b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)  # [BN, BF]
-                if i_f > 0:
+                if BLOCKS > 1:
                     b_shrink = relative(b_top, b_new, EXP)
                     b_den *= b_shrink
                     b_delta *= b_shrink
@@ -555,13 +563,19 @@ def query_backward_kernel(
             # |G − δ| ≤ 4 Σ|dO|: a row so divided fits float16
             b_bound = 4 * tl.sum(tl.abs(b_do.to(ACC)), 1)
             b_inner = reciprocal(b_bound)
+            if EXP:
+                b_outer = 0.6931471805599453 * unit * b_bound * b_r
+            else:
+                b_outer = unit * b_bound * b_inverse
             b_dq = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            for i_f in tl.static_range(BLOCKS):
+            for i_f in range(BLOCKS):
+                o_i = i_f * BLOCK_F + o_f
                 if BLOCKS > 1:
-                    b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-                    b_ut = tl.trans(load_state(p_state, i_f * BLOCK_F + o_f, unit, E, F, BLOCK_E, T))
-                    b_z = load_weights(p_stat, i_f * BLOCK_F + o_f, F, MAP)
-                    b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                    b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                    b_ut = tl.trans(load_state(p_state, o_i, unit, E, F, BLOCK_E, T))
+                    b_z = load_weights(p_stat, o_i, F, MAP)
+                    b_x = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
+                    b_a, b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
                     b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
                     b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)
                 b_da = b_g * b_inner[:, None] - (b_delta * b_inner)[:, None]
@@ -572,14 +586,11 @@ def query_backward_kernel(
                 if p_w is not None:
                     b_dq = tl.dot(b_da.to(T), b_w, b_dq, input_precision=PRECISION)
                 else:
-                    b_dq = b_da * SCALE
-            if MAP == "favor":  # less the sum of da; exact's is 0
-                b_dq -= (2 * HALF * b_inner * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
-            if EXP:
-                b_dq *= (0.6931471805599453 * unit * b_bound * b_r)[:, None]
-            else:
-                b_dq *= (unit * b_bound * b_inverse)[:, None]
-            store_tokens(p_dq, s_dq, o_n, m_n, b_dq, D, BLOCK_D)
+                    store_tokens(p_dq, s_dq, o_n, m_n, b_da * (b_outer * SCALE)[:, None], o_i, D)
+            if p_w is not None:
+                if MAP == "favor":  # less the sum of da; exact's is 0
+                    b_dq -= (2 * HALF * b_inner * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
+                store_tokens(p_dq, s_dq, o_n, m_n, b_dq * b_outer[:, None], o_d, D)
         if PHASE == "queries":
             tl.store(p_rows + o_n, b_top, mask=m_n)
             tl.store(p_rows + N + o_n, b_r, mask=m_n)
@@ -589,13 +600,17 @@ def query_backward_kernel(
             b_p = tl.trans((b_e.to(ACC) * (b_r * HALF_RANGE)[:, None]).to(T))
             b_r_sum = tl.dot(b_p, b_do, b_r_sum, input_precision=PRECISION)
             if MAP != "softmax":
-                # δ as two columns of T; |δ| ≤ 2 E max|dO|
-                b_column = b_delta / (2 * BLOCK_E)
-                b_column1 = b_column.to(T)
-                b_column2 = (b_column - b_column1.to(ACC)).to(T)
-                i_c = tl.arange(0, 16)[None, :]
-                b_columns = tl.where(i_c == 0, b_column1[:, None], tl.where(i_c == 1, b_column2[:, None], 0.0).to(T))
-                b_rho = tl.dot(b_p, b_columns, b_rho, input_precision=PRECISION)
+                b_column = b_delta / (2 * BLOCK_E)  # |δ| ≤ 2 E max|dO|
+                if T.primitive_bitwidth == 16:  # a product with two columns of T, which costs less than a sum
+                    b_column1 = b_column.to(T)
+                    b_column2 = (b_column - b_column1.to(ACC)).to(T)
+                    i_c = tl.arange(0, 16)[None, :]
+                    b_columns = tl.where(
+                        i_c == 0, b_column1[:, None], tl.where(i_c == 1, b_column2[:, None], 0.0).to(T)
+                    )
+                    b_rho = tl.dot(b_p, b_columns, b_rho, input_precision=PRECISION)
+                else:
+                    b_rho += tl.sum(b_p * b_column[None, :], 1)[:, None]
             if MAP == "favor" or MAP == "favor_relu":
                 b_inverse = tl.where(m_n, b_inverse, 0)
                 b_r1 += tl.sum(b_do.to(ACC) * b_inverse[:, None], 0)
@@ -734,7 +749,8 @@ def key_backward_kernel(
     p_stat += i_bh.to(tl.int64) * s_stat
     p_grad += i_bh.to(tl.int64) * F * E
     p_grads += i_bh.to(tl.int64) * 2 * F
-    o_e, o_f, o_all = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_ALL)
+    o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    o_f, o_all = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_ALL)
     b_c = tl.zeros([BLOCK_E], ACC)
     if p_mean is not None:
         b_c = tl.load(p_mean + i_bh.to(tl.int64) * s_mean + o_e, mask=o_e < E, other=0)
@@ -756,27 +772,33 @@ def key_backward_kernel(
         if p_mask is not None:
             p = p_mask + (i_bh // H).to(tl.int64) * s_mask[0] + o_n * s_mask[1]
             m_n = tl.load(p, mask=m_n, other=0) != 0
-        b_k = load_tokens(p_k, s_k, o_n, m_n, D, BLOCK_D)
-        b_v = load_tokens(p_v, s_v, o_n, m_n, E, BLOCK_E).to(ACC) - b_c[None, :]
+        b_k = load_tokens(p_k, s_k, o_n, m_n, o_d, D)
+        b_v = load_tokens(p_v, s_v, o_n, m_n, o_e, E).to(ACC) - b_c[None, :]
         # |R·(v − c̄) + ρ| is at most this: a row so divided fits float16
         b_bound = 2 * tl.sum(tl.abs(b_v), 1) + widest
         b_inner = reciprocal(b_bound)
         b_v = (b_v * b_inner[:, None]).to(T)
+        if EXP:
+            b_outer = b_bound * (unit / gain * 0.6931471805599453)
+        else:
+            b_outer = b_bound * (unit * steepest)
         b_shift = tl.zeros([BLOCK_N], ACC) - tl.log2(gain)
         if MAP == "favor" or MAP == "exact":
             b_shift += half_norm(b_k, HALF, ACC)
         b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         b_dv = tl.zeros([BLOCK_N, BLOCK_E], ACC)
         b_da1 = tl.zeros([BLOCK_N], ACC)
-        for i_f in tl.static_range(BLOCKS):
+        for i_f in range(BLOCKS):
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
                 b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_i, unit, top, E, F, EXP, EPS, BLOCK_E, T)
             if p_w is not None:
                 b_a = project(b_k, b_wt, b_rest, PRECISION)
-            else:
+            elif BLOCKS == 1:
                 b_a = b_k.to(ACC) * SCALE
+            else:
+                b_a = load_tokens(p_k, s_k, o_n, m_n, o_i, D).to(ACC) * SCALE
             b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf") if EXP else 0.0)
             if EXP:
                 b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None]).to(T)
@@ -796,16 +818,14 @@ def key_backward_kernel(
                 b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION)
                 b_da1 += tl.sum(b_da, 1)
             else:
-                b_dk = b_da * SCALE
-        if MAP == "favor" or MAP == "exact":
-            b_dk -= (2 * HALF * b_da1)[:, None] * b_k.to(ACC)
-        if EXP:
-            b_dk *= (b_bound * (unit / gain * 0.6931471805599453))[:, None]
-        else:
-            b_dk *= (b_bound * (unit * steepest))[:, None]
-        b_dv *= unit / gain
-        store_tokens(p_dk, s_dk, o_n, m_all, tl.where(m_n[:, None], b_dk, 0), D, BLOCK_D)
-        store_tokens(p_dv, s_dv, o_n, m_all, tl.where(m_n[:, None], b_dv, 0), E, BLOCK_E)
+                b_da = tl.where(m_n[:, None], b_da * (b_outer * SCALE)[:, None], 0)
+                store_tokens(p_dk, s_dk, o_n, m_all, b_da, o_i, D)
+        if p_w is not None:
+            if MAP != "favor_relu":
+                b_dk -= (2 * HALF * b_da1)[:, None] * b_k.to(ACC)
+            store_tokens(p_dk, s_dk, o_n, m_all, tl.where(m_n[:, None], b_dk * b_outer[:, None], 0), o_d, D)
+        b_dv = tl.where(m_n[:, None], b_dv * (unit / gain), 0)
+        store_tokens(p_dv, s_dv, o_n, m_all, b_dv, o_e, E)
 
 
 MAX_SPLITS = 128  # of a head's tokens: the second stage folds them one after another
@@ -866,7 +886,8 @@ class Skeleton:
         }
 
     def _options(self, kernel: Any) -> dict[str, Any]:
-        return configs.lookup(kernel.__name__, self.arch, self.dim, self.features, self.dtype)
+        features = None if self.projection is None else self.features
+        return configs.lookup(kernel.__name__, self.arch, max(self.dim, self.value_dim), features, self.dtype)
 
     def tiles(self, kernel: Any, tokens: int, partial: bool) -> tuple[dict[str, Any], int, int]:
         """(launch options, tokens of a run, runs). A run that leaves a state behind has at least as many bytes itself.
@@ -879,9 +900,9 @@ class Skeleton:
             state = self.features * self.value_dim * self.acc.itemsize
             run = max(run, -(-state // (max(self.dim, 1) * self.dtype.itemsize)), -(-tokens // MAX_SPLITS))
         run = -(-run // options["BLOCK_N"]) * options["BLOCK_N"]
-        if self.projection is None:
-            options["BLOCK_F"] = _width(self.dim)
         options["BLOCK_F"] = min(options["BLOCK_F"], _width(self.features))
+        if self.projection is None:  # a block of features is one of channels
+            options["BLOCK_D"] = options["BLOCK_F"]
         return self.constants | options, run, -(-tokens // run)
 
     def blocks(self, options: dict[str, Any]) -> int:

@@ -56,18 +56,18 @@ def features_kernel(
     p_x, p_phi = of_head(p_x, s_x, i_bh, H), of_head(p_phi, s_phi, i_bh, H)
     if p_dx is not None:
         p_dx = of_head(p_dx, s_dx, i_bh, H)
-    o_f = tl.arange(0, BLOCK_F)
+    o_d, o_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < last
-        b_x = load_tokens(p_x, s_x, o_n, m_n, D, BLOCK_D)
+        b_x = load_tokens(p_x, s_x, o_n, m_n, o_d, D)
         b_top = nothing(BLOCK_N, EXP, ACC)
         b_factor = tl.full([BLOCK_N], RATIO, ACC)
         if EXP:
-            for i_f in tl.static_range(BLOCKS):
+            for i_f in range(BLOCKS):
                 if BLOCKS > 1:
                     b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
                 b_top = tl.maximum(b_top, tl.max(project(b_x, b_wt, b_rest, PRECISION), 1))
@@ -77,24 +77,24 @@ def features_kernel(
                 b_factor *= tl.exp2(-half_norm(b_x, HALF, ACC))
         b_dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         b_da1 = tl.zeros([BLOCK_N], ACC)
-        for i_f in tl.static_range(BLOCKS):
+        for i_f in range(BLOCKS):
+            o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
-                b_w, b_wt, b_rest = load_projection(p_w, s_w, i_f * BLOCK_F + o_f, D, F, SCALE, BLOCK_D, T)
-            p = p_phi + i_f * BLOCK_F * s_phi[3]
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
             b_a = project(b_x, b_wt, b_rest, PRECISION)
             b_e = tl.exp2(b_a - b_top[:, None]) if EXP else feature(b_a, MAP)
             if p_dx is None:
                 b_phi = b_e * b_factor[:, None] + EPS * RATIO
-                store_tokens(p, s_phi, o_n, m_n, b_phi, F - i_f * BLOCK_F, BLOCK_F)
+                store_tokens(p_phi, s_phi, o_n, m_n, b_phi, o_i, F)
             else:
-                b_da = load_tokens(p, s_phi, o_n, m_n, F - i_f * BLOCK_F, BLOCK_F).to(ACC)
+                b_da = load_tokens(p_phi, s_phi, o_n, m_n, o_i, F).to(ACC)
                 b_da *= b_e if EXP else slope(b_a, MAP)
                 b_dx = tl.dot(b_da.to(T), b_w, b_dx, input_precision=PRECISION)
                 b_da1 += tl.sum(b_da, 1)
         if p_dx is not None:
             if EXP:
                 b_dx = 0.6931471805599453 * (b_dx - (2 * HALF * b_da1)[:, None] * b_x.to(ACC))
-            store_tokens(p_dx, s_dx, o_n, m_n, b_dx * b_factor[:, None], D, BLOCK_D)
+            store_tokens(p_dx, s_dx, o_n, m_n, b_dx * b_factor[:, None], o_d, D)
 
 
 def _skeleton(op: str, kernel: str, like: Tensor, value_dim: int, projection: Tensor, eps: float) -> Skeleton:

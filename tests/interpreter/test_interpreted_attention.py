@@ -17,16 +17,13 @@ OURS = ("linear_attention", "kv_state", "performer_attention", "performer_featur
 matches = partial(assert_fused_matches, backend="triton")
 
 
-def short_runs():
-    """A table by which few tokens are already cut into several runs."""
-    default = {name: configs.lookup(name, 0, 32, 32, torch.float32) for name in ("key_kernel", "query_backward_kernel")}
-    default |= {
-        name: configs.lookup(name, 0, 32, 32, torch.float32) for name in ("query_kernel", "key_backward_kernel")
-    }
-    table = {
-        name: {"default": {"default": {"default": options | {"TOKENS": 64, "BLOCK_N": 32}}}}
-        for name, options in default.items()
-    }
+def short_runs(**options):
+    """A table by which few tokens are already cut into several runs; with other options, too."""
+    names = ("key_kernel", "query_kernel", "query_backward_kernel", "key_backward_kernel")
+    table = {}
+    for name in names:
+        entry = configs.lookup(name, 0, 32, None, torch.float32) | {"TOKENS": 64, "BLOCK_N": 32} | options
+        table[name] = {"default": {"default": {"default": entry}}}
     return configs.override(table)
 
 
@@ -38,9 +35,7 @@ def out_and_gradients(attend, inputs, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case", [c for c in checks.cases(1, 2, 150) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}"
-)
+@pytest.mark.parametrize("case", [c for c in checks.cases(1, 2, 70) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}")
 def test_checks(case, dtype):
     result = checks.run(case, "triton", "cpu", dtype)
     assert result.passed, f"error {result.error:.1e}, {result.ratio:.2f} of the tolerance"
@@ -57,8 +52,15 @@ def test_odd_shapes(variant, queries, keys, dim, value_dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"eps": 0.0}, {"kernel": "relu"}], ids=str)
 def test_more_features_than_a_block(options, dtype, monkeypatch):
-    monkeypatch.setitem(ATTENTION, "wide", partial(performer, features=300, **options))
+    monkeypatch.setitem(ATTENTION, "wide", partial(performer, features=70, **options))
     matches(qkv(1, 2, 40, 70, 12, 9, dtype), "wide", amplification=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["softmax", "elu", "relu"])
+def test_more_channels_than_a_block(variant, dtype):
+    with short_runs(BLOCK_F=16):
+        matches(qkv(1, 2, 20, 70, 40, 9, dtype), variant)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
@@ -132,7 +134,7 @@ def test_gradcheck_of_the_state(feature_map):
 @pytest.mark.parametrize("options", [{}, {"eps": 0.0}, {"kernel": "relu"}], ids=str)
 def test_features_and_their_gradient(options, is_query):
     """gradcheck cannot: the maximum is detached."""
-    x, projection = heads(2, 2, 70, 12, grad=True), orthogonal_projection(300, 12, dtype=torch.float64)
+    x, projection = heads(2, 2, 70, 12, grad=True), orthogonal_projection(70, 12, dtype=torch.float64)
     phi, want = (performer_features(x, projection, is_query, backend=b, **options) for b in ("triton", "reference"))
     torch.testing.assert_close(phi, want, rtol=1e-12, atol=1e-14)
     grad = torch.randn_like(want)
@@ -212,12 +214,16 @@ def test_compiles_without_graph_breaks(op):
 
 def test_the_table_serves_the_nearest():
     leaf = {"num_warps": 1}
-    table = {"80": {"default": {"default": leaf}, "32x128": {"16": {"num_warps": 2}, "default": leaf}}}
-    table |= {"default": {"default": {"default": {"num_warps": 9}}}}
+    table = {"80": {"32": {"16": {"num_warps": 3}}, "32x128": {"16": {"num_warps": 2}, "default": leaf}}}
+    table["80"]["default"] = {"default": leaf}
+    table["default"] = {"default": {"default": {"num_warps": 9}}}
     with configs.override({"a_kernel": table}):
         assert configs.lookup("a_kernel", 90, 32, 110, torch.float16) == {"num_warps": 2}
+        assert configs.lookup("a_kernel", 90, 20, 64, torch.float16) == {"num_warps": 2}  # the next size
         assert configs.lookup("a_kernel", 86, 32, 110, torch.float32) == leaf
         assert configs.lookup("a_kernel", 80, 64, 110, torch.float16) == leaf
+        assert configs.lookup("a_kernel", 80, 32, 129, torch.float16) == leaf
+        assert configs.lookup("a_kernel", 80, 32, None, torch.float16) == {"num_warps": 3}  # no projection
         assert configs.lookup("a_kernel", 75, 32, 110, torch.float16) == {"num_warps": 9}
         assert configs.lookup("key_kernel", 90, 32, 110, torch.float16)["num_warps"] > 0
     with pytest.raises(KeyError):

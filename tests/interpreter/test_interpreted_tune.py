@@ -18,8 +18,8 @@ def _as_on_a_hopper(monkeypatch):
 
 
 def entry(tune, **changes):
-    packaged = configs.lookup("key_kernel", 90, 16, 16, torch.float32)
-    made = tune.Entry("key_kernel", 90, 16, 16, "float32", packaged, ["linear_attention elu"])
+    packaged = configs.lookup("key_kernel", 90, 16, None, torch.float32)
+    made = tune.Entry("key_kernel", 90, 16, None, "float32", packaged, ["linear_attention elu"])
     made.candidates = [packaged | change for change in ({}, changes)]
     made.notes, made.seconds = ["", ""], [None, None]
     return made
@@ -61,10 +61,10 @@ def test_the_table_serves_what_was_put_there():
     mine = entry(tune, num_warps=2)
     table = json.loads(tune.TABLE.read_text())
     with configs.override(mine.put(table, mine.candidates[1])):
-        assert configs.lookup("key_kernel", 90, 16, 16, torch.float32) == mine.candidates[1]
-        assert configs.lookup("key_kernel", 100, 16, 16, torch.float32) == mine.candidates[1]  # the nearest lower one
+        assert configs.lookup("key_kernel", 90, 16, None, torch.float32) == mine.candidates[1]
+        assert configs.lookup("key_kernel", 100, 16, None, torch.float32) == mine.candidates[1]  # the nearest lower one
         for arch, dim, dtype in ((80, 16, torch.float32), (90, 64, torch.float32), (90, 16, torch.float16)):
             with configs.override({}):
-                packaged = configs.lookup("key_kernel", arch, dim, 16, dtype)
-            assert configs.lookup("key_kernel", arch, dim, 16, dtype) == packaged
+                packaged = configs.lookup("key_kernel", arch, dim, None, dtype)
+            assert configs.lookup("key_kernel", arch, dim, None, dtype) == packaged
     assert table == json.loads(tune.TABLE.read_text())
