@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: newer ones load the same library
@@ -160,5 +161,13 @@ def extensions() -> tuple[list[Extension], dict]:
     return extensions, {"build_ext": Build}
 
 
+class Wheel(bdist_wheel):
+    """One wheel a platform: the libraries hold no Python, and _C's facts are all that another Python does without."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 ext_modules, cmdclass = extensions()
+cmdclass["bdist_wheel"] = Wheel
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -1,4 +1,4 @@
-"""The ``cxv`` command: train, evaluate and use the models."""
+"""The ``cxv`` command: train, evaluate, use and export the models."""
 
 import argparse
 import signal
@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 
+from .export import FORMATS, OPSET, export_model
 from .models import create_model, list_models
+from .sharing import save_safetensors
 from .training.checkpoint import load_model
 from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
 from .training.data import DATASETS, load_data, normalise
@@ -21,6 +23,8 @@ from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, pred
 from .training.report import Report, check_suffix
 from .training.seeds import has_seeds, train_seeds
 from .training.sources import decode_image
+
+CALIBRATION_IMAGES, CHECK_IMAGES = 512, 1000  # of cxv export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,6 +142,61 @@ def _check_normalisation(checkpoint: dict[str, Any], args: argparse.Namespace) -
             f"--checkpoint: {args.checkpoint} wants pixels normalised by {checkpoint['normalisation']}; expected mean "
             f"and std, numbers or one for each of {checkpoint['in_chans']} channels"
         ) from error
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.int8 and args.format != "onnx":
+        raise InputError(f"--int8: written with --format onnx alone, got {args.format}")
+    if args.format == "safetensors":
+        save_safetensors(args.checkpoint, args.out, which=args.which)
+        print(f"{args.out}: the weights, and what cxv.create_model(…, checkpoint={args.out!r}) needs")
+        return
+    fused = False if args.format == "onnx" else args.fused
+    if args.format == "onnx" and args.fused:
+        raise InputError("--fused: an ONNX file holds the references, which every runtime has")
+    model, checkpoint = load_model(args.checkpoint, args.which, "cpu", fused)
+    _check_normalisation(checkpoint, args)
+    _set_threads(args.threads)
+    images = calibration = None
+    run = checkpoint["args"]
+    if args.int8 or args.data is not None or args.data_dir is not None:
+        name = args.data or run.get("data")
+        if name is None:
+            raise InputError(f"--data: give it, as {args.checkpoint} does not say what the model was trained on")
+        data = load_data(
+            name,
+            args.data_dir or (run.get("data_dir") if name == run.get("data") else None),
+            img_size=checkpoint["img_size"],
+            limit_train=CALIBRATION_IMAGES,
+            limit_test=CHECK_IMAGES,
+            seed=run.get("seed") or 0,
+            on_corrupt=run.get("on_corrupt") or "error",
+            splits=("train", "test") if args.int8 else ("test",),
+            normalisation=checkpoint["normalisation"],
+        )
+        if data.in_chans != checkpoint["in_chans"]:
+            raise InputError(
+                f"--data: images of {data.in_chans} channels, and the checkpoint's model takes {checkpoint['in_chans']}"
+            )
+        images = normalise(data.test.images, **data.normalisation)
+        calibration = normalise(data.train.images, **data.normalisation) if args.int8 else None
+    known = ("model_name", "classes", "img_size", "in_chans", "normalisation")
+    done = export_model(
+        model,
+        args.out,
+        args.format,
+        img_size=checkpoint["img_size"],
+        in_chans=checkpoint["in_chans"],
+        images=images,
+        calibration=calibration,
+        metadata={k: checkpoint[k] for k in known},
+    )
+    size = "any size" if done.any_size else f"{checkpoint['img_size']}×{checkpoint['img_size']}"
+    real = "" if images is None else f", {100 * done.agreement:.1f} % of {len(images):,} images have the same class"
+    print(
+        f"{done.path}: {done.size / 1e6:.2f} MB, any batch, images of {size}; logits within {done.difference:.1e} of "
+        f"{checkpoint['model_name']}'s{real}"
+    )
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -343,6 +402,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(p)
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, in any format that PIL reads")
     _add_machine(p, default="auto")
+
+    p = commands.add_parser(
+        "export",
+        help="write a trained model as ONNX, torch.export or AOTInductor",
+        description="Write a trained model for programs without cxv. The file is read back and compared with the model "
+        "on random images of several batch sizes before it takes its name. See docs/deploy.md.",
+    )
+    p.set_defaults(run=_export)
+    _add_checkpoint(p)
+    p.add_argument(
+        "--format",
+        choices=(*FORMATS, "safetensors"),
+        required=True,
+        help=f"onnx: opset {OPSET}, plain operators; torch: torch.export.load; aoti: compiled for this CPU; "
+        "safetensors: weights and metadata alone, see docs/sharing.md",
+    )
+    p.add_argument("--int8", action="store_true", help="onnx in 8 bits, calibrated on images of the run's training set")
+    p.add_argument("--data", metavar="NAME", help="compare on its test images too (with --int8, by default the run's)")
+    p.add_argument("--data-dir", metavar="DIR", help="its files (default: the run's)")
+    p.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's choice)")
+    p.add_argument("out", metavar="OUT", help="the file to write: .onnx, .safetensors, or .pt2 for torch and aoti")
 
     p = commands.add_parser("models", help="list the models", description="The models and their parameter counts.")
     p.set_defaults(run=_models)

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from . import __version__, checks
-from ._extension import build_info
+from ._extension import CPP_MISSING, build_info
 from .backends import BACKENDS, OPS, explain_backend
 from .validation import FLOAT_DTYPES
 
@@ -21,8 +21,10 @@ def _describe() -> None:
         print(
             f"built with {info['compiler']}, torch {info['torch_built_with']}, {cuda}; CPU kernels: {info['cpu_isa']}"
         )
+    elif CPP_MISSING:
+        print(f"no C++ kernels: the library {CPP_MISSING}")
     else:
-        print("built without a compiler: no C++ kernels")
+        print("the build's facts are not known to this Python: the wheel was built with another")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         print(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}")

@@ -53,7 +53,8 @@ CUDA_MISSING = _load_cuda()
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, PyTorch and CUDA of the build, and the CPU instruction set in use; empty if nothing was compiled."""
+    """Compiler, PyTorch and CUDA of the build, and the CPU instruction set in use; empty if nothing was compiled, or
+    by another Python: ``_C`` alone is of one Python's version."""
     try:
         from . import _C
     except ImportError:

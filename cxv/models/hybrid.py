@@ -80,7 +80,7 @@ class Hybrid(nn.Module):
             tokens = to_tokens(x)
             if tokens.shape[1] + 1 != self.pos_embed.shape[1]:
                 raise ValueError(f"the model was made for images of {self.img_size}×{self.img_size} pixels")
-            tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1) + self.pos_embed
+            tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), tokens), dim=1) + self.pos_embed
             x = tokens.transpose(1, 2).unsqueeze(-1)  # one column of pixels
         for layer in self.layers:
             x = layer(x)

@@ -223,13 +223,13 @@ def decode_image(path: str | Path, in_chans: int = 3, img_size: int | None = Non
     return pixels[None] if in_chans == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def need(module: str) -> ModuleType:
-    """Import an optional dependency, or say how to install it."""
+def need(module: str, extra: str = "train") -> ModuleType:
+    """Import an optional dependency, or say how to install it: with the extra ``cxv[extra]``."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
-        raise InputError(f"{package} is needed here and cannot be imported: pip install 'cxv[train]'") from error
+        raise InputError(f"{package} is needed here and cannot be imported: pip install 'cxv[{extra}]'") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -14,7 +14,13 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
     Where num_segments does not divide N, the first N mod num_segments segments have one token more.
     """
     *lead, tokens, dim = x.shape
-    size, longer = divmod(tokens, num_segments)
+    size, longer = tokens // num_segments, tokens % num_segments
+    if torch.compiler.is_exporting() and not isinstance(tokens, int):  # one graph for every number of tokens
+        i = torch.arange(num_segments + 1, device=x.device)
+        starts = i * size + torch.where(i < longer, i, longer)
+        n = torch.arange(tokens, device=x.device)
+        member = ((n >= starts[:-1, None]) & (n < starts[1:, None])).to(x.dtype)
+        return member @ x / member.sum(dim=-1, keepdim=True)
     head, tail = x[..., : longer * (size + 1), :], x[..., longer * (size + 1) :, :]
     parts = [tail.reshape(*lead, num_segments - longer, size, dim).mean(dim=-2)]
     if longer:

@@ -1,0 +1,249 @@
+"""Models for programs without cxv, or without Python: ONNX, ``torch.export`` and AOTInductor.
+
+Every file is read back and compared with the eager model before it takes its name. docs/deploy.md: how to run them.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import cxv_kernels
+
+from .training.errors import InputError
+from .training.sources import need
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
+"""The formats, and how their files' names end."""
+OPSET = 20  # of ONNX; onnxruntime has it since 1.17
+TOLERANCE = 1e-4
+"""The largest difference of a logit from the eager model's, over the larger of 1 and the largest logit."""
+BATCH_SIZES = (1, 2, 3, 8)
+"""What a file is checked with."""
+MIN_AGREEMENT = 0.9
+"""The share of the images whose class an int8 file must leave as it was."""
+
+Run = Callable[[Tensor], Tensor]  # images (B, C, H, W) float32 → logits (B, classes), as a file has them
+
+
+@dataclass
+class Exported:
+    """A file that passed its check.
+
+    ``difference``: the largest of a logit from the eager model's. ``agreement``: the share of the real images, ``None``
+    without any, that have the eager model's class. ``any_size``: whether it takes images of any size.
+    """
+
+    path: Path
+    size: int
+    difference: float
+    agreement: float | None
+    any_size: bool
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    format: str,
+    *,
+    img_size: int = 32,
+    in_chans: int = 3,
+    images: Tensor | None = None,
+    calibration: Tensor | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Exported:
+    """Write a model as ``path``, checked on random images of several batch sizes, and on ``images``.
+
+    The batch is dynamic in every format, and so are height and width where the model takes any. What is written is the
+    model in ``eval()`` mode, in float32.
+
+    Args:
+        model: on the CPU; its mode is put back.
+        path: ends in ``.onnx`` for ``"onnx"``, else in ``.pt2``. What it held is kept until the new file is proved.
+        format: ``"onnx"`` (opset 20, by the references, for any runtime), ``"torch"`` (``torch.export.load``; with
+            ``use_fused`` it needs ``import cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with ``use_fused`` the
+            program that loads it opens ``cxv_kernels/_cpu.abi3.so`` before).
+        img_size: pixels a side, of the images that are tried. in_chans: their channels.
+        images: normalised images (N, in_chans, S, S) float32 to compare on too.
+        calibration: such images, and what is written is an int8 model (``"onnx"`` alone): convolutions and linear maps
+            in 8 bits, static scales from these images, everything else in float32.
+        metadata: goes into the file, as JSON under the name ``cxv``.
+
+    Raises:
+        InputError: another format or suffix, a missing package or compiler, a file that cannot be written, or one that
+            does not compute what the model does: then nothing has been written.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise InputError(f"--format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if path.suffix != FORMATS[format]:
+        raise InputError(f"{path}: a file of --format {format} must be named …{FORMATS[format]}")
+    if calibration is not None and format != "onnx":
+        raise InputError(f"--int8: written with --format onnx alone, got {format}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: {path.parent} is not a directory")
+    if format == "onnx":
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            need(module, "export")
+    training = model.training
+    note = json.dumps(metadata or {})
+    sizes = [(img_size, img_size), (img_size + 8, img_size + 5)]
+    try:
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+            written = Path(directory) / path.name
+            backend = "reference" if format == "onnx" else cxv_kernels.get_backend()
+            with cxv_kernels.use_backend(backend):
+                program, any_size = _trace(model.eval(), in_chans, sizes)
+            _WRITERS[format](program, written, note)
+            if calibration is not None:
+                _quantise(written, calibration)
+            run = load_exported(written, format)
+            generator = torch.Generator().manual_seed(0)
+            tried = [
+                torch.rand(b, in_chans, *s, generator=generator) * 2 - 1
+                for s in sizes[: 1 + any_size]
+                for b in BATCH_SIZES
+            ]
+            real = [] if images is None else list(images.split(100))
+            difference, agreement = _compare(model, run, tried, real, calibration is not None, path)
+            size = written.stat().st_size
+            written.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        model.train(training)
+    return Exported(path, size, difference, agreement, any_size)
+
+
+def load_exported(path: str | Path, format: str, threads: int = 0) -> Run:
+    """What a file of :func:`export_model` computes: normalised images (B, C, H, W) float32 → logits (B, classes).
+
+    ``threads``: of onnxruntime (0: one a core); the others take PyTorch's.
+    """
+    if format == "torch":
+        return torch.export.load(path).module()
+    if format == "aoti":
+        from torch._inductor import aoti_load_package
+
+        return aoti_load_package(str(path))
+    onnxruntime = need("onnxruntime", "export")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _trace(model: nn.Module, in_chans: int, sizes: Sequence[tuple[int, int]]) -> tuple["ExportedProgram", bool]:
+    """The graph for images of the first size, or of any where that takes the second too; and which of both."""
+    from torch.export import Dim, export
+
+    example, other = (torch.zeros(2, in_chans, *size) for size in sizes)
+    # learned positions and class tokens fix the size, and fewer tokens than landmarks bound it
+    program = export(model, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.AUTO, 3: Dim.AUTO},))
+    try:
+        program.module()(other)
+    except (AssertionError, RuntimeError):
+        return export(model, (example,), dynamic_shapes=({0: Dim.DYNAMIC},)), False
+    return program, True
+
+
+def _write_torch(program: "ExportedProgram", path: Path, note: str) -> None:
+    torch.export.save(program, path, extra_files={"cxv": note})
+
+
+def _write_aoti(program: "ExportedProgram", path: Path, note: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise InputError(f"--format aoti: needs a C++ compiler (set CXX), and none was found: {error}") from error
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {"cxv": note}})
+
+
+def _write_onnx(program: "ExportedProgram", path: Path, note: str) -> None:
+    written = torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False
+    )
+    written.model.metadata_props["cxv"] = note
+    written.save(path, external_data=False)
+
+
+_WRITERS: dict[str, Callable[["ExportedProgram", Path, str], None]] = {
+    "onnx": _write_onnx,
+    "torch": _write_torch,
+    "aoti": _write_aoti,
+}
+
+
+def _quantise(path: Path, calibration: Tensor) -> None:
+    """Put the int8 form of an ONNX file in its place.
+
+    Only what has weights: 8 bits do not hold the range of FAVOR+'s exponentials.
+    """
+    quantization = need("onnxruntime.quantization", "export")
+    shape_inference = need("onnxruntime.quantization.shape_inference", "export")
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[Tensor] = iter(calibration.split(32))
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    prepared = path.with_suffix(".prepared.onnx")
+    shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    quantization.quantize_static(
+        prepared,
+        path,
+        Images(),
+        quant_format=quantization.QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "Gemm"],
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    prepared.unlink()
+
+
+def _compare(
+    model: nn.Module, run: Run, tried: Sequence[Tensor], real: Sequence[Tensor], int8: bool, path: Path
+) -> tuple[float, float | None]:
+    """The largest difference and the agreement on the real images; InputError where they are too large or small."""
+    difference, same = 0.0, 0
+    for i, images in enumerate([*tried, *real]):
+        want = model(images)
+        try:
+            got = run(images)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{path}: not written: the exported model refuses images of shape {tuple(images.shape)} ({reason})"
+            ) from error
+        largest = (got - want).abs().max().item() if got.shape == want.shape else float("inf")
+        if not int8 and not largest <= TOLERANCE * max(1.0, want.abs().max().item()):  # NaN is refused too
+            raise InputError(
+                f"{path}: not written: its logits for images of shape {tuple(images.shape)} differ from the model's by "
+                f"{largest:.1e}, at most {TOLERANCE:.0e} is allowed"
+            )
+        difference = max(difference, largest)
+        if i >= len(tried):
+            same += int((got.argmax(1) == want.argmax(1)).sum())
+    count = sum(map(len, real))
+    agreement = same / count if count else None
+    if int8 and agreement is not None and agreement < MIN_AGREEMENT:
+        raise InputError(
+            f"{path}: not written: in int8 {100 * agreement:.1f} % of {count} images keep their class, at least "
+            f"{100 * MIN_AGREEMENT:.0f} % must"
+        )
+    return difference, agreement

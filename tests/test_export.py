@@ -1,0 +1,191 @@
+"""torch.compile, torch.export, ONNX and AOTInductor of every model, and ``cxv export``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import needs_cpp
+from test_cli import TINY, assert_error, call
+from torch.utils import cpp_extension
+
+import cxv
+from cxv import cli
+from cxv.export import export_model
+from cxv.training.errors import InputError
+from cxv_kernels import _extension
+
+ANY_SIZE = ["cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vilt-1/2"]
+FIXED_SIZE = ["hybrid-vip-1/2", "hybrid-vin-1/2"]
+MODELS = ANY_SIZE + FIXED_SIZE
+fused_and_not = pytest.mark.parametrize("use_fused", [False, pytest.param(True, marks=needs_cpp)], ids=["ref", "fused"])
+
+
+def tiny(name: str, use_fused: bool = False) -> torch.nn.Module:
+    landmarks = {"num_landmarks": 16} if "vin" in name or "cnv" in name else {}
+    return cxv.create_model(name, embed_dim=16, num_classes=4, img_size=10, use_fused=use_fused, **landmarks).eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "digits"
+    assert (
+        cli.main(["train", *TINY, "--epochs", "3", "--sgd-epochs", "0", "--lr", "0.005", "--output", str(output)]) == 0
+    )
+    return output
+
+
+def test_a_failed_check_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_text("older")
+    other = SimpleNamespace(module=lambda: tiny("cpv-1/2"))
+    monkeypatch.setattr(torch.export, "load", lambda _: other)  # as if the file held other weights
+    model = tiny("cltv-1/2").train()
+    with pytest.raises(InputError, match=r"not written: its logits .* differ"):
+        export_model(model, path, "torch", img_size=10)
+    assert model.training
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cli_writes_classes_into_the_file(capsys, run, tmp_path):
+    path = tmp_path / "digits.pt2"
+    code, out, _ = call(capsys, "export", "--checkpoint", run, "--format", "torch", "--data", "digits", path)
+    assert code == 0
+    assert f"{path}: " in out
+    assert "any batch, images of any size; logits within" in out
+    assert "100.0 % of 360 images have the same class" in out
+    note = {"cxv": ""}
+    torch.export.load(path, extra_files=note)
+    assert json.loads(note["cxv"])["classes"] == [str(i) for i in range(10)]
+
+
+def test_cli_int8(capsys, run, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "digits.onnx"
+    code, out, err = call(capsys, "export", "--checkpoint", run, "--format", "onnx", "--int8", path)
+    assert code == 0, err
+    assert "images have the same class" in out
+    written = onnx.load(path)
+    assert sum(n.op_type == "DequantizeLinear" for n in written.graph.node) > 5
+    assert json.loads({p.key: p.value for p in written.metadata_props}["cxv"])["in_chans"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cli_safetensors(capsys, run, tmp_path):
+    path = tmp_path / "digits.safetensors"
+    code, out, _ = call(capsys, "export", "--checkpoint", run, "--format", "safetensors", path)
+    assert code == 0
+    assert f"checkpoint='{path}'" in out
+    assert call(capsys, "eval", "--checkpoint", path, "--data", "digits")[0] == 0
+
+
+def test_bad_arguments(capsys, run, tmp_path, monkeypatch):
+    def export(*arguments):
+        return call(capsys, "export", "--checkpoint", run, *arguments)
+
+    assert_error(export("--format", "onnx", tmp_path / "a.pt2"), "a.pt2: a file of --format onnx must be named ….onnx")
+    assert_error(export("--format", "torch", tmp_path / "no" / "a.pt2"), "no is not a directory")
+    assert_error(export("--format", "torch", "--int8", tmp_path / "a.pt2"), "--int8: written with --format onnx alone")
+    assert_error(export("--format", "onnx", "--fused", tmp_path / "a.onnx"), "--fused: an ONNX file holds")
+    assert_error(export("--format", "tflite", tmp_path / "a"), "--format", "onnx", "tflite")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert_error(export("--format", "onnx", tmp_path / "a.onnx"), "onnxscript is needed", "pip install 'cxv[export]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_tokens_than_landmarks_fix_the_size(tmp_path):
+    model = cxv.create_model("cnv-1/2", embed_dim=16, num_landmarks=64).eval()
+    done = export_model(model, tmp_path / "a.pt2", "torch", img_size=6)
+    assert not done.any_size
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_on_a_hundred_images(name, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = tiny(name, use_fused=True)
+    done = export_model(model, tmp_path / "a.onnx", "onnx", img_size=10, images=torch.randn(100, 3, 10, 10))
+    assert done.difference <= 1e-4
+    assert done.agreement == 1
+    written = onnx.load(done.path)
+    assert {o.domain: o.version for o in written.opset_import}[""] == 20
+    assert not any("cxv" in node.domain for node in written.graph.node)
+
+
+@fused_and_not
+@pytest.mark.parametrize("name", MODELS)
+def test_export_with_dynamic_batch_and_size(name, use_fused, tmp_path):
+    model = tiny(name, use_fused)
+    done = export_model(model, tmp_path / "model.pt2", "torch", img_size=10)
+    assert done.any_size == (name in ANY_SIZE)
+    program = torch.export.load(done.path)
+    used = {str(n.target).split(".")[0] for n in program.graph.nodes if "cxv_kernels" in str(n.target)}
+    assert bool(used) == use_fused
+    for batch, *size in [(1, 10, 10), (5, 10, 10), (2, 17, 24), (3, 31, 9)][: 4 if done.any_size else 2]:
+        x = torch.randn(batch, 3, *size)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@fused_and_not
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_once_for_every_batch(name, use_fused):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny(name, use_fused)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(torch.randn(2, 3, 10, 10))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (3, 7, 2):
+                x = torch.randn(batch, 3, 10, 10)
+                torch.testing.assert_close(compiled(x), model(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@fused_and_not
+def test_compile_inductor_once_for_every_batch(use_fused):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny("cpv-1/2", use_fused)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        compiled(torch.randn(2, 3, 10, 10))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (3, 7):
+                x = torch.randn(batch, 3, 10, 10)
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@fused_and_not
+def test_a_cpp_program_runs_the_aoti_package(use_fused, tmp_path):
+    """It has libtorch and, for the fused ops, our library; no Python."""
+    model = tiny("cpv-1/2", use_fused)
+    package = export_model(model, tmp_path / "model.pt2", "aoti", img_size=10).path
+    program = tmp_path / "classify"
+    source = Path(__file__).parent.parent / "examples" / "aoti" / "classify.cpp"
+    where = [f"-I{p}" for p in cpp_extension.include_paths()]
+    libraries = cpp_extension.library_paths()
+    where += ["-Wl,--unresolved-symbols=ignore-in-shared-libs"]  # a CUDA build's own
+    where += [flag for p in libraries for flag in (f"-L{p}", f"-Wl,-rpath,{p}")]
+    subprocess.run(
+        ["g++", "-std=c++20", str(source), "-o", str(program), *where, "-ltorch_cpu", "-lc10", "-ldl"], check=True
+    )
+    x = torch.randn(3, 3, 10, 14)
+    x.numpy().tofile(tmp_path / "images.f32")
+    kernels = next(Path(_extension.__file__).parent.glob("_cpu.*so")) if use_fused else "-"
+    done = subprocess.run(
+        [str(program), str(package), str(kernels), str(tmp_path / "images.f32"), *map(str, x.shape)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    got = torch.tensor([[float(v) for v in line.split()] for line in done.stdout.splitlines()])
+    torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
+    linked = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in linked
+    assert "libpython" not in linked
