@@ -19,7 +19,12 @@ from cxv.training.distributed import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sends signals")
 
-ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+ENV = {
+    **os.environ,
+    "PYTHONPATH": str(Path(cxv.__file__).parent.parent),
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 # 33 images: a batch of 32 and one of a single image, of which the second process has none; 41 to test and to select
 UNEVEN = {**TINY, **AUGMENTED, "limit_train": 33, "limit_test": 41, "validation": 41}
 
@@ -88,7 +93,7 @@ _OTHER_DATA = """
 load_data = loop.load_data
 def altered(*args, **kwargs):
     data = load_data(*args, **kwargs)
-    data.train.images[0] += 1
+    data.train.pixels = data.train.pixels + 1
     return data
 loop.load_data = altered
 """
