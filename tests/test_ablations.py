@@ -82,9 +82,9 @@ def test_runs_are_not_done_twice_and_interrupted_ones_go_on(tmp_path, monkeypatc
 
 
 def test_one_augmented_run_gives_both_figures_of_table_4(tmp_path, capsys):
-    assert call(tmp_path, "--tables", "2,4", "--models", "cnv-1/2", "--seeds", "3,4", "--limit-train", "20") == 0
+    assert call(tmp_path, "--tables", "2,4", "--models", "cnv-1/2", "--seeds", "3", "--limit-train", "20") == 0
     augmented = [line for line in lines(tmp_path) if line["run"]["augmented"]]
-    assert [line["epochs"] for line in augmented] == [4, 4]
+    assert [line["epochs"] for line in augmented] == [4]
     assert all(line["before_post_training"]["last"]["epoch"] == 2 for line in augmented)
     capsys.readouterr()
     assert ablations.main(["--markdown", str(tmp_path / "a.jsonl"), "--dataset", "cifar10"]) == 0
