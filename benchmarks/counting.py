@@ -1,12 +1,13 @@
 """Parameters and multiply-adds of a model, by the paper's conventions and in truth."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,8 +74,15 @@ def layer_macs(model: nn.Module, image: Tensor) -> int:
     return counter.macs
 
 
+def flops(run: Callable[[], object]) -> int:
+    """Of all convolutions and matrix products that ``run`` makes, attention's too (PyTorch's FlopCounterMode)."""
+    # not every PyTorch knows the work of its fused attention on a CPU; of the products it is made of, each does
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
 def true_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of all convolutions and matrix products, attention's too (PyTorch's FlopCounterMode, halved)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    return counter.get_total_flops() // 2
+    """Multiply-adds of all convolutions and matrix products, attention's too."""
+    with torch.no_grad():
+        return flops(lambda: model.eval()(image)) // 2

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import cxv_kernels
 
@@ -18,6 +17,7 @@ import attn_mem  # noqa: E402
 import attn_speed  # noqa: E402
 import attn_speed_report  # noqa: E402
 import common  # noqa: E402
+import counting  # noqa: E402
 import floors  # noqa: E402
 import memory  # noqa: E402
 import model_floor  # noqa: E402
@@ -566,12 +566,6 @@ def test_faster_from_needs_every_longer_length():
     assert found["performer", "forward"] is None
 
 
-def counted(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("name", ["performer", "linear", "nystrom"])
 def test_work_of_attention_is_that_of_its_products(name):
     """What PyTorch counts in the reference, less the denominators, which the floors leave out."""
@@ -580,7 +574,7 @@ def test_work_of_attention_is_that_of_its_products(name):
     q, k, v = (x.detach() for x in qkv(tokens))
     projection = attn_speed.projection_on(torch.device("cpu"))
     op = f"{name}_attention"
-    found = counted(lambda: attn_speed.attention(op, "softmax", projection, "reference")(q, k, v))
+    found = counting.flops(lambda: attn_speed.attention(op, "softmax", projection, "reference")(q, k, v))
     denominators = 2 * batch * heads * tokens * features if name == "performer" else 0
     forward, both = attn_speed.attention_work(op, settings, batch, tokens)
     assert forward.flop == found - denominators
@@ -594,7 +588,7 @@ def test_work_of_conv_norm_is_that_of_its_convolution():
     def run():
         torch.nn.functional.conv2d(x, weight, padding=1).sum().backward()
 
-    assert counted(run) == floors.conv_work(2 * 36, 8, 8, 4)[1].flop
+    assert counting.flops(run) == floors.conv_work(2 * 36, 8, 8, 4)[1].flop
     assert floors.Work(2e9, 1e9).seconds(1e9, 1e9) == 2
     assert floors.Rates(2, "a", 1, "b").best(floors.Rates(1, "c", 3, "d")) == floors.Rates(2, "a", 3, "d")
 
