@@ -240,7 +240,7 @@ def test_haar_is_orthonormal():
 
 @pytest.mark.slow
 def test_table1_runs_and_is_redrawn(tmp_path, capsys):
-    assert table1.main(["--quick", "--models", "cltv-5/4,resnet-18", "--out", str(tmp_path)]) == 0
+    assert table1.main(["--quick", "--dtype", "float32", "--models", "cltv-5/4,resnet-18", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "table1-cpu.json").read_text())
     assert [(r["name"], r["fused"]) for r in results["rows"]] == [

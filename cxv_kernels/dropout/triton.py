@@ -14,7 +14,15 @@ _ROWS = 32
 
 @triton.jit
 def _normal_cdf(x):
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    """Φ(x) of the standard normal distribution, and exp(-x²/2); README.md has the polynomial."""
+    density = tl.exp(-0.5 * x * x)
+    if x.dtype == tl.float64:
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)), density
+    t = 1 / (1 + 0.35355339 * tl.abs(x))
+    poly = ((-0.0588472039 * t + 0.283488095) * t - 0.484937847) * t + 0.275464058
+    poly = ((poly * t - 0.0248202737) * t + 0.201916993) * t + 0.243300125
+    tail = 0.5 * density * t * ((poly * t + 0.282348037) * t + 0.282087982)
+    return tl.where(x < 0, tail, 1 - tail), density
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -46,10 +54,12 @@ def _dropout(
             draw = ((words[word] >> (16 * half)) & 0xFFFF).to(tl.int32)
             y = tl.load(x_ptr + index, mask=inside, other=0).to(ACC)
             if GELU:
-                y *= _normal_cdf(y)
+                cdf, _ = _normal_cdf(y)
+                y *= cdf
             if activated_ptr is not None:
                 a = tl.load(activated_ptr + index, mask=inside, other=0).to(ACC)
-                y *= _normal_cdf(a) + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
+                cdf, density = _normal_cdf(a)
+                y *= cdf + a * density * 0.3989422804014327
             y *= tl.where(draw < threshold, scale, 0)
             if residual_ptr is not None:
                 y += tl.load(residual_ptr + index, mask=inside, other=0).to(ACC)
