@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from attn_speed_report import Table
 from common import Parser, positive, some_of
-from training_runs import Run, add_arguments, execute, family, read, spread
+from training_runs import DATASETS, Run, add_arguments, described, execute, family, read, spread
 
 from cxv.training import InputError
 from cxv.training.config import OPTIMIZERS, RAND_AUGMENT
@@ -46,7 +46,6 @@ TABLE_3: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 TABLE_4 = {"cifar10": {"cnv": (89.56, 91.98, 92.26), "cpv": (91.42, 92.21, 94.46), "cltv": (86.99, 88.16, 91.40)}}
-DATASETS = tuple(TABLE_3)
 
 
 def planned(tables: Sequence[str], models: Sequence[str] | None, seeds: Sequence[int]) -> list[Run]:
@@ -125,12 +124,8 @@ def _top1(line: dict[str, Any], part: str = "summary", by: str = "best_test") ->
 
 def report(lines: Sequence[dict[str, Any]], dataset: str) -> str:
     """The tables as Markdown, with what the runs share."""
-    settings, env = lines[0]["settings"], lines[0]["environment"]
-    shared = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, {}))
-    seconds = sum(line["seconds"] for line in lines)
-    where = f"{len(lines)} runs, {seconds / 60:.0f} minutes on {env['device_name']}, torch {env['torch']}: {shared}."
     parts = [f"{table.title[0]}.\n\n{table.markdown()}" for table in tables_of(lines, dataset)]
-    return "\n\n".join([where, "Mean ± sample sd (number of seeds) of the test top-1.", *parts])
+    return "\n\n".join([described(lines), "Mean ± sample sd (number of seeds) of the test top-1.", *parts])
 
 
 def command_line() -> Parser:
@@ -143,7 +138,6 @@ def command_line() -> Parser:
         help="of any depth; unset: the tables' on CIFAR-10",
     )
     parser.add_argument("--small", action="store_true", help=f"for a CPU, unless given otherwise: {SMALL}")
-    parser.add_argument("--dataset", choices=DATASETS, help="whose figures of the paper go beside; unset: --data's own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=positive, help="of the CPU")
     default = Path(__file__).parent / "results" / "ablations.jsonl"

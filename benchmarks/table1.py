@@ -1,4 +1,4 @@
-"""The paper's Table 1 rebuilt: parameters, multiply-adds, memory and speed of all its models. See README.md."""
+"""The paper's Table 1 rebuilt: parameters, multiply-adds, memory, speed and accuracy of its models. See README.md."""
 
 import argparse
 import csv
@@ -26,7 +26,7 @@ import torch
 from common import DTYPES, Parser, environment, name_of, positive, seconds, some_of, timing_json, write_json
 from memory import Timing, allocated, interleaved, out_of_memory, saved_for_backward
 from table1_plot import draw
-from table1_report import counts_table, measures_table, report, spreadsheet
+from table1_report import accuracy_table, counts_table, measures_table, report, spreadsheet
 from torch import nn
 from training import (
     CLASSES,
@@ -38,9 +38,12 @@ from training import (
     train_two_steps,
     use_plain_dropout,
 )
+from training_runs import Run, add_arguments, described, execute, read
 
 import cxv
 from cxv.models.registry import TABLE_1, has_fused_ops
+from cxv.training import InputError
+from cxv.training.summary import summarise_seeds
 
 # How often torchsummary counted a parameter: the authors' channel norms call theirs g and b, which it does not see, and
 # WaveMix calls one MLP at four levels.
@@ -169,6 +172,35 @@ def _infer(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> None:
         model(images)
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Train the models by the paper's recipe, seed after seed, but for those that the folder has lines of."""
+    runs = [Run(name, seed=seed) for seed in arguments.seeds for name in arguments.models]
+    path = arguments.out / f"table1-{arguments.dataset or arguments.data}.jsonl"
+    execute(runs, arguments, path, log=partial(print, flush=True))
+    torch.cuda.empty_cache()  # the rows' processes need the memory
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """By dataset, what the runs in the folder came to: the test top-1 (%) of each model over its seeds.
+
+    Raises:
+        InputError: a file of runs holds something else.
+    """
+    found = {}
+    for path in sorted(folder.glob("table1-*.jsonl")):
+        if not (lines := read(path)):
+            continue
+        models: dict[str, dict[int, dict[str, Any]]] = {}
+        for line in lines:
+            models.setdefault(line["run"]["model"], {})[line["run"]["seed"]] = line["summary"]
+        found[path.stem.removeprefix("table1-")] = {
+            "runs": described(lines),
+            "settings": lines[0]["settings"],
+            "models": {name: summarise_seeds(seeds) for name, seeds in models.items()},
+        }
+    return found
+
+
 def empty(settings: Settings) -> dict[str, Any]:
     """The results before the first row."""
     return {
@@ -176,6 +208,7 @@ def empty(settings: Settings) -> dict[str, Any]:
         "environment": environment(settings.device, settings.dtypes[0])
         | {"dtype": ", ".join(map(name_of, settings.dtypes))},
         "settings": {"batch": settings.batch, "image_size": IMAGE_SIZE, "classes": CLASSES},
+        "trained": {},
         "rows": [],
         "wall_s": 0.0,
     }
@@ -203,10 +236,12 @@ def benchmark(settings: Settings, results: dict[str, Any], path: Path) -> None:
             results["wall_s"] = round(time.perf_counter() - start, 1)
             write_json(path, results)
             print(f"{name}{' fused' if fused else ''}: {row.status}, {results['wall_s']:.0f} s so far", flush=True)
+    write_json(path, results)  # with what was trained, even if all rows were there
     with path.with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(spreadsheet(results))
     draw(results, path.with_suffix(".png"))
-    print(f"\n{counts_table(results).text()}\n{measures_table(results).text()}\n{path}, .csv and .png")
+    tables = (counts_table(results), measures_table(results), accuracy_table(results))
+    print("", *(table.text() for table in tables if table.rows), f"{path}, .csv and .png", sep="\n")
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -224,15 +259,19 @@ def command_line() -> Parser:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that the JSON in --out has, measured alike on this machine"
     )
+    parser.add_argument(
+        "--train", action="store_true", help="first train the models (see training below), a JSON line each in --out"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="measure nothing: redraw FILE.png")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE.json's tables as Markdown"
     )
+    add_arguments(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write JSON, CSV and PNG; exits with status 2 and one line on a bad value."""
+    """Train if wanted, measure, print, write JSON, CSV and PNG; exits with status 2 and one line on a bad value."""
     parser = command_line()
     arguments = parser.parse_args(argv)
     if arguments.plot:
@@ -259,6 +298,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"argument --resume: {path} was measured with other arguments, versions or on another machine")
         results = found
     with _quiet():
+        try:
+            if arguments.train:
+                train(arguments)
+            results["trained"] = trained(arguments.out)
+        except InputError as error:
+            parser.error(str(error))
         benchmark(settings, results, path)
     return 0
 

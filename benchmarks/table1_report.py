@@ -3,6 +3,7 @@
 from typing import Any
 
 from attn_speed_report import Table
+from training_runs import DATASETS, spread
 
 # The paper's Table 1: parameters (M), multiply-adds (G), GPU memory at batch 32 (GB), and top-1 on CIFAR-10, CIFAR-100
 # and Tiny ImageNet (%).
@@ -82,6 +83,29 @@ def measures_table(results: dict[str, Any]) -> Table:
     return Table(["memory and speed of a training step, and of inference"], header, rows, left=2)
 
 
+def accuracy_table(results: dict[str, Any]) -> Table:
+    """The test top-1 of what was trained, the paper's beside; no rows where nothing was."""
+    rows = []
+    for name, (*_, c10, c100, tin) in PAPER.items():
+        paper = dict(zip(DATASETS, (c10, c100, tin), strict=True))
+        for data, found in _trained(results).items():
+            if total := found["models"].get(name):
+                cells = [f"{paper[data]:.2f}" if data in paper else "", f"{total['best_test']['best']:.2f}"]
+                rows.append([name, data, *cells, _spread(total, "best_test"), _spread(total, "last")])
+    header = ["model", "data", "paper, %", "best, %", "mean ± sd (seeds), %", "last epoch, %"]
+    return Table(
+        ["accuracy: test top-1 of the best epoch by test, as the paper's, and of the last"], header, rows, left=2
+    )
+
+
+def _trained(results: dict[str, Any]) -> dict[str, Any]:
+    return results.get("trained", {})  # an older JSON has none
+
+
+def _spread(total: dict[str, Any], by: str) -> str:
+    return spread([run[by]["test_top1"] for run in total["runs"].values()])
+
+
 def status_table(results: dict[str, Any] | None) -> Table:
     """The paper's figures with ours beside them; ``results`` is table1.py's JSON, None where it was not run in full."""
     missing = "not yet measured"
@@ -93,9 +117,16 @@ def status_table(results: dict[str, Any] | None) -> Table:
         ours = [f"{eager['torchsummary'] / 1e6:.3f}", f"{eager['macs'] / 1e9:.3f}"] if eager else [missing] * 2
         ours.append(" → ".join(filter(None, peaks)) or missing)
         cells = [f"{paper:g} / {mine}" for paper, mine in zip((params, macs, gb), ours, strict=True)]
-        rows.append([name, *cells, " / ".join(f"{x:.2f}" for x in top1), missing])
+        totals = [_trained(results or {}).get(data, {"models": {}})["models"].get(name) for data in DATASETS]
+        here = [f"{t['best_test']['best']:.2f}, {_spread(t, 'best_test')}" if t else missing for t in totals]
+        rows.append([name, *cells, " / ".join(f"{x:.2f}" for x in top1), " / ".join(here) if any(totals) else missing])
     header = ["model", "parameters, M", "multiply-adds, G", "memory, GB", "top-1, %", "top-1 here"]
     return Table(["Table 1: paper / here."], header, rows)
+
+
+def status(results: dict[str, Any] | None) -> str:
+    """:func:`status_table` as Markdown, with the settings of what was trained."""
+    return "\n\n".join(filter(None, [status_table(results).markdown(), trained_how(results or {})]))
 
 
 def notes(results: dict[str, Any]) -> list[str]:
@@ -110,13 +141,22 @@ def spreadsheet(results: dict[str, Any]) -> list[list[Any]]:
     dtypes = [dtype.strip() for dtype in results["environment"]["dtype"].split(",")]
     header = ["name", "fused", "status", *paper, *own]
     header += [f"{part}_{dtype}" for part in ("peak", "kept", "train_s", "inference_s") for dtype in dtypes]
+    top1 = [(data, part) for data in _trained(results) for part in ("best", "mean", "sd")]
+    header += [f"{data.replace('-', '_')}_{part}" for data, part in top1]
     lines: list[list[Any]] = [header]
     for row in results["rows"]:
         line = [row["name"], row["fused"], row["status"], *PAPER[row["name"]], *(row[key] for key in own)]
         line += [row[part].get(dtype, "") for part in ("peak", "kept") for dtype in dtypes]
         line += [row[part].get(d, {}).get("median_s", "") for part in ("train", "inference") for d in dtypes]
+        totals = {data: found["models"].get(row["name"]) for data, found in _trained(results).items()}
+        line += [totals[data]["best_test"][part] if totals[data] else "" for data, part in top1]
         lines.append(line)
     return lines
+
+
+def trained_how(results: dict[str, Any]) -> str:
+    """The settings behind the accuracies, a line for each dataset."""
+    return "  \n".join(f"{data}: {found['runs']}" for data, found in _trained(results).items())
 
 
 def report(results: dict[str, Any]) -> str:
@@ -128,4 +168,7 @@ def report(results: dict[str, Any]) -> str:
         f"3×{settings['image_size']}×{settings['image_size']}, {settings['classes']} classes."
     )
     parts = [counts_table(results).markdown(), "  \n".join(notes(results)), where, measures_table(results).markdown()]
+    accuracy = accuracy_table(results)
+    if accuracy.rows:
+        parts += [f"{accuracy.title[0].capitalize()}.", accuracy.markdown(), trained_how(results)]
     return "\n\n".join(part for part in parts if part)

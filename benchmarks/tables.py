@@ -40,7 +40,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model_mem headline": _of("model_mem-cpu", model_mem_report.headline_table),
     "model_mem ledger": _of("model_mem-cpu", lambda results: model_mem_report.ledger_table(_cpv(results), brief=True)),
     "model_mem sizes": _of("model_mem-cpu", lambda results: model_mem_report.sizes_table(_cpv(results))),
-    "table1 status": _of("table1-cpu", table1_report.status_table),
+    "table1 status": _of("table1-cpu", table1_report.status),
 }
 
 

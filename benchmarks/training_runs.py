@@ -23,6 +23,7 @@ from cxv.training.summary import summarise
 
 SETTINGS = ("data", "data_dir", "limit_train", "limit_test", "validation", "batch_size", "embed_dim", "drop_rate")
 SETTINGS += ("precision", "patience", "threads", "device")
+DATASETS = ("cifar10", "cifar100", "tiny-imagenet")  # the paper's
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
     g = parser.add_argument_group("training")
     g.add_argument("--data", default="cifar10", help="as for cxv train")
     g.add_argument("--data-dir", help="where its files are")
+    g.add_argument("--dataset", choices=DATASETS, help="whose figures of the paper go beside; unset: --data's own")
     g.add_argument(
         "--epochs", type=positive, default=400, help="of a run, whatever the optimiser; DualOpT's SGD has a quarter"
     )
@@ -89,7 +91,7 @@ def execute(
         odd = [name for name, value in shared.items() if line["settings"].get(name) != value]
         if odd:
             was, now = line["settings"].get(odd[0]), shared[odd[0]]
-            raise InputError(f"--out: the runs in {path} have {odd[0]} = {was}, and now it is {now}: name another file")
+            raise InputError(f"--out: the runs in {path} have {odd[0]} = {was}, and now it is {now}: choose another")
     done = {json.dumps(line["run"], sort_keys=True): line for line in lines}
     found = []
     runs = list(dict.fromkeys(runs))
@@ -168,6 +170,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     except (ValueError, AttributeError):
         pass
     raise InputError(f"--out: {path} is not a file of training runs")
+
+
+def described(lines: Sequence[dict[str, Any]]) -> str:
+    """What the runs of a file share, in a sentence."""
+    settings, env = lines[0]["settings"], lines[0]["environment"]
+    shared = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, {}))
+    minutes = sum(line["seconds"] for line in lines) / 60
+    return f"{len(lines)} runs, {minutes:.0f} minutes on {env['device_name']}, torch {env['torch']}: {shared}."
 
 
 def spread(values: Sequence[float]) -> str:

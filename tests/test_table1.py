@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import counting
 import table1
+import table1_plot
 import table1_report
+import training_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
@@ -260,3 +262,53 @@ def test_table1_runs_and_is_redrawn(tmp_path, capsys):
     assert (tmp_path / "table1-cpu.png").stat().st_size > 10_000
     assert table1.main(["--markdown", str(tmp_path / "table1-cpu.json")]) == 0
     assert "| resnet-18 | 11.2 | 11.174 |" in capsys.readouterr().out
+
+
+def test_train_fills_in_accuracies(tmp_path, folder, monkeypatch, capsys):
+    """Two seeds of a small model; the row counts as measured, so that only training is done."""
+    cpu, settings = torch.device("cpu"), {"models": ("cpv-5/4",), "dtypes": (torch.float32,), "batch": 32}
+    found = table1.empty(table1.Settings(**settings, device=cpu, budget=1.0, repeats=2, threads=1))
+    numbers = {"peak": {"float32": 2 * 10**9}, "kept": {"float32": 1}}
+    numbers |= {part: {"float32": {"median_s": 1.0}} for part in ("train", "inference")}
+    found["rows"] = [vars(table1.Row("cpv-5/4", fused, batch=32, **numbers)) for fused in (False, True)]
+    path = tmp_path / "table1-cpu.json"
+    path.write_text(json.dumps(found))
+    trained, train = [], training_runs.train
+    monkeypatch.setattr(training_runs, "train", lambda config, log: trained.append(config) or train(config, log))
+    arguments = ["--train", "--resume", "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    arguments += ["--models", "cpv-5/4", "--dtype", "float32", "--threads", "1", "--data", "folder", "--epochs", "2"]
+    arguments += ["--data-dir", str(folder), "--dataset", "cifar10", "--embed-dim", "16", "--batch-size", "6"]
+    assert table1.main([*arguments, "--seeds", "0"]) == 0
+    assert table1.main([*arguments, "--seeds", "0,1"]) == 0
+    assert [(c.model, c.seed, c.optimizer, c.epochs, c.sgd_epochs) for c in trained] == [
+        ("cpv-5/4", seed, "dualopt", 1, 1) for seed in (0, 1)
+    ]
+    runs = [json.loads(line) for line in (tmp_path / "table1-cifar10.jsonl").read_text().splitlines()]
+    best = [run["summary"]["best_test"]["test_top1"] for run in runs]
+    mean, spread = sum(best) / 2, training_runs.spread(best)
+    printed = capsys.readouterr().out
+    assert "91.42" in printed
+    assert spread in printed
+    results = json.loads(path.read_text())
+    total = results["trained"]["cifar10"]["models"]["cpv-5/4"]["best_test"]
+    assert (total["best"], total["mean"]) == (max(best), pytest.approx(mean))
+    (line, _) = csv.DictReader(path.with_suffix(".csv").open())
+    assert float(line["cifar10_sd"]) == pytest.approx(abs(best[0] - best[1]) / 2**0.5)
+    report = table1_report.report(results)
+    assert f"| cpv-5/4 | cifar10 | 91.42 | {max(best):.2f} | {spread} |" in report
+    assert "cifar10: 2 runs" in report
+    assert "data folder, batch_size 6, embed_dim 16" in report
+    status = table1_report.status(results)
+    assert f"| {max(best):.2f}, {spread} / not yet measured / not yet measured |" in status
+    assert "| 89.56 / 59.23 / 49.56 | not yet measured |" in status
+    points = table1_plot.points(results)
+    assert [point[:3] for point in points if point[0] != "paper"] == [
+        ("eager", "cpv-5/4", 2.0),
+        ("fused", "cpv-5/4", 2.0),
+    ]
+    assert {point[3] for point in points if point[0] != "paper"} == {total["mean"]}
+    assert ("paper", "cpv-5/4", 3.2, 91.42, 0.0) in points
+    assert {point[0] for point in table1_plot.points(found)} == {"paper"}
+    with pytest.raises(SystemExit, match="2"):
+        table1.main([*arguments, "--epochs", "3"])
+    assert "table1-cifar10.jsonl have epochs = 2, and now it is 3: choose another" in capsys.readouterr().err
