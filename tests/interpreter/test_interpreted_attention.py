@@ -84,8 +84,8 @@ def test_runs_are_folded(variant, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_key(dtype):
-    """What relu's features see of v differs by rounding alone. Every other query sees nothing, the rest all of it: between
-    them dk is a small difference of large terms, of which the reference in float64 misses more than the tolerance, too.
+    """What relu's features see of v differs by rounding alone. Every other query sees nothing, the rest all of it:
+    between them dk is a small difference of large terms, of which the float64 reference, too, misses a tolerance.
     """
     q, k, v = qkv(1, 2, 50, 1, 16, 16, dtype)
     q, k = torch.where(torch.arange(50)[:, None] % 2 > 0, q.abs(), -q.abs()), k.abs() + 0.125
@@ -116,6 +116,31 @@ def test_nothing_uninitialised_is_read_or_left(variant, monkeypatch):
             matches(inputs, variant)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("variant", ["softmax", "favor"])
+def test_offsets_beyond_32_bits(variant):
+    """Tokens 2²⁶ elements apart, the last beyond 2³¹; of that memory only what holds a token is ever touched."""
+    contiguous = qkv(1, 2, 40, 40, 16, 16, torch.float16)
+    space = torch.empty(40 << 26, dtype=torch.float16)
+    strided = [space.as_strided(t.shape, (0, 16, 1 << 26, 1), 32 * i) for i, t in enumerate(contiguous)]
+    for far, near in zip(strided, contiguous, strict=True):
+        far.copy_(near)
+    got, want = (out_and_gradients(ATTENTION[variant], inputs) for inputs in (strided, contiguous))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["softmax", "favor"])
+def test_many_tokens_in_half_precision(variant):
+    """Neither what is summed nor a key's share, 3e-6 of it, leaves float16."""
+    inputs = [t.half() for t in qkv(1, 1, 1, 300_007, 8, 4)]
+    with short_runs(BLOCK_N=1 << 14, TOKENS=1 << 14):
+        got = out_and_gradients(ATTENTION[variant], inputs)
+    exact = [t.double().requires_grad_() for t in inputs]
+    want = ATTENTION[variant](*exact, backend="reference")
+    grad = torch.linspace(-1, 1, 4).half().double().expand_as(want)
+    for name, a, b in zip("oqkv", got, (want, *torch.autograd.grad(want, exact, grad)), strict=True):
+        assert (a.double() - b).abs().max() <= 1e-2 * b.abs().max() + 6e-8, name
 
 
 @every_variant
