@@ -1,6 +1,6 @@
 """How the Triton kernels are launched: a table of tile sizes and warps, read from ``triton_configs.json``.
 
-Its entries are chosen by what the compiler reports (no spills, shared memory, registers); they have not been measured
+Its entries are chosen by what the compiler reports (spills, shared memory, registers); they have not been measured
 on a GPU yet. Nothing is tuned at run time.
 
 The table: kernel (its function's name, so forward or backward) → architecture ("default", "80", "90", …), which has

@@ -102,10 +102,23 @@ def arguments(op, like):
             "conv_norm_backward",
             lambda r: (out, x, weight, vector, r[0], r[1], vector, vector, 1e-5, [True] * 5),
         )
+    elif op == "nystrom_attention":
+        means, mixed, filters = like(2, 4, 64, 32).float(), like(2, 4, 64, 32), like(4, 1, 33, 1)
+        yield "nystrom_means", lambda _: (q, 64)
+        yield "nystrom_means_backward", lambda _: (means, q)
+        yield "nystrom_mix", lambda _: (means, means, mixed)
+        yield "nystrom_mix_backward", lambda _: (mixed, means, means, mixed)
+        yield "nystrom_residual", lambda _: (q, v, filters)
+        yield "nystrom_residual_backward", lambda _: (grad, v, filters)
+    elif op == "dropout":
+        seed = torch.empty((), device="cuda", dtype=torch.int64)
+        yield "dropout", lambda _: (q, v, seed, 0.3, 0)
+        yield "gelu_dropout_forward", lambda _: (q, seed, 0.3, 0)
+        yield "gelu_dropout_backward", lambda _: (grad, q, seed, 0.3, 0)
 
 
 @needs_triton
-@pytest.mark.parametrize("op", ["performer_attention", "linear_attention", "conv_norm"])
+@pytest.mark.parametrize("op", ["performer_attention", "linear_attention", "conv_norm", "nystrom_attention", "dropout"])
 def test_launchers_never_look_at_the_numbers(op):
     """On tensors of a GPU that have no numbers: a launcher that waits for one raises. So a CUDA graph can hold it."""
     if not served(op):

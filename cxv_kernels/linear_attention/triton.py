@@ -507,7 +507,9 @@ def query_backward_kernel(
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
     if PHASE != "queries":
         b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
-        b_rho = tl.zeros([BLOCK_F, 16 if T.primitive_bitwidth == 16 else 1], ACC)
+        # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
+        COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and MAP != "relu"
+        b_rho = tl.zeros([BLOCK_F, 16 if COLUMNS else 1], ACC)
         b_r1 = tl.zeros([BLOCK_E], ACC)
         b_rho1 = tl.zeros([BLOCK_N], ACC)
     if PHASE != "state" and BLOCKS == 1:
@@ -601,7 +603,7 @@ def query_backward_kernel(
             b_r_sum = tl.dot(b_p, b_do, b_r_sum, input_precision=PRECISION)
             if MAP != "softmax":
                 b_column = b_delta / (2 * BLOCK_E)  # |δ| ≤ 2 E max|dO|
-                if T.primitive_bitwidth == 16:  # a product with two columns of T, which costs less than a sum
+                if COLUMNS:  # a product with two columns of T, which costs less than a sum
                     b_column1 = b_column.to(T)
                     b_column2 = (b_column - b_column1.to(ACC)).to(T)
                     i_c = tl.arange(0, 16)[None, :]

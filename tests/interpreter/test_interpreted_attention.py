@@ -69,7 +69,7 @@ def test_runs_are_folded(variant, dtype):
     """Several runs of tokens, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
     q, k, v = qkv(3, 1, 50, 200, 16, 16, dtype)
     key_mask = torch.rand(3, 200) > 0.5
-    key_mask[1, 3:], key_mask[2] = False, False
+    key_mask[1], key_mask[2] = torch.arange(200) < 3, False
     with short_runs():
         matches((q, k, v), variant, key_mask, 2)  # with three keys nothing averages the operands' roundings
         out, _, dk, dv = out_and_gradients(partial(ATTENTION[variant], key_mask=key_mask), (q, k, v))
@@ -80,6 +80,16 @@ def test_runs_are_folded(variant, dtype):
     assert not out[2].any()
     assert not dk.masked_select(hidden).any()
     assert torch.equal(again[3], dv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_key(dtype):
+    """What relu's features see of v differs by rounding alone. Every other query sees nothing, the rest all of it:
+    between them dk is a small difference of large terms, of which the float64 reference, too, misses a tolerance.
+    """
+    q, k, v = qkv(1, 2, 50, 1, 16, 16, dtype)
+    q, k = torch.where(torch.arange(50)[:, None] % 2 > 0, q.abs(), -q.abs()), k.abs() + 0.125
+    matches((q, k, v), "relu")
 
 
 @every_variant
@@ -106,6 +116,31 @@ def test_nothing_uninitialised_is_read_or_left(variant, monkeypatch):
             matches(inputs, variant)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("variant", ["softmax", "favor"])
+def test_offsets_beyond_32_bits(variant):
+    """Tokens 2²⁶ elements apart, the last beyond 2³¹; of that memory only what holds a token is ever touched."""
+    contiguous = qkv(1, 2, 40, 40, 16, 16, torch.float16)
+    space = torch.empty(40 << 26, dtype=torch.float16)
+    strided = [space.as_strided(t.shape, (0, 16, 1 << 26, 1), 32 * i) for i, t in enumerate(contiguous)]
+    for far, near in zip(strided, contiguous, strict=True):
+        far.copy_(near)
+    got, want = (out_and_gradients(ATTENTION[variant], inputs) for inputs in (strided, contiguous))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["softmax", "favor"])
+def test_many_tokens_in_half_precision(variant):
+    """Neither what is summed nor a key's share, 3e-6 of it, leaves float16."""
+    inputs = [t.half() for t in qkv(1, 1, 1, 300_007, 8, 4)]
+    with short_runs(BLOCK_N=1 << 14, TOKENS=1 << 14):
+        got = out_and_gradients(ATTENTION[variant], inputs)
+    exact = [t.double().requires_grad_() for t in inputs]
+    want = ATTENTION[variant](*exact, backend="reference")
+    grad = torch.linspace(-1, 1, 4).half().double().expand_as(want)
+    for name, a, b in zip("oqkv", got, (want, *torch.autograd.grad(want, exact, grad)), strict=True):
+        assert (a.double() - b).abs().max() <= 1e-2 * b.abs().max() + 6e-8, name
 
 
 @every_variant
