@@ -47,7 +47,7 @@ def _dropout(
     zero = tl.zeros((ROWS, RUN), tl.uint32)
     words = tl.philox(tl.load(seed_ptr), counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
     scale = tl.div_rn(65536.0, threshold.to(ACC)) if ACC == tl.float32 else 65536 / threshold.to(ACC)
-    for half in tl.static_range(2):
+    for half in range(2):  # not unrolled: GELU would fill the cubin
         for word in tl.static_range(4):
             index = block * BLOCK + (half * 4 + word) * RUN + lane - offset
             inside = (index >= 0) & (index < count)
