@@ -23,6 +23,14 @@ FIXED_SIZE = ["hybrid-vip-1/2", "hybrid-vin-1/2"]
 MODELS = ANY_SIZE + FIXED_SIZE
 fused_and_not = pytest.mark.parametrize("use_fused", [False, pytest.param(True, marks=needs_cpp)], ids=["ref", "fused"])
 
+slow = pytest.mark.slow
+EVERY_MODEL = [  # the paper's own three, fused, are the quick ones
+    pytest.param(name, fused, marks=([needs_cpp] if fused else []) + ([] if fused and name in ANY_SIZE[:3] else [slow]))
+    for name in MODELS
+    for fused in (True, False)
+]
+every_model = pytest.mark.parametrize(("name", "use_fused"), EVERY_MODEL)
+
 
 def tiny(name: str, use_fused: bool = False) -> torch.nn.Module:
     landmarks = {"num_landmarks": 16} if "vin" in name or "cnv" in name else {}
@@ -103,7 +111,7 @@ def test_fewer_tokens_than_landmarks_fix_the_size(tmp_path):
     assert not done.any_size
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [MODELS[0], *(pytest.param(name, marks=slow) for name in MODELS[1:])])
 def test_onnx_on_a_hundred_images(name, tmp_path):
     onnx = pytest.importorskip("onnx")
     model = tiny(name, use_fused=True)
@@ -115,8 +123,7 @@ def test_onnx_on_a_hundred_images(name, tmp_path):
     assert not any("cxv" in node.domain for node in written.graph.node)
 
 
-@fused_and_not
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_export_with_dynamic_batch_and_size(name, use_fused, tmp_path):
     model = tiny(name, use_fused)
     done = export_model(model, tmp_path / "model.pt2", "torch", img_size=10)
@@ -129,8 +136,7 @@ def test_export_with_dynamic_batch_and_size(name, use_fused, tmp_path):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-@fused_and_not
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_compile_once_for_every_batch(name, use_fused):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -145,7 +151,7 @@ def test_compile_once_for_every_batch(name, use_fused):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.slow
+@slow
 @fused_and_not
 def test_compile_inductor_once_for_every_batch(use_fused):
     torch._dynamo.reset()
@@ -160,7 +166,7 @@ def test_compile_inductor_once_for_every_batch(use_fused):
                 torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@slow
 @fused_and_not
 def test_a_cpp_program_runs_the_aoti_package(use_fused, tmp_path):
     """It has libtorch and, for the fused ops, our library; no Python."""
