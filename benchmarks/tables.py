@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ablations
 import attn_speed_report
 import model_mem_report
 import table1_report
+import training_runs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +43,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "model_mem ledger": _of("model_mem-cpu", lambda results: model_mem_report.ledger_table(_cpv(results), brief=True)),
     "model_mem sizes": _of("model_mem-cpu", lambda results: model_mem_report.sizes_table(_cpv(results))),
     "table1 status": _of("table1-cpu", table1_report.status),
+    "ablations": lambda: ablations.report(
+        training_runs.read(RESULTS / "ablations-table3-cifar10-cpu.jsonl"), dataset="cifar10"
+    ),
 }
 
 
