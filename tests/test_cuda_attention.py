@@ -300,6 +300,32 @@ class TestNumerics:
             assert_close(name, got, expected, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "favor_relu"])
+@pytest.mark.parametrize("case", ["one_visible_key", "equal_keys", "constant_v"])
+def test_features_that_see_the_same_of_v(sm80, case, feature_map, dtype):
+    """U is float32's rounding alone, so that in units of U what relu's eps does to δ, (Σp − 1) dO·c̄, is huge. Of relu
+    every other query sees nothing, and of the rest Σp is far from 1."""
+    q, k, v, g = (make((1, 2, n, 16), dtype, i) for i, n in enumerate((40, 20, 20, 40)))
+    size = 2**-10 if feature_map == "relu" else 1
+    q, k = torch.where(torch.arange(40)[:, None] % 2 > 0, q.abs(), -q.abs()) * size, k.abs() * size
+    mask = torch.arange(20)[None] == 3 if case == "one_visible_key" else None
+    if case == "equal_keys" or feature_map == "favor_relu":
+        k = k[:, :, :1].repeat(1, 1, 20, 1)
+    elif case == "constant_v":
+        k = ((k > size / 2) * size).to(dtype)  # which no e rounds
+    if case == "constant_v":
+        v = v[:, :, :1].repeat(1, 1, 20, 1)
+    projection = projection_for(feature_map, 16)
+    results = run(sm80, feature_map, q, k, v, g, projection, mask)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    want = reference(feature_map, *inputs, projection, mask)
+    wants = want, *torch.autograd.grad(want, inputs, g.double())
+    terms = float(g.abs().max() * v.abs().max()) * 16
+    for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
+        assert_close(name, got, expected, dtype, terms)
+
+
 @pytest.mark.parametrize("loss_scale", [1e-12, 1.0, 1e10])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_float32_through_float16_operands(sm75, feature_map, loss_scale):
