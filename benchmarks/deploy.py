@@ -2,18 +2,18 @@
 
 ``python benchmarks/deploy.py --checkpoint runs/digits-cpv-2-4``: a run of ``cxv train`` in eager mode (the references,
 and the fused kernels), in ONNX (float32, and int8 calibrated on 512 training images) under onnxruntime, and as a fused
-AOTInductor package. The times are medians of interleaved rounds in one process.
+AOTInductor package. The times are medians of interleaved rounds in one process. All goes to results/deploy-cpu.json, of which
+``python benchmarks/tables.py`` draws the table of docs/deploy.md.
 """
 
-import argparse
-import os
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import cpu_name, positive
+from common import Parser, environment, positive, timing_json, write_json
+from deploy_report import report
 from memory import interleaved
 
 from cxv.export import export_model, load_exported
@@ -24,11 +24,12 @@ BATCHES = (1, 32)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, write the JSON, print the table."""
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="the --output of cxv train")
     parser.add_argument("--limit-test", type=positive, default=10_000, help="images of the test set")
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of deploy-cpu.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     fused, checkpoint = load_model(args.checkpoint, use_fused=True)
@@ -64,16 +65,25 @@ def main(argv: list[str] | None = None) -> None:
             for call in calls:
                 call()
             times.append(dict(zip(models, interleaved(calls, budget=1.0, min_repeats=15), strict=True)))
-    print(
-        f"{checkpoint['model_name']}, images of {side}×{side}; top-1 of {len(images):,} images of {run['data']}; "
-        f"{args.threads} of {os.cpu_count()} threads of {cpu_name()}, torch {torch.__version__}; "
-        "median (interquartile range).\n"
-    )
-    print("| | top-1 | MB | " + " | ".join(f"batch {b}, ms" for b in BATCHES) + " |\n|---|---:|---:|---:|---:|")
-    for name in models:
-        size = f"{files[name][0].size / 1e6:.2f}" if name in files else ""
-        cells = [f"{1e3 * t[name].median:.2f} ({1e3 * t[name].spread:.2f})" for t in times]
-        print(f"| {name} | {top1[name]:.2f} % | {size} | {' | '.join(cells)} |")
+    results = {
+        "benchmark": "deploy",
+        "environment": environment(torch.device("cpu"), torch.float32),
+        "model": checkpoint["model_name"],
+        "img_size": side,
+        "data": run["data"],
+        "images": len(images),
+        "rows": [
+            {
+                "name": name,
+                "top1": top1[name],
+                "bytes": files[name][0].size if name in files else None,
+                "times": {str(batch): timing_json(time[name]) for batch, time in zip(BATCHES, times, strict=True)},
+            }
+            for name in models
+        ],
+    }
+    write_json(args.out / "deploy-cpu.json", results)
+    print(report(results).text())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import ablations
 import attn_speed_report
+import deploy_report
 import model_mem_report
 import table1_report
 import training_runs
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attn_speed": _of("attn_speed-cpu", attn_speed_report.report),
     "attn_speed headline": _of("attn_speed-cpu", attn_speed_report.headline_table),
     "attn_speed crossover": _of("attn_speed-cpu", attn_speed_report.crossover_table),
+    "deploy": _of("deploy-cpu", deploy_report.report),
     "model_mem": _of("model_mem-cpu", model_mem_report.report),
     "model_mem headline": _of("model_mem-cpu", model_mem_report.headline_table),
     "model_mem ledger": _of("model_mem-cpu", lambda results: model_mem_report.ledger_table(_cpv(results), brief=True)),
