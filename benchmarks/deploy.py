@@ -2,8 +2,8 @@
 
 ``python benchmarks/deploy.py --checkpoint runs/digits-cpv-2-4``: a run of ``cxv train`` in eager mode (the references,
 and the fused kernels), in ONNX (float32, and int8 calibrated on 512 training images) under onnxruntime, and as a fused
-AOTInductor package. The times are medians of interleaved rounds in one process. All goes to results/deploy-cpu.json, of which
-``python benchmarks/tables.py`` draws the table of docs/deploy.md.
+AOTInductor package. The times are medians of interleaved rounds in one process.
+All goes to results/deploy-cpu.json, of which ``python benchmarks/tables.py`` draws the table of docs/deploy.md.
 """
 
 import sys
