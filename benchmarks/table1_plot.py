@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from table1_report import PAPER
 
 STYLES = {  # face, edge, label
@@ -12,6 +14,12 @@ STYLES = {  # face, edge, label
     "eager": ("#5a5a5a", "#5a5a5a", "here, eager: mean and sd over the seeds"),
     "fused": ("#1b7f9e", "#1b7f9e", "here, fused"),
 }
+PLACES = (  # of a label, in points from its point
+    ((6, 3), "left", "bottom"),
+    ((6, -3), "left", "top"),
+    ((-6, 3), "right", "bottom"),
+    ((-6, -3), "right", "top"),
+)
 
 
 def points(results: dict[str, Any]) -> list[tuple[str, str, float, float, float]]:
@@ -39,8 +47,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 x, y, sd = zip(*mine, strict=True)
                 bars = sd if any(sd) else None
                 axes.errorbar(x, y, bars, fmt="o", mfc=face, mec=edge, ecolor=edge, ms=7, elinewidth=1, label=label)
-        for kind, name, gb, top1, _ in drawn:
-            axes.annotate(name, (gb, top1), (5, 4), textcoords="offset points", fontsize=9, color=STYLES[kind][1])
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"peak of a training step at batch {batch} (the paper: 32), float32, GB")
@@ -49,4 +55,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower left")
+        figure.draw_without_rendering()  # the axes' place, for the labels'
+        centres = axes.transData.transform([point[2:4] for point in drawn])
+        taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in centres]
+        for kind, name, gb, top1, _ in drawn:
+            taken.append(_label(axes, name, (gb, top1), STYLES[kind][1], taken))
         figure.savefig(path)
+
+
+def _label(axes: Axes, name: str, point: tuple[float, float], color: str, taken: list[Bbox]) -> Bbox:
+    """Write the name beside its point, where no other is if that can be; gives its place."""
+    for (x, y), side, base in PLACES:
+        text = axes.annotate(
+            name, point, (x, y), textcoords="offset points", fontsize=9, color=color, ha=side, va=base
+        )
+        text.set_in_layout(False)
+        place = text.get_window_extent()
+        if place.x1 < axes.figure.bbox.x1 - 10 and not any(place.overlaps(other) for other in taken):
+            break
+        text.remove()
+    else:
+        axes.add_artist(text)
+    return place

@@ -44,6 +44,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "model_mem headline": _of("model_mem-cpu", model_mem_report.headline_table),
     "model_mem ledger": _of("model_mem-cpu", lambda results: model_mem_report.ledger_table(_cpv(results), brief=True)),
     "model_mem sizes": _of("model_mem-cpu", lambda results: model_mem_report.sizes_table(_cpv(results))),
+    "model_mem pages kept": _of(
+        "model_mem-cpu-pages-kept", lambda results: model_mem_report.speed_table(results, brief=True)
+    ),
     "table1 status": _of("table1-cpu", table1_report.status),
     "ablations": lambda: ablations.report(
         training_runs.read(RESULTS / "ablations-table3-cifar10-cpu.jsonl"), dataset="cifar10"

@@ -18,6 +18,10 @@ from cxv.export import export_model
 from cxv.training.errors import InputError
 from cxv_kernels import _extension
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import deploy
+
 ANY_SIZE = ["cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vilt-1/2"]
 FIXED_SIZE = ["hybrid-vip-1/2", "hybrid-vin-1/2"]
 MODELS = ANY_SIZE + FIXED_SIZE
@@ -194,3 +198,20 @@ def test_a_cpp_program_runs_the_aoti_package(use_fused, tmp_path):
     needed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed
     assert "libpython" not in needed
+
+
+@needs_cpp
+@slow
+def test_deploy_measures_what_it_exports(capsys, run, tmp_path):
+    deploy.main(["--checkpoint", str(run), "--limit-test", "20", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "deploy-cpu.json").read_text())
+    names = ["eager, reference", "eager, fused", "ONNX, float32", "ONNX, int8", "AOTInductor, fused"]
+    assert [row["name"] for row in results["rows"]] == names
+    assert (results["model"], results["data"], results["images"]) == ("cpv-1/2", "digits", 20)
+    exact = {row["name"]: row["top1"] for row in results["rows"] if "int8" not in row["name"]}
+    assert len(set(exact.values())) == 1
+    assert results["rows"][3]["bytes"] < results["rows"][2]["bytes"]
+    assert all(set(row["times"]) == {"1", "32"} for row in results["rows"])
+    table = capsys.readouterr().out
+    assert all(name in table for name in names)
+    assert deploy.report(None) == "Not yet measured."
