@@ -66,9 +66,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def _label(axes: Axes, name: str, point: tuple[float, float], color: str, taken: list[Bbox]) -> Bbox:
     """Write the name beside its point, where no other is if that can be; gives its place."""
     for (x, y), side, base in PLACES:
-        text = axes.annotate(
-            name, point, (x, y), textcoords="offset points", fontsize=9, color=color, ha=side, va=base
-        )
+        text = axes.annotate(name, point, (x, y), textcoords="offset points", fontsize=9, color=color, ha=side, va=base)
         text.set_in_layout(False)
         place = text.get_window_extent()
         if place.x1 < axes.figure.bbox.x1 - 10 and not any(place.overlaps(other) for other in taken):
