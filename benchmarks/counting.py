@@ -42,6 +42,7 @@ class _LayerMacs(TorchDispatchMode):
     def __init__(self, parameters: Iterable[Tensor]):
         super().__init__()
         self.own = {p.untyped_storage().data_ptr() for p in parameters}
+        self.copies: list[Tensor] = []  # held, or their addresses could come again
         self.macs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -58,6 +59,9 @@ class _LayerMacs(TorchDispatchMode):
                 self.macs += a.shape[0] * a.shape[1] * b.shape[1]
         elif op in (aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training):
             self.macs += 2 * args[0].numel()
+        elif op is aten.clone and self._is_parameter(args[0]):  # a kernel repeated for several channels
+            self.own.add(out.untyped_storage().data_ptr())
+            self.copies.append(out)
         return out
 
     def _is_parameter(self, t: Tensor) -> bool:

@@ -54,6 +54,7 @@ SECTIONS = (
     "ptx",
     "sanitizer",
 )
+PROGRAMS = ("build", "ptx", "sanitizer")  # of the sections: processes that this one only waits for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,7 +399,9 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
         results["settings"]["barred"] = sorted(barred(results["tasks"]))
         results["wall_s"] = round(time.perf_counter() - begin, 1)
         write_json(path, results)
-        print(f"{results['wall_s']:6.0f} s  {task.section:14} {outcome.status:12} {task.label}", flush=True)
+        ended = {row.get("status", "ok") for row in outcome.rows if task.section in PROGRAMS}
+        status = ", ".join(sorted(ended - {"ok"})) or outcome.status
+        print(f"{results['wall_s']:6.0f} s  {task.section:14} {status:12} {task.label}", flush=True)
 
     def in_programs(task: Task, limit: float) -> Outcome:
         started = time.perf_counter()
@@ -419,7 +422,7 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
                 print(gpu_report.headline(results), flush=True)
             if left < 5:
                 outcome = Outcome("not measured", error="out of time")
-            elif task.section in ("build", "ptx", "sanitizer"):
+            elif task.section in PROGRAMS:
                 outcome = in_programs(task, min(task.limit, left))
             else:
                 message = {name: getattr(task, name) for name in ("function", "arguments", "backends")}
