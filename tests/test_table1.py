@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_cpp
+from matplotlib.figure import Figure
 from torch import nn
 
 import cxv
@@ -312,3 +313,16 @@ def test_train_fills_in_accuracies(tmp_path, folder, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         table1.main([*arguments, "--epochs", "3"])
     assert "table1-cifar10.jsonl have epochs = 2, and now it is 3: choose another" in capsys.readouterr().err
+
+
+def test_labels_keep_apart_while_there_is_room():
+    figure = Figure()
+    axes = figure.subplots()
+    figure.draw_without_rendering()
+    places = []
+    for i in range(len(table1_plot.PLACES) + 1):
+        places.append(table1_plot._label(axes, f"model-{i}", (0.5, 0.5), "black", places))
+    *apart, last = places
+    assert not any(a.overlaps(b) for i, a in enumerate(apart) for b in apart[:i])
+    assert any(last.overlaps(place) for place in apart)
+    assert [text.get_text() for text in axes.texts] == [f"model-{i}" for i in range(len(places))]

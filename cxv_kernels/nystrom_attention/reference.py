@@ -59,8 +59,8 @@ def residual_reference(v: Tensor, weight: Tensor) -> Tensor:
     """Each head of v (B, H, N, E) convolved along its tokens with weight (H, 1, K, 1).
 
     As a one-dimensional convolution of H·E channels. In two dimensions oneDNN's gradient of the weight is off by 5 to
-    8 % for 196 or 256 tokens along the height, and ``torch.compile`` in bfloat16 takes minutes a call for tokens along
-    the width (PyTorch 2.14, AVX-512); this is the fastest of the three in float32 too.
+    8 % for 196 or 256 tokens along the height, and with ``torch.compile`` in bfloat16 and tokens along the width a step
+    does not end within minutes (PyTorch 2.14, AVX-512); this is the fastest of the three in float32 too.
     """
     if v.numel() == 0:
         return v * weight.sum()
