@@ -3,6 +3,8 @@
 
 #include "attention.h"
 
+#include <torch/csrc/stable/macros.h>
+
 #include <limits>
 
 #include "attention_kernel.cuh"

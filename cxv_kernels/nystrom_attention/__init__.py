@@ -57,7 +57,7 @@ def nystrom_attention(
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
     with without_autocast(q):
         serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
-        if serving == "reference" or landmarks == 0:
+        if serving == "reference" or q.numel() == 0 or v.numel() == 0:
             return nystrom_attention_reference(q, k, v, landmarks, residual_weight)
         return nystrom_attention_fused(q, k, v, landmarks, residual_weight, serving)
 
