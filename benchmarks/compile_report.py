@@ -1,7 +1,8 @@
 """What the compiler makes of every GPU kernel, without a GPU: registers, spills, shared memory, instructions.
 
 Beside each Triton kernel stands its floor: the bytes of the tensors that it was given, each moved once, and the
-exponentials of its features, on a card's datasheet rates. A floor is a prediction of the best, not a measurement.
+exponentials of its features, on a card's datasheet rates. A floor is a prediction of the best, not a measurement; so is
+the time that the compiled loop over tokens takes to issue, which no floor of bytes shows.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line per kernel variant."""
     header = ["kernel", "launched by", "dtype", "sm", "warps", "stages", "regs", "spills", "shared", "cubin", "occup."]
-    header += ["HMMA", "WGMMA", "FFMA", "MUFU", "LDG", "STG", "all", "B/unit", "exp/unit", "floor, ns"]
+    header += ["HMMA", "WGMMA", "FFMA", "MUFU", "LDG", "STG", "all", "B/unit", "exp/unit", "floor, ns", "issue, ns"]
     cells = []
     for row in rows:
         head = [row["kernel"], row["case"], row["dtype"], str(row["arch"])]
@@ -65,10 +66,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         line += [f"{row['occupancy']:.0%}", *(str(count[name]) for name in ("HMMA", "WGMMA", "FFMA", "MUFU"))]
         line += [str(count["LDG"]), str(count["STG"]), str(count["all"])]
         line += [f"{floor['bytes_per_unit']:.0f}", f"{floor['exps_per_unit']:.0f}", f"{floor['ns_per_unit']:.3f}"]
+        line.append(f"{floor['issue_ns_per_unit']:.3f}" if row["issued"] else "—")
         cells.append(line)
     title = [
         "Triton kernels as the compiler leaves them; spills are the loads and stores of local memory. A unit is a",
-        "token and head, a pixel or an element of the case; its floor, on a card's datasheet rates, is a prediction.",
+        "token and head, a pixel or an element of the case; its floor, on a card's datasheet rates, is a prediction;",
+        "so is what the instructions of the loop over tokens take if every multiprocessor issues four a clock.",
     ]
     return Table(title, header, cells, left=3)
 

@@ -41,6 +41,11 @@ class Card:
     block_reserved: int  # bytes of it that the system keeps
     registers: int = 65536
 
+    @property
+    def issues(self) -> float:
+        """Instructions of a warp per second: 4 per multiprocessor and clock."""
+        return self.exps / 4
+
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
         """The share of the warps that can be resident; registers of a thread, shared bytes and warps of a block."""
         per_warp = -(-max(registers, 1) * 32 // 256) * 256
@@ -186,6 +191,7 @@ class Compiled:
     instructions: dict[str, int] = field(default_factory=dict)  # by family
     seconds: float = 0.0
     floor: dict[str, Any] = field(default_factory=dict)
+    issued: float | None = None  # instructions of a warp that a unit costs in the loop over tokens, if there is one
 
 
 FAMILIES = {
@@ -245,7 +251,11 @@ def _compile(index: int) -> Compiled:
         made.error = " | ".join(lines[:2] + lines[-1:])[:500]
         return made
     made.dot = "tt.dot" in compiled.asm["ttir"]
-    _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+    sass = _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+    if {"TOKENS", "BLOCK_N"} <= set(launch.kernel.arg_names):
+        passes = launch.grid[1] if len(launch.grid) > 1 else 1  # a program for each block of features
+        warps = compiled.metadata.num_warps * passes / constants["BLOCK_N"]
+        made.issued = instructions_of_a_round(sass, constants.get("BLOCKS", 1)) * warps
     made.seconds = round(time.perf_counter() - start, 2)
     card = CARDS[target.arch]
     exps = launch.exps * launch.units if made.instructions["EX2"] else 0
@@ -255,6 +265,7 @@ def _compile(index: int) -> Compiled:
         "bytes_per_unit": launch.nbytes / launch.units,
         "exps_per_unit": exps / launch.units,
         "ns_per_unit": nanoseconds / launch.units,
+        "issue_ns_per_unit": made.issued and 1e9 * made.issued / card.issues,
     }
     return made
 
@@ -274,8 +285,25 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> None:
-    """Fill in what the machine code tells."""
+def instructions_of_a_round(sass: str, blocks: int) -> int:
+    """Of the loop with the most instructions, that over tokens: what a round issues, if loops inside run ``blocks``
+    times. What comes before and after the loop is left out."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/][^;]*);", sass)]
+    loops = []
+    for at, text in code:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < at:
+            first = int(target.group(1), 16)
+            loops.append((sum(first <= a <= at for a, _ in code), first, at))
+    if not loops:
+        return len(code)
+    most, first, last = max(loops)
+    inside = [count for count, a, b in loops if (a, b) != (first, last) and first <= a and b <= last]
+    return most + (blocks - 1) * sum(inside)
+
+
+def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:
+    """Fill in what the machine code tells, and return it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -290,6 +318,7 @@ def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> None:
     made.spills = made.instructions["LDL"] + made.instructions["STL"]
     made.shared, made.cubin = shared, len(cubin)
     made.occupancy = CARDS[made.arch].occupancy(made.registers, shared, warps)
+    return sass
 
 
 def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Compiled]:

@@ -3,8 +3,9 @@
 For each kernel, size and dtype the candidates are compiled first, without a GPU: those that spill, or need more shared
 memory than a block may have, drop out. On a GPU each of the others must then compute what the float64 reference does,
 and the fastest is taken: the time is that of the whole op, of which the other kernels are the same for all candidates.
-With ``--rank-by compile`` the packaged choice stays if it is among those left, else the highest occupancy decides; the
-table then says nothing about speed.
+With ``--rank-by compile`` the one is taken whose loop over tokens issues the fewest instructions per token, of those
+that hide no less latency, by their stages and resident warps, than the packaged choice, unless that is within 2 %. The
+table then says what the compiler thinks of speed, not a card.
 """
 
 import argparse
@@ -55,6 +56,7 @@ class Entry:
     candidates: list[Options] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of each: why it is out, or how it ranks
     seconds: list[float | None] = field(default_factory=list)
+    issued: list[float | None] = field(default_factory=list)  # instructions of a warp that a token costs
     chosen: Options = field(default_factory=dict)
 
     @property
@@ -125,11 +127,12 @@ def _fault(row: Compiled) -> str:
 
 
 def compile_candidates(found: Sequence[Entry], table: configs.Table, jobs: int) -> None:
-    """Note what spills, what is too large and what does not compile; of the rest, choose by occupancy alone."""
+    """Note what spills, what is too large and what does not compile; of the rest, choose by the instructions issued."""
     wanted: list[tuple[int, Any]] = []
     owners: list[tuple[Entry, int]] = []
     for entry in found:
-        entry.notes, entry.seconds = [""] * len(entry.candidates), [None] * len(entry.candidates)
+        entry.notes = [""] * len(entry.candidates)
+        entry.seconds, entry.issued = [None] * len(entry.candidates), [None] * len(entry.candidates)
         for i, options in enumerate(entry.candidates):
             with configs.override(entry.put(table, options)):
                 mine = launches(
@@ -141,13 +144,24 @@ def compile_candidates(found: Sequence[Entry], table: configs.Table, jobs: int) 
     occupancy: dict[tuple[int, int], float] = {}
     for (entry, i), row in zip(owners, compile_all(wanted, jobs), strict=True):
         entry.notes[i] = entry.notes[i] or _fault(row)
-        key = (id(entry), i)
-        occupancy[key] = min(occupancy.get(key, 1.0), row.occupancy)
+        entry.issued[i] = max(entry.issued[i] or 0.0, row.issued or 0.0) or None
+        occupancy[id(entry), i] = min(occupancy.get((id(entry), i), 1.0), row.occupancy)
     for entry in found:
         left = [i for i, note in enumerate(entry.notes) if not note]
-        if left and left[0] != 0:
-            left.sort(key=lambda i, e=entry: -occupancy[id(e), i])
-        entry.chosen = entry.candidates[left[0]] if left else entry.packaged
+        if left and left[0] == 0:
+            stages = entry.packaged["num_stages"]
+            left = [
+                i
+                for i in left
+                if entry.candidates[i]["num_stages"] >= stages and occupancy[id(entry), i] >= occupancy[id(entry), 0]
+            ]
+        entry.chosen = entry.candidates[_cheapest(left, entry.issued)] if left else entry.packaged
+
+
+def _cheapest(left: Sequence[int], costs: Sequence[float | None]) -> int:
+    """The candidate of the least cost; the first of all, the packaged one, unless another is clearly cheaper."""
+    known = [i for i in left if costs[i] is not None]
+    return min(known, key=lambda i: costs[i] * (0.98 if i == 0 else 1), default=left[0] if left else 0)
 
 
 def time_candidates(
@@ -186,10 +200,7 @@ def time_candidates(
     timings = interleaved(runs, device, budget=budget, min_repeats=7, max_repeats=50, queue=queue)
     for i, timing in zip(ready, timings, strict=True):
         entry.seconds[i] = timing and timing.median
-    timed = [i for i in ready if entry.seconds[i] is not None]
-    # the packaged one stays unless another is clearly faster
-    best = min(timed, key=lambda i: entry.seconds[i] * (0.98 if i == 0 else 1), default=0)
-    entry.chosen = entry.candidates[best]
+    entry.chosen = entry.candidates[_cheapest([i for i in ready if entry.seconds[i] is not None], entry.seconds)]
 
 
 def line(entry: Entry) -> str:
@@ -197,8 +208,10 @@ def line(entry: Entry) -> str:
     out = sum(bool(note) for note in entry.notes)
     change = {name: value for name, value in entry.chosen.items() if value != entry.packaged[name]}
     words = ", ".join(f"{name} {entry.packaged[name]} → {value}" for name, value in change.items()) or "as it was"
-    timed = [t for t in entry.seconds if t is not None]
-    best = f"; {min(timed) * 1e6:.1f} µs, was {(entry.seconds[0] or float('nan')) * 1e6:.1f}" if timed else ""
+    at, was = entry.candidates.index(entry.chosen), float("nan")
+    best = f"; {entry.seconds[at] * 1e6:.1f} µs, was {(entry.seconds[0] or was) * 1e6:.1f}" if entry.seconds[at] else ""
+    if not best and entry.issued[at]:
+        best = f"; {entry.issued[at]:.1f} instructions a token, was {entry.issued[0] or was:.1f}"
     head = f"{entry.kernel:24} sm_{entry.arch} {entry.size:8} {entry.dtype:9} {len(entry.candidates)} tried, {out} out"
     return f"{head}: {words}{best}"
 

@@ -10,7 +10,7 @@ The first, second and fourth are exponentials (``EXP``), computed in base 2. Wha
 
 - state (F + 2, E): U_m = S_m/z_m − c̄; c̄; the largest |U| of each column.
 - stat (2 F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact),
-  0 (softmax), else z_m/Σ z·HALF_RANGE.
+  0 (softmax), else z_m/Σ z·W_RANGE.
 
 ``p_`` is a pointer, ``s_`` its strides, ``b_`` a tile's values, ``o_`` offsets, ``m_`` masks, ``i_`` an index.
 """
@@ -30,6 +30,8 @@ from ..validation import accumulate_dtype
 from .op import triton_state
 
 HALF_RANGE = tl.constexpr(32768.0)  # scales weights of at most 1, so that float16 holds the small ones
+E_RANGE = tl.constexpr(128.0)  # the share of it that e has
+W_RANGE = tl.constexpr(256.0)  # and that of a feature's weight, which U carries
 TINY = tl.constexpr(1.2e-38)  # the reciprocal of less overflows float32
 
 
@@ -90,19 +92,33 @@ def load_projection(
     BLOCK_D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """SCALE·W [BLOCK_F, BLOCK_D] in T, its transpose, and that of what the rounding to T leaves; None without W.
+    """SCALE·W [BLOCK_F, BLOCK_D] in T, its transpose, and that of what the rounding to T leaves; without W nothing of
+    use (Triton 3.6 returns no None in a tuple).
 
     Rows past F repeat the last, which moves no maximum. The transposes are made here, outside the loop over tokens, so
     that the operand stays in shared memory.
     """
     if p_w is None:
-        return None, None, None
+        return o_f, o_f, o_f
     else:
         o_d = tl.arange(0, BLOCK_D)
         p = p_w + tl.minimum(o_f, F - 1)[:, None] * s_w[0] + o_d[None, :] * s_w[1]
         b_exact = tl.load(p, mask=(o_d < D)[None, :], other=0) * SCALE
         b_w = b_exact.to(T)
         return b_w, tl.trans(b_w), tl.trans((b_exact - b_w.to(b_exact.dtype)).to(T))
+
+
+@triton.jit
+def columns(b, LOW: tl.constexpr, COUNT: tl.constexpr, T: tl.constexpr):
+    """b in COUNT of 16 columns of T: the number LOW has what rounding to T leaves, the others have b so rounded.
+
+    So sums and products with a vector run on tensor cores: Σ x b is a product with (h, l), and x b that of (h, h, l)
+    with (h, l, h), but for the product of the rests.
+    """
+    b_high = b.to(T)
+    b_low = (b - b_high.to(b.dtype)).to(T)
+    i_c = tl.arange(0, 16)[None, :]
+    return tl.where(i_c < COUNT, tl.where(i_c == LOW, b_low[:, None], b_high[:, None]), tl.full([1, 1], 0.0, T))
 
 
 @triton.jit
@@ -121,6 +137,15 @@ def project(b_x, b_wt, b_rest, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def project_transposed(b_x, b_w, b_rest, PRECISION: tl.constexpr):
+    """SCALE·W·xᵀ [BLOCK_F, BLOCK_N]."""
+    b_a = tl.dot(b_w, tl.trans(b_x), input_precision=PRECISION)
+    if b_x.dtype.primitive_bitwidth == 16:
+        b_a = tl.dot(b_rest, tl.trans(b_x), b_a)
+    return b_a
+
+
+@triton.jit
 def feature(b_a, MAP: tl.constexpr):
     """φ without its constant; of an exponential the exponent."""
     if MAP == "elu":
@@ -132,12 +157,12 @@ def feature(b_a, MAP: tl.constexpr):
 
 
 @triton.jit
-def slope(b_a, MAP: tl.constexpr):
-    """dφ/da of a map that is no exponential."""
+def slope(b_x, MAP: tl.constexpr):
+    """dφ/da of a map that is no exponential, by φ."""
     if MAP == "elu":
-        return tl.where(b_a > 0, 1, tl.exp(tl.minimum(b_a, 0)))
+        return tl.minimum(b_x, 1)
     else:
-        return tl.where(b_a > 0, 1.0, 0.0)
+        return tl.where(b_x > 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -194,18 +219,20 @@ def key_kernel(
         if p_mask is not None:
             p = p_mask + (i_bh // H).to(tl.int64) * s_mask[0] + o_n * s_mask[1]
             m_n = tl.load(p, mask=m_n, other=0) != 0
-        b_k = load_tokens(p_k, s_k, o_n, m_n, o_d, D)  # [BN, BD]
+            b_k = load_tokens(p_k, s_k, o_n, m_n, o_d, D)  # [BN, BD]
+        else:  # past the end the last token again, which moves no maximum
+            b_k = load_tokens(p_k, s_k, tl.minimum(o_n, last - 1), o_n >= 0, o_d, D)
         if p_w is not None:
-            b_a = tl.dot(b_w, tl.trans(b_k), input_precision=PRECISION)  # [BF, BN]
-            if T.primitive_bitwidth == 16:
-                b_a = tl.dot(b_rest, tl.trans(b_k), b_a)
+            b_a = project_transposed(b_k, b_w, b_rest, PRECISION)  # [BF, BN]
         else:
             b_a = tl.trans(b_k).to(ACC) * SCALE
         if MAP == "favor" or MAP == "exact":
-            b_h = half_norm(b_k, HALF, ACC)  # [BN]
+            b_h = tl.where(m_n, half_norm(b_k, HALF, ACC), float("inf"))  # [BN]
         if MAP == "exact":
             b_a -= b_h[None, :]
-        b_x = tl.where(m_n[None, :], feature(b_a, MAP), float("-inf") if EXP else 0.0)
+        b_x = feature(b_a, MAP)
+        if p_mask is not None and MAP != "exact":
+            b_x = tl.where(m_n[None, :], b_x, float("-inf") if EXP else 0.0)
         b_new = tl.maximum(b_top, tl.max(b_x, 1))
         b_shrink = relative(b_top, b_new, EXP)
         if MAP == "favor":
@@ -213,8 +240,11 @@ def key_kernel(
         if p_v is not None:
             b_e = relative(b_x, b_new[:, None], EXP)
             b_v = load_tokens(p_v, s_v, o_n, m_n, o_e, E)  # [BN, BE]
-            b_z = b_z * b_shrink + tl.sum(b_e, 1)
-            b_s = tl.dot(b_e.to(T), b_v, b_s * b_shrink[:, None], input_precision=PRECISION)
+            if MAP == "favor" or MAP == "exact" or p_mask is not None:
+                b_z = b_z * b_shrink + tl.sum(b_e, 1)
+            else:  # the tokens past the end count here alone: their values are zeros
+                b_z = b_z * b_shrink + tl.sum(b_e * m_n.to(ACC)[None, :], 1)
+            b_s = tl.dot(b_e.to(T), b_v, b_s * b_shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
             if EPS != 0:
                 b_v1 += b_v.to(ACC)
                 b_n += m_n.to(ACC)
@@ -311,7 +341,7 @@ def state_kernel(
         tl.store(p + (F + 1) * E, tl.max(tl.abs(b_u), 0), mask=m_e)
         if i_e == 0:
             p_stat += i_bh * (2 * F + 1)
-            b_weight = b_z * (HALF_RANGE * reciprocal(total))
+            b_weight = b_z * (W_RANGE * reciprocal(total))
             if MAP == "exact":
                 b_weight = b_log
             elif MAP == "softmax":
@@ -322,14 +352,6 @@ def state_kernel(
 
 
 @triton.jit
-def load_state(p_state, o_f, unit, E: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, T: tl.constexpr):
-    """U / unit [BLOCK_F, BLOCK_E] in T."""
-    o_e = tl.arange(0, BLOCK_E)
-    mask = (o_f < F)[:, None] & (o_e < E)[None, :]
-    return (tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit).to(T)
-
-
-@triton.jit
 def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr):
     """How a query weighs the features [BLOCK_F]. Read where they are used: held over the loop, they cost registers."""
     none = float("-inf") if MAP == "exact" or MAP == "softmax" else 0.0
@@ -337,27 +359,60 @@ def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr):
 
 
 @triton.jit
+def load_state(
+    p_state,
+    p_stat,
+    o_f,
+    unit,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    T: tl.constexpr,
+):
+    """U / unit [BLOCK_F, BLOCK_E] in T, with a feature's weight where that is a factor."""
+    o_e = tl.arange(0, BLOCK_E)
+    mask = (o_f < F)[:, None] & (o_e < E)[None, :]
+    b_u = tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit
+    if MAP != "exact" and MAP != "softmax":
+        b_u *= load_weights(p_stat, o_f, F, MAP)[:, None]
+    return b_u.to(T)
+
+
+@triton.jit
 def query_scores(
     b_q, b_wt, b_rest, b_z, MAP: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
 ):
-    """(a, what the row's maximum is taken of), [BLOCK_N, BLOCK_F]."""
+    """φ without its constant, of an exponential the exponent [BLOCK_N, BLOCK_F]: what the row's maximum is taken of."""
     if MAP == "softmax" or MAP == "elu" or MAP == "relu":
         b_a = b_q.to(ACC) * SCALE
     else:
         b_a = project(b_q, b_wt, b_rest, PRECISION)
     if MAP == "softmax" or MAP == "exact":
-        return b_a, b_a + b_z[None, :]
+        return b_a + b_z[None, :]
     else:
-        return b_a, feature(b_a, MAP)
+        return feature(b_a, MAP)
 
 
 @triton.jit
-def query_weights(b_x, b_top, b_z, MAP: tl.constexpr, EXP: tl.constexpr):
-    b_e = relative(b_x, b_top[:, None], EXP)
+def query_terms(b_x, b_top, MAP: tl.constexpr, EXP: tl.constexpr):
+    """e, relative to the row's maximum."""
     if MAP == "softmax" or MAP == "exact":
-        return b_e
+        return relative(b_x, b_top[:, None], EXP)
+    elif EXP:
+        b_base = tl.where(b_top == float("-inf"), 0, b_top) - 7  # log2 of E_RANGE
+        return tl.exp2(b_x - b_base[:, None])
     else:
-        return b_e * b_z[None, :]
+        return b_x * (reciprocal(b_top) * E_RANGE)[:, None]
+
+
+@triton.jit
+def denominator(b_e, b_z, MAP: tl.constexpr):
+    """Σ e w over the features [BLOCK_N]."""
+    if MAP == "softmax" or MAP == "exact":
+        return tl.sum(b_e, 1)
+    else:
+        return tl.sum(b_e * b_z[None, :], 1)
 
 
 @triton.jit
@@ -424,7 +479,7 @@ def query_kernel(
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_u = load_state(p_state, o_f, unit, E, F, BLOCK_E, T)
+        b_u = load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -437,18 +492,18 @@ def query_kernel(
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_u = load_state(p_state, o_i, unit, E, F, BLOCK_E, T)
+                b_u = load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T)
             b_z = load_weights(p_stat, o_i, F, MAP)
             b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
-            b_a, b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+            b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
             b_new = tl.maximum(b_top, tl.max(b_x, 1))
-            b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
+            b_e = query_terms(b_x, b_new, MAP, EXP)
             if BLOCKS > 1:
                 b_shrink = relative(b_top, b_new, EXP)
                 b_den *= b_shrink
                 b_o *= b_shrink[:, None]
-            b_den += tl.sum(b_e, 1)
-            b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=PRECISION)
+            b_den += denominator(b_e, b_z, MAP)
+            b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=PRECISION, out_dtype=ACC)
             b_top = b_new
         b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
         b_o = b_c[None, :] * b_sum[:, None] + b_o * (b_r * unit)[:, None]
@@ -463,7 +518,7 @@ def query_backward_kernel(
     p_state,
     p_stat,
     p_dq,  # (B, H, N, D)
-    p_rows,  # (B·H, 4, N): maximum, r, reciprocal denominator, δ; from "queries" to "state"
+    p_rows,  # (B·H, 3, N): what query_state_kernel reads, or None: this kernel does its work
     p_sums,  # (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den
     p_stats,  # (B·H, SPLITS, F + 1): Σ p δ; Σ δ/den
     s_do,
@@ -488,146 +543,260 @@ def query_backward_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PHASE: tl.constexpr,
 ):
-    """A run of queries: their gradient ("queries"), what they add to a block of the state's gradient ("state"), or both
-    at once where all features fit one block ("both"): half the traffic, but more registers."""
+    """A run of queries: their gradient, and either what query_state_kernel needs of a row or, where all features fit
+    one block, what the run adds to the state's gradient: half the traffic, but more registers."""
     ACC: tl.constexpr = p_stat.dtype.element_ty
     T: tl.constexpr = p_q.dtype.element_ty
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     p_q, p_do, p_dq = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H), of_head(p_dq, s_dq, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
-    p_rows += i_bh.to(tl.int64) * 4 * N
-    o_f, o_e = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
+    o_f, o_e = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
     o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
-    if PHASE != "queries" or BLOCKS == 1:
-        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-    if PHASE != "queries":
-        b_r_sum = tl.zeros([BLOCK_F, BLOCK_E], ACC)
+    if p_rows is None:
         # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
         COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and MAP != "relu"
-        b_rho = tl.zeros([BLOCK_F, 16 if COLUMNS else 1], ACC)
-        b_r1 = tl.zeros([BLOCK_E], ACC)
-        b_rho1 = tl.zeros([BLOCK_N], ACC)
-    if PHASE != "state" and BLOCKS == 1:
-        b_ut = tl.trans(load_state(p_state, o_f, unit, E, F, BLOCK_E, T))
+        b_r_sum, b_rho, b_r1, b_rho1 = no_sums(BLOCK_N, BLOCK_E, BLOCK_F, COLUMNS, ACC)
+    if BLOCKS == 1:
+        b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_ut = tl.trans(load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T))
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < last
         b_q = load_tokens(p_q, s_q, o_n, m_n, o_d, D)
         b_do = load_tokens(p_do, s_do, o_n, m_n, o_e, E)
-        if PHASE == "state":
-            b_top = tl.load(p_rows + o_n, mask=m_n, other=0)
-            b_r = tl.load(p_rows + N + o_n, mask=m_n, other=0)
-            b_inverse = tl.load(p_rows + 2 * N + o_n, mask=m_n, other=0)
-            b_delta = tl.load(p_rows + 3 * N + o_n, mask=m_n, other=0)
+        # |G − δ| ≤ 4 Σ|dO| in units of U: a row so divided fits float16
+        b_bound = 4 * tl.sum(tl.abs(b_do.to(ACC)), 1)
+        b_inner = reciprocal(b_bound)
+        b_row = (b_do.to(ACC) * b_inner[:, None]).to(T)
+        b_top = nothing(BLOCK_N, EXP, ACC)
+        b_den = tl.zeros([BLOCK_N], ACC)
+        b_eg = tl.zeros([BLOCK_N], ACC)
+        if BLOCKS == 1:  # kept for the second sweep
             b_z = load_weights(p_stat, o_f, F, MAP)
-            b_a, b_x = query_scores(b_q, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
-            b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
-        else:
-            b_top = nothing(BLOCK_N, EXP, ACC)
-            b_den = tl.zeros([BLOCK_N], ACC)
-            b_delta = tl.zeros([BLOCK_N], ACC)
-            if BLOCKS == 1:  # kept for the second sweep
-                b_z = load_weights(p_stat, o_f, F, MAP)
-                b_a = tl.zeros([BLOCK_N, BLOCK_F], ACC)
-                b_g = tl.zeros([BLOCK_N, BLOCK_F], ACC)
-                b_e = tl.zeros([BLOCK_N, BLOCK_F], T)
-            for i_f in range(BLOCKS):
-                if BLOCKS > 1:
-                    o_i = i_f * BLOCK_F + o_f
-                    b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                    b_ut = tl.trans(load_state(p_state, o_i, unit, E, F, BLOCK_E, T))
-                    b_z = load_weights(p_stat, o_i, F, MAP)
-                b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
-                b_a, b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
-                b_new = tl.maximum(b_top, tl.max(b_x, 1))
-                b_e = query_weights(b_x, b_new, b_z, MAP, EXP)
-                b_den_block = tl.sum(b_e, 1)
-                b_e = b_e.to(T)
-                b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)  # [BN, BF]
-                if BLOCKS > 1:
-                    b_shrink = relative(b_top, b_new, EXP)
-                    b_den *= b_shrink
-                    b_delta *= b_shrink
-                b_den += b_den_block
-                b_delta += tl.sum(b_e.to(ACC) * b_g, 1)
-                b_top = b_new
-            b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
-            b_eg = b_delta
-            b_delta *= b_r  # in units of U
-            if MAP == "relu":
-                b_delta += (b_sum - 1) / unit * tl.sum(b_do.to(ACC) * b_c[None, :], 1)
-            # |G − δ| ≤ 4 Σ|dO|: a row so divided fits float16
-            b_bound = 4 * tl.sum(tl.abs(b_do.to(ACC)), 1)
-            b_inner = reciprocal(b_bound)
-            if EXP:
-                b_outer = 0.6931471805599453 * unit * b_bound * b_r
-            else:
-                b_outer = unit * b_bound * b_inverse
-            b_dq = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            for i_f in range(BLOCKS):
+            b_g = tl.zeros([BLOCK_N, BLOCK_F], ACC)
+            b_e = tl.zeros([BLOCK_N, BLOCK_F], ACC)
+        for i_f in range(BLOCKS):
+            if BLOCKS > 1:
                 o_i = i_f * BLOCK_F + o_f
-                if BLOCKS > 1:
-                    b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                    b_ut = tl.trans(load_state(p_state, o_i, unit, E, F, BLOCK_E, T))
-                    b_z = load_weights(p_stat, o_i, F, MAP)
-                    b_x = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
-                    b_a, b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
-                    b_e = query_weights(b_x, b_top, b_z, MAP, EXP).to(T)
-                    b_g = tl.dot(b_do, b_ut, input_precision=PRECISION)
-                b_da = b_g * b_inner[:, None] - (b_delta * b_inner)[:, None]
-                if EXP:
-                    b_da *= b_e.to(ACC)
-                else:
-                    b_da *= b_z[None, :] * slope(b_a, MAP)
-                if p_w is not None:
-                    b_dq = tl.dot(b_da.to(T), b_w, b_dq, input_precision=PRECISION)
-                else:
-                    store_tokens(p_dq, s_dq, o_n, m_n, b_da * (b_outer * SCALE)[:, None], o_i, D)
-            if p_w is not None:
-                if MAP == "favor":  # less the sum of da; exact's is 0
-                    b_dq -= (2 * HALF * b_inner * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
-                store_tokens(p_dq, s_dq, o_n, m_n, b_dq * b_outer[:, None], o_d, D)
-        if PHASE == "queries":
-            tl.store(p_rows + o_n, b_top, mask=m_n)
-            tl.store(p_rows + N + o_n, b_r, mask=m_n)
-            tl.store(p_rows + 2 * N + o_n, b_inverse, mask=m_n)
-            tl.store(p_rows + 3 * N + o_n, b_delta, mask=m_n)
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                b_ut = tl.trans(load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T))
+                b_z = load_weights(p_stat, o_i, F, MAP)
+            b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
+            b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+            b_new = tl.maximum(b_top, tl.max(b_x, 1))
+            b_e = query_terms(b_x, b_new, MAP, EXP)
+            if BLOCKS > 1:
+                b_shrink = relative(b_top, b_new, EXP)
+                b_den *= b_shrink
+                b_eg *= b_shrink
+            b_den += denominator(b_e, b_z, MAP)
+            b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)  # [BN, BF]
+            b_eg += tl.sum(b_e * b_g, 1)
+            b_top = b_new
+        b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
+        b_delta = b_eg * b_r  # in units of U and of the bound
+        if MAP == "relu":
+            b_delta += (b_sum - 1) / unit * tl.sum(b_row.to(ACC) * b_c[None, :], 1)
+        if EXP:
+            b_outer = 0.6931471805599453 * unit * b_bound * b_r
         else:
-            b_p = tl.trans((b_e.to(ACC) * (b_r * HALF_RANGE)[:, None]).to(T))
-            b_r_sum = tl.dot(b_p, b_do, b_r_sum, input_precision=PRECISION)
-            if MAP != "softmax":
-                b_column = b_delta / (2 * BLOCK_E)  # |δ| ≤ 2 E max|dO|
-                if COLUMNS:  # a product with two columns of T, which costs less than a sum
-                    b_column1 = b_column.to(T)
-                    b_column2 = (b_column - b_column1.to(ACC)).to(T)
-                    i_c = tl.arange(0, 16)[None, :]
-                    b_columns = tl.where(
-                        i_c == 0, b_column1[:, None], tl.where(i_c == 1, b_column2[:, None], 0.0).to(T)
-                    )
-                    b_rho = tl.dot(b_p, b_columns, b_rho, input_precision=PRECISION)
-                else:
-                    b_rho += tl.sum(b_p * b_column[None, :], 1)[:, None]
-            if MAP == "favor" or MAP == "favor_relu":
-                b_inverse = tl.where(m_n, b_inverse, 0)
-                b_r1 += tl.sum(b_do.to(ACC) * b_inverse[:, None], 0)
-                b_rho1 += b_delta * b_inverse
-    if PHASE != "queries":
+            b_outer = E_RANGE * unit * b_bound * b_inverse
+        b_dq = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        for i_f in range(BLOCKS):
+            o_i = i_f * BLOCK_F + o_f
+            if BLOCKS > 1:
+                b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
+                b_ut = tl.trans(load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T))
+                b_z = load_weights(p_stat, o_i, F, MAP)
+                b_x = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
+                b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                b_e = query_terms(b_x, b_top, MAP, EXP)
+                b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)
+            if MAP == "softmax" or MAP == "exact":
+                b_da = b_g - b_delta[:, None]
+            else:
+                b_da = b_g - b_delta[:, None] * b_z[None, :]
+            if EXP and p_w is not None:
+                b_da = b_da.to(T) * b_e.to(T)
+            elif EXP:
+                b_da *= b_e
+            elif MAP == "elu":
+                b_da *= slope(b_e * (b_top / E_RANGE)[:, None], MAP)
+            else:  # e is φ times a row's factor
+                b_da *= slope(b_e, MAP)
+            if p_w is not None:
+                b_dq = tl.dot(b_da.to(T), b_w, b_dq, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                store_tokens(p_dq, s_dq, o_n, m_n, b_da * (b_outer * SCALE)[:, None], o_i, D)
+        if p_w is not None:
+            if MAP == "favor":  # less the sum of da; exact's is 0
+                b_dq -= (2 * HALF * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
+            store_tokens(p_dq, s_dq, o_n, m_n, b_dq * b_outer[:, None], o_d, D)
+        b_delta *= b_bound
+        if p_rows is not None:
+            p_row = p_rows + i_bh.to(tl.int64) * 3 * N + o_n
+            tl.store(p_row, row_of_state(b_top, b_r, EXP), mask=m_n)
+            tl.store(p_row + N, b_inverse, mask=m_n)
+            tl.store(p_row + 2 * N, b_delta, mask=m_n)
+        else:
+            b_p = b_e * (b_r * HALF_RANGE)[:, None]
+            if MAP != "exact" and MAP != "softmax":
+                b_p *= b_z[None, :]
+            b_p = tl.trans(b_p.to(T))
+            b_r_sum, b_rho, b_r1, b_rho1 = add_queries(
+                b_r_sum, b_rho, b_r1, b_rho1, b_p, b_do, b_delta, b_inverse, m_n, MAP, PRECISION
+            )
+    if p_rows is None:
         i_part = tl.program_id(0).to(tl.int64) * (F + 1)
-        m_e = o_e < E
-        p = p_sums + i_part * E
-        b_r_sum /= HALF_RANGE
-        tl.store(p + o_f[:, None] * E + o_e[None, :], b_r_sum, mask=(o_f < F)[:, None] & m_e[None, :])
-        if MAP != "softmax":
-            tl.store(p_stats + i_part + o_f, tl.sum(b_rho, 1) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
-        if (MAP == "favor" or MAP == "favor_relu") and tl.program_id(1) == 0:
-            tl.store(p + F * E + o_e, b_r1, mask=m_e)
-            tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
+        store_sums(p_sums, p_stats, i_part, o_f, True, unit, b_r_sum, b_rho, b_r1, b_rho1, E, F, MAP)
+
+
+@triton.jit
+def row_of_state(b_top, b_r, EXP: tl.constexpr):
+    """What turns a row's features, relative to nothing, into p·HALF_RANGE: an exponent to subtract, or a factor."""
+    if EXP:
+        b_base = tl.where(b_top == float("-inf"), 0, b_top) - 15  # log2 of HALF_RANGE
+        return tl.where(b_r > 0, b_base - tl.log2(tl.where(b_r > 0, b_r, 1)), float("inf"))
+    else:
+        return reciprocal(b_top) * b_r * (HALF_RANGE * E_RANGE)
+
+
+@triton.jit
+def no_sums(BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, COLUMNS: tl.constexpr, ACC):
+    """Of no queries: what add_queries adds to."""
+    return (
+        tl.zeros([BLOCK_F, BLOCK_E], ACC),
+        tl.zeros([BLOCK_F, 16 if COLUMNS else 1], ACC),
+        tl.zeros([BLOCK_E], ACC),
+        tl.zeros([BLOCK_N], ACC),
+    )
+
+
+@triton.jit
+def add_queries(
+    b_r, b_rho, b_r1, b_rho1, b_p, b_do, b_delta, b_inverse, m_n, MAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A tile's Σ p dO and Σ p δ, and for the constant Σ dO/den and Σ δ/den; b_p [BLOCK_F, BLOCK_N] is p·HALF_RANGE."""
+    ACC: tl.constexpr = b_delta.dtype
+    T: tl.constexpr = b_p.dtype
+    b_r = tl.dot(b_p, b_do, b_r, input_precision=PRECISION, out_dtype=ACC)
+    if MAP != "softmax":
+        b_column = b_delta / (2 * b_do.shape[1])  # |δ| ≤ 2 E max|dO|
+        if b_rho.shape[1] == 16:  # a product with two columns of T, which costs less than a sum
+            b_rho = tl.dot(b_p, columns(b_column, 1, 2, T), b_rho, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            b_rho += tl.sum(b_p * b_column[None, :], 1)[:, None]
+    if MAP == "favor" or MAP == "favor_relu":
+        b_inverse = tl.where(m_n, b_inverse, 0)
+        b_r1 += tl.sum(b_do.to(ACC) * b_inverse[:, None], 0)
+        b_rho1 += b_delta * b_inverse
+    return b_r, b_rho, b_r1, b_rho1
+
+
+@triton.jit
+def store_sums(
+    p_sums,
+    p_stats,
+    i_part,
+    o_f,
+    first,
+    unit,
+    b_r,
+    b_rho,
+    b_r1,
+    b_rho1,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+):
+    """What a run of queries came to, in records from i_part on; the constant's from the first block of features."""
+    BLOCK_E: tl.constexpr = b_r.shape[1]
+    o_e = tl.arange(0, BLOCK_E)
+    m_e = o_e < E
+    p = p_sums + i_part * E
+    tl.store(p + o_f[:, None] * E + o_e[None, :], b_r / HALF_RANGE, mask=(o_f < F)[:, None] & m_e[None, :])
+    if MAP != "softmax":
+        tl.store(p_stats + i_part + o_f, tl.sum(b_rho, 1) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
+    if (MAP == "favor" or MAP == "favor_relu") and first:
+        tl.store(p + F * E + o_e, b_r1, mask=m_e)
+        tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
+
+
+@triton.jit
+def query_state_kernel(
+    p_do,  # (B, H, N, E)
+    p_q,  # (B, H, N, D)
+    p_w,  # (F, D) or None
+    p_state,
+    p_stat,
+    p_rows,  # (B·H, 3, N): row_of_state, reciprocal denominator, δ
+    p_sums,  # as query_backward_kernel's
+    p_stats,
+    s_do,
+    s_q,
+    s_w,
+    H,
+    N,
+    TOKENS,
+    SPLITS,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """What a run of queries adds to a block of features of the state's gradient."""
+    ACC: tl.constexpr = p_stat.dtype.element_ty
+    T: tl.constexpr = p_q.dtype.element_ty
+    # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
+    COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and MAP != "relu"
+    i_bh, i_s, i_f = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS, tl.program_id(1)
+    p_q, p_do = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H)
+    p_state += i_bh.to(tl.int64) * (F + 2) * E
+    p_stat += i_bh.to(tl.int64) * (2 * F + 1)
+    p_rows += i_bh.to(tl.int64) * 3 * N
+    o_f, o_e = i_f * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
+    o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
+    unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    b_z = load_weights(p_stat, o_f, F, MAP)
+    if MAP == "favor":
+        b_z = tl.log2(b_z * E_RANGE)
+    if p_w is not None:
+        b_w, _, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
+        b_rest = tl.trans(b_rest)
+    b_r, b_rho, b_r1, b_rho1 = no_sums(BLOCK_N, BLOCK_E, BLOCK_F, COLUMNS, ACC)
+    last = tl.minimum((i_s + 1) * TOKENS, N)
+    for i_n in range(i_s * TOKENS, last, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_n = o_n < last
+        b_q = load_tokens(p_q, s_q, o_n, m_n, o_d, D)
+        b_do = load_tokens(p_do, s_do, o_n, m_n, o_e, E)
+        b_row = tl.load(p_rows + o_n, mask=m_n, other=float("inf") if EXP else 0.0)
+        b_inverse = tl.load(p_rows + N + o_n, mask=m_n, other=0)
+        b_delta = tl.load(p_rows + 2 * N + o_n, mask=m_n, other=0)
+        b_a = project_transposed(b_q, b_w, b_rest, PRECISION) if p_w is not None else tl.trans(b_q).to(ACC) * SCALE
+        if EXP:
+            b_p = tl.exp2(b_a + b_z[:, None] - b_row[None, :])
+        else:
+            b_p = feature(b_a, MAP) * b_z[:, None] * b_row[None, :]
+        b_r, b_rho, b_r1, b_rho1 = add_queries(
+            b_r, b_rho, b_r1, b_rho1, b_p.to(T), b_do, b_delta, b_inverse, m_n, MAP, PRECISION
+        )
+    i_part = tl.program_id(0).to(tl.int64) * (F + 1)
+    store_sums(p_sums, p_stats, i_part, o_f, i_f == 0, unit, b_r, b_rho, b_r1, b_rho1, E, F, MAP)
 
 
 @triton.jit
@@ -656,7 +825,7 @@ def state_backward_kernel(
     b_r = tl.zeros([BLOCK_F, BLOCK_E], ACC)
     b_rho = tl.zeros([BLOCK_F], ACC)
     if MAP == "favor" or MAP == "favor_relu":
-        b_z = EPS * load_weights(p_stat + i_bh * (2 * F + 1), o_f, F, MAP)
+        b_z = EPS * E_RANGE * load_weights(p_stat + i_bh * (2 * F + 1), o_f, F, MAP)
     for i_s in range(SPLITS):
         i_part = (i_bh * SPLITS + i_s) * (F + 1)
         p = p_sums + i_part * E + o_e
@@ -677,28 +846,38 @@ def state_backward_kernel(
 @triton.jit
 def load_gradient(
     p_grad,
+    p_grads,
     p_stat,
     o_f,
     unit,
     top,
     E: tl.constexpr,
     F: tl.constexpr,
+    MAP: tl.constexpr,
     EXP: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     T: tl.constexpr,
 ):
-    """R / unit [BLOCK_F, BLOCK_E] in T, its transpose, and EPS Σ R_m/z_m / unit [BLOCK_E]."""
+    """Of R / unit [BLOCK_F, BLOCK_E] in T itself, its transpose and EPS Σ R_m/z_m [BLOCK_E]; and ρ [BLOCK_F].
+
+    favor_relu's transpose and ρ are those of R/z and ρ/z in units of ``top``, the largest 1/z.
+    """
     o_e, m_f = tl.arange(0, BLOCK_E), o_f < F
     p = p_grad + o_f[:, None] * E + o_e[None, :]
     b_r = tl.load(p, mask=m_f[:, None] & (o_e < E)[None, :], other=0) / unit
+    b_rho = tl.load(p_grads + o_f, mask=m_f, other=0)
+    b_stat = tl.load(p_stat + o_f, mask=m_f, other=float("inf") if EXP else 0.0)
     b_r1 = tl.zeros([BLOCK_E], b_r.dtype)
     if EPS != 0:
-        b_stat = tl.load(p_stat + o_f, mask=m_f, other=float("inf") if EXP else 0.0)
         b_inverse = tl.exp2(top - b_stat) if EXP else reciprocal(b_stat)
         b_r1 = tl.sum(b_r * (EPS * b_inverse)[:, None], 0)
-    b_r = b_r.to(T)
-    return b_r, tl.trans(b_r), b_r1
+    if MAP == "favor_relu":
+        b_share = reciprocal(b_stat) * reciprocal(top)
+        return b_r.to(T), tl.trans((b_r * b_share[:, None]).to(T)), b_r1, b_rho * b_share
+    else:
+        b_r = b_r.to(T)
+        return b_r, tl.trans(b_r), b_r1, b_rho
 
 
 @triton.jit
@@ -758,14 +937,18 @@ def key_backward_kernel(
         b_c = tl.load(p_mean + i_bh.to(tl.int64) * s_mean + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_grads + F + o_all, mask=o_all < F, other=0), 0))
     widest = tl.max(tl.abs(tl.load(p_grads + o_all, mask=o_all < F, other=0)), 0) / unit
-    top = tl.load(p_top + i_bh) if MAP == "favor" else 0.0
+    least = reciprocal(widest * unit)
     gain = power_below(tl.cast(tl.minimum(N, 32768), ACC))  # by which float16 holds e/z
-    steepest = 1.0
-    if not EXP:
-        steepest = tl.max(reciprocal(tl.load(p_stat + o_all, mask=o_all < F, other=0)), 0)
+    if MAP == "favor":
+        top = tl.load(p_top + i_bh)
+    elif EXP:
+        top = 0.0
+    else:
+        top = tl.max(reciprocal(tl.load(p_stat + o_all, mask=o_all < F, other=0)), 0)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_f, unit, top, E, F, EXP, EPS, BLOCK_E, T)
+        b_r, b_rt, b_r1, b_rho = load_gradient(p_grad, p_grads, p_stat, o_f, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T)
+        b_least = tl.trans(columns(b_rho * least, 1, 3, T))
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -783,18 +966,20 @@ def key_backward_kernel(
         if EXP:
             b_outer = b_bound * (unit / gain * 0.6931471805599453)
         else:
-            b_outer = b_bound * (unit * steepest)
+            b_outer = b_bound * (unit * top)
         b_shift = tl.zeros([BLOCK_N], ACC) - tl.log2(gain)
         if MAP == "favor" or MAP == "exact":
             b_shift += half_norm(b_k, HALF, ACC)
         b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         b_dv = tl.zeros([BLOCK_N, BLOCK_E], ACC)
-        b_da1 = tl.zeros([BLOCK_N], ACC)
+        b_da1 = tl.zeros([BLOCK_N, 16], ACC)
         for i_f in range(BLOCKS):
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_r, b_rt, b_r1 = load_gradient(p_grad, p_stat, o_i, unit, top, E, F, EXP, EPS, BLOCK_E, T)
+                b_r, b_rt, b_r1, b_rho = load_gradient(
+                    p_grad, p_grads, p_stat, o_i, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T
+                )
             if p_w is not None:
                 b_a = project(b_k, b_wt, b_rest, PRECISION)
             elif BLOCKS == 1:
@@ -803,28 +988,37 @@ def key_backward_kernel(
                 b_a = load_tokens(p_k, s_k, o_n, m_n, o_i, D).to(ACC) * SCALE
             b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf") if EXP else 0.0)
             if EXP:
-                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None]).to(T)
+                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None])
             else:
-                b_stat = reciprocal(b_stat)
-                b_t = (feature(b_a, MAP) * (b_stat * gain)[None, :]).to(T)
-            b_dv = tl.dot(b_t, b_r, b_dv, input_precision=PRECISION)
+                b_x, b_stat = feature(b_a, MAP), reciprocal(b_stat)
+                b_t = b_x * (b_stat * gain)[None, :]
+            b_dv = tl.dot(b_t.to(T), b_r, b_dv, input_precision=PRECISION, out_dtype=ACC)
             b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
-            b_da += tl.load(p_grads + o_i, mask=o_i < F, other=0)[None, :] * (b_inner / unit)[:, None]
-            if EXP:
-                b_da *= b_t.to(ACC)
+            if T.primitive_bitwidth == 16 and p_w is not None:
+                if BLOCKS > 1:
+                    b_least = tl.trans(columns(b_rho * least, 1, 3, T))
+                b_da = tl.dot(columns(b_inner * widest, 2, 3, T), b_least, b_da)
             else:
-                b_da *= (b_stat * reciprocal(steepest))[None, :] * slope(b_a, MAP)
+                b_da += b_rho[None, :] * (b_inner / unit)[:, None]
             if EPS != 0:
                 b_dv += b_r1[None, :] * gain
+            if EXP and p_w is not None:
+                b_da = b_da.to(T) * b_t.to(T)
+                b_da1 = tl.dot(b_da, tl.full([BLOCK_F, 16], 1.0, T), b_da1, input_precision=PRECISION, out_dtype=ACC)
+            elif EXP:
+                b_da *= b_t
+            elif MAP == "favor_relu":  # φ/z is positive where φ is
+                b_da *= slope(b_t, MAP)
+            else:
+                b_da *= (b_stat * reciprocal(top))[None, :] * slope(b_x, MAP)
             if p_w is not None:
-                b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION)
-                b_da1 += tl.sum(b_da, 1)
+                b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION, out_dtype=ACC)
             else:
                 b_da = tl.where(m_n[:, None], b_da * (b_outer * SCALE)[:, None], 0)
                 store_tokens(p_dk, s_dk, o_n, m_all, b_da, o_i, D)
         if p_w is not None:
             if MAP != "favor_relu":
-                b_dk -= (2 * HALF * b_da1)[:, None] * b_k.to(ACC)
+                b_dk -= (2 * HALF / 16 * tl.sum(b_da1, 1))[:, None] * b_k.to(ACC)
             store_tokens(p_dk, s_dk, o_n, m_all, tl.where(m_n[:, None], b_dk * b_outer[:, None], 0), o_d, D)
         b_dv = tl.where(m_n[:, None], b_dv * (unit / gain), 0)
         store_tokens(p_dv, s_dv, o_n, m_all, b_dv, o_e, E)
@@ -1002,17 +1196,20 @@ class Skeleton:
         """dq and the state's gradient: R (B, H, F, E) and ρ with the largest |R| of each feature (B, H, 2, F)."""
         options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=True)
         blocks, heads = self.blocks(options), q.shape[0] * q.shape[1]
-        phases = [("queries", 1), ("state", blocks)] if options.pop("SEPARATE") or blocks > 1 else [("both", 1)]
+        separate = options["SEPARATE"] or blocks > 1
+        if separate:
+            options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=False)
+        del options["SEPARATE"]
         grad_q = like_layout(q, tuple(q.shape))
-        sums = state.new_empty((heads, runs, self.features + 1, self.value_dim))
-        stats = state.new_empty((heads, runs, self.features + 1))
-        rows = state.new_empty((heads, 4, q.shape[2]) if len(phases) > 1 else 0)
-        arguments = (
-            grad_out,
-            q,
-            self.projection,
-            state,
-            stat,
+        rows = state.new_empty((heads, 3, q.shape[2])) if separate else None
+        sums, stats = (None, None) if separate else self._query_sums(state, heads, runs)
+        inputs = (grad_out, q, self.projection, state, stat)
+        sizes = (q.shape[1], q.shape[2])
+        launch(
+            self.op,
+            query_backward_kernel,
+            (heads * runs,),
+            *inputs,
             grad_q,
             rows,
             sums,
@@ -1021,16 +1218,38 @@ class Skeleton:
             q.stride(),
             self._projection(),
             grad_q.stride(),
-            q.shape[1],
-            q.shape[2],
+            *sizes,
             run,
             runs,
+            BLOCKS=blocks,
+            **(options | {"EPS": self.eps}),
         )
-        options["EPS"] = self.eps
-        for phase, programs in phases:
-            grid = (heads * runs, programs)
-            launch(self.op, query_backward_kernel, grid, *arguments, BLOCKS=blocks, PHASE=phase, **options)
+        if separate:
+            options, run, runs = self.tiles(query_state_kernel, q.shape[2], partial=True)
+            sums, stats = self._query_sums(state, heads, runs)
+            launch(
+                self.op,
+                query_state_kernel,
+                (heads * runs, self.blocks(options)),
+                *inputs,
+                rows,
+                sums,
+                stats,
+                grad_out.stride(),
+                q.stride(),
+                self._projection(),
+                *sizes,
+                run,
+                runs,
+                **options,
+            )
         return grad_q, *self._state_backward(sums, stats, runs, state, stat)
+
+    def _query_sums(self, like: Tensor, heads: int, runs: int) -> tuple[Tensor, Tensor]:
+        return (
+            like.new_empty((heads, runs, self.features + 1, self.value_dim)),
+            like.new_empty((heads, runs, self.features + 1)),
+        )
 
     def _state_backward(
         self, sums: Tensor, stats: Tensor, runs: int, state: Tensor, stat: Tensor

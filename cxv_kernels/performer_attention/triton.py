@@ -88,8 +88,8 @@ def features_kernel(
                 store_tokens(p_phi, s_phi, o_n, m_n, b_phi, o_i, F)
             else:
                 b_da = load_tokens(p_phi, s_phi, o_n, m_n, o_i, F).to(ACC)
-                b_da *= b_e if EXP else slope(b_a, MAP)
-                b_dx = tl.dot(b_da.to(T), b_w, b_dx, input_precision=PRECISION)
+                b_da *= b_e if EXP else slope(b_e, MAP)
+                b_dx = tl.dot(b_da.to(T), b_w, b_dx, input_precision=PRECISION, out_dtype=ACC)
                 b_da1 += tl.sum(b_da, 1)
         if p_dx is not None:
             if EXP:
