@@ -64,6 +64,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         numbers = [row["options"]["num_warps"], row["options"]["num_stages"], row["registers"], row["spills"]]
         line = [*head, *map(str, numbers), f"{row['shared'] / 1024:.0f} K", f"{row['cubin'] / 1024:.0f} K"]
         line += [f"{row['occupancy']:.0%}", *(str(count[name]) for name in ("HMMA", "WGMMA", "FFMA", "MUFU"))]
+        line[-3] += "*" * row["serialized"]
         line += [str(count["LDG"]), str(count["STG"]), str(count["all"])]
         line += [f"{floor['bytes_per_unit']:.0f}", f"{floor['exps_per_unit']:.0f}", f"{floor['ns_per_unit']:.3f}"]
         line.append(f"{floor['issue_ns_per_unit']:.3f}" if row["issued"] else "—")
@@ -72,6 +73,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         "Triton kernels as the compiler leaves them; spills are the loads and stores of local memory. A unit is a",
         "token and head, a pixel or an element of the case; its floor, on a card's datasheet rates, is a prediction;",
         "so is what the instructions of the loop over tokens take if every multiprocessor issues four a clock.",
+        "* ptxas has each of these wait for the one before.",
     ]
     return Table(title, header, cells, left=3)
 

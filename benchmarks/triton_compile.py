@@ -6,6 +6,7 @@ the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes 
 
 import hashlib
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -191,6 +192,7 @@ class Compiled:
     instructions: dict[str, int] = field(default_factory=dict)  # by family
     seconds: float = 0.0
     floor: dict[str, Any] = field(default_factory=dict)
+    serialized: bool = False  # ptxas had Hopper's asynchronous products wait for one another
     issued: float | None = None  # instructions of a warp that a unit costs in the loop over tokens, if there is one
 
 
@@ -252,6 +254,7 @@ def _compile(index: int) -> Compiled:
         return made
     made.dot = "tt.dot" in compiled.asm["ttir"]
     sass = _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+    made.serialized = _serialized(compiled.asm["ptx"])
     if {"TOKENS", "BLOCK_N"} <= set(launch.kernel.arg_names):
         passes = launch.grid[1] if len(launch.grid) > 1 else 1  # a program for each block of features
         warps = compiled.metadata.num_warps * passes / constants["BLOCK_N"]
@@ -300,6 +303,19 @@ def instructions_of_a_round(sass: str, blocks: int) -> int:
     most, first, last = max(loops)
     inside = [count for count, a, b in loops if (a, b) != (first, last) and first <= a and b <= last]
     return most + (blocks - 1) * sum(inside)
+
+
+def _serialized(ptx: str) -> bool:
+    """Whether ptxas says that it had each wgmma wait for the one before, which loses most of their speed."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+        command = [tool("ptxas"), f"--gpu-name={target}", "--verbose", file.name, "-o", os.devnull]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return "serialized" in done.stderr
 
 
 def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:

@@ -101,6 +101,12 @@ def test_nothing_spills(rows):
 
 
 @pytest.mark.slow
+def test_hoppers_products_overlap(rows):
+    assert not [names(row) for row in rows if row["serialized"]]
+    assert sum(row["instructions"]["WGMMA"] > 0 for row in rows) >= 8
+
+
+@pytest.mark.slow
 def test_sizes(rows):
     for row in rows:
         assert row["shared"] <= SHARED[row["arch"]], names(row)
@@ -169,11 +175,53 @@ def test_the_tuner_drops_what_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"spills": 3}, "3 spills"), ({"shared": 1 << 20}, "shared memory"), ({}, "")]
+    ("change", "words"),
+    [
+        ({"spills": 3}, "3 spills"),
+        ({"shared": 1 << 20}, "shared memory"),
+        ({"serialized": True}, "wait for one another"),
+        ({}, ""),
+    ],
 )
 def test_a_candidates_faults(change, words):
     row = triton_compile.Compiled("k", "c", "float16", 90, {}, {}, **change)
     assert (words in tune._fault(row)) if words else tune._fault(row) == ""
+
+
+@pytest.mark.parametrize(
+    ("costs", "chosen"), [((100.0, 99.0), 0), ((100.0, 97.0), 1), ((100.0, None, 50.0, 40.0), 3), ((None, None), 0)]
+)
+def test_the_cheapest_candidate(costs, chosen):
+    """The packaged one, the first, unless another is cheaper by 2 %; those of no known cost only if all are."""
+    assert tune._cheapest(range(len(costs)), costs) == chosen
+
+
+def test_the_cheapest_of_those_left():
+    assert tune._cheapest([2, 1], [10.0, 30.0, 20.0]) == 2
+    assert tune._cheapest([], [10.0]) == 0
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   ISETP.GE.AND P0, PT, R2, R3, PT ;
+        /*0020*/                   FADD R4, R4, R5 ;
+        /*0030*/                   FMUL R4, R4, R5 ;
+        /*0040*/                   FFMA R4, R4, R5, R6 ;
+        /*0050*/              @!P1 BRA 0x30 ;
+        /*0060*/              @P0  BRA 0x20 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   BRA 0x80;
+"""
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(1, 5), (3, 5 + 2 * 3)])
+def test_instructions_of_a_round(blocks, count):
+    """The outer loop is five instructions from 0x20 to 0x60, three of them the loop inside."""
+    assert triton_compile.instructions_of_a_round(SASS, blocks) == count
+
+
+def test_without_a_loop_all_instructions_are_one_round():
+    assert triton_compile.instructions_of_a_round("/*0000*/ MOV R1, R2 ; /*0010*/ EXIT ;", 1) == 2
 
 
 @pytest.mark.parametrize(

@@ -109,16 +109,22 @@ def load_projection(
 
 
 @triton.jit
-def columns(b, LOW: tl.constexpr, COUNT: tl.constexpr, T: tl.constexpr):
-    """b in COUNT of 16 columns of T: the number LOW has what rounding to T leaves, the others have b so rounded.
+def halves(b, T: tl.constexpr):
+    """b in 16 columns of T: eight as T rounds it, eight with what that leaves. Σ 8 x b is the sum of x·halves(b): a
+    product, which costs a tensor core less than a sum costs the others."""
+    b_high = b.to(T)
+    b_low = (b - b_high.to(b.dtype)).to(T)
+    return tl.where(tl.arange(0, 16)[None, :] < 8, b_high[:, None], b_low[:, None])
 
-    So sums and products with a vector run on tensor cores: Σ x b is a product with (h, l), and x b that of (h, h, l)
-    with (h, l, h), but for the product of the rests.
-    """
+
+@triton.jit
+def factors(b, T: tl.constexpr):
+    """16 columns of T: halves(a)·factors(b)ᵀ is a bᵀ but for the product of the rests."""
     b_high = b.to(T)
     b_low = (b - b_high.to(b.dtype)).to(T)
     i_c = tl.arange(0, 16)[None, :]
-    return tl.where(i_c < COUNT, tl.where(i_c == LOW, b_low[:, None], b_high[:, None]), tl.full([1, 1], 0.0, T))
+    b_zero = tl.full([1, 1], 0.0, T)
+    return tl.where(i_c % 8 == 0, b_high[:, None], tl.where(i_c == 1, b_low[:, None], b_zero))
 
 
 @triton.jit
@@ -207,8 +213,9 @@ def key_kernel(
     if p_w is not None:
         b_w, _, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_rest = tl.trans(b_rest)
+    WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
     b_top = nothing(BLOCK_F, EXP, ACC)
-    b_z = tl.zeros([BLOCK_F], ACC)
+    b_z = tl.zeros([BLOCK_F, WIDTH], ACC)
     b_s = tl.zeros([BLOCK_F, BLOCK_E], ACC)
     b_v1 = tl.zeros([BLOCK_N, BLOCK_E], ACC)
     b_n = tl.zeros([BLOCK_N], ACC)
@@ -240,11 +247,18 @@ def key_kernel(
         if p_v is not None:
             b_e = relative(b_x, b_new[:, None], EXP)
             b_v = load_tokens(p_v, s_v, o_n, m_n, o_e, E)  # [BN, BE]
-            if MAP == "favor" or MAP == "exact" or p_mask is not None:
-                b_z = b_z * b_shrink + tl.sum(b_e, 1)
-            else:  # the tokens past the end count here alone: their values are zeros
-                b_z = b_z * b_shrink + tl.sum(b_e * m_n.to(ACC)[None, :], 1)
-            b_s = tl.dot(b_e.to(T), b_v, b_s * b_shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
+            b_shrink = b_shrink[:, None]
+            if MAP != "favor" and MAP != "exact" and p_mask is None:  # past the end: elsewhere their values are zeros
+                b_one = m_n.to(ACC)
+            else:
+                b_one = tl.full([BLOCK_N], 1.0, ACC)
+            if WIDTH == 16:  # Hopper's products of a stage wait for one another if one adds to what was scaled in it
+                b_add = tl.dot(b_e.to(T), tl.broadcast_to(b_one.to(T)[:, None], [BLOCK_N, 16]))
+                b_z = tl.fma(b_z, tl.broadcast_to(b_shrink, b_z.shape), b_add)
+                b_s = tl.fma(b_s, tl.broadcast_to(b_shrink, b_s.shape), tl.dot(b_e.to(T), b_v))
+            else:
+                b_z = b_z * b_shrink + tl.sum(b_e * b_one[None, :], 1)[:, None]
+                b_s = tl.dot(b_e.to(T), b_v, b_s * b_shrink, input_precision=PRECISION, out_dtype=ACC)
             if EPS != 0:
                 b_v1 += b_v.to(ACC)
                 b_n += m_n.to(ACC)
@@ -253,7 +267,7 @@ def key_kernel(
     tl.store(p_stats + i_part * 2 + o_f, b_top, mask=o_f < F)
     if p_v is not None:
         m_e = o_e < E
-        tl.store(p_stats + i_part * 2 + F + 1 + o_f, b_z, mask=o_f < F)
+        tl.store(p_stats + i_part * 2 + F + 1 + o_f, tl.sum(b_z, 1) / WIDTH, mask=o_f < F)
         p = p_sums + i_part * E
         tl.store(p + o_f[:, None] * E + o_e[None, :], b_s, mask=(o_f < F)[:, None] & m_e[None, :])
         if EPS != 0 and i_f == 0:
@@ -407,12 +421,27 @@ def query_terms(b_x, b_top, MAP: tl.constexpr, EXP: tl.constexpr):
 
 
 @triton.jit
-def denominator(b_e, b_z, MAP: tl.constexpr):
-    """Σ e w over the features [BLOCK_N]."""
+def total(b_sum):
+    """What a sum [size, 16 or 1] came to that in 16 columns is of halves."""
+    return tl.sum(b_sum, 1) / (8 if b_sum.shape[1] == 16 else 1)
+
+
+@triton.jit
+def as_factor(b_z, MAP: tl.constexpr):
+    """What load_weights gives as the factor of e that it is."""
     if MAP == "softmax" or MAP == "exact":
-        return tl.sum(b_e, 1)
+        return tl.full(b_z.shape, 1.0, b_z.dtype)
     else:
-        return tl.sum(b_e * b_z[None, :], 1)
+        return b_z
+
+
+@triton.jit
+def add_weighed(b_den, b_e, b_z, b_weights, MAP: tl.constexpr):
+    """b_den [BLOCK_N, 16 or 1] and a block of features: its sum becomes 8 Σ e w by a product, or Σ e w."""
+    if b_den.shape[1] == 16:
+        return tl.dot(b_e.to(b_weights.dtype), b_weights, b_den)
+    else:
+        return b_den + tl.sum(b_e * as_factor(b_z, MAP)[None, :], 1)[:, None]
 
 
 @triton.jit
@@ -477,22 +506,25 @@ def query_kernel(
     o_d, o_e, o_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_u = load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T)
+        b_weights = halves(as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < last
         b_q = load_tokens(p_q, s_q, o_n, m_n, o_d, D)
         b_top = nothing(BLOCK_N, EXP, ACC)
-        b_den = tl.zeros([BLOCK_N], ACC)
+        b_den = tl.zeros([BLOCK_N, WIDTH], ACC)
         b_o = tl.zeros([BLOCK_N, BLOCK_E], ACC)
         for i_f in range(BLOCKS):
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
                 b_u = load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T)
+                b_weights = halves(as_factor(load_weights(p_stat, o_i, F, MAP), MAP), T)
             b_z = load_weights(p_stat, o_i, F, MAP)
             b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
             b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
@@ -500,12 +532,12 @@ def query_kernel(
             b_e = query_terms(b_x, b_new, MAP, EXP)
             if BLOCKS > 1:
                 b_shrink = relative(b_top, b_new, EXP)
-                b_den *= b_shrink
+                b_den *= b_shrink[:, None]
                 b_o *= b_shrink[:, None]
-            b_den += denominator(b_e, b_z, MAP)
+            b_den = add_weighed(b_den, b_e, b_z, b_weights, MAP)
             b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=PRECISION, out_dtype=ACC)
             b_top = b_new
-        b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
+        b_r, b_inverse, b_sum = query_rows(b_q, b_top, total(b_den), p_stat, F, MAP, EPS, HALF)
         b_o = b_c[None, :] * b_sum[:, None] + b_o * (b_r * unit)[:, None]
         store_tokens(p_out, s_out, o_n, m_n, b_o, o_e, E)
 
@@ -556,13 +588,17 @@ def query_backward_kernel(
     o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
     if p_rows is None:
         # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
         COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and MAP != "relu"
         b_r_sum, b_rho, b_r1, b_rho1 = no_sums(BLOCK_N, BLOCK_E, BLOCK_F, COLUMNS, ACC)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_ut = tl.trans(load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T))
+        b_u = load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T)
+        b_ut = tl.trans(b_u)
+        b_z = load_weights(p_stat, o_f, F, MAP)
+        b_weights, b_minus = halves(as_factor(b_z, MAP), T), tl.trans(factors(-as_factor(b_z, MAP), T))
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -574,31 +610,41 @@ def query_backward_kernel(
         b_inner = reciprocal(b_bound)
         b_row = (b_do.to(ACC) * b_inner[:, None]).to(T)
         b_top = nothing(BLOCK_N, EXP, ACC)
-        b_den = tl.zeros([BLOCK_N], ACC)
-        b_eg = tl.zeros([BLOCK_N], ACC)
+        b_den = tl.zeros([BLOCK_N, WIDTH], ACC)
+        b_o = tl.zeros([BLOCK_N, BLOCK_E], ACC)
         if BLOCKS == 1:  # kept for the second sweep
             b_z = load_weights(p_stat, o_f, F, MAP)
+            b_e = tl.zeros([BLOCK_N, BLOCK_F], T if WIDTH == 16 else ACC)
             b_g = tl.zeros([BLOCK_N, BLOCK_F], ACC)
-            b_e = tl.zeros([BLOCK_N, BLOCK_F], ACC)
+            b_eg = tl.zeros([BLOCK_N], ACC)
         for i_f in range(BLOCKS):
             if BLOCKS > 1:
                 o_i = i_f * BLOCK_F + o_f
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_ut = tl.trans(load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T))
+                b_u = load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T)
                 b_z = load_weights(p_stat, o_i, F, MAP)
+                b_weights = halves(as_factor(b_z, MAP), T)
             b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
             b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
             b_new = tl.maximum(b_top, tl.max(b_x, 1))
             b_e = query_terms(b_x, b_new, MAP, EXP)
+            if WIDTH == 16:
+                b_e = b_e.to(T)
             if BLOCKS > 1:
-                b_shrink = relative(b_top, b_new, EXP)
+                b_shrink = relative(b_top, b_new, EXP)[:, None]
                 b_den *= b_shrink
-                b_eg *= b_shrink
-            b_den += denominator(b_e, b_z, MAP)
-            b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)  # [BN, BF]
-            b_eg += tl.sum(b_e * b_g, 1)
+                b_o *= b_shrink
+            b_den = add_weighed(b_den, b_e, b_z, b_weights, MAP)
+            if WIDTH == 1 and BLOCKS == 1:
+                b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)  # [BN, BF]
+                b_eg = tl.sum(b_e * b_g, 1)
+            else:
+                b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=PRECISION, out_dtype=ACC)
             b_top = b_new
-        b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den, p_stat, F, MAP, EPS, HALF)
+        b_den1 = total(b_den)
+        if WIDTH == 16 or BLOCKS > 1:  # Σ e G by the other association
+            b_eg = tl.sum(b_o * b_row.to(ACC), 1)
+        b_r, b_inverse, b_sum = query_rows(b_q, b_top, b_den1, p_stat, F, MAP, EPS, HALF)
         b_delta = b_eg * b_r  # in units of U and of the bound
         if MAP == "relu":
             b_delta += (b_sum - 1) / unit * tl.sum(b_row.to(ACC) * b_c[None, :], 1)
@@ -613,14 +659,16 @@ def query_backward_kernel(
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
                 b_ut = tl.trans(load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T))
                 b_z = load_weights(p_stat, o_i, F, MAP)
+                b_minus = tl.trans(factors(-as_factor(b_z, MAP), T))
                 b_x = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
                 b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
                 b_e = query_terms(b_x, b_top, MAP, EXP)
-                b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)
-            if MAP == "softmax" or MAP == "exact":
-                b_da = b_g - b_delta[:, None]
+            if WIDTH == 16 or BLOCKS > 1:
+                b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)  # [BN, BF]
+            if WIDTH == 16:
+                b_da = tl.dot(halves(b_delta, T), b_minus, b_g)
             else:
-                b_da = b_g - b_delta[:, None] * b_z[None, :]
+                b_da = b_g - b_delta[:, None] * as_factor(b_z, MAP)[None, :]
             if EXP and p_w is not None:
                 b_da = b_da.to(T) * b_e.to(T)
             elif EXP:
@@ -635,7 +683,7 @@ def query_backward_kernel(
                 store_tokens(p_dq, s_dq, o_n, m_n, b_da * (b_outer * SCALE)[:, None], o_i, D)
         if p_w is not None:
             if MAP == "favor":  # less the sum of da; exact's is 0
-                b_dq -= (2 * HALF * (b_eg - b_delta * b_den))[:, None] * b_q.to(ACC)
+                b_dq -= (2 * HALF * (b_eg - b_delta * b_den1))[:, None] * b_q.to(ACC)
             store_tokens(p_dq, s_dq, o_n, m_n, b_dq * b_outer[:, None], o_d, D)
         b_delta *= b_bound
         if p_rows is not None:
@@ -672,7 +720,7 @@ def no_sums(BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
     return (
         tl.zeros([BLOCK_F, BLOCK_E], ACC),
         tl.zeros([BLOCK_F, 16 if COLUMNS else 1], ACC),
-        tl.zeros([BLOCK_E], ACC),
+        tl.zeros([BLOCK_N, BLOCK_E], ACC),
         tl.zeros([BLOCK_N], ACC),
     )
 
@@ -687,13 +735,13 @@ def add_queries(
     b_r = tl.dot(b_p, b_do, b_r, input_precision=PRECISION, out_dtype=ACC)
     if MAP != "softmax":
         b_column = b_delta / (2 * b_do.shape[1])  # |δ| ≤ 2 E max|dO|
-        if b_rho.shape[1] == 16:  # a product with two columns of T, which costs less than a sum
-            b_rho = tl.dot(b_p, columns(b_column, 1, 2, T), b_rho, input_precision=PRECISION, out_dtype=ACC)
+        if b_rho.shape[1] == 16:  # a product costs less than a sum
+            b_rho = tl.dot(b_p, halves(b_column, T), b_rho, input_precision=PRECISION, out_dtype=ACC)
         else:
             b_rho += tl.sum(b_p * b_column[None, :], 1)[:, None]
     if MAP == "favor" or MAP == "favor_relu":
         b_inverse = tl.where(m_n, b_inverse, 0)
-        b_r1 += tl.sum(b_do.to(ACC) * b_inverse[:, None], 0)
+        b_r1 += b_do.to(ACC) * b_inverse[:, None]
         b_rho1 += b_delta * b_inverse
     return b_r, b_rho, b_r1, b_rho1
 
@@ -721,9 +769,9 @@ def store_sums(
     p = p_sums + i_part * E
     tl.store(p + o_f[:, None] * E + o_e[None, :], b_r / HALF_RANGE, mask=(o_f < F)[:, None] & m_e[None, :])
     if MAP != "softmax":
-        tl.store(p_stats + i_part + o_f, tl.sum(b_rho, 1) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
+        tl.store(p_stats + i_part + o_f, total(b_rho) * (2 * BLOCK_E * unit / HALF_RANGE), mask=o_f < F)
     if (MAP == "favor" or MAP == "favor_relu") and first:
-        tl.store(p + F * E + o_e, b_r1, mask=m_e)
+        tl.store(p + F * E + o_e, tl.sum(b_r1, 0), mask=m_e)
         tl.store(p_stats + i_part + F, tl.sum(b_rho1, 0) * unit)
 
 
@@ -773,10 +821,11 @@ def query_state_kernel(
     unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
     b_z = load_weights(p_stat, o_f, F, MAP)
     if MAP == "favor":
-        b_z = tl.log2(b_z * E_RANGE)
+        b_z = tl.maximum(tl.log2(b_z * E_RANGE), -1000.0)
     if p_w is not None:
         b_w, _, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_rest = tl.trans(b_rest)
+        b_exponents = halves(b_z, T)
     b_r, b_rho, b_r1, b_rho1 = no_sums(BLOCK_N, BLOCK_E, BLOCK_F, COLUMNS, ACC)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
@@ -788,7 +837,9 @@ def query_state_kernel(
         b_inverse = tl.load(p_rows + N + o_n, mask=m_n, other=0)
         b_delta = tl.load(p_rows + 2 * N + o_n, mask=m_n, other=0)
         b_a = project_transposed(b_q, b_w, b_rest, PRECISION) if p_w is not None else tl.trans(b_q).to(ACC) * SCALE
-        if EXP:
+        if MAP == "favor" and T.primitive_bitwidth == 16:
+            b_p = tl.exp2(tl.dot(b_exponents, tl.full([16, BLOCK_N], 1 / 8, T), b_a) - b_row[None, :])
+        elif EXP:
             b_p = tl.exp2(b_a + b_z[:, None] - b_row[None, :])
         else:
             b_p = feature(b_a, MAP) * b_z[:, None] * b_row[None, :]
@@ -806,7 +857,7 @@ def state_backward_kernel(
     p_state,
     p_stat,
     p_grad,  # (B·H, F, E): R_m = Σ p dO
-    p_grads,  # (B·H, 2, F): ρ_m; the largest |R_m|
+    p_grads,  # (B·H, 3, F): ρ_m; the largest |R_m|; 1/z_m, unless EXP
     SPLITS,
     E: tl.constexpr,
     F: tl.constexpr,
@@ -839,8 +890,12 @@ def state_backward_kernel(
     if MAP == "softmax":
         b_rho = -tl.sum(b_r * tl.load(p_state + i_bh * (F + 2) * E + o_fe, mask=m_fe, other=0), 1)
     tl.store(p_grad + i_bh * F * E + o_fe, b_r, mask=m_fe)
-    tl.store(p_grads + i_bh * 2 * F + o_f, b_rho, mask=m_f)
-    tl.store(p_grads + i_bh * 2 * F + F + o_f, tl.max(tl.abs(b_r), 1), mask=m_f)
+    p_grads += i_bh * 3 * F + o_f
+    tl.store(p_grads, b_rho, mask=m_f)
+    tl.store(p_grads + F, tl.max(tl.abs(b_r), 1), mask=m_f)
+    if not EXP:
+        b_z = tl.load(p_stat + i_bh * (2 * F + 1) + o_f, mask=m_f, other=0)
+        tl.store(p_grads + 2 * F, reciprocal(b_z), mask=m_f)
 
 
 @triton.jit
@@ -867,17 +922,26 @@ def load_gradient(
     p = p_grad + o_f[:, None] * E + o_e[None, :]
     b_r = tl.load(p, mask=m_f[:, None] & (o_e < E)[None, :], other=0) / unit
     b_rho = tl.load(p_grads + o_f, mask=m_f, other=0)
-    b_stat = tl.load(p_stat + o_f, mask=m_f, other=float("inf") if EXP else 0.0)
     b_r1 = tl.zeros([BLOCK_E], b_r.dtype)
+    if MAP == "favor":
+        b_inverse = tl.exp2(top - tl.load(p_stat + o_f, mask=m_f, other=float("inf")))
+    elif not EXP:
+        b_inverse = tl.load(p_grads + 2 * F + o_f, mask=m_f, other=0)
     if EPS != 0:
-        b_inverse = tl.exp2(top - b_stat) if EXP else reciprocal(b_stat)
         b_r1 = tl.sum(b_r * (EPS * b_inverse)[:, None], 0)
     if MAP == "favor_relu":
-        b_share = reciprocal(b_stat) * reciprocal(top)
+        b_share = b_inverse * reciprocal(top)
         return b_r.to(T), tl.trans((b_r * b_share[:, None]).to(T)), b_r1, b_rho * b_share
     else:
         b_r = b_r.to(T)
         return b_r, tl.trans(b_r), b_r1, b_rho
+
+
+@triton.jit
+def load_exponents(p_stat, o_f, base, F: tl.constexpr, T: tl.constexpr):
+    """Rows [16, BLOCK_F] that sum to 8 (base − log2 z); past F what makes every exponential 0."""
+    b_stat = tl.load(p_stat + o_f, mask=o_f < F, other=float("inf")) - base
+    return tl.trans(halves(-tl.minimum(tl.maximum(b_stat, -30000.0), 30000.0), T))
 
 
 @triton.jit
@@ -929,7 +993,7 @@ def key_backward_kernel(
     p_dk, p_dv = of_head(p_dk, s_dk, i_bh, H), of_head(p_dv, s_dv, i_bh, H)
     p_stat += i_bh.to(tl.int64) * s_stat
     p_grad += i_bh.to(tl.int64) * F * E
-    p_grads += i_bh.to(tl.int64) * 2 * F
+    p_grads += i_bh.to(tl.int64) * 3 * F
     o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     o_f, o_all = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_ALL)
     b_c = tl.zeros([BLOCK_E], ACC)
@@ -938,17 +1002,23 @@ def key_backward_kernel(
     unit = power_below(tl.max(tl.load(p_grads + F + o_all, mask=o_all < F, other=0), 0))
     widest = tl.max(tl.abs(tl.load(p_grads + o_all, mask=o_all < F, other=0)), 0) / unit
     least = reciprocal(widest * unit)
+    WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
+    base = 0.0  # float16 holds what an exponent z is less the largest
+    if EXP and WIDTH == 16:
+        base = tl.max(tl.load(p_stat + o_all, mask=o_all < F, other=float("-inf")), 0)
+        base = tl.where(base == float("-inf"), 0, base)
     gain = power_below(tl.cast(tl.minimum(N, 32768), ACC))  # by which float16 holds e/z
     if MAP == "favor":
         top = tl.load(p_top + i_bh)
     elif EXP:
         top = 0.0
     else:
-        top = tl.max(reciprocal(tl.load(p_stat + o_all, mask=o_all < F, other=0)), 0)
+        top = tl.max(tl.load(p_grads + 2 * F + o_all, mask=o_all < F, other=0), 0)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_r, b_rt, b_r1, b_rho = load_gradient(p_grad, p_grads, p_stat, o_f, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T)
-        b_least = tl.trans(columns(b_rho * least, 1, 3, T))
+        b_least = tl.trans(factors(b_rho * least, T))
+        b_minus = load_exponents(p_stat, o_f, base, F, T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -967,7 +1037,7 @@ def key_backward_kernel(
             b_outer = b_bound * (unit / gain * 0.6931471805599453)
         else:
             b_outer = b_bound * (unit * top)
-        b_shift = tl.zeros([BLOCK_N], ACC) - tl.log2(gain)
+        b_shift = tl.zeros([BLOCK_N], ACC) + (base - tl.log2(gain))
         if MAP == "favor" or MAP == "exact":
             b_shift += half_norm(b_k, HALF, ACC)
         b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -986,18 +1056,22 @@ def key_backward_kernel(
                 b_a = b_k.to(ACC) * SCALE
             else:
                 b_a = load_tokens(p_k, s_k, o_n, m_n, o_i, D).to(ACC) * SCALE
-            b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf") if EXP else 0.0)
-            if EXP:
+            if EXP and WIDTH == 16:
+                if BLOCKS > 1:
+                    b_minus = load_exponents(p_stat, o_i, base, F, T)
+                b_t = tl.exp2(tl.dot(tl.full([BLOCK_N, 16], 1 / 8, T), b_minus, b_a) - b_shift[:, None])
+            elif EXP:
+                b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf"))
                 b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None])
             else:
-                b_x, b_stat = feature(b_a, MAP), reciprocal(b_stat)
-                b_t = b_x * (b_stat * gain)[None, :]
+                b_x, b_inverse = feature(b_a, MAP), tl.load(p_grads + 2 * F + o_i, mask=o_i < F, other=0)
+                b_t = b_x * (b_inverse * gain)[None, :]
             b_dv = tl.dot(b_t.to(T), b_r, b_dv, input_precision=PRECISION, out_dtype=ACC)
             b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
-            if T.primitive_bitwidth == 16 and p_w is not None:
+            if WIDTH == 16:
                 if BLOCKS > 1:
-                    b_least = tl.trans(columns(b_rho * least, 1, 3, T))
-                b_da = tl.dot(columns(b_inner * widest, 2, 3, T), b_least, b_da)
+                    b_least = tl.trans(factors(b_rho * least, T))
+                b_da = tl.dot(halves(b_inner * widest, T), b_least, b_da)
             else:
                 b_da += b_rho[None, :] * (b_inner / unit)[:, None]
             if EPS != 0:
@@ -1007,10 +1081,10 @@ def key_backward_kernel(
                 b_da1 = tl.dot(b_da, tl.full([BLOCK_F, 16], 1.0, T), b_da1, input_precision=PRECISION, out_dtype=ACC)
             elif EXP:
                 b_da *= b_t
-            elif MAP == "favor_relu":  # φ/z is positive where φ is
-                b_da *= slope(b_t, MAP)
+            elif MAP == "favor_relu":
+                b_da = tl.where(b_a > 0, b_da, 0)
             else:
-                b_da *= (b_stat * reciprocal(top))[None, :] * slope(b_x, MAP)
+                b_da *= (b_inverse * reciprocal(top))[None, :] * slope(b_x, MAP)
             if p_w is not None:
                 b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION, out_dtype=ACC)
             else:
@@ -1193,7 +1267,7 @@ class Skeleton:
         return out
 
     def query_backward(self, grad_out: Tensor, q: Tensor, state: Tensor, stat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq and the state's gradient: R (B, H, F, E) and ρ with the largest |R| of each feature (B, H, 2, F)."""
+        """dq and the state's gradient: R (B, H, F, E), and ρ, the largest |R| and 1/z of the features (B, H, 3, F)."""
         options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=True)
         blocks, heads = self.blocks(options), q.shape[0] * q.shape[1]
         separate = options["SEPARATE"] or blocks > 1
@@ -1255,7 +1329,7 @@ class Skeleton:
         self, sums: Tensor, stats: Tensor, runs: int, state: Tensor, stat: Tensor
     ) -> tuple[Tensor, Tensor]:
         grad = state.new_empty((*state.shape[:2], self.features, self.value_dim))
-        grads = state.new_empty((*state.shape[:2], 2, self.features))
+        grads = state.new_empty((*state.shape[:2], 3, self.features))
         options = self._options(state_backward_kernel)
         height = min(options.pop("BLOCK_F"), _width(self.features))
         launch(
@@ -1343,6 +1417,7 @@ def kv_state_forward(k, v, key_mask, feature_map):
 def kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
     if feature_map != "softmax":  # the kernel divides by z, so that its weights are at most 1
         grad_state, grad_z = grad_state * key_stat[..., None], grad_z * key_stat
-    grads = torch.stack([grad_z, grad_state.abs().amax(dim=-1)], dim=2)
+    inverse = torch.where(key_stat > TINY.value, key_stat.reciprocal(), 0)
+    grads = torch.stack([grad_z, grad_state.abs().amax(dim=-1), inverse], dim=2)
     skeleton = Skeleton("kv_state", feature_map, k, v.shape[3])
     return skeleton.key_backward(k, v, key_mask, None, key_stat, key_stat, grad_state.contiguous(), grads)
