@@ -1,8 +1,9 @@
 """Chooses how the Triton kernels are launched and writes the table that cxv_kernels/configs.py reads.
 
 For each kernel, size and dtype the candidates are compiled first, without a GPU: those that spill, need more shared
-memory than a block may have, or have Hopper's products wait for one another, drop out. On a GPU each of the others must then compute what the float64 reference does,
-and the fastest is taken: the time is that of the whole op, of which the other kernels are the same for all candidates.
+memory than a block may have, or have Hopper's products wait for one another, drop out. On a GPU each of the others must
+then compute what the float64 reference does, and the fastest is taken: the time is that of the whole op, of which the
+other kernels are the same for all candidates.
 With ``--rank-by compile`` the one is taken whose loop over tokens issues the fewest instructions per token, of those
 that hide no less latency, by their stages and resident warps, than the packaged choice, unless that is within 2 %. The
 table then says what the compiler thinks of speed, not a card.

@@ -7,8 +7,8 @@ The table: kernel (its function's name, so forward or backward) → architecture
 what differs from the nearest lower one → size, "D" without and "DxM" with a projection of up to M random features →
 bits of the dtype ("16" or "32") → options. Of sizes and bits "default" serves what has no entry. Options: num_warps,
 num_stages, the kernel's BLOCK_ sizes (the dimensions of a head are padded to powers of two by the launcher), TOKENS,
-those that one program folds one tile after another, and of query_backward_kernel SEPARATE: two launches of fewer
-registers for one.
+those that one program folds one tile after another, and of query_backward_kernel SEPARATE: query_state_kernel does a
+part of its work, two launches of fewer registers for one.
 """
 
 import contextlib

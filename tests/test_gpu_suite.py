@@ -27,6 +27,10 @@ import memory  # noqa: E402
 import plots  # noqa: E402
 from gpu_worker import Worker  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from interpreter_support import INTERPRETER_BROKEN  # noqa: E402
+
 CPP = gpu_speed.Settings("cpu", ("cpp",), quick=True)
 GPU = gpu_speed.Settings("cuda", ("triton", "cuda"))
 
@@ -37,6 +41,8 @@ GPU = gpu_speed.Settings("cuda", ("triton", "cuda"))
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """A quick run on the CPU: by Triton's interpreter and by the C++ kernels."""
+    if INTERPRETER_BROKEN:
+        pytest.skip(INTERPRETER_BROKEN)
     out = tmp_path_factory.mktemp("suite")
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--quick", "--device", "cpu", "--no-build"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,13 @@ import pytest
 
 from cxv_kernels._triton import TRITON_MISSING, interpreting
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from interpreter_support import INTERPRETER_BROKEN
+
 
 @pytest.mark.slow
+@pytest.mark.skipif(INTERPRETER_BROKEN is not None, reason=str(INTERPRETER_BROKEN))
 @pytest.mark.skipif(TRITON_MISSING is not None or interpreting(), reason=f"Triton: {TRITON_MISSING or 'interpreting'}")
 def test_kernels_in_the_interpreter():
     here = Path(__file__).parent
