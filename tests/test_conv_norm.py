@@ -267,8 +267,13 @@ def test_no_copy_of_an_image(layout, dtype):
     torch.autograd.grad(conv_norm(*inputs, backend="cpp"), inputs, grad_out)
     with torch.profiler.profile(record_shapes=True) as profile:
         torch.autograd.grad(conv_norm(*inputs, backend="cpp"), inputs, grad_out)
-    copied = [e.input_shapes for e in profile.events() if e.name in ("aten::copy_", "aten::clone")]
-    assert not [shapes for shapes in copied if shapes[0] and shapes[0][0] == 2]
+
+    def of_convolution(event):
+        """oneDNN chooses the layout of its result, on some CPUs not that of x, and PyTorch brings it back."""
+        return event is not None and ("convolution" in event.name or of_convolution(event.cpu_parent))
+
+    copies = [e for e in profile.events() if e.name in ("aten::copy_", "aten::clone") and not of_convolution(e)]
+    assert not [e for e in copies if e.input_shapes[0] and e.input_shapes[0][0] == 2]
 
 
 @needs_cpp
