@@ -582,6 +582,9 @@ class Stacked(nn.Sequential):
     def __init__(self, num_classes, in_chans, img_size, use_fused):
         super().__init__(nn.Flatten(), nn.Linear(in_chans * img_size**2, 8), nn.GELU(), nn.Linear(8, num_classes))
 
+    def forward(self, x):  # torch.compile of 2.11 leaves alone a module whose forward is nn.Sequential's
+        return super().forward(x)
+
 
 @pytest.mark.parametrize("row", [row for row in TABLE_1 if row != "resnet-34"])
 def test_every_model_of_table_1_trains(tmp_path, row):
