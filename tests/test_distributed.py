@@ -190,7 +190,8 @@ def test_two_processes_train_as_one_does(jobs, tmp_path):
         for key, value in one["model"].items():
             torch.testing.assert_close(two["model"][key], value, rtol=0, atol=1e-4)
     assert "in each of 2 processes" in log(root, "whole", 0)
-    assert log(root, "whole", 1) == ""  # one of them speaks
+    # one of them speaks, but for what torch 2.10's Gloo says itself
+    assert [line for line in log(root, "whole", 1).splitlines() if not line.startswith("[Gloo]")] == []
 
 
 def test_a_step_of_accumulated_and_clipped_batches_is_shared_too(jobs, tmp_path):
