@@ -30,6 +30,33 @@ def _seeded_on_one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_language_is_patched_once_a_launch():
+    """Triton's interpreter patches its language at every call of a device function: a third of these tests' time."""
+    if not interpreting():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return None  # fn is a device function, whose scope nobody restores
+        scope = patch(fn)
+        if not patched:  # fn is the kernel
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(modules)
+        return scope
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
 def heads(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> torch.Tensor:
     """A normal random tensor (B, H, N, D), drawn in float64 and rounded."""
     return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
