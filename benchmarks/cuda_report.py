@@ -36,7 +36,7 @@ class Kernel:
     dtype: str
     size: int
     map: str
-    role: str  # whose gradients, or which step of performer_features
+    role: str  # of the queries or the keys, or which step of performer_features
     registers: int
     stack: int
     sass: tuple[tuple[int, str], ...]
@@ -165,9 +165,9 @@ def resident_warps(kernel: Kernel, features: int) -> int:
 def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[dict]:
     """Of each pass of fp16 forward and backward on a T4: what a token of a head costs, and the time that predicts.
 
-    Bytes are those of the token's tensors; multiply-adds those that the tensor cores do (W is two operands); exps one
-    per token and feature; instructions those of the compiled inner loops. Each resource alone would take the ns given
-    for it; the predicted time is the largest. Nothing here is measured.
+    Bytes are those of the token's tensors; multiply-adds those that the tensor cores do (W is two operands, the keys'
+    Σ e eight columns); exps one per token and feature; instructions those of the compiled inner loops. Each resource
+    alone would take the ns given for it; the predicted time is the largest. Nothing here is measured.
     """
     size = next(n for n in (16, 32, 64) if dim <= n)
     found = {(k.name, k.role): k for k in kernels(75) if (k.dtype, k.size, k.map) == ("__half", size, map_)}
@@ -175,16 +175,16 @@ def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[
     z = 2 * size * padded if projected else 0  # multiply-adds of the exponents
     product = size * padded
     passes = [
-        ("keys", "fold", "", 2, z + product),
+        ("keys", "fold", "keys", 2, z + product + 8 * padded),
         ("queries", "read", "", 2, z + product),
         ("queries' gradients", "grad", "queries", 3, 2 * (z + product) + product * projected),
-        ("gradient of the state", "fold", "", 2, z + product),
+        ("gradient of the state", "fold", "queries", 2, z + product),
         ("keys' gradients", "grad", "keys", 4, z + 2 * product + product * projected),
     ]
     rows = []
     for label, name, role, tensors, macs in passes:
         kernel = found[name, role]
-        exps = padded * (2 if role == "queries" else 1) if map_ in ("favor", "softmax") else 0
+        exps = padded * (2 if (name, role) == ("grad", "queries") else 1) if map_ in ("favor", "softmax") else 0
         loop = kernel.inner_loops
         in_loop = sum(n * sum(t.startswith(i) for t in loop) for i, n in MACS.items())
         # the share of instructions that come with a multiply-add is that of the inner loops

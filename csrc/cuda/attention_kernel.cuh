@@ -45,31 +45,36 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 __host__ __device__ inline int round_up_16(int64_t n) { return int((n + 15) / 16 * 16); }
 
-// -- Numbers relative to a maximum that may rise: exponents a as 2^(a − top), others as a / top -----------------------
+// -- Numbers relative to a maximum that may rise ----------------------------------------------------------------------
 
+// Exponents a as 2^(a − top), top the maximum; others as a / top, top the power of two up to it: nothing is divided.
 template <bool exponents>
 struct Relative {
   static constexpr float kNone = exponents ? -INFINITY : 0.f;
+  static __device__ __forceinline__ float top_of(float high) {
+    return exponents ? high : __uint_as_float(__float_as_uint(high) & 0x7f800000u);
+  }
   static __device__ __forceinline__ float base(float top) {
-    return exponents ? (top == -INFINITY ? 0.f : top) : top > 1e-37f ? 1 / top : 0.f;
+    return exponents ? (top == -INFINITY ? 0.f : top) : __uint_as_float(0x7f000000u - __float_as_uint(top));
   }
   static __device__ __forceinline__ float value(float a, float base) {
     return exponents ? ptx::exp2(a - base) : a * base;
   }
   // What sums relative to `old` are multiplied by to be relative to `top`.
   static __device__ __forceinline__ float factor(float old, float top) {
-    return old == top ? 1.f : exponents ? ptx::exp2(old - top) : old / top;
+    return old == top ? 1.f : exponents ? ptx::exp2(old - top) : old * base(top);
   }
 };
 
-// e of a map that is no exponential, and its derivative.
+// e of a map that is no exponential, and its derivative by e. Without branches, and NaN stays NaN.
+template <Map map>
 __device__ __forceinline__ float rectify(float z, bool elu) {
-  if (elu) return z > 0 ? z + 1 : ptx::exp2(kLog2e * z);
-  return z < 0 ? 0.f : z;  // keeps NaN
+  if (map == Map::kFavorRelu) return z < 0 ? 0.f : z;
+  return fmaxf(z, 0.f) + ptx::exp2(fmaf(kLog2e, z > 0 ? 0.f : z, elu ? 0.f : -INFINITY));
 }
-__device__ __forceinline__ float rectify_gradient(float z, bool elu) {
-  if (elu) return z > 0 ? 1.f : ptx::exp2(kLog2e * z);
-  return z > 0 ? 1.f : 0.f;
+template <Map map>
+__device__ __forceinline__ float rectify_gradient(float e, bool elu) {
+  return map != Map::kFavorRelu && elu ? fminf(e, 1.f) : e > 0 ? 1.f : 0.f;
 }
 
 // -- Tiles ------------------------------------------------------------------------------------------------------------
@@ -224,7 +229,6 @@ struct SplitPair {
 // What one pass over tokens is told: the keys with their values, or the queries with the gradients of their results.
 struct FoldSide {
   View x, y;
-  bool queries;
   int64_t tokens, splits;
 };
 
@@ -243,7 +247,7 @@ struct FoldShape {
 };
 
 // block = (head · splits + split) · blocks of features + block of features
-template <class T, int P, Map map>
+template <class T, int P, Map map, bool queries>
 __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P, map>::kResident)
     fold(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
          const __grid_constant__ FoldSide side) {
@@ -256,7 +260,7 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
     const bool first_block = blockIdx.x % feature_blocks == 0;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
     const int feature = int(blockIdx.x % feature_blocks) * Shape::kFeatures + warp * Tiles * 16;
-    const bool elu = p.feature_map == FeatureMap::kElu;
+    const bool elu = map == Map::kRectifier && p.feature_map == FeatureMap::kElu;
     const float c = constant_of<map>(p);
 
     T* next = reinterpret_cast<T*>(shared_memory);
@@ -277,12 +281,16 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
       }
     }
 
-    float sum[Tiles][K][2][4] = {}, weighed[Tiles][2] = {}, top[Tiles][2], largest[Tiles][2];
+    // Σ e ω in a row's first column. The keys' ω are ones: a product then adds e as it is rounded for Σ e y, so that of
+    // values that are equal U is 0.
+    constexpr bool kOnes = sizeof(T) == 2 && !queries;
+    const Pair<T> ones[4] = {pack<T>(1, 1), pack<T>(1, 1)};
+    float sum[Tiles][K][2][4] = {}, weighed[Tiles][4] = {}, top[Tiles][2], largest[Tiles][2];
 #pragma unroll
     for (int i = 0; i < 2 * Tiles; ++i) top[i / 2][i % 2] = Relative::kNone, largest[i / 2][i % 2] = -INFINITY;
     float plain = 0, plain_omega = 0;  // Σ ι y of a channel, Σ ιω
 
-    const bool* mask = side.queries || p.key_mask == nullptr ? nullptr : p.key_mask + head / p.heads * p.mask_stride[0];
+    const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + head / p.heads * p.mask_stride[0];
     const float* token = work.token + head * 3 * side.tokens;
     const T* const x_head = head_of<T>(side.x, p, head);
     const T* const y_head = head_of<T>(side.y, p, head);
@@ -306,7 +314,7 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
         const int64_t n = tile * Rows + row;
         const bool seen = n < side.tokens && (mask == nullptr || mask[n * p.mask_stride[1]]);
         float s = kExponential<map> ? 0.f : 1.f;
-        if (map == Map::kFavor && !side.queries) {  // two threads share a token's norm
+        if (map == Map::kFavor && !queries) {  // two threads share a token's norm
           float squares = 0;
           for (int d = i % 2; d < P; d += 2) {
             const float z = widen(x.at(row, d));
@@ -315,10 +323,10 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
           s = norm_scale(p) * (squares + __shfl_xor_sync(~0u, squares, 1));
         }
         if (i % 2 != 0) continue;
-        if (side.queries && seen) s = token[n];
+        if (queries && seen) s = token[n];
         shift[row] = seen ? s : kExponential<map> ? INFINITY : 0.f;
-        omega[row] = !seen ? 0.f : side.queries ? token[side.tokens + n] : 1.f;
-        iota[row] = !seen ? 0.f : side.queries ? token[2 * side.tokens + n] : 1.f;
+        omega[row] = !seen ? 0.f : queries ? token[side.tokens + n] : 1.f;
+        iota[row] = !seen ? 0.f : queries ? token[2 * side.tokens + n] : 1.f;
       }
       if (kAhead && tile + 1 < range.end) fetch(tile + 1);
       __syncthreads();
@@ -362,14 +370,14 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
             const float s = shift[group + q / 4 * 8 + t + q % 2];
             const int r = q / 2 % 2;
             if (map == Map::kFavor && s < INFINITY) largest[i][r] = fmaxf(largest[i][r], z);
-            z = map == Map::kFavor ? z - s : map == Map::kSoftmax ? z * scale - s : rectify(z, elu) * s;
+            z = map == Map::kFavor ? z - s : map == Map::kSoftmax ? z * scale - s : rectify<map>(z, elu) * s;
             high_a[r] = fmaxf(high_a[r], z);
           }
           float factor[2];
           bool risen = false;
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            high_a[r] = row_max(high_a[r]);
+            high_a[r] = Relative::top_of(row_max(high_a[r]));
             risen |= high_a[r] > top[i][r];
           }
           if (__any_sync(~0u, risen)) {
@@ -377,7 +385,7 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
             for (int r = 0; r < 2; ++r) {
               factor[r] = Relative::factor(top[i][r], high_a[r]);
               top[i][r] = high_a[r];
-              weighed[i][r] *= factor[r];
+              weighed[i][2 * r] *= factor[r];
             }
 #pragma unroll
             for (int q = 0; q < 8 * K; ++q) sum[i][q / 8][q / 4 % 2][q % 4] *= factor[q / 2 % 2];
@@ -386,12 +394,20 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
 #pragma unroll
           for (int q = 0; q < 16; ++q) {
             float& z = a[i][q / 8][q / 4 % 2][q % 4];
-            const int r = q / 2 % 2;
-            z = Relative::value(z, base[r]);
-            weighed[i][r] = fmaf(z, omega[group + q / 4 * 8 + t + q % 2], weighed[i][r]);
+            z = Relative::value(z, base[q / 2 % 2]);
           }
 #pragma unroll
           for (int j = 0; j < 2; ++j) pack_fragment(e[i][j], a[i][j]);
+          if constexpr (kOnes) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) mma<0>(weighed[i], e[i][j], ones);
+          } else {
+#pragma unroll
+            for (int q = 0; q < 16; ++q) {
+              float& w = weighed[i][q / 2 % 2 * 2];
+              w = fmaf(a[i][q / 8][q / 4 % 2][q % 4], omega[group + q / 4 * 8 + t + q % 2], w);
+            }
+          }
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j)
@@ -411,7 +427,7 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
     for (int i = 0; i < Tiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float w = row_sum(weighed[i][r]), z = row_max(largest[i][r]);
+        const float own = weighed[i][2 * r], w = kOnes ? own : row_sum(own), z = row_max(largest[i][r]);
         const int64_t m = feature + i * 16 + r * 8 + g;
         if (m >= p.features) continue;
         float* record = partial + m * width;
@@ -451,7 +467,7 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
 constexpr int kReduceThreads = 64;
 
 // block = head · M + feature
-template <Map map>
+template <Map map, bool queries>
 __global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
                        const __grid_constant__ FoldSide side) {
   using Relative = cuda::Relative<kExponential<map>>;
@@ -472,7 +488,7 @@ __global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_c
   // FAVOR+ with eps has one maximum for all features of a head: that of z.
   float key_max = 0;
   if (map == Map::kFavor && !normalised<map>(p)) {
-    if (side.queries) {
+    if (queries) {
       key_max = static_cast<const float*>(p.key_max)[head] * kLog2e;
     } else {
       key_max = -INFINITY;
@@ -486,11 +502,11 @@ __global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_c
     }
   }
 
-  const float stat = side.queries ? static_cast<const float*>(p.key_stat)[blockIdx.x] : 0.f;
+  const float stat = queries ? static_cast<const float*>(p.key_stat)[blockIdx.x] : 0.f;
   // e of the feature is `unit` times what it is relative to `top`; φ is c more.
   float unit = kExponential<map> ? ptx::exp2(Relative::base(top) - key_max) : top, plain_unit = c;
   if (normalised<map>(p)) unit = weighed > 0 ? 1 / weighed : 0.f;
-  if (side.queries) {
+  if (queries) {
     if (map == Map::kSoftmax)
       unit = ptx::exp2(Relative::base(top));
     else if (normalised<map>(p))
@@ -499,7 +515,7 @@ __global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_c
       unit = stat == 0 ? 0.f : kExponential<map> ? ptx::exp2(Relative::base(top) + log2f(stat)) : top * stat;
     plain_unit = c == 0 ? 0.f : c * stat;
   }
-  float* const matrix = static_cast<float*>(side.queries ? p.grad_state : p.state) + blockIdx.x * p.value_dim;
+  float* const matrix = static_cast<float*>(queries ? p.grad_state : p.state) + blockIdx.x * p.value_dim;
   for (int64_t e = threadIdx.x; e < p.value_dim; e += blockDim.x) {
     float sum = 0, plain = 0;
     for (int64_t s = 0; s < side.splits; ++s) {
@@ -509,11 +525,11 @@ __global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_c
     matrix[e] = fmaf(unit, sum, plain_unit * plain);
   }
   if (threadIdx.x != 0) return;
-  float* const vector = static_cast<float*>(side.queries ? p.grad_z : p.key_stat);
-  vector[blockIdx.x] = side.queries || !normalised<map>(p) ? fmaf(unit, weighed, plain_unit * plain_omega)
+  float* const vector = static_cast<float*>(queries ? p.grad_z : p.key_stat);
+  vector[blockIdx.x] = queries || !normalised<map>(p)      ? fmaf(unit, weighed, plain_unit * plain_omega)
                        : weighed > 0 || weighed != weighed ? (top + log2f(weighed)) * kLn2
                                                            : INFINITY;  // no key is seen
-  if (!side.queries && m == 0 && p.key_max != nullptr) static_cast<float*>(p.key_max)[head] = key_max * kLn2;
+  if (!queries && m == 0 && p.key_max != nullptr) static_cast<float*>(p.key_max)[head] = key_max * kLn2;
 }
 
 // -- prepare ----------------------------------------------------------------------------------------------------------
@@ -522,12 +538,18 @@ constexpr int kPrepareThreads = 128;
 
 // For whom: the queries read U; the keys' gradients R; those of kv_state the gradient of S itself.
 enum class Role { kQueries, kKeys, kState };
+struct Preparation {
+  Role role;
+  // Of N keys a weight e/z is at most 1, and about 1/N: 16 bits hold both ends when it is multiplied by 2^raise.
+  int raise;
+};
 
 // block = head
 template <class T, int P, Map map>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
-            const __grid_constant__ Role role) {
+            const __grid_constant__ Preparation side) {
+  const Role role = side.role;
   const int64_t head = blockIdx.x, M = p.features, E = p.value_dim;
   const int padded = round_up_16(M);
   const bool log = normalised<map>(p), keys = role != Role::kQueries;
@@ -581,13 +603,15 @@ __global__ void __launch_bounds__(kPrepareThreads)
                  : kExponential<map>  ? (stat[m] == 0 ? none : log2f(stat[m]))
                                       : stat[m];
       else if (log)
-        weight = -stat[m] * kLog2e;
+        weight = float(side.raise) - stat[m] * kLog2e;
       else if (role == Role::kState)
         weight = 1;
       else if (kExponential<map>)
-        weight = stat[m] == 0 ? none : -log2f(stat[m]) - static_cast<const float*>(p.key_max)[head] * kLog2e;
+        weight = stat[m] == 0
+                     ? none
+                     : float(side.raise) - log2f(stat[m]) - static_cast<const float*>(p.key_max)[head] * kLog2e;
       else
-        weight = stat[m] == 0 ? 0.f : 1 / stat[m];
+        weight = stat[m] == 0 ? 0.f : float(1 << side.raise) / stat[m];
       if (keys) {
         // R·(v − c̄) with R as rounded; the softmax pair's weights do not know z, so there ρ = −R·U.
         if (map != Map::kSoftmax || role == Role::kState) offset = rho[m] / scale;
@@ -616,8 +640,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 struct ReadSide {
   View x, y, out_x, out_y;  // read: x, out_x. grad: y the values or the results' gradients, out_* the gradients
   int64_t tokens, blocks;   // blocks of a head
-  // Of N keys a weight e/z is at most 1, and about 1/N: 16 bits hold both ends when it is multiplied by 2^raise.
-  int raise;
+  float lower;              // 2^-raise: what came of raised weights is multiplied by it
 };
 
 // What the features go by for.
@@ -668,7 +691,7 @@ struct Reader {
         features(round_up_16(p.features)),
         size(Shape::chunk(p)),
         scale(input_scale<map>(p)),
-        elu(p.feature_map == FeatureMap::kElu) {
+        elu(map == Map::kRectifier && p.feature_map == FeatureMap::kElu) {
     stage.data = reinterpret_cast<T*>(shared_memory);
     rows = stage.data + Tile<T, Rows, P>::kCount;
     high = rows + (Shape::kRows ? size * kLd : 0);
@@ -761,11 +784,12 @@ struct Reader {
     __syncthreads();
   }
 
-  // z of 16 tokens × 16 features, 8 by 8.
-  __device__ void scores(float (&a)[2][4], int feature, int k) const {
+  // z of 16 tokens × 16 features, 8 by 8, added to start(i).
+  template <class F>
+  __device__ void scores(float (&a)[2][4], int feature, int k, F&& start) const {
     if constexpr (kProjected<map>) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = 0;
+      for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = start(i);
 #pragma unroll
       for (int d = 0; d < K; ++d) {
         Pair<T> f[4];
@@ -777,16 +801,26 @@ struct Reader {
         }
       }
     } else {
+      scores(a, feature, k);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) a[i / 4][i % 4] += start(i);
+    }
+  }
+  __device__ void scores(float (&a)[2][4], int feature, int k) const {
+    if constexpr (kProjected<map>) {
+      scores(a, feature, k, [](int) { return 0.f; });
+    } else {
       unpack_fragment(a, x[k]);
       if (map == Map::kSoftmax)
 #pragma unroll
         for (int i = 0; i < 8; ++i) a[i / 4][i % 4] *= scale;
     }
   }
-  // y · rows of the features.
-  __device__ void products(float (&c)[2][4], const Pair<T> (&y)[K][4], int feature) const {
+  // y · rows of the features, added to start(i).
+  template <class F>
+  __device__ void products(float (&c)[2][4], const Pair<T> (&y)[K][4], int feature, F&& start) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0;
+    for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = start(i);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       Pair<T> f[4], row[4];
@@ -829,12 +863,12 @@ struct Online {
       float& z = a[i / 4][i % 4];
       const float w = r.weight_of(feature, i);
       if (map == Map::kFavor && w > -INFINITY) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], z);
-      z = kExponential<map> ? z + w : rectify(z, r.elu) * w;
+      z = kExponential<map> ? z + w : rectify<map>(z, r.elu) * w;
       high[i / 2 % 2] = fmaxf(high[i / 2 % 2], z);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      high[row] = row_max(high[row]);
+      high[row] = Relative::top_of(row_max(high[row]));
       risen |= high[row] > top[row];
     }
     if (__any_sync(~0u, risen)) {
@@ -932,7 +966,7 @@ struct InputGradient {
     bool risen = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      high[i] = row_max(high[i]);
+      high[i] = Relative::top_of(row_max(high[i]));
       risen |= high[i] > top[i];
     }
     if (__any_sync(~0u, risen)) {
@@ -972,14 +1006,14 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
       float h[2] = {0, 0}, a[2][4], G[2][4];
       if (map == Map::kFavor) r.half_norms(h);
 
-      // Per token: what is subtracted from exponents; what multiplies e; δ; of keys whether it is seen.
-      float shift[2], factor[2] = {1, 1}, delta[2] = {0, 0}, seen[2] = {1, 1};
+      // Per token: what is subtracted from exponents; what multiplies its gradient; δ; of keys whether it is seen.
+      float shift[2] = {0, 0}, factor[2] = {1, 1}, delta[2] = {0, 0}, seen[2] = {1, 1};
       if constexpr (queries) {
         Online<map> online;
         r.each_group([&](int feature, int k) {
           r.scores(a, feature, k);
           online.next(r, a, feature, [&](int row, float factor) { delta[row] *= factor; });
-          r.products(G, y, feature);
+          r.products(G, y, feature, [](int) { return 0.f; });
 #pragma unroll
           for (int i = 0; i < 8; ++i) delta[i / 2 % 2] = fmaf(a[i / 4][i % 4], G[i / 4][i % 4], delta[i / 2 % 2]);
         });
@@ -1009,30 +1043,29 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (row[i] >= side.tokens || (mask != nullptr && !mask[row[i] * p.mask_stride[1]])) seen[i] = 0;
-          shift[i] = seen[i] != 0 ? h[i] : INFINITY;
-          factor[i] = seen[i];
+          if (exponents) shift[i] = seen[i] != 0 ? h[i] : INFINITY;
+          factor[i] = seen[i] * side.lower;
         }
       }
 
       InputGradient<R> dx;
       float dy[K][2][4] = {}, total[2] = {0, 0};
       r.each_group([&](int feature, int k) {
-        r.scores(a, feature, k);
-        r.products(G, y, feature);
+        if constexpr (exponents)
+          r.scores(a, feature, k, [&](int i) { return r.weight_of(feature, i) - shift[i / 2 % 2]; });
+        else
+          r.scores(a, feature, k);
+        r.products(G, y, feature, [&](int i) { return queries ? -delta[i / 2 % 2] : r.offset_of(feature, i); });
         float da[2][4];
-        const float lift = float(1 << side.raise);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int at = i / 2 % 2;
           float& z = a[i / 4][i % 4];
-          const float w = r.weight_of(feature, i) * (exponents ? 1.f : factor[at]);
-          const float slope = exponents ? 0.f : rectify_gradient(z, r.elu) * w;
-          z = exponents ? ptx::exp2(z + w - shift[at]) * factor[at] : rectify(z, r.elu) * w;
-          const float own = G[i / 4][i % 4] + (queries ? -delta[at] : r.offset_of(feature, i));
-          const float d = (exponents ? z : slope) * own;
+          const float w = exponents ? 0.f : r.weight_of(feature, i);
+          const float e = exponents ? ptx::exp2(z) : rectify<map>(z, r.elu);
+          const float d = (exponents ? e : rectify_gradient<map>(e, r.elu) * w) * G[i / 4][i % 4];
+          z = exponents ? e : e * w;
           da[i / 4][i % 4] = d;
-          total[at] += d;
-          z *= lift;
+          total[i / 2 % 2] += d;
         }
         if constexpr (!queries) r.accumulate(dy, a, r.rows, feature);
         if constexpr (kProjected<map>) {
@@ -1054,13 +1087,12 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
           const float2 x = unpack(r.x[k][2 * half + i / 2]);
           d -= of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
         }
-        return d;
+        return factor[i / 2] * d;
       });
       if constexpr (!queries) {
-        const float lower = scale / float(1 << side.raise);
         r.store(side.out_y, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
           const float plain = kProjected<map> ? seen[i / 2] * vector[16 * k + 8 * half + r.t + i % 2] : 0.f;
-          return fmaf(lower, dy[k][half][i], plain);
+          return fmaf(scale * factor[i / 2], dy[k][half][i], plain);
         });
       }
     }
@@ -1123,7 +1155,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kFeatures>::kThread
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const int at = i / 2 % 2, m = feature_of(feature, i);
-            const float z = a[i / 4][i % 4], e = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify(z, false);
+            const float z = a[i / 4][i % 4], e = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify<map>(z, false);
             if (row[at] < side.tokens && m < p.features)
               narrow((e + c) * unit, phi + row[at] * side.phi.stride[2] + m * side.phi.stride[3]);
           }
@@ -1138,7 +1170,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kFeatures>::kThread
           for (int i = 0; i < 8; ++i) {
             const int at = i / 2 % 2, m = feature_of(feature, i);
             float& z = a[i / 4][i % 4];
-            const float slope = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify_gradient(z, false);
+            const float slope = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify_gradient<map>(z, false);
             z = row[at] < side.tokens && m < p.features
                     ? unit * slope * widen(phi[row[at] * side.phi.stride[2] + m * side.phi.stride[3]])
                     : 0.f;
@@ -1210,29 +1242,29 @@ struct Passes {
 
   template <class Launch>
   static void key_state(const LinearAttention& p, const Work& work, Launch&& launch) {
-    fold_and_reduce(p, work, {p.k, p.v, false, p.keys, fold_splits(p, p.keys)}, launch);
+    fold_and_reduce<false>(p, work, {p.k, p.v, p.keys, fold_splits(p, p.keys)}, launch);
   }
   template <class Launch>
   static void forward(const LinearAttention& p, const Work& work, Launch&& launch) {
     key_state(p, work, launch);
-    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Role::kQueries);
-    const ReadSide side = {p.q, {}, p.out, {}, p.queries, Read::blocks(p.queries), 0};
+    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Preparation{Role::kQueries, 0});
+    const ReadSide side = {p.q, {}, p.out, {}, p.queries, Read::blocks(p.queries), 1};
     launch(read<T, P, map>, heads(p) * side.blocks, Read::kThreads, Read::bytes(p), side);
   }
   template <class Launch>
   static void backward(const LinearAttention& p, const Work& work, Launch&& launch) {
-    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Role::kQueries);
-    const ReadSide side = {p.q, p.grad_out, p.grad_q, {}, p.queries, Grad::blocks(p.queries), 0};
+    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Preparation{Role::kQueries, 0});
+    const ReadSide side = {p.q, p.grad_out, p.grad_q, {}, p.queries, Grad::blocks(p.queries), 1};
     launch(grad<T, P, map, true>, heads(p) * side.blocks, Grad::kThreads, Grad::bytes(p), side);
-    fold_and_reduce(p, work, {p.q, p.grad_out, true, p.queries, fold_splits(p, p.queries)}, launch);
+    fold_and_reduce<true>(p, work, {p.q, p.grad_out, p.queries, fold_splits(p, p.queries)}, launch);
     key_gradients(p, work, Role::kKeys, launch);
   }
   template <class Launch>
   static void key_gradients(const LinearAttention& p, const Work& work, Role role, Launch&& launch) {
-    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, role);
     int raise = 0;
     while (role == Role::kKeys && raise < 15 && (int64_t(2) << raise) <= p.keys) ++raise;
-    const ReadSide side = {p.k, p.v, p.grad_k, p.grad_v, p.keys, Grad::blocks(p.keys), raise};
+    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Preparation{role, raise});
+    const ReadSide side = {p.k, p.v, p.grad_k, p.grad_v, p.keys, Grad::blocks(p.keys), 1 / float(1 << raise)};
     launch(grad<T, P, map, false>, heads(p) * side.blocks, Grad::kThreads, Grad::bytes(p), side);
   }
 
@@ -1245,10 +1277,10 @@ struct Passes {
 
  private:
   static int64_t heads(const LinearAttention& p) { return p.batch * p.heads; }
-  template <class Launch>
+  template <bool queries, class Launch>
   static void fold_and_reduce(const LinearAttention& p, const Work& work, const FoldSide& side, Launch&& launch) {
-    launch(fold<T, P, map>, heads(p) * side.splits * Fold::blocks(p), Fold::kThreads, Fold::kBytes, side);
-    launch(reduce<map>, heads(p) * p.features, kReduceThreads, kReduceThreads * 4, side);
+    launch(fold<T, P, map, queries>, heads(p) * side.splits * Fold::blocks(p), Fold::kThreads, Fold::kBytes, side);
+    launch(reduce<map, queries>, heads(p) * p.features, kReduceThreads, kReduceThreads * 4, side);
   }
 };
 

@@ -8,6 +8,7 @@
 // barrier or warp collective that not all threads reach, or that threads reach with different ones.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -34,6 +35,8 @@ struct alignas(8) float2 {
 };
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
 void __syncthreads();
 void __syncwarp();
