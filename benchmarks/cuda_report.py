@@ -167,7 +167,8 @@ def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[
 
     Bytes are those of the token's tensors; multiply-adds those that the tensor cores do (W is two operands, the keys'
     Σ e eight columns); exps one per token and feature; instructions those of the compiled inner loops. Each resource
-    alone would take the ns given for it; the predicted time is the largest. Nothing here is measured.
+    alone would take the ns given for it; the predicted time is the largest. What is done once per head and per block
+    (the state's sums, W into shared memory) and all waiting is left out. Nothing here is measured.
     """
     size = next(n for n in (16, 32, 64) if dim <= n)
     found = {(k.name, k.role): k for k in kernels(75) if (k.dtype, k.size, k.map) == ("__half", size, map_)}
@@ -215,7 +216,8 @@ def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
     if arch == 75:
         lines += [
             "",
-            f"Predicted, not measured: a token of a head on a T4, fp16, FAVOR+, D = E = {dim}, M = {features}.",
+            f"Predicted, not measured: a token of a head on a T4, fp16, FAVOR+, D = E = {dim}, M = {features}; without",
+            "what is done once per head and per block, and all waiting.",
             "",
             "| pass | bytes | FLOP | exps | memory ns | tensor cores ns | exps ns | issue ns | predicted ns |",
             "|---|---|---|---|---|---|---|---|---|",

@@ -54,7 +54,7 @@ def names(row):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """float16 on every card; the Performer in the other dtypes, narrow and wide; the most features, the widest heads."""
+    """float16 on every card; the Performer in other dtypes, narrow and wide; the most features, the widest heads."""
     folder = tmp_path_factory.mktemp("compile")
     found = compiled(folder, "--dtype", "float16", "--arch", "75", "80", "90", "--cases", *CASES)
     found += compiled(folder, "--dtype", "bfloat16", "--arch", "80", "--cases", CASES[0])

@@ -97,9 +97,14 @@ class TestAgainstFloat64:
     def test_odd_sizes(self, simt, dtype, layout):
         check(simt, *make(dtype, layout), layout=layout, seed=1)
 
-    @pytest.mark.parametrize("channels", [3, 8, 130])
+    @pytest.mark.parametrize("channels", [3, 8, 128, 130, 200, 260])
     def test_channels(self, simt, dtype, layout, channels):
         check(simt, *make(dtype, layout, c_out=channels, size=(3, 11)), layout=layout, seed=2)
+
+    def test_a_misaligned_gradient(self, simt, dtype, layout):
+        *rest, grad_out, u = make(dtype, layout)
+        shifted = torch.empty(grad_out.numel() + 1, dtype=dtype)[1:].as_strided(grad_out.shape, grad_out.stride())
+        check(simt, *rest, shifted.copy_(grad_out), u, layout=layout)
 
     def test_no_bias(self, simt, dtype, layout):
         x, weight, _, *rest = make(dtype, layout)

@@ -25,7 +25,8 @@ struct AttentionKernels {
 };
 extern const AttentionKernels kHalfAttention, kBFloat16Attention, kFloatAttention;  // float: with a projection only
 
-int64_t scratch_size(const LinearAttention& p, bool backward);
+void fit_to_card(LinearAttention& p, int compute_major, int multiprocessors);
+int64_t scratch_size(const LinearAttention& p, bool backward);  // p fits the card
 
 // D and E that these kernels serve, and what they do not, in words.
 inline void check_sizes(const LinearAttention& p, int64_t most) {
@@ -33,18 +34,20 @@ inline void check_sizes(const LinearAttention& p, int64_t most) {
                   " channels (D and E), got ", p.dim, " and ", p.value_dim);
 }
 
-inline const AttentionKernels& attention_kernels(DType dtype, const Tensor& q) {
-  if (dtype == DType::kBFloat16) {
-    int major = 0;
-    STD_TORCH_CHECK(
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, q.get_device_index()) == cudaSuccess,
-        "cxv_kernels: the device does not tell its compute capability");
-    STD_TORCH_CHECK(major >= 8,
-                    "cxv_kernels: the tensor cores of this GPU have no bfloat16 (compute capability 8.0 and up have): "
-                    "use float16 or float32");
-    return kBFloat16Attention;
-  }
-  return dtype == DType::kHalf ? kHalfAttention : kFloatAttention;
+// The kernels for p's dtype on q's device, which p then fits.
+inline const AttentionKernels& attention_kernels(LinearAttention& p, const Tensor& q) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, which, q.get_device_index()) == cudaSuccess,
+                    "cxv_kernels: the device does not tell its compute capability and multiprocessors");
+    return value;
+  };
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  STD_TORCH_CHECK(p.dtype != DType::kBFloat16 || major >= 8,
+                  "cxv_kernels: the tensor cores of this GPU have no bfloat16 (compute capability 8.0 and up have): "
+                  "use float16 or float32");
+  fit_to_card(p, major, attribute(cudaDevAttrMultiProcessorCount));
+  return p.dtype == DType::kBFloat16 ? kBFloat16Attention : p.dtype == DType::kHalf ? kHalfAttention : kFloatAttention;
 }
 
 inline cudaStream_t stream_of(const Tensor& q) {
@@ -55,13 +58,13 @@ inline cudaStream_t stream_of(const Tensor& q) {
 
 // The tensors of the two directions, and the kernels that fill them.
 inline Tensors attention_forward(LinearAttention& p, const Tensor& q) {
-  const auto& kernels = attention_kernels(p.dtype, q);
+  const auto& kernels = attention_kernels(p, q);
   return forward(p, q, 1, scratch_size(p, false),
                  [&] { kernels.forward(p, static_cast<float*>(p.partial), stream_of(q)); });
 }
 inline Tensors attention_backward(LinearAttention& p, const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                   const Tensor& v, const Tensor& state, const Tensor& key_stat) {
-  const auto& kernels = attention_kernels(p.dtype, q);
+  const auto& kernels = attention_kernels(p, q);
   return backward(p, grad_out, q, k, v, state, key_stat, 1, scratch_size(p, true),
                   [&] { kernels.backward(p, static_cast<float*>(p.partial), stream_of(q)); });
 }

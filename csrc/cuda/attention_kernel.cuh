@@ -9,7 +9,8 @@
 //   grad     rows of tokens × columns of features: grad_q, or grad_k and grad_v
 //
 // An exponential map's exponents are in base 2, log₂e in D^-¼ W; W is the sum of two 16-bit operands, so that exponents
-// are exact to 2⁻²⁰. Statistics, state, sums and division are fp32. The order of every sum follows from N, D, E and M.
+// are exact to 2⁻²⁰. Statistics, state, sums and division are fp32. The order of every sum follows from N, D, E, M and
+// the card's generation.
 #pragma once
 
 #include <cmath>
@@ -464,26 +465,23 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
 
 // -- reduce -----------------------------------------------------------------------------------------------------------
 
-constexpr int kReduceThreads = 64;
+constexpr int kReduceWarps = 4, kReduceFeatures = 16;  // of a block: a warp has a feature at a time, its lanes channels
+constexpr int kMaxWidth = 64;                          // of D and E
 
-// block = head · M + feature
+// block = head · blocks of features + block of features
 template <Map map, bool queries>
-__global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
-                       const __grid_constant__ FoldSide side) {
+__global__ void __launch_bounds__(32 * kReduceWarps)
+    reduce(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
+           const __grid_constant__ FoldSide side) {
   using Relative = cuda::Relative<kExponential<map>>;
-  const int64_t head = blockIdx.x / p.features, m = blockIdx.x % p.features;
-  const int64_t width = p.value_dim + 3, size = (p.features + 1) * width;
-  const float* partial = work.partial + head * side.splits * size;
-  const auto record = [&](int64_t split, int64_t feature) { return partial + split * size + feature * width; };
+  constexpr int kChannels = kMaxWidth / 32;  // of a lane
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int M = int(p.features), E = int(p.value_dim), splits = int(side.splits), width = E + 3;
+  const int blocks = (M + kReduceFeatures - 1) / kReduceFeatures, first = int(blockIdx.x % blocks) * kReduceFeatures;
+  const int64_t head = blockIdx.x / blocks, size = int64_t(M + 1) * width;
+  const float* partial = work.partial + head * splits * size;
+  const auto record = [&](int split, int m) { return partial + split * size + m * width; };
   const float c = constant_of<map>(p);
-
-  float top = Relative::kNone, weighed = 0, plain_omega = 0;
-  for (int64_t s = 0; s < side.splits; ++s) top = fmaxf(top, record(s, m)[0]);
-  const auto weight = [&](int64_t s) { return Relative::factor(record(s, m)[0], top); };
-  for (int64_t s = 0; s < side.splits; ++s) {
-    weighed = fmaf(weight(s), record(s, m)[1], weighed);
-    if (c != 0) plain_omega += record(s, p.features)[1];
-  }
 
   // FAVOR+ with eps has one maximum for all features of a head: that of z.
   float key_max = 0;
@@ -492,49 +490,72 @@ __global__ void reduce(const __grid_constant__ LinearAttention p, const __grid_c
       key_max = static_cast<const float*>(p.key_max)[head] * kLog2e;
     } else {
       key_max = -INFINITY;
-      for (int64_t i = threadIdx.x; i < side.splits * p.features; i += blockDim.x)
-        key_max = fmaxf(key_max, record(i / p.features, i % p.features)[2]);
-      float* shared = reinterpret_cast<float*>(shared_memory);
-      shared[threadIdx.x] = key_max;
+      for (int s = 0; s < splits; ++s)
+        for (int m = threadIdx.x; m < M; m += 32 * kReduceWarps) key_max = fmaxf(key_max, record(s, m)[2]);
+      float* tops = reinterpret_cast<float*>(shared_memory);
+      key_max = warp_max(key_max);
+      if (lane == 0) tops[warp] = key_max;
       __syncthreads();
-      for (int i = 0; i < int(blockDim.x); ++i) key_max = fmaxf(key_max, shared[i]);
+#pragma unroll
+      for (int i = 0; i < kReduceWarps; ++i) key_max = fmaxf(key_max, tops[i]);
       if (key_max == -INFINITY) key_max = 0;  // no key is seen
     }
   }
+  if (!queries && first == 0 && threadIdx.x == 0 && p.key_max != nullptr)
+    static_cast<float*>(p.key_max)[head] = key_max * kLn2;
 
-  const float stat = queries ? static_cast<const float*>(p.key_stat)[blockIdx.x] : 0.f;
-  // e of the feature is `unit` times what it is relative to `top`; φ is c more.
-  float unit = kExponential<map> ? ptx::exp2(Relative::base(top) - key_max) : top, plain_unit = c;
-  if (normalised<map>(p)) unit = weighed > 0 ? 1 / weighed : 0.f;
-  if (queries) {
-    if (map == Map::kSoftmax)
-      unit = ptx::exp2(Relative::base(top));
-    else if (normalised<map>(p))
-      unit = stat == INFINITY ? 0.f : ptx::exp2(Relative::base(top) + stat * kLog2e);
-    else
-      unit = stat == 0 ? 0.f : kExponential<map> ? ptx::exp2(Relative::base(top) + log2f(stat)) : top * stat;
-    plain_unit = c == 0 ? 0.f : c * stat;
-  }
-  float* const matrix = static_cast<float*>(queries ? p.grad_state : p.state) + blockIdx.x * p.value_dim;
-  for (int64_t e = threadIdx.x; e < p.value_dim; e += blockDim.x) {
-    float sum = 0, plain = 0;
-    for (int64_t s = 0; s < side.splits; ++s) {
-      sum = fmaf(weight(s), record(s, m)[3 + e], sum);
-      if (c != 0) plain += record(s, p.features)[3 + e];
+  float plain[kChannels] = {}, plain_omega = 0;  // Σ ι y, Σ ιω
+  if (c != 0)
+    for (int s = 0; s < splits; ++s) {
+      const float* of = record(s, M);
+      plain_omega += of[1];
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i)
+        if (lane + 32 * i < E) plain[i] += of[3 + lane + 32 * i];
     }
-    matrix[e] = fmaf(unit, sum, plain_unit * plain);
+
+#pragma unroll
+  for (int k = 0; k < kReduceFeatures / kReduceWarps; ++k) {
+    const int m = first + k * kReduceWarps + warp;
+    if (m >= M) break;
+    const int64_t at = head * M + m;
+    float top = Relative::kNone, weighed = 0, sum[kChannels] = {};
+    for (int s = 0; s < splits; ++s) top = fmaxf(top, record(s, m)[0]);
+    for (int s = 0; s < splits; ++s) {
+      const float* of = record(s, m);
+      const float weight = Relative::factor(of[0], top);
+      weighed = fmaf(weight, of[1], weighed);
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i)
+        if (lane + 32 * i < E) sum[i] = fmaf(weight, of[3 + lane + 32 * i], sum[i]);
+    }
+
+    const float stat = queries ? static_cast<const float*>(p.key_stat)[at] : 0.f;
+    // e of the feature is `unit` times what it is relative to `top`; φ is c more.
+    float unit = kExponential<map> ? ptx::exp2(Relative::base(top) - key_max) : top, plain_unit = c;
+    if (normalised<map>(p)) unit = weighed > 0 ? 1 / weighed : 0.f;
+    if (queries) {
+      if (map == Map::kSoftmax)
+        unit = ptx::exp2(Relative::base(top));
+      else if (normalised<map>(p))
+        unit = stat == INFINITY ? 0.f : ptx::exp2(Relative::base(top) + stat * kLog2e);
+      else
+        unit = stat == 0 ? 0.f : kExponential<map> ? ptx::exp2(Relative::base(top) + log2f(stat)) : top * stat;
+      plain_unit = c == 0 ? 0.f : c * stat;
+    }
+    float* const matrix = static_cast<float*>(queries ? p.grad_state : p.state) + at * E;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i)
+      if (lane + 32 * i < E) matrix[lane + 32 * i] = fmaf(unit, sum[i], plain_unit * plain[i]);
+    if (lane == 0)
+      static_cast<float*>(queries ? p.grad_z : p.key_stat)[at] =
+          queries || !normalised<map>(p)      ? fmaf(unit, weighed, plain_unit * plain_omega)
+          : weighed > 0 || weighed != weighed ? (top + log2f(weighed)) * kLn2
+                                              : INFINITY;  // no key is seen
   }
-  if (threadIdx.x != 0) return;
-  float* const vector = static_cast<float*>(queries ? p.grad_z : p.key_stat);
-  vector[blockIdx.x] = queries || !normalised<map>(p)      ? fmaf(unit, weighed, plain_unit * plain_omega)
-                       : weighed > 0 || weighed != weighed ? (top + log2f(weighed)) * kLn2
-                                                           : INFINITY;  // no key is seen
-  if (!queries && m == 0 && p.key_max != nullptr) static_cast<float*>(p.key_max)[head] = key_max * kLn2;
 }
 
 // -- prepare ----------------------------------------------------------------------------------------------------------
-
-constexpr int kPrepareThreads = 128;
 
 // For whom: the queries read U; the keys' gradients R; those of kv_state the gradient of S itself.
 enum class Role { kQueries, kKeys, kState };
@@ -544,14 +565,24 @@ struct Preparation {
   int raise;
 };
 
+template <int P>
+struct PrepareShape {
+  static constexpr int kThreads = 256, kLanes = P < 32 ? P : 32, kChannels = P / kLanes;  // a feature's lanes
+  static constexpr int kRows = kThreads / kLanes;                                         // features at a time
+  static constexpr int kBytes = (2 * P + 2 * kRows * P + kRows + kThreads / 32) * 4;
+};
+
 // block = head
 template <class T, int P, Map map>
-__global__ void __launch_bounds__(kPrepareThreads)
+__global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
     prepare(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
             const __grid_constant__ Preparation side) {
+  using Shape = PrepareShape<P>;
+  constexpr int Lanes = Shape::kLanes, Channels = Shape::kChannels, Rows = Shape::kRows;
   const Role role = side.role;
-  const int64_t head = blockIdx.x, M = p.features, E = p.value_dim;
-  const int padded = round_up_16(M);
+  const int64_t head = blockIdx.x;
+  const int M = int(p.features), E = int(p.value_dim), padded = round_up_16(M);
+  const int row = threadIdx.x / Lanes, lane = threadIdx.x % Lanes;
   const bool log = normalised<map>(p), keys = role != Role::kQueries;
   const float c = constant_of<map>(p);
   const float* state = static_cast<const float*>(p.state) + head * M * E;  // kState: unused
@@ -559,42 +590,78 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const float* R = static_cast<const float*>(p.grad_state) + head * M * E;
   const float* rho = static_cast<const float*>(p.grad_z) + head * M;
   float* vector = work.vector + head * (P + 2);
-  float *center = reinterpret_cast<float*>(shared_memory), *extra = center + P, *tops = extra + P;
+  float *center = reinterpret_cast<float*>(shared_memory), *extra = center + P, *sums = extra + P;
+  float *sums_of_keys = sums + Rows * P, *totals = sums_of_keys + Rows * P, *tops = totals + Rows;
 
   // c̄, and c Σ R/z
   float total = 0;
   if (role != Role::kState) {
-    for (int64_t m = 0; m < M; ++m) total += log ? 1.f : stat[m];
+    float sum[Channels] = {}, of_keys[Channels] = {};
+    for (int m = row; m < M; m += Rows) {
+      const float z = log ? 1.f : stat[m];
+      total += z;
+#pragma unroll
+      for (int i = 0; i < Channels; ++i) {
+        const int e = lane + i * Lanes;
+        if (e >= E) continue;
+        sum[i] += state[m * E + e];
+        if (keys && c != 0 && z != 0) of_keys[i] += R[m * E + e] / z;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Channels; ++i) {
+      sums[row * P + lane + i * Lanes] = sum[i];
+      sums_of_keys[row * P + lane + i * Lanes] = of_keys[i];
+    }
+    if (lane == 0) totals[row] = total;
+    __syncthreads();
     if (threadIdx.x < P) {
       float sum = 0, of_keys = 0;
-      if (threadIdx.x < E)
-        for (int64_t m = 0; m < M; ++m) {
-          sum += state[m * E + threadIdx.x];
-          if (keys && c != 0 && stat[m] != 0) of_keys += R[m * E + threadIdx.x] / stat[m];
-        }
+      total = 0;
+#pragma unroll
+      for (int i = 0; i < Rows; ++i) {
+        sum += sums[i * P + threadIdx.x];
+        of_keys += sums_of_keys[i * P + threadIdx.x];
+        total += totals[i];
+      }
       center[threadIdx.x] = total != 0 ? sum / total : 0.f;
       extra[threadIdx.x] = c * of_keys;
     }
+    __syncthreads();
   }
-  __syncthreads();
 
-  const auto element = [&](int64_t m, int e) {
+  const auto element = [&](int m, int e) {
     if (m >= M || e >= E) return 0.f;
     if (keys) return R[m * E + e];
     if (log) return stat[m] == INFINITY && map == Map::kFavor ? 0.f : state[m * E + e] - center[e];
     return stat[m] == 0 ? 0.f : state[m * E + e] / stat[m] - center[e];
   };
   float top = 0;
-  for (int i = threadIdx.x; i < M * P; i += kPrepareThreads) top = fmaxf(top, fabsf(element(i / P, i % P)));
-  tops[threadIdx.x] = top;
+  for (int m = row; m < M; m += Rows)
+#pragma unroll
+    for (int i = 0; i < Channels; ++i) top = fmaxf(top, fabsf(element(m, lane + i * Lanes)));
+  top = warp_max(top);
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
   __syncthreads();
-  for (int i = 0; i < kPrepareThreads; ++i) top = fmaxf(top, tops[i]);
-  const float scale = top > 0 && top < INFINITY ? exp2f(ceilf(log2f(top))) : 1.f;
-  T* rows = static_cast<T*>(work.rows) + head * padded * P;
-  for (int i = threadIdx.x; i < padded * P; i += kPrepareThreads) narrow(element(i / P, i % P) / scale, &rows[i]);
+#pragma unroll
+  for (int i = 0; i < Shape::kThreads / 32; ++i) top = fmaxf(top, tops[i]);
+  const float scale = top > 0 && top < INFINITY ? exp2f(ceilf(log2f(top))) : 1.f, inverse = 1 / scale;
 
+  T* rows = static_cast<T*>(work.rows) + head * padded * P;
   const float none = kExponential<map> ? -INFINITY : 0.f;
-  for (int m = threadIdx.x; m < padded; m += kPrepareThreads) {
+  for (int m = row; m < padded; m += Rows) {
+    float along = 0;  // of R as rounded with c̄; the softmax pair's weights do not know z, so there ρ = −R·U
+#pragma unroll
+    for (int i = 0; i < Channels; ++i) {
+      const int e = lane + i * Lanes;
+      T* to = &rows[m * P + e];
+      narrow(element(m, e) * inverse, to);
+      if (keys && role != Role::kState && m < M && e < E)
+        along = fmaf(widen(*to), map == Map::kSoftmax ? state[m * E + e] : center[e], along);
+    }
+#pragma unroll
+    for (int lanes = Lanes / 2; lanes > 0; lanes /= 2) along += __shfl_xor_sync(~0u, along, lanes);
+    if (lane != 0) continue;
     float weight = none, offset = 0;
     if (m < M) {
       if (!keys)
@@ -612,16 +679,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
                      : float(side.raise) - log2f(stat[m]) - static_cast<const float*>(p.key_max)[head] * kLog2e;
       else
         weight = stat[m] == 0 ? 0.f : float(1 << side.raise) / stat[m];
-      if (keys) {
-        // R·(v − c̄) with R as rounded; the softmax pair's weights do not know z, so there ρ = −R·U.
-        if (map != Map::kSoftmax || role == Role::kState) offset = rho[m] / scale;
-        if (role != Role::kState)
-          for (int e = 0; e < E; ++e) {
-            T r;
-            narrow(R[int64_t(m) * E + e] / scale, &r);
-            offset -= widen(r) * (map == Map::kSoftmax ? state[int64_t(m) * E + e] : center[e]);
-          }
-      }
+      if (keys) offset = (map != Map::kSoftmax || role == Role::kState ? rho[m] * inverse : 0.f) - along;
     }
     work.weight[head * padded + m] = weight;
     work.offset[head * padded + m] = offset;
@@ -652,7 +710,6 @@ struct ReadShape {
   static constexpr int kMaxChunk = kProjected<map> ? (P == 64 ? 64 : 128) / (sizeof(T) / 2) : P;  // of features
   static constexpr bool kRows = pass != Pass::kFeatures;
   static constexpr int kMatrices = kRows + (kProjected<map> ? (sizeof(T) == 2 ? 2 : 1) : 0);  // rows, W, W's low half
-  static constexpr int kTilesOfBlock = 2;
   static constexpr int kResident = 1;  // blocks of a multiprocessor of sm_75: 8 warps, of float 4
   static __host__ __device__ int chunk(const LinearAttention& p) {
     const int padded = round_up_16(p.features);
@@ -661,7 +718,17 @@ struct ReadShape {
   static int bytes(const LinearAttention& p) {
     return Tile<T, kTokens, P>::kBytes + chunk(p) * (kMatrices * (P + kPad) * int(sizeof(T)) + 2 * 4);
   }
-  static int64_t blocks(int64_t tokens) { return (tokens + kTilesOfBlock * kTokens - 1) / (kTilesOfBlock * kTokens); }
+  // Of a head: what fills the card best, if what a block does before its first tile costs as much as a tile.
+  static int64_t blocks(const LinearAttention& p, int64_t tokens) {
+    const int64_t tiles = (tokens + kTokens - 1) / kTokens;
+    int64_t best = 0, least = INT64_MAX;
+    for (int64_t many = 1; many <= 16; ++many) {
+      const int64_t count = (tiles + many - 1) / many, all = p.batch * p.heads * count;
+      const int64_t cost = (all + p.resident_blocks - 1) / p.resident_blocks * (many + 1);
+      if (cost <= least) best = count, least = cost;
+    }
+    return best;
+  }
 };
 
 template <class T, int P, Map map, Pass pass>
@@ -1189,8 +1256,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kFeatures>::kThread
       }
     }
     if constexpr (step == Step::kMax) {
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+      largest = warp_max(largest);
       if (threadIdx.x % 32 == 0) side.block_max[blockIdx.x * (R::Threads / 32) + r.warp] = largest * kLn2;
     }
   }
@@ -1198,17 +1264,24 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kFeatures>::kThread
 
 // -- Launches ---------------------------------------------------------------------------------------------------------
 
-// Splits for fold: the partial states take at most an eighth of what the tokens take, and follow from N, D, E and M.
-inline int64_t fold_splits(const LinearAttention& p, int64_t tokens) {
-  int64_t widest = p.features > p.value_dim ? p.features : p.value_dim;
-  const int64_t run = 16 * (widest > 64 ? widest : 64), splits = (tokens + run - 1) / run;
-  return splits < 1 ? 1 : splits > 64 ? 64 : splits;
+// Splits for fold, which follow from N, D, E, M and the card's generation: the partial states take at most an eighth of
+// what the tokens take; from sm_80 on, which has more to fill and holds them in its L2 cache, a quarter.
+inline void fit(LinearAttention& p, int compute_major, int multiprocessors) {
+  const int64_t widest = p.features > p.value_dim ? p.features : p.value_dim;
+  const int64_t run = (compute_major >= 8 ? 8 : 16) * (widest > 64 ? widest : 64);
+  const auto splits = [run](int64_t tokens) {
+    const int64_t count = (tokens + run - 1) / run;
+    return count < 1 ? 1 : count > 64 ? 64 : count;
+  };
+  p.key_splits = splits(p.keys);
+  p.query_splits = splits(p.queries);
+  p.resident_blocks = multiprocessors * (compute_major >= 8 ? 2 : 1);
 }
 
 // What the scratch arrays take, in floats; `base` (256-byte aligned) makes them, null only counts.
 inline int64_t carve(const LinearAttention& p, int P, bool backward, float* base, Work* work) {
   const int64_t heads = p.batch * p.heads, padded = round_up_16(p.features);
-  const int64_t splits = fold_splits(p, backward ? p.queries : p.keys);
+  const int64_t splits = backward ? p.query_splits : p.key_splits;
   int64_t used = 0;
   const auto take = [&](int64_t count) {
     float* at = base == nullptr ? nullptr : base + used;
@@ -1228,8 +1301,6 @@ inline int padded_size(const LinearAttention& p) {
   const int64_t widest = p.dim > p.value_dim ? p.dim : p.value_dim;
   return widest <= 16 ? 16 : widest <= 32 ? 32 : 64;
 }
-constexpr int64_t kMaxWidth = 64;  // of D and E
-
 // One map, dtype and size: launch(kernel, blocks, threads, bytes of shared memory, arguments…) in order.
 template <class T, int P, Map map>
 struct Passes {
@@ -1238,40 +1309,40 @@ struct Passes {
   using Grad = ReadShape<T, P, map, Pass::kGrad>;
   using Phi = ReadShape<T, P, map, Pass::kFeatures>;
   static constexpr bool kHasProjection = kProjected<map>;
-  static constexpr int kPrepareBytes = (2 * P + kPrepareThreads) * 4;
+  using Prepare = PrepareShape<P>;
 
   template <class Launch>
   static void key_state(const LinearAttention& p, const Work& work, Launch&& launch) {
-    fold_and_reduce<false>(p, work, {p.k, p.v, p.keys, fold_splits(p, p.keys)}, launch);
+    fold_and_reduce<false>(p, work, {p.k, p.v, p.keys, p.key_splits}, launch);
   }
   template <class Launch>
   static void forward(const LinearAttention& p, const Work& work, Launch&& launch) {
     key_state(p, work, launch);
-    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Preparation{Role::kQueries, 0});
-    const ReadSide side = {p.q, {}, p.out, {}, p.queries, Read::blocks(p.queries), 1};
+    launch(prepare<T, P, map>, heads(p), Prepare::kThreads, Prepare::kBytes, Preparation{Role::kQueries, 0});
+    const ReadSide side = {p.q, {}, p.out, {}, p.queries, Read::blocks(p, p.queries), 1};
     launch(read<T, P, map>, heads(p) * side.blocks, Read::kThreads, Read::bytes(p), side);
   }
   template <class Launch>
   static void backward(const LinearAttention& p, const Work& work, Launch&& launch) {
-    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Preparation{Role::kQueries, 0});
-    const ReadSide side = {p.q, p.grad_out, p.grad_q, {}, p.queries, Grad::blocks(p.queries), 1};
+    launch(prepare<T, P, map>, heads(p), Prepare::kThreads, Prepare::kBytes, Preparation{Role::kQueries, 0});
+    const ReadSide side = {p.q, p.grad_out, p.grad_q, {}, p.queries, Grad::blocks(p, p.queries), 1};
     launch(grad<T, P, map, true>, heads(p) * side.blocks, Grad::kThreads, Grad::bytes(p), side);
-    fold_and_reduce<true>(p, work, {p.q, p.grad_out, p.queries, fold_splits(p, p.queries)}, launch);
+    fold_and_reduce<true>(p, work, {p.q, p.grad_out, p.queries, p.query_splits}, launch);
     key_gradients(p, work, Role::kKeys, launch);
   }
   template <class Launch>
   static void key_gradients(const LinearAttention& p, const Work& work, Role role, Launch&& launch) {
     int raise = 0;
     while (role == Role::kKeys && raise < 15 && (int64_t(2) << raise) <= p.keys) ++raise;
-    launch(prepare<T, P, map>, heads(p), kPrepareThreads, kPrepareBytes, Preparation{role, raise});
-    const ReadSide side = {p.k, p.v, p.grad_k, p.grad_v, p.keys, Grad::blocks(p.keys), 1 / float(1 << raise)};
+    launch(prepare<T, P, map>, heads(p), Prepare::kThreads, Prepare::kBytes, Preparation{role, raise});
+    const ReadSide side = {p.k, p.v, p.grad_k, p.grad_v, p.keys, Grad::blocks(p, p.keys), 1 / float(1 << raise)};
     launch(grad<T, P, map, false>, heads(p) * side.blocks, Grad::kThreads, Grad::bytes(p), side);
   }
 
   // p has only what the features are made of; side.blocks is set here.
   template <Step step, class Launch>
   static void phi(const LinearAttention& p, const Work& work, FeaturesSide side, Launch&& launch) {
-    side.blocks = Phi::blocks(side.tokens);
+    side.blocks = Phi::blocks(p, side.tokens);
     launch(features<T, P, map, step>, heads(p) * side.blocks, Phi::kThreads, Phi::bytes(p), side);
   }
 
@@ -1280,7 +1351,8 @@ struct Passes {
   template <bool queries, class Launch>
   static void fold_and_reduce(const LinearAttention& p, const Work& work, const FoldSide& side, Launch&& launch) {
     launch(fold<T, P, map, queries>, heads(p) * side.splits * Fold::blocks(p), Fold::kThreads, Fold::kBytes, side);
-    launch(reduce<map, queries>, heads(p) * p.features, kReduceThreads, kReduceThreads * 4, side);
+    const int64_t blocks = (p.features + kReduceFeatures - 1) / kReduceFeatures;
+    launch(reduce<map, queries>, heads(p) * blocks, 32 * kReduceWarps, 4 * kReduceWarps, side);
   }
 };
 
@@ -1288,7 +1360,8 @@ struct Passes {
 inline int64_t features_maxima(const LinearAttention& p) {
   using Half = ReadShape<__half, 16, Map::kFavor, Pass::kFeatures>;
   using Float = ReadShape<float, 16, Map::kFavor, Pass::kFeatures>;
-  return p.dtype == DType::kFloat ? Float::blocks(p.queries) * Float::kWarps : Half::blocks(p.queries) * Half::kWarps;
+  return p.dtype == DType::kFloat ? Float::blocks(p, p.queries) * Float::kWarps
+                                  : Half::blocks(p, p.queries) * Half::kWarps;
 }
 
 template <class F>

@@ -1,11 +1,13 @@
 // The norm pass of conv_norm and its backward on CUDA cores. Torch-free. The derivation is in
 // cxv_kernels/conv_norm/README.md; names follow it. A block takes groups of neighbouring pixels, its threads laid over
-// pixels × lanes of channels: of NCHW a warp runs along 32 pixels, of channels_last along the channels of one.
+// pixels × lanes of channels: of NCHW a warp runs along 32 pixels, of channels_last along the channels of one, which up
+// to 256 it holds in registers (norm_forward_rows, norm_backward_rows).
 #pragma once
 
 #include <cmath>
 
 #include "../include/conv_norm.h"
+#include "mma.cuh"
 #include "number.cuh"
 
 namespace cxv {
@@ -74,11 +76,7 @@ struct Cell {
   }
   // Over the lanes of the pixel. All threads of the block call it.
   __device__ float sum(float x) const {
-    if (channels_last) {
-#pragma unroll
-      for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-      return x;
-    }
+    if (channels_last) return warp_sum(x);
     float* sums = reinterpret_cast<float*>(shared_memory);
     __syncthreads();
     sums[threadIdx.x] = x;
@@ -139,16 +137,22 @@ __device__ __forceinline__ float weight_at(const NormWork& work, int64_t c, int6
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     norm_find_lost(const __grid_constant__ ConvNorm p, const __grid_constant__ NormWork work) {
-  int count = 0;
-  if (threadIdx.x == 0) {
-    for (int64_t c = 0; c < p.channels; ++c)
-      if (is_lost<T>(p, c)) work.lost[1 + count++] = int(c);
-    work.lost[0] = count;
-    *reinterpret_cast<int*>(shared_memory) = count;
-  }
+  int* const found = reinterpret_cast<int*>(shared_memory);  // by each warp
+  bool any = false;
+  for (int64_t c = threadIdx.x; c < p.channels; c += kNormThreads) any |= is_lost<T>(p, c);
+  any = __any_sync(~0u, any);
+  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = any;
   __syncthreads();
-  count = *reinterpret_cast<int*>(shared_memory);
-  if (count == 0) return;
+  any = false;
+  for (int i = 0; i < kNormWarps; ++i) any |= found[i] != 0;
+  if (threadIdx.x == 0) {
+    int count = 0;
+    if (any)
+      for (int64_t c = 0; c < p.channels; ++c)
+        if (is_lost<T>(p, c)) work.lost[1 + count++] = int(c);
+    work.lost[0] = count;
+  }
+  if (!any) return;
   for (int64_t i = threadIdx.x; i <= work.in_channels * 9; i += kNormThreads) {
     float sum = 0;
     for (int64_t c = 0; c < p.channels; ++c)
@@ -216,8 +220,7 @@ __global__ void __launch_bounds__(kNormThreads)
   float* const own = sums + (p.channels_last && cell.slot < rows ? cell.slot * 3 * C : 0);
   const auto add = [&](int64_t i, float x) {
     if (!p.channels_last) {
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+      x = warp_sum(x);
       if (cell.slot == 0) own[i] += x;
     } else {
       own[i] += x;
@@ -260,6 +263,152 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
+// -- channels_last, up to 256 channels: a warp has a pixel, each lane four or eight of its channels in registers
+// -------
+
+// Channels (j · 32 + lane) · 4 + i, i < 4, of a row of J · 128 at most.
+template <class T, int J>
+struct Row {
+  static constexpr int kCount = 4 * J;
+  struct __align__(4 * sizeof(T)) Four {
+    Pair<T> pair[2];
+  };
+
+  const int64_t channels;
+  const int lane = threadIdx.x % 32;
+
+  __device__ int channel(int i) const { return (i / 4 * 32 + lane) * 4 + i % 4; }
+  __device__ bool has(int i) const { return channel(i) < channels; }
+  // 0 beyond the channels.
+  __device__ __forceinline__ void load(float (&v)[kCount], const T* x) const {
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      Four four = {};
+      if (has(4 * j)) four = *reinterpret_cast<const Four*>(x + channel(4 * j));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 two = unpack(four.pair[i]);
+        v[4 * j + 2 * i] = two.x;
+        v[4 * j + 2 * i + 1] = two.y;
+      }
+    }
+  }
+  __device__ __forceinline__ void store(T* x, const float (&v)[kCount]) const {
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      const Four four = {pack<T>(v[4 * j], v[4 * j + 1]), pack<T>(v[4 * j + 2], v[4 * j + 3])};
+      if (has(4 * j)) *reinterpret_cast<Four*>(x + channel(4 * j)) = four;
+    }
+  }
+  // A vector over the channels, `other` beyond and where there is none.
+  template <class V>
+  __device__ __forceinline__ void vector(float (&v)[kCount], const V* x, float other) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = x != nullptr && has(i) ? widen(x[channel(i)]) : other;
+  }
+};
+
+template <class T>
+bool in_rows(const ConvNorm& p) {
+  const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % (4 * sizeof(T)) == 0; };
+  return p.channels_last && p.channels % 4 == 0 && p.channels <= 256 && aligned(p.y) && aligned(p.grad_out) &&
+         aligned(p.grad_conv);
+}
+
+// block = one of any number
+template <class T, int J>
+__global__ void __launch_bounds__(kNormThreads) norm_forward_rows(const __grid_constant__ ConvNorm p) {
+  const Row<T, J> row{p.channels};
+  constexpr int N = row.kCount;
+  float v[N], bias[N], gamma[N], beta[N];
+  row.vector(bias, static_cast<const T*>(p.bias), 0);
+  row.vector(gamma, static_cast<const float*>(p.gamma), 0);
+  row.vector(beta, static_cast<const float*>(p.beta), 0);
+  const float share = 1 / float(p.channels);
+  const int64_t pixels = p.batch * p.pixels;
+  for (int64_t n = int64_t(blockIdx.x) * kNormWarps + threadIdx.x / 32; n < pixels; n += gridDim.x * kNormWarps) {
+    T* const y = static_cast<T*>(p.y) + n * p.channels;
+    row.load(v, y);
+    float sum = 0, first = 0, second = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum += v[i] += bias[i];
+    const float shift = warp_sum(sum) * share;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      v[i] = row.has(i) ? v[i] - shift : 0.f;
+      first += v[i];
+      second = fmaf(v[i], v[i], second);
+    }
+    const float offset = warp_sum(first) * share, variance = warp_sum(second) * share - offset * offset;
+    const float rstd = 1 / sqrtf((variance < 0 ? 0.f : variance) + float(p.eps));
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = fmaf((v[i] - offset) * rstd, gamma[i], beta[i]);
+    row.store(y, v);
+    if (row.lane == 0) static_cast<float*>(p.rstd)[n] = rstd;
+  }
+}
+
+// As norm_backward.
+template <class T, int J>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_backward_rows(const __grid_constant__ ConvNorm p, const __grid_constant__ bool conv_needed) {
+  const Row<T, J> row{p.channels};
+  constexpr int N = row.kCount;
+  float gamma[N], beta[N], inverse[N], sums[3][N] = {};  // inverse: 1/γ, 0 where y does not tell x̂
+  row.vector(gamma, static_cast<const float*>(p.gamma), 0);
+  row.vector(beta, static_cast<const float*>(p.beta), 0);
+  bool lost = false;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const bool tells = row.has(i) && !is_lost<T>(p, row.channel(i));
+    inverse[i] = tells ? 1 / gamma[i] : 0.f;
+    lost |= row.has(i) && !tells;
+  }
+  lost = __any_sync(~0u, lost);
+  const float share = 1 / float(p.channels);
+  const int warp = threadIdx.x / 32;
+  const int64_t pixels = p.batch * p.pixels, groups = norm_groups(p), per_split = (groups + gridDim.x - 1) / gridDim.x;
+  const int64_t end =
+      (blockIdx.x + 1) * per_split * kNormWarps < pixels ? (blockIdx.x + 1) * per_split * kNormWarps : pixels;
+  for (int64_t n = blockIdx.x * per_split * kNormWarps + warp; n < end; n += kNormWarps) {
+    T* const du = static_cast<T*>(p.grad_conv) + n * p.channels;
+    float g[N], x[N], again[N], sum_a = 0, sum_ax = 0;
+    row.load(g, static_cast<const T*>(p.grad_out) + n * p.channels);
+    row.load(x, static_cast<const T*>(p.y) + n * p.channels);
+    if (lost) row.load(again, du);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[i] = lost && inverse[i] == 0 ? again[i] : (x[i] - beta[i]) * inverse[i];
+      sums[0][i] = fmaf(g[i], x[i], sums[0][i]);
+      sums[1][i] += g[i];
+      g[i] *= gamma[i];
+      sum_a += g[i];
+      sum_ax = fmaf(g[i], x[i], sum_ax);
+    }
+    if (!conv_needed && p.grad_bias == nullptr) continue;
+    const float mean_a = warp_sum(sum_a) * share, mean_ax = warp_sum(sum_ax) * share;
+    const float rstd = static_cast<const float*>(p.rstd)[n];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[i] = rstd * (g[i] - mean_a - x[i] * mean_ax);
+      sums[2][i] += x[i];
+    }
+    if (conv_needed) row.store(du, x);
+  }
+
+  float* const all = reinterpret_cast<float*>(shared_memory);  // (warps, 3, C)
+#pragma unroll
+  for (int i = 0; i < 3 * N; ++i)
+    if (row.has(i % N)) all[(warp * 3 + i / N) * p.channels + row.channel(i % N)] = sums[i / N][i % N];
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < 3 * p.channels; i += kNormThreads) {
+    float total = 0;
+#pragma unroll
+    for (int of = 0; of < kNormWarps; ++of) total += all[of * 3 * p.channels + i];
+    static_cast<float*>(p.partial)[blockIdx.x * 3 * p.channels + i] = total;
+  }
+}
+
 // A thread for a channel.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_reduce(const __grid_constant__ ConvNorm p) {
@@ -283,15 +432,19 @@ inline int64_t norm_splits(const ConvNorm& p) {
 // launch(kernel, blocks, bytes of shared memory, arguments…) in order, kNormThreads each.
 template <class T, class Launch>
 void norm_forward_pass(const ConvNorm& p, Launch&& launch) {
-  const int64_t groups = norm_groups(p);
-  launch(norm_forward<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p);
+  const int64_t groups = norm_groups(p), few = (groups + 3) / 4;  // whose threads read γ and β once
+  if (in_rows<T>(p))
+    launch(p.channels <= 128 ? norm_forward_rows<T, 1> : norm_forward_rows<T, 2>, few < 65535 ? few : 65535, 0, p);
+  else
+    launch(norm_forward<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p);
 }
 template <class T, class Launch>
 void norm_backward_pass(const ConvNorm& p, const NormWork& work, bool conv_needed, Launch&& launch) {
   const int64_t groups = norm_groups(p);
   launch(norm_find_lost<T>, 1, 1024, p, work);
   launch(norm_find_again<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p, work);
-  launch(norm_backward<T>, p.splits, norm_bytes(p), p, conv_needed);
+  const auto rows = p.channels <= 128 ? norm_backward_rows<T, 1> : norm_backward_rows<T, 2>;
+  launch(in_rows<T>(p) ? rows : norm_backward<T>, p.splits, norm_bytes(p), p, conv_needed);
   launch(norm_backward_reduce<T>, (p.channels + kNormThreads - 1) / kNormThreads, 0, p);
 }
 

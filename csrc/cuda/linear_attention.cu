@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> kv_state_forward(Tensor k, Tensor v, std::optional<Te
   p.state = state.data_ptr();
   p.key_stat = key_stat.data_ptr();
   if (on_tensor_cores(p)) {
-    const auto& kernels = cxv::cuda::attention_kernels(p.dtype, k);
+    const auto& kernels = cxv::cuda::attention_kernels(p, k);
     Tensor scratch = cxv::new_accumulator(k, {cxv::cuda::scratch_size(p, false)});
     kernels.key_state(p, static_cast<float*>(scratch.data_ptr()), cxv::cuda::stream_of(k));
   } else {
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> kv_state_backward(Tensor grad_state, Tensor grad_z, T
   p.grad_z = grad_z.data_ptr();
   p.key_stat = key_stat.data_ptr();
   if (on_tensor_cores(p)) {
-    const auto& kernels = cxv::cuda::attention_kernels(p.dtype, k);
+    const auto& kernels = cxv::cuda::attention_kernels(p, k);
     Tensor scratch = cxv::new_accumulator(k, {cxv::cuda::scratch_size(p, false)});
     kernels.key_state_gradients(p, static_cast<float*>(scratch.data_ptr()), cxv::cuda::stream_of(k));
   } else {

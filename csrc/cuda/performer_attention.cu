@@ -62,8 +62,8 @@ LinearAttention describe_features(const Tensor& x, Tensor& projection, const std
 std::tuple<Tensor, Tensor> features_forward(Tensor x, Tensor projection, bool is_query, std::string kernel,
                                             double eps) {
   const DeviceGuard guard(x.get_device_index());
-  const auto p = describe_features(x, projection, kernel, eps);
-  const auto& kernels = cxv::cuda::attention_kernels(p.dtype, x);
+  auto p = describe_features(x, projection, kernel, eps);
+  const auto& kernels = cxv::cuda::attention_kernels(p, x);
   Tensor phi = cxv::new_like(x, {p.batch, p.heads, p.queries, p.features});
   Tensor key_max = torch::stable::new_zeros(x, {p.batch, p.heads}, cxv::accumulator_of(x));
   cxv::cuda::FeaturesSide side = {cxv::view(x), cxv::view(phi), {}, nullptr, nullptr, p.queries, 0};
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> features_forward(Tensor x, Tensor projection, bool is
 Tensor features_backward(Tensor grad_phi, Tensor x, Tensor projection, Tensor key_max, bool is_query,
                          std::string kernel, double eps) {
   const DeviceGuard guard(x.get_device_index());
-  const auto p = describe_features(x, projection, kernel, eps);
+  auto p = describe_features(x, projection, kernel, eps);
   cxv::check("grad_phi", grad_phi, x, {p.batch, p.heads, p.queries, p.features}, x.scalar_type());
   cxv::check_accumulator("key_max", key_max, x, {p.batch, p.heads});
   key_max = torch::stable::contiguous(key_max);
@@ -93,7 +93,7 @@ Tensor features_backward(Tensor grad_phi, Tensor x, Tensor projection, Tensor ke
                                         nullptr,
                                         p.queries,
                                         0};
-  cxv::cuda::attention_kernels(p.dtype, x).features_backward(p, side, cxv::cuda::stream_of(x));
+  cxv::cuda::attention_kernels(p, x).features_backward(p, side, cxv::cuda::stream_of(x));
   return grad_x;
 }
 

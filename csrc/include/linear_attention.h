@@ -37,6 +37,8 @@ struct LinearAttention {
   // CPU: only the items [wave_begin, wave_end) of a pass have a block in `partial` at a time.
   int64_t wave_begin = 0, wave_end = 0;
   void* running = nullptr;  // acc, heads × (M + E + 1): the maxima, Σ v and the number of keys so far
+  // CUDA: blocks that the card runs at a time. It changes how tokens are dealt out, but no bit.
+  int64_t resident_blocks = 1;
 };
 
 // One instruction set's kernels. Each does the items [begin, end) of its pass; items are independent, and what one

@@ -75,6 +75,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("projection", "key_max")),
         *((name, ctypes.c_int64) for name in ("wave_begin", "wave_end")),
         ("running", ctypes.c_void_p),
+        ("resident_blocks", ctypes.c_int64),
     ]
 
 

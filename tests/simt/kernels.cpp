@@ -49,6 +49,13 @@ void for_passes(const LinearAttention& p, F&& f) {
   });
 }
 
+// What the caller asks for, on a card of two multiprocessors.
+LinearAttention fitted(const LinearAttention& in) {
+  LinearAttention p = in;
+  fit(p, CXV_SM80 ? 8 : 7, 2);
+  return p;
+}
+
 enum class Call { kForward, kBackward, kState, kStateGradients };
 
 }  // namespace
@@ -60,7 +67,7 @@ void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt
 // The caller fills p but for scratch memory. These return what went wrong, or null.
 const char* simt_attention(LinearAttention* in, Call call, unsigned seed) {
   return guarded([&] {
-    LinearAttention p = *in;
+    LinearAttention p = fitted(*in);
     const int64_t heads = p.batch * p.heads;
     auto grad_state = unwritten(heads * p.features * p.value_dim), grad_z = unwritten(heads * p.features);
     if (p.grad_state == nullptr) p.grad_state = grad_state.data(), p.grad_z = grad_z.data();
@@ -82,15 +89,16 @@ const char* simt_attention(LinearAttention* in, Call call, unsigned seed) {
 }
 
 // The threads and shared memory of each launch of forward and backward, which are not run; how many they are.
-int simt_launches(const LinearAttention* p, int* threads, int* shared) {
+int simt_launches(const LinearAttention* in, int* threads, int* shared) {
+  const LinearAttention p = fitted(*in);
   int count = 0;
-  for_passes(*p, [&](auto passes) {
+  for_passes(p, [&](auto passes) {
     const auto launch = [&](auto, int64_t, int block, int bytes, const auto&) {
       threads[count] = block;
       shared[count++] = bytes;
     };
-    passes.forward(*p, Work{}, launch);
-    passes.backward(*p, Work{}, launch);
+    passes.forward(p, Work{}, launch);
+    passes.backward(p, Work{}, launch);
   });
   return count;
 }
@@ -98,7 +106,7 @@ int simt_launches(const LinearAttention* p, int* threads, int* shared) {
 // q is x; out φ, or grad_out its gradient; key_max is that of the keys, or null. Of grad_q null the forward pass.
 const char* simt_features(LinearAttention* in, unsigned seed) {
   return guarded([&] {
-    const LinearAttention& p = *in;
+    LinearAttention p = fitted(*in);
     const Work work = {};
     for_passes(p, [&](auto passes) {
       const auto launch = [&](auto kernel, int64_t blocks, int threads, int bytes, const auto& argument) {
