@@ -93,7 +93,7 @@ def load_projection(
     T: tl.constexpr,
 ):
     """SCALE·W [BLOCK_F, BLOCK_D] in T, its transpose, and that of what the rounding to T leaves; without W nothing of
-    use (Triton 3.6 returns no None in a tuple).
+    use (Triton 3.6 returns no None in a tuple). ``p_w`` may be what split_kernel wrote.
 
     Rows past F repeat the last, which moves no maximum. The transposes are made here, outside the loop over tokens, so
     that the operand stays in shared memory.
@@ -103,9 +103,33 @@ def load_projection(
     else:
         o_d = tl.arange(0, BLOCK_D)
         p = p_w + tl.minimum(o_f, F - 1)[:, None] * s_w[0] + o_d[None, :] * s_w[1]
-        b_exact = tl.load(p, mask=(o_d < D)[None, :], other=0) * SCALE
-        b_w = b_exact.to(T)
-        return b_w, tl.trans(b_w), tl.trans((b_exact - b_w.to(b_exact.dtype)).to(T))
+        mask = (o_d < D)[None, :]
+        if p_w.dtype.element_ty.primitive_bitwidth == 16:
+            b_w = tl.load(p, mask=mask, other=0)
+            return b_w, tl.trans(b_w), tl.trans(tl.load(p + F * D, mask=mask, other=0))
+        else:
+            b_exact = tl.load(p, mask=mask, other=0) * SCALE
+            b_w = b_exact.to(T)
+            return b_w, tl.trans(b_w), tl.trans((b_exact - b_w.to(b_exact.dtype)).to(T))
+
+
+@triton.jit
+def split_kernel(
+    p_w,  # (F, D)
+    p_split,  # (2, F, D): SCALE·W rounded, and what that leaves
+    s_w,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What load_projection makes of W, once: where features come in blocks, each tile of tokens would do it again."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < F * D
+    b_exact = tl.load(p_w + i // D * s_w[0] + i % D * s_w[1], mask=inside, other=0) * SCALE
+    b_w = b_exact.to(p_split.dtype.element_ty)
+    tl.store(p_split + i, b_w, mask=inside)
+    tl.store(p_split + F * D + i, b_exact - b_w.to(b_exact.dtype), mask=inside)
 
 
 @triton.jit
@@ -373,9 +397,17 @@ def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr):
 
 
 @triton.jit
+def state_unit(p_state, E: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What U is divided by, to fit T."""
+    o_e = tl.arange(0, BLOCK_E)
+    return power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+
+
+@triton.jit
 def load_state(
     p_state,
     p_stat,
+    p_u,
     o_f,
     unit,
     E: tl.constexpr,
@@ -384,13 +416,66 @@ def load_state(
     BLOCK_E: tl.constexpr,
     T: tl.constexpr,
 ):
-    """U / unit [BLOCK_F, BLOCK_E] in T, with a feature's weight where that is a factor."""
+    """U / unit [BLOCK_F, BLOCK_E] in T, with a feature's weight where that is a factor; as pack_state_kernel has it."""
     o_e = tl.arange(0, BLOCK_E)
     mask = (o_f < F)[:, None] & (o_e < E)[None, :]
-    b_u = tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit
+    if p_u is not None:
+        return tl.load(p_u + o_f[:, None] * (E + 32) + o_e[None, :], mask=mask, other=0)
+    else:
+        b_u = tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit
+        if MAP != "exact" and MAP != "softmax":
+            b_u *= load_weights(p_stat, o_f, F, MAP)[:, None]
+        return b_u.to(T)
+
+
+@triton.jit
+def load_columns(p, o_f, stride, F: tl.constexpr, other):
+    """16 columns of packed rows [BLOCK_F, 16]."""
+    return tl.load(p + o_f[:, None] * stride + tl.arange(0, 16)[None, :], mask=(o_f < F)[:, None], other=other)
+
+
+@triton.jit
+def load_sum_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, T: tl.constexpr):
+    """halves of how a query weighs the features."""
+    if p_u is not None and MAP != "exact" and MAP != "softmax":
+        return load_columns(p_u + E, o_f, E + 32, F, 0)
+    else:
+        return halves(as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
+
+
+@triton.jit
+def load_minus_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, T: tl.constexpr):
+    """factors of how a query weighs the features, negative."""
+    if p_u is not None and MAP != "exact" and MAP != "softmax":
+        return load_columns(p_u + E + 16, o_f, E + 32, F, 0)
+    else:
+        return factors(-as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
+
+
+@triton.jit
+def pack_state_kernel(
+    p_state,
+    p_stat,
+    p_u,  # (B·H, F, E + 32): U, load_sum_columns, load_minus_columns
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """What load_state makes of U, once: where features come in blocks, each tile of tokens would do it again."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    p_state, p_stat = p_state + i_bh * (F + 2) * E, p_stat + i_bh * (2 * F + 1)
+    o_f, o_e, o_c = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E), tl.arange(0, 16)
+    m_f = (o_f < F)[:, None]
+    unit = state_unit(p_state, E, F, BLOCK_E)
+    T: tl.constexpr = p_u.dtype.element_ty
+    p = p_u + i_bh * F * (E + 32) + o_f[:, None] * (E + 32)
+    b_u = load_state(p_state, p_stat, None, o_f, unit, E, F, MAP, BLOCK_E, T)
+    tl.store(p + o_e[None, :], b_u, mask=m_f & (o_e < E)[None, :])
     if MAP != "exact" and MAP != "softmax":
-        b_u *= load_weights(p_stat, o_f, F, MAP)[:, None]
-    return b_u.to(T)
+        tl.store(p + E + o_c[None, :], load_sum_columns(p_stat, None, o_f, E, F, MAP, T), mask=m_f)
+        tl.store(p + E + 16 + o_c[None, :], load_minus_columns(p_stat, None, o_f, E, F, MAP, T), mask=m_f)
 
 
 @triton.jit
@@ -473,6 +558,7 @@ def query_kernel(
     p_w,  # (F, D) or None
     p_state,
     p_stat,
+    p_u,  # pack_state_kernel's, if there are several blocks of features, or None
     p_out,  # (B, H, N, E)
     s_q,
     s_w,
@@ -503,14 +589,16 @@ def query_kernel(
     p_q, p_out = of_head(p_q, s_q, i_bh, H), of_head(p_out, s_out, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
+    if p_u is not None:
+        p_u += i_bh.to(tl.int64) * F * (E + 32)
     o_d, o_e, o_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
-    unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    unit = state_unit(p_state, E, F, BLOCK_E)
     WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_u = load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T)
-        b_weights = halves(as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
+        b_u = load_state(p_state, p_stat, None, o_f, unit, E, F, MAP, BLOCK_E, T)
+        b_weights = load_sum_columns(p_stat, None, o_f, E, F, MAP, T)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -523,8 +611,8 @@ def query_kernel(
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_u = load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T)
-                b_weights = halves(as_factor(load_weights(p_stat, o_i, F, MAP), MAP), T)
+                b_u = load_state(p_state, p_stat, p_u, o_i, unit, E, F, MAP, BLOCK_E, T)
+                b_weights = load_sum_columns(p_stat, p_u, o_i, E, F, MAP, T)
             b_z = load_weights(p_stat, o_i, F, MAP)
             b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
             b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
@@ -549,6 +637,7 @@ def query_backward_kernel(
     p_w,  # (F, D) or None
     p_state,
     p_stat,
+    p_u,  # as query_kernel's
     p_dq,  # (B, H, N, D)
     p_rows,  # (B·H, 3, N): what query_state_kernel reads, or None: this kernel does its work
     p_sums,  # (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den
@@ -584,10 +673,12 @@ def query_backward_kernel(
     p_q, p_do, p_dq = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H), of_head(p_dq, s_dq, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
+    if p_u is not None:
+        p_u += i_bh.to(tl.int64) * F * (E + 32)
     o_f, o_e = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
     o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
-    unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    unit = state_unit(p_state, E, F, BLOCK_E)
     WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
     if p_rows is None:
         # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
@@ -595,10 +686,11 @@ def query_backward_kernel(
         b_r_sum, b_rho, b_r1, b_rho1 = no_sums(BLOCK_N, BLOCK_E, BLOCK_F, COLUMNS, ACC)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
-        b_u = load_state(p_state, p_stat, o_f, unit, E, F, MAP, BLOCK_E, T)
+        b_u = load_state(p_state, p_stat, None, o_f, unit, E, F, MAP, BLOCK_E, T)
         b_ut = tl.trans(b_u)
         b_z = load_weights(p_stat, o_f, F, MAP)
-        b_weights, b_minus = halves(as_factor(b_z, MAP), T), tl.trans(factors(-as_factor(b_z, MAP), T))
+        b_weights = load_sum_columns(p_stat, None, o_f, E, F, MAP, T)
+        b_minus = tl.trans(load_minus_columns(p_stat, None, o_f, E, F, MAP, T))
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -621,9 +713,9 @@ def query_backward_kernel(
             if BLOCKS > 1:
                 o_i = i_f * BLOCK_F + o_f
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_u = load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T)
+                b_u = load_state(p_state, p_stat, p_u, o_i, unit, E, F, MAP, BLOCK_E, T)
                 b_z = load_weights(p_stat, o_i, F, MAP)
-                b_weights = halves(as_factor(b_z, MAP), T)
+                b_weights = load_sum_columns(p_stat, p_u, o_i, E, F, MAP, T)
             b_x = b_q if p_w is not None or BLOCKS == 1 else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
             b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
             b_new = tl.maximum(b_top, tl.max(b_x, 1))
@@ -657,9 +749,9 @@ def query_backward_kernel(
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_ut = tl.trans(load_state(p_state, p_stat, o_i, unit, E, F, MAP, BLOCK_E, T))
+                b_ut = tl.trans(load_state(p_state, p_stat, p_u, o_i, unit, E, F, MAP, BLOCK_E, T))
                 b_z = load_weights(p_stat, o_i, F, MAP)
-                b_minus = tl.trans(factors(-as_factor(b_z, MAP), T))
+                b_minus = tl.trans(load_minus_columns(p_stat, p_u, o_i, E, F, MAP, T))
                 b_x = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
                 b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
                 b_e = query_terms(b_x, b_top, MAP, EXP)
@@ -818,7 +910,7 @@ def query_state_kernel(
     p_rows += i_bh.to(tl.int64) * 3 * N
     o_f, o_e = i_f * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
     o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
-    unit = power_below(tl.max(tl.load(p_state + (F + 1) * E + o_e, mask=o_e < E, other=0), 0))
+    unit = state_unit(p_state, E, F, BLOCK_E)
     b_z = load_weights(p_stat, o_f, F, MAP)
     if MAP == "favor":
         b_z = tl.maximum(tl.log2(b_z * E_RANGE), -1000.0)
@@ -914,9 +1006,9 @@ def load_gradient(
     BLOCK_E: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Of R / unit [BLOCK_F, BLOCK_E] in T itself, its transpose and EPS Σ R_m/z_m [BLOCK_E]; and ρ [BLOCK_F].
+    """Of R / unit [BLOCK_F, BLOCK_E] in T itself, what dφ needs, and EPS Σ R_m/z_m [BLOCK_E]; and ρ [BLOCK_F].
 
-    favor_relu's transpose and ρ are those of R/z and ρ/z in units of ``top``, the largest 1/z.
+    What dφ needs are R and ρ, but of favor_relu R/z and ρ/z, in units of ``top``, the largest 1/z.
     """
     o_e, m_f = tl.arange(0, BLOCK_E), o_f < F
     p = p_grad + o_f[:, None] * E + o_e[None, :]
@@ -931,17 +1023,100 @@ def load_gradient(
         b_r1 = tl.sum(b_r * (EPS * b_inverse)[:, None], 0)
     if MAP == "favor_relu":
         b_share = b_inverse * reciprocal(top)
-        return b_r.to(T), tl.trans((b_r * b_share[:, None]).to(T)), b_r1, b_rho * b_share
+        return b_r.to(T), (b_r * b_share[:, None]).to(T), b_r1, b_rho * b_share
     else:
-        b_r = b_r.to(T)
-        return b_r, tl.trans(b_r), b_r1, b_rho
+        return b_r.to(T), b_r.to(T), b_r1, b_rho
+
+
+@triton.jit
+def gradient_units(p_grads, p_top, F: tl.constexpr, MAP: tl.constexpr, EXP: tl.constexpr, BLOCK_ALL: tl.constexpr):
+    """What R is divided by to fit T; the largest |ρ|, so divided; favor's maximum, 0, or the largest 1/z."""
+    o_f = tl.arange(0, BLOCK_ALL)
+    unit = power_below(tl.max(tl.load(p_grads + F + o_f, mask=o_f < F, other=0), 0))
+    widest = tl.max(tl.abs(tl.load(p_grads + o_f, mask=o_f < F, other=0)), 0) / unit
+    if MAP == "favor":
+        top = tl.load(p_top)
+    elif EXP:
+        top = unit * 0
+    else:
+        top = tl.max(tl.load(p_grads + 2 * F + o_f, mask=o_f < F, other=0), 0)
+    return unit, widest, top
+
+
+@triton.jit
+def exponent_base(p_stat, F: tl.constexpr, BLOCK_ALL: tl.constexpr):
+    """The largest exponent z: float16 holds what the others are less it."""
+    o_f = tl.arange(0, BLOCK_ALL)
+    base = tl.max(tl.load(p_stat + o_f, mask=o_f < F, other=float("-inf")), 0)
+    return tl.where(base == float("-inf"), 0, base)
+
+
+@triton.jit
+def pack_gradient_kernel(
+    p_grad,
+    p_grads,
+    p_stat,
+    p_top,
+    p_packed,  # (B·H, F, 2 E + 32): what load_gradient returns; load_exponents and factors of ρ, for 16 bits
+    p_rows,  # (B·H, F + E): its ρ; EPS Σ R_m/z_m
+    s_stat,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    MAP: tl.constexpr,
+    EXP: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+):
+    """What load_gradient makes of R, once: where features come in blocks, each tile of tokens would do it again."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    p_grad, p_grads, p_stat = p_grad + i_bh * F * E, p_grads + i_bh * 3 * F, p_stat + i_bh * s_stat
+    p_packed, p_rows = p_packed + i_bh * F * (2 * E + 32), p_rows + i_bh * (F + E)
+    unit, widest, top = gradient_units(p_grads, p_top + i_bh, F, MAP, EXP, BLOCK_ALL)
+    o_e, o_c = tl.arange(0, BLOCK_E), tl.arange(0, 16)
+    T: tl.constexpr = p_packed.dtype.element_ty
+    b_sum = tl.zeros([BLOCK_E], p_grad.dtype.element_ty)
+    for i_f in range(BLOCKS):
+        o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
+        b_r, b_share, b_r1, b_rho = load_gradient(
+            p_grad, p_grads, p_stat, o_f, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T
+        )
+        b_sum += b_r1
+        p = p_packed + o_f[:, None] * (2 * E + 32)
+        m_f = (o_f < F)[:, None]
+        tl.store(p + o_e[None, :], b_r, mask=m_f & (o_e < E)[None, :])
+        tl.store(p + E + o_e[None, :], b_share, mask=m_f & (o_e < E)[None, :])
+        tl.store(p_rows + o_f, b_rho, mask=o_f < F)
+        if T.primitive_bitwidth == 16:
+            if EXP:
+                b_minus = load_exponents(p_stat, o_f, exponent_base(p_stat, F, BLOCK_ALL), F, T)
+                tl.store(p + 2 * E + o_c[None, :], b_minus, mask=m_f)
+            b_least = factors(b_rho * reciprocal(widest * unit), T)
+            tl.store(p + 2 * E + 16 + o_c[None, :], b_least, mask=m_f)
+    tl.store(p_rows + F + o_e, b_sum, mask=o_e < E)
+
+
+@triton.jit
+def load_packed(p_packed, p_rows, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What load_gradient returns, but for EPS Σ R_m/z_m, as pack_gradient_kernel has it."""
+    o_e = tl.arange(0, BLOCK_E)
+    p = p_packed + o_f[:, None] * (2 * E + 32) + o_e[None, :]
+    mask = (o_f < F)[:, None] & (o_e < E)[None, :]
+    b_r = tl.load(p, mask=mask, other=0)
+    b_rho = tl.load(p_rows + o_f, mask=o_f < F, other=0)
+    if MAP == "favor_relu":
+        return b_r, tl.load(p + E, mask=mask, other=0), b_rho
+    else:
+        return b_r, b_r, b_rho
 
 
 @triton.jit
 def load_exponents(p_stat, o_f, base, F: tl.constexpr, T: tl.constexpr):
-    """Rows [16, BLOCK_F] that sum to 8 (base − log2 z); past F what makes every exponential 0."""
+    """Columns [BLOCK_F, 16] that sum to 8 (base − log2 z); past F what makes every exponential 0."""
     b_stat = tl.load(p_stat + o_f, mask=o_f < F, other=float("inf")) - base
-    return tl.trans(halves(-tl.minimum(tl.maximum(b_stat, -30000.0), 30000.0), T))
+    return halves(-tl.minimum(tl.maximum(b_stat, -30000.0), 30000.0), T)
 
 
 @triton.jit
@@ -955,6 +1130,8 @@ def key_backward_kernel(
     p_top,  # (B·H)
     p_grad,
     p_grads,
+    p_packed,  # pack_gradient_kernel's, if there are several blocks of features, or None
+    p_rows,
     p_dk,
     p_dv,
     s_k,
@@ -995,30 +1172,27 @@ def key_backward_kernel(
     p_grad += i_bh.to(tl.int64) * F * E
     p_grads += i_bh.to(tl.int64) * 3 * F
     o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    o_f, o_all = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_ALL)
+    if p_packed is not None:
+        p_packed, p_rows = p_packed + i_bh.to(tl.int64) * F * (2 * E + 32), p_rows + i_bh.to(tl.int64) * (F + E)
+    o_f = tl.arange(0, BLOCK_F)
     b_c = tl.zeros([BLOCK_E], ACC)
     if p_mean is not None:
         b_c = tl.load(p_mean + i_bh.to(tl.int64) * s_mean + o_e, mask=o_e < E, other=0)
-    unit = power_below(tl.max(tl.load(p_grads + F + o_all, mask=o_all < F, other=0), 0))
-    widest = tl.max(tl.abs(tl.load(p_grads + o_all, mask=o_all < F, other=0)), 0) / unit
+    unit, widest, top = gradient_units(p_grads, p_top + i_bh, F, MAP, EXP, BLOCK_ALL)
     least = reciprocal(widest * unit)
     WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
     base = 0.0  # float16 holds what an exponent z is less the largest
     if EXP and WIDTH == 16:
-        base = tl.max(tl.load(p_stat + o_all, mask=o_all < F, other=float("-inf")), 0)
-        base = tl.where(base == float("-inf"), 0, base)
+        base = exponent_base(p_stat, F, BLOCK_ALL)
     gain = power_below(tl.cast(tl.minimum(N, 32768), ACC))  # by which float16 holds e/z
-    if MAP == "favor":
-        top = tl.load(p_top + i_bh)
-    elif EXP:
-        top = 0.0
-    else:
-        top = tl.max(tl.load(p_grads + 2 * F + o_all, mask=o_all < F, other=0), 0)
     if BLOCKS == 1:
         b_w, b_wt, b_rest = load_projection(p_w, s_w, o_f, D, F, SCALE, BLOCK_D, T)
         b_r, b_rt, b_r1, b_rho = load_gradient(p_grad, p_grads, p_stat, o_f, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T)
+        b_rt = tl.trans(b_rt)
         b_least = tl.trans(factors(b_rho * least, T))
-        b_minus = load_exponents(p_stat, o_f, base, F, T)
+        b_minus = tl.trans(load_exponents(p_stat, o_f, base, F, T))
+    elif EPS != 0:
+        b_r1 = tl.load(p_rows + F + o_e, mask=o_e < E, other=0)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -1047,9 +1221,8 @@ def key_backward_kernel(
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_r, b_rt, b_r1, b_rho = load_gradient(
-                    p_grad, p_grads, p_stat, o_i, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T
-                )
+                b_r, b_rt, b_rho = load_packed(p_packed, p_rows, o_i, E, F, MAP, BLOCK_E)
+                b_rt = tl.trans(b_rt)
             if p_w is not None:
                 b_a = project(b_k, b_wt, b_rest, PRECISION)
             elif BLOCKS == 1:
@@ -1058,7 +1231,7 @@ def key_backward_kernel(
                 b_a = load_tokens(p_k, s_k, o_n, m_n, o_i, D).to(ACC) * SCALE
             if EXP and WIDTH == 16:
                 if BLOCKS > 1:
-                    b_minus = load_exponents(p_stat, o_i, base, F, T)
+                    b_minus = tl.trans(load_columns(p_packed + 2 * E, o_i, 2 * E + 32, F, -30000.0))
                 b_t = tl.exp2(tl.dot(tl.full([BLOCK_N, 16], 1 / 8, T), b_minus, b_a) - b_shift[:, None])
             elif EXP:
                 b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf"))
@@ -1070,12 +1243,10 @@ def key_backward_kernel(
             b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
             if WIDTH == 16:
                 if BLOCKS > 1:
-                    b_least = tl.trans(factors(b_rho * least, T))
+                    b_least = tl.trans(load_columns(p_packed + 2 * E + 16, o_i, 2 * E + 32, F, 0))
                 b_da = tl.dot(halves(b_inner * widest, T), b_least, b_da)
             else:
                 b_da += b_rho[None, :] * (b_inner / unit)[:, None]
-            if EPS != 0:
-                b_dv += b_r1[None, :] * gain
             if EXP and p_w is not None:
                 b_da = b_da.to(T) * b_t.to(T)
                 b_da1 = tl.dot(b_da, tl.full([BLOCK_F, 16], 1.0, T), b_da1, input_precision=PRECISION, out_dtype=ACC)
@@ -1094,6 +1265,8 @@ def key_backward_kernel(
             if MAP != "favor_relu":
                 b_dk -= (2 * HALF / 16 * tl.sum(b_da1, 1))[:, None] * b_k.to(ACC)
             store_tokens(p_dk, s_dk, o_n, m_all, tl.where(m_n[:, None], b_dk * b_outer[:, None], 0), o_d, D)
+        if EPS != 0:
+            b_dv += b_r1[None, :] * gain
         b_dv = tl.where(m_n[:, None], b_dv * (unit / gain), 0)
         store_tokens(p_dv, s_dv, o_n, m_all, b_dv, o_e, E)
 
@@ -1134,6 +1307,7 @@ class Skeleton:
     ) -> None:
         dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax")
         self.op, self.projection, self.acc = op, projection, accumulate_dtype(like.dtype)
+        self.split: Tensor | None = None  # split_kernel's
         self.dtype, self.dim, self.value_dim, self.eps = like.dtype, dim, value_dim, eps
         self.features = dim if projection is None else projection.shape[0]
         self.arch = configs.architecture(like.device)
@@ -1180,6 +1354,48 @@ class Skeleton:
 
     def _projection(self) -> tuple[int, int]:
         return (0, 0) if self.projection is None else self.projection.stride()
+
+    def _split(self, blocks: int) -> tuple[Tensor | None, tuple[int, int]]:
+        """W and its strides for a kernel that reads it in so many blocks for each tile of tokens."""
+        if self.projection is None or blocks == 1 or self.dtype.itemsize != 2:
+            return self.projection, self._projection()
+        if self.split is None:
+            self.split = self.projection.new_empty((2, *self.projection.shape), dtype=self.dtype)
+            launch(
+                self.op,
+                split_kernel,
+                (-(-self.projection.numel() // 1024),),
+                self.projection,
+                self.split,
+                self._projection(),
+                D=self.dim,
+                F=self.features,
+                SCALE=self.constants["SCALE"],
+                BLOCK=1024,
+                num_warps=4,
+            )
+        return self.split, (self.dim, 1)
+
+    def _pack(self, state: Tensor, stat: Tensor, blocks: int, dtype: torch.dtype) -> Tensor | None:
+        """U for a kernel that reads it in so many blocks for each tile of tokens."""
+        if blocks == 1:
+            return None
+        packed = state.new_empty((*state.shape[:2], self.features, self.value_dim + 32), dtype=dtype)
+        launch(
+            self.op,
+            pack_state_kernel,
+            (state.shape[0] * state.shape[1], -(-self.features // 16)),
+            state,
+            stat,
+            packed,
+            E=self.value_dim,
+            F=self.features,
+            MAP=self.constants["MAP"],
+            BLOCK_E=self.constants["BLOCK_E"],
+            BLOCK_F=16,
+            num_warps=4,
+        )
+        return packed
 
     def key_sums(self, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
         """The first stage of the key pass: (sums (B·H, runs, F + 1, E), stats (B·H, runs, 2, F + 1), runs)."""
@@ -1245,23 +1461,26 @@ class Skeleton:
         """out (B, H, N, E)."""
         options, run, runs = self.tiles(query_kernel, q.shape[2], partial=False)
         out = like_layout(q, (*q.shape[:3], self.value_dim))
+        blocks = self.blocks(options)
+        projection, strides = self._split(blocks)
         launch(
             self.op,
             query_kernel,
             (q.shape[0] * q.shape[1] * runs,),
             q,
-            self.projection,
+            projection,
             state,
             stat,
+            self._pack(state, stat, blocks, q.dtype),
             out,
             q.stride(),
-            self._projection(),
+            strides,
             out.stride(),
             q.shape[1],
             q.shape[2],
             run,
             runs,
-            BLOCKS=self.blocks(options),
+            BLOCKS=blocks,
             **(options | {"EPS": self.eps}),
         )
         return out
@@ -1277,20 +1496,25 @@ class Skeleton:
         grad_q = like_layout(q, tuple(q.shape))
         rows = state.new_empty((heads, 3, q.shape[2])) if separate else None
         sums, stats = (None, None) if separate else self._query_sums(state, heads, runs)
-        inputs = (grad_out, q, self.projection, state, stat)
+        projection, strides = self._split(blocks)
         sizes = (q.shape[1], q.shape[2])
         launch(
             self.op,
             query_backward_kernel,
             (heads * runs,),
-            *inputs,
+            grad_out,
+            q,
+            projection,
+            state,
+            stat,
+            self._pack(state, stat, blocks, q.dtype),
             grad_q,
             rows,
             sums,
             stats,
             grad_out.stride(),
             q.stride(),
-            self._projection(),
+            strides,
             grad_q.stride(),
             *sizes,
             run,
@@ -1305,7 +1529,11 @@ class Skeleton:
                 self.op,
                 query_state_kernel,
                 (heads * runs, self.blocks(options)),
-                *inputs,
+                grad_out,
+                q,
+                self.projection,
+                state,
+                stat,
                 rows,
                 sums,
                 stats,
@@ -1350,6 +1578,32 @@ class Skeleton:
         )
         return grad, grads
 
+    def _pack_gradient(
+        self, grad: Tensor, grads: Tensor, stat: Tensor, top: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        packed = grad.new_empty((*grad.shape[:2], self.features, 2 * self.value_dim + 32), dtype=self.dtype)
+        rows = grad.new_empty((*grad.shape[:2], self.features + self.value_dim))
+        height = min(32, options["BLOCK_F"])
+        launch(
+            self.op,
+            pack_gradient_kernel,
+            (grad.shape[0] * grad.shape[1],),
+            grad,
+            grads,
+            stat,
+            top,
+            packed,
+            rows,
+            stat.stride(1),
+            BLOCK_E=options["BLOCK_E"],
+            BLOCK_F=height,
+            BLOCKS=-(-self.features // height),
+            BLOCK_ALL=_width(self.features),
+            **self.state_constants,
+            num_warps=4,
+        )
+        return packed, rows
+
     def key_backward(
         self,
         k: Tensor,
@@ -1364,24 +1618,29 @@ class Skeleton:
         """dk and dv. ``mean``: c̄ (B, H, E), or None for 0."""
         options, run, runs = self.tiles(key_backward_kernel, k.shape[2], partial=False)
         grad_k, grad_v = like_layout(k, tuple(k.shape)), like_layout(v, tuple(v.shape))
+        blocks = self.blocks(options)
+        projection, strides = self._split(blocks)
+        packed, rows = self._pack_gradient(grad, grads, stat, top, options) if blocks > 1 else (None, None)
         launch(
             self.op,
             key_backward_kernel,
             (k.shape[0] * k.shape[1] * runs,),
             k,
             v,
-            self.projection,
+            projection,
             key_mask,
             mean,
             stat,
             top,
             grad,
             grads,
+            packed,
+            rows,
             grad_k,
             grad_v,
             k.stride(),
             v.stride(),
-            self._projection(),
+            strides,
             (0, 0) if key_mask is None else key_mask.stride(),
             0 if mean is None else mean.stride(1),
             stat.stride(1),
@@ -1391,7 +1650,7 @@ class Skeleton:
             k.shape[2],
             run,
             runs,
-            BLOCKS=self.blocks(options),
+            BLOCKS=blocks,
             BLOCK_ALL=_width(self.features),
             **options,
         )
