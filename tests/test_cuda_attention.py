@@ -217,8 +217,8 @@ class TestNumerics:
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
     def test_same_bits_alone_and_in_a_batch(self, sm75, feature_map):
-        """However the tiles of tokens are dealt out, which follows from the number of heads."""
-        q, k, v, g = (make((3, 2, 270, c), torch.float16, i) for i, c in enumerate((8, 8, 12, 12)))
+        """The three tiles of tokens are one block's of three heads, and two blocks' of one."""
+        q, k, v, g = (make((3, 1, 270, c), torch.float16, i) for i, c in enumerate((8, 8, 12, 12)))
         projection = projection_for(feature_map, 8)
         batch = run(sm75, feature_map, q, k, v, g, projection)
         alone = run(sm75, feature_map, *(t[1:2] for t in (q, k, v, g)), projection)
