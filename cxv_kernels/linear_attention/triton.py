@@ -32,6 +32,7 @@ from .op import triton_state
 HALF_RANGE = tl.constexpr(32768.0)  # scales weights of at most 1, so that float16 holds the small ones
 E_RANGE = tl.constexpr(128.0)  # the share of it that e has
 W_RANGE = tl.constexpr(256.0)  # and that of a feature's weight, which U carries
+PACKED = tl.constexpr(32)  # columns of a packed row beside U or R: of two operands, 16 each
 TINY = tl.constexpr(1.2e-38)  # the reciprocal of less overflows float32
 
 
@@ -420,7 +421,7 @@ def load_state(
     o_e = tl.arange(0, BLOCK_E)
     mask = (o_f < F)[:, None] & (o_e < E)[None, :]
     if p_u is not None:
-        return tl.load(p_u + o_f[:, None] * (E + 32) + o_e[None, :], mask=mask, other=0)
+        return tl.load(p_u + o_f[:, None] * (E + PACKED) + o_e[None, :], mask=mask, other=0)
     else:
         b_u = tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit
         if MAP != "exact" and MAP != "softmax":
@@ -438,7 +439,7 @@ def load_columns(p, o_f, stride, F: tl.constexpr, other):
 def load_sum_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, T: tl.constexpr):
     """halves of how a query weighs the features."""
     if p_u is not None and MAP != "exact" and MAP != "softmax":
-        return load_columns(p_u + E, o_f, E + 32, F, 0)
+        return load_columns(p_u + E, o_f, E + PACKED, F, 0)
     else:
         return halves(as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
 
@@ -447,7 +448,7 @@ def load_sum_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl
 def load_minus_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, T: tl.constexpr):
     """factors of how a query weighs the features, negative."""
     if p_u is not None and MAP != "exact" and MAP != "softmax":
-        return load_columns(p_u + E + 16, o_f, E + 32, F, 0)
+        return load_columns(p_u + E + 16, o_f, E + PACKED, F, 0)
     else:
         return factors(-as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
 
@@ -470,7 +471,7 @@ def pack_state_kernel(
     m_f = (o_f < F)[:, None]
     unit = state_unit(p_state, E, F, BLOCK_E)
     T: tl.constexpr = p_u.dtype.element_ty
-    p = p_u + i_bh * F * (E + 32) + o_f[:, None] * (E + 32)
+    p = p_u + i_bh * F * (E + PACKED) + o_f[:, None] * (E + PACKED)
     b_u = load_state(p_state, p_stat, None, o_f, unit, E, F, MAP, BLOCK_E, T)
     tl.store(p + o_e[None, :], b_u, mask=m_f & (o_e < E)[None, :])
     if MAP != "exact" and MAP != "softmax":
@@ -590,7 +591,7 @@ def query_kernel(
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
     if p_u is not None:
-        p_u += i_bh.to(tl.int64) * F * (E + 32)
+        p_u += i_bh.to(tl.int64) * F * (E + PACKED)
     o_d, o_e, o_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = state_unit(p_state, E, F, BLOCK_E)
@@ -674,7 +675,7 @@ def query_backward_kernel(
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
     if p_u is not None:
-        p_u += i_bh.to(tl.int64) * F * (E + 32)
+        p_u += i_bh.to(tl.int64) * F * (E + PACKED)
     o_f, o_e = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
     o_d = o_f if p_w is None else tl.arange(0, BLOCK_D)
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
@@ -1057,8 +1058,8 @@ def pack_gradient_kernel(
     p_grads,
     p_stat,
     p_top,
-    p_packed,  # (B·H, F, 2 E + 32): what load_gradient returns; load_exponents and factors of ρ, for 16 bits
-    p_rows,  # (B·H, F + E): its ρ; EPS Σ R_m/z_m
+    p_packed,  # (B·H, F, 2 E + 32): R, favor_relu's for dφ; for 16 bits load_exponents and factors of ρ
+    p_rho,  # (B·H, F + E): its ρ; EPS Σ R_m/z_m
     s_stat,
     E: tl.constexpr,
     F: tl.constexpr,
@@ -1073,39 +1074,42 @@ def pack_gradient_kernel(
     """What load_gradient makes of R, once: where features come in blocks, each tile of tokens would do it again."""
     i_bh = tl.program_id(0).to(tl.int64)
     p_grad, p_grads, p_stat = p_grad + i_bh * F * E, p_grads + i_bh * 3 * F, p_stat + i_bh * s_stat
-    p_packed, p_rows = p_packed + i_bh * F * (2 * E + 32), p_rows + i_bh * (F + E)
+    p_packed, p_rho = p_packed + i_bh * F * (2 * E + PACKED), p_rho + i_bh * (F + E)
     unit, widest, top = gradient_units(p_grads, p_top + i_bh, F, MAP, EXP, BLOCK_ALL)
     o_e, o_c = tl.arange(0, BLOCK_E), tl.arange(0, 16)
     T: tl.constexpr = p_packed.dtype.element_ty
     b_sum = tl.zeros([BLOCK_E], p_grad.dtype.element_ty)
+    if EXP:
+        base = exponent_base(p_stat, F, BLOCK_ALL)
     for i_f in range(BLOCKS):
         o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
         b_r, b_share, b_r1, b_rho = load_gradient(
             p_grad, p_grads, p_stat, o_f, unit, top, E, F, MAP, EXP, EPS, BLOCK_E, T
         )
         b_sum += b_r1
-        p = p_packed + o_f[:, None] * (2 * E + 32)
+        p = p_packed + o_f[:, None] * (2 * E + PACKED)
         m_f = (o_f < F)[:, None]
         tl.store(p + o_e[None, :], b_r, mask=m_f & (o_e < E)[None, :])
-        tl.store(p + E + o_e[None, :], b_share, mask=m_f & (o_e < E)[None, :])
-        tl.store(p_rows + o_f, b_rho, mask=o_f < F)
+        if MAP == "favor_relu":
+            tl.store(p + E + o_e[None, :], b_share, mask=m_f & (o_e < E)[None, :])
+        tl.store(p_rho + o_f, b_rho, mask=o_f < F)
         if T.primitive_bitwidth == 16:
             if EXP:
-                b_minus = load_exponents(p_stat, o_f, exponent_base(p_stat, F, BLOCK_ALL), F, T)
+                b_minus = load_exponents(p_stat, o_f, base, F, T)
                 tl.store(p + 2 * E + o_c[None, :], b_minus, mask=m_f)
             b_least = factors(b_rho * reciprocal(widest * unit), T)
             tl.store(p + 2 * E + 16 + o_c[None, :], b_least, mask=m_f)
-    tl.store(p_rows + F + o_e, b_sum, mask=o_e < E)
+    tl.store(p_rho + F + o_e, b_sum, mask=o_e < E)
 
 
 @triton.jit
-def load_packed(p_packed, p_rows, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, BLOCK_E: tl.constexpr):
+def load_packed(p_packed, p_rho, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, BLOCK_E: tl.constexpr):
     """What load_gradient returns, but for EPS Σ R_m/z_m, as pack_gradient_kernel has it."""
     o_e = tl.arange(0, BLOCK_E)
-    p = p_packed + o_f[:, None] * (2 * E + 32) + o_e[None, :]
+    p = p_packed + o_f[:, None] * (2 * E + PACKED) + o_e[None, :]
     mask = (o_f < F)[:, None] & (o_e < E)[None, :]
     b_r = tl.load(p, mask=mask, other=0)
-    b_rho = tl.load(p_rows + o_f, mask=o_f < F, other=0)
+    b_rho = tl.load(p_rho + o_f, mask=o_f < F, other=0)
     if MAP == "favor_relu":
         return b_r, tl.load(p + E, mask=mask, other=0), b_rho
     else:
@@ -1131,7 +1135,7 @@ def key_backward_kernel(
     p_grad,
     p_grads,
     p_packed,  # pack_gradient_kernel's, if there are several blocks of features, or None
-    p_rows,
+    p_rho,
     p_dk,
     p_dv,
     s_k,
@@ -1173,7 +1177,7 @@ def key_backward_kernel(
     p_grads += i_bh.to(tl.int64) * 3 * F
     o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     if p_packed is not None:
-        p_packed, p_rows = p_packed + i_bh.to(tl.int64) * F * (2 * E + 32), p_rows + i_bh.to(tl.int64) * (F + E)
+        p_packed, p_rho = p_packed + i_bh.to(tl.int64) * F * (2 * E + PACKED), p_rho + i_bh.to(tl.int64) * (F + E)
     o_f = tl.arange(0, BLOCK_F)
     b_c = tl.zeros([BLOCK_E], ACC)
     if p_mean is not None:
@@ -1192,7 +1196,7 @@ def key_backward_kernel(
         b_least = tl.trans(factors(b_rho * least, T))
         b_minus = tl.trans(load_exponents(p_stat, o_f, base, F, T))
     elif EPS != 0:
-        b_r1 = tl.load(p_rows + F + o_e, mask=o_e < E, other=0)
+        b_r1 = tl.load(p_rho + F + o_e, mask=o_e < E, other=0)
     last = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -1221,7 +1225,7 @@ def key_backward_kernel(
             o_i = i_f * BLOCK_F + o_f
             if BLOCKS > 1:
                 b_w, b_wt, b_rest = load_projection(p_w, s_w, o_i, D, F, SCALE, BLOCK_D, T)
-                b_r, b_rt, b_rho = load_packed(p_packed, p_rows, o_i, E, F, MAP, BLOCK_E)
+                b_r, b_rt, b_rho = load_packed(p_packed, p_rho, o_i, E, F, MAP, BLOCK_E)
                 b_rt = tl.trans(b_rt)
             if p_w is not None:
                 b_a = project(b_k, b_wt, b_rest, PRECISION)
@@ -1231,7 +1235,7 @@ def key_backward_kernel(
                 b_a = load_tokens(p_k, s_k, o_n, m_n, o_i, D).to(ACC) * SCALE
             if EXP and WIDTH == 16:
                 if BLOCKS > 1:
-                    b_minus = tl.trans(load_columns(p_packed + 2 * E, o_i, 2 * E + 32, F, -30000.0))
+                    b_minus = tl.trans(load_columns(p_packed + 2 * E, o_i, 2 * E + PACKED, F, -30000.0))
                 b_t = tl.exp2(tl.dot(tl.full([BLOCK_N, 16], 1 / 8, T), b_minus, b_a) - b_shift[:, None])
             elif EXP:
                 b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf"))
@@ -1243,7 +1247,7 @@ def key_backward_kernel(
             b_da = tl.dot(b_v, b_rt, input_precision=PRECISION)
             if WIDTH == 16:
                 if BLOCKS > 1:
-                    b_least = tl.trans(load_columns(p_packed + 2 * E + 16, o_i, 2 * E + 32, F, 0))
+                    b_least = tl.trans(load_columns(p_packed + 2 * E + 16, o_i, 2 * E + PACKED, F, 0))
                 b_da = tl.dot(halves(b_inner * widest, T), b_least, b_da)
             else:
                 b_da += b_rho[None, :] * (b_inner / unit)[:, None]
@@ -1376,11 +1380,11 @@ class Skeleton:
             )
         return self.split, (self.dim, 1)
 
-    def _pack(self, state: Tensor, stat: Tensor, blocks: int, dtype: torch.dtype) -> Tensor | None:
+    def _pack_state(self, state: Tensor, stat: Tensor, blocks: int) -> Tensor | None:
         """U for a kernel that reads it in so many blocks for each tile of tokens."""
         if blocks == 1:
             return None
-        packed = state.new_empty((*state.shape[:2], self.features, self.value_dim + 32), dtype=dtype)
+        packed = state.new_empty((*state.shape[:2], self.features, self.value_dim + PACKED.value), dtype=self.dtype)
         launch(
             self.op,
             pack_state_kernel,
@@ -1471,7 +1475,7 @@ class Skeleton:
             projection,
             state,
             stat,
-            self._pack(state, stat, blocks, q.dtype),
+            self._pack_state(state, stat, blocks),
             out,
             q.stride(),
             strides,
@@ -1507,7 +1511,7 @@ class Skeleton:
             projection,
             state,
             stat,
-            self._pack(state, stat, blocks, q.dtype),
+            self._pack_state(state, stat, blocks),
             grad_q,
             rows,
             sums,
@@ -1581,8 +1585,9 @@ class Skeleton:
     def _pack_gradient(
         self, grad: Tensor, grads: Tensor, stat: Tensor, top: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        packed = grad.new_empty((*grad.shape[:2], self.features, 2 * self.value_dim + 32), dtype=self.dtype)
-        rows = grad.new_empty((*grad.shape[:2], self.features + self.value_dim))
+        """R and ρ for a kernel that reads them in several blocks for each tile of tokens."""
+        packed = grad.new_empty((*grad.shape[:2], self.features, 2 * self.value_dim + PACKED.value), dtype=self.dtype)
+        rho = grad.new_empty((*grad.shape[:2], self.features + self.value_dim))
         height = min(32, options["BLOCK_F"])
         launch(
             self.op,
@@ -1593,7 +1598,7 @@ class Skeleton:
             stat,
             top,
             packed,
-            rows,
+            rho,
             stat.stride(1),
             BLOCK_E=options["BLOCK_E"],
             BLOCK_F=height,
@@ -1602,7 +1607,7 @@ class Skeleton:
             **self.state_constants,
             num_warps=4,
         )
-        return packed, rows
+        return packed, rho
 
     def key_backward(
         self,
@@ -1620,7 +1625,7 @@ class Skeleton:
         grad_k, grad_v = like_layout(k, tuple(k.shape)), like_layout(v, tuple(v.shape))
         blocks = self.blocks(options)
         projection, strides = self._split(blocks)
-        packed, rows = self._pack_gradient(grad, grads, stat, top, options) if blocks > 1 else (None, None)
+        packed, rho = self._pack_gradient(grad, grads, stat, top, options) if blocks > 1 else (None, None)
         launch(
             self.op,
             key_backward_kernel,
@@ -1635,7 +1640,7 @@ class Skeleton:
             grad,
             grads,
             packed,
-            rows,
+            rho,
             grad_k,
             grad_v,
             k.stride(),
