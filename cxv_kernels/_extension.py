@@ -27,7 +27,7 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"was built but does not load: {error}"
+        return f"was built but does not load: {error.__cause__ or error}"  # PyTorch's own words name the file alone
     return None
 
 

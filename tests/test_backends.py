@@ -159,6 +159,14 @@ def test_report(capsys):
     assert "not served by triton" in out
 
 
+def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    (tmp_path / "_cpu.abi3.so").write_bytes(b"what a full disk left of it")
+    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
+    reason = _extension._load("_cpu")
+    assert reason.startswith("was built but does not load: ")
+    assert any(words in reason for words in ("file too short", "invalid ELF header")) or sys.platform != "linux"
+
+
 @needs_cpp
 def test_a_library_of_older_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(_extension, "_OPS", (*_extension._OPS, "of_tomorrow"))
