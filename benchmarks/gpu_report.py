@@ -157,6 +157,15 @@ def failures(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def unserved(results: dict[str, Any]) -> list[str]:
+    """The backends that could serve none of their checks, and why: nothing was found wrong with them, nor right."""
+    checks: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of(results, "checks"):
+        checks.setdefault(row["backend"], []).append(row)
+    idle = {name: rows[0]["note"] for name, rows in checks.items() if {r["status"] for r in rows} == {"not served"}}
+    return [f"Nothing is known of {name}, which serves no op here: {note}" for name, note in idle.items()]
+
+
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
@@ -288,8 +297,10 @@ def summary(results: dict[str, Any]) -> str:
     broken = [t for t in results["tasks"] if t["status"] in ("failed", "crashed", "out of time")]
     for task in broken:
         parts.append(f"{task['section']} {task['label']}: {task['status']}\n{_tail(task['error'])}")
-    wrong = failures(results)
-    parts.append("\n".join(["FAILED:", *wrong]) if wrong else "Every check passed.")
+    wrong, idle = failures(results), unserved(results)
+    passed = "Every check that was run passed." if idle else "Every check passed."
+    parts.append("\n".join(["FAILED:", *wrong] if wrong else [passed]))
+    parts += idle
     return "\n".join([ceiling_line(results), "", *parts])
 
 

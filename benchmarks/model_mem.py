@@ -126,12 +126,13 @@ def line_through(peaks: dict[str, int]) -> tuple[float, float] | None:
 @contextmanager
 def capped(device: torch.device, limit: int) -> Iterator[None]:
     """In the block, CUDA's allocator refuses to hold more than ``limit`` bytes."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" alone is refused
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def largest_that(fits: Callable[[int], bool], most: int) -> int:

@@ -38,6 +38,11 @@ class Case:
     depth: int  # terms of the longest sum
     amplification: float = 1.0  # by how much the op enlarges a rounding of an intermediate result
 
+    @property
+    def dim(self) -> int:
+        """The channels that a backend must serve, as `explain_backend` takes them: a head's, or those of conv_norm."""
+        return self.shapes[1][0] if self.op == "conv_norm" else max(shape[-1] for shape in self.shapes[:3])
+
 
 @dataclass(frozen=True)
 class Result:
@@ -73,7 +78,8 @@ def cases(
     generator = torch.Generator().manual_seed(0)
     features = features or num_random_features(dim)
     projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64).to(device)
-    keys, value_dim = (tokens + 7, dim + 3) if ragged else (tokens, dim)
+    wider = 3 if dim < 64 else -3  # of more than 64 only Triton serves Performers
+    keys, value_dim = (tokens + 7, dim + wider) if ragged else (tokens, dim)
     query, key, value = (batch, heads, tokens, dim), (batch, heads, keys, dim), (batch, heads, keys, value_dim)
 
     def performer(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
@@ -175,6 +181,6 @@ def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str,
     for case in cases():
         for backend in backends.BACKENDS[1:]:
             for dtype in FLOAT_DTYPES:
-                served = backends.explain_backend(case.op, device, dtype)[backend]
+                served = backends.explain_backend(case.op, device, dtype, case.dim)[backend]
                 found.append(run(case, backend, device, dtype) if served == "serves" else (case.op, backend, served))
     return found

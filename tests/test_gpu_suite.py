@@ -31,6 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from interpreter_support import INTERPRETER_BROKEN  # noqa: E402
 
+from cxv_kernels import backends  # noqa: E402
+from cxv_kernels.checks import cases  # noqa: E402
+
 CPP = gpu_speed.Settings("cpu", ("cpp",), quick=True)
 GPU = gpu_speed.Settings("cuda", ("triton", "cuda"))
 
@@ -40,7 +43,7 @@ GPU = gpu_speed.Settings("cuda", ("triton", "cuda"))
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A quick run on the CPU: by Triton's interpreter and by the C++ kernels."""
+    """A quick run on the CPU, by Triton's interpreter and the C++ kernels; test_host_gpu.py has one of CUDA's side."""
     if INTERPRETER_BROKEN:
         pytest.skip(INTERPRETER_BROKEN)
     out = tmp_path_factory.mktemp("suite")
@@ -94,6 +97,18 @@ def test_pictures_need_results(tmp_path, capsys):
 
 
 # --- the plan ---
+
+
+@pytest.mark.parametrize("size", gpu_checks.SIZES)
+def test_no_check_is_of_a_size_that_a_backend_does_not_serve(size):
+    """It would be one check fewer, or a failed one, which bars the op from all measurement."""
+    *shape, ragged = gpu_checks.SIZES[size]
+    for case in cases(*shape, ragged=ragged):
+        for backend in ("triton", "cuda"):
+            of_any, of_this = (
+                backends.explain_backend(case.op, "cuda", torch.float16, dim)[backend] for dim in (32, case.dim)
+            )
+            assert of_this == of_any, (case.op, case.label, backend)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +256,14 @@ def test_a_failed_check_bars_the_kernel_and_fails_the_run():
     assert "dropout p=0.3 cuda float16" in words[0]
     assert "crashed exit code -11" in words[1]
     assert gpu_report.failures({"tasks": [task("checks", [right]), task("models", [], "failed", "x")]}) == []
+
+
+def test_a_backend_that_serves_nothing_has_not_passed():
+    right = {"op": "dropout", "backend": "triton", "status": "ok", "of_tolerance": 0.5}
+    idle = {"op": "conv_norm", "backend": "cuda", "status": "not served", "note": "was built but does not load"}
+    assert gpu_report.unserved({"tasks": [task("checks", [right, idle | {"backend": "triton"}])]}) == []
+    (words,) = gpu_report.unserved({"tasks": [task("checks", [right, idle]), task("checks", [idle])]})
+    assert words == "Nothing is known of cuda, which serves no op here: was built but does not load"
 
 
 def test_a_task_that_failed_for_all_is_tried_for_each():
