@@ -10,11 +10,21 @@ from PIL import Image
 from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import interpreting
 
-# tests/test_triton.py runs that folder in a process of its own
-collect_ignore = [] if interpreting() else ["interpreter"]
+# tests/test_triton.py and tests/test_host_gpu.py run these folders in processes of their own
+ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
+collect_ignore = [*(() if interpreting() else ("interpreter",)), *(() if ON_HOST_GPU else ("host_gpu",))]
+if not ON_HOST_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine; gpu_suite.py is a GPU's
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take a minute or more: the others fill up what the processes have left.
-LONGEST = ("test_triton.py", "test_table1.py", "test_training.py", "test_compile_gate.py", "test_models.py")
+LONGEST = (
+    "test_triton.py",
+    "test_host_gpu.py",
+    "test_table1.py",
+    "test_training.py",
+    "test_compile_gate.py",
+    "test_models.py",
+)
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
 
 

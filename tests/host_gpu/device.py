@@ -1,0 +1,106 @@
+"""Builds the host as a GPU, with csrc/cuda's kernels in the emulator (tests/simt): what a process needs to see one."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from cxv_kernels._extension import CPP_MISSING
+
+HERE = Path(__file__).resolve().parent
+ROOT, SIMT = HERE.parent.parent, HERE.parent / "simt"
+TORCH = Path(torch.__file__).parent
+LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), ([^,]+), (\w+)>>>\(([^;]*)\);")
+
+
+def missing() -> str | None:
+    """Why it cannot be built here, or None."""
+    if CPP_MISSING or not (shutil.which("gcc") and shutil.which("g++")):
+        return CPP_MISSING or "needs gcc and g++"
+    if sys.platform != "linux" or not (torch.version.cuda or "").startswith("13."):
+        return "is CUDA 13's runtime on Linux, for a PyTorch built for it"
+    return None
+
+
+def run(*command: object) -> None:
+    """A compiler; what it says if it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _runtime(target: Path) -> None:
+    """With the headers in Triton's wheel or with nvcc's, whichever are of CUDA 13."""
+    flags = ["-O1", "-shared", HERE / "runtime.c", "-o", target]
+    soname = "-soname,libcuda.so.1"
+    triton = find_spec("triton")
+    if triton is not None:
+        include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+        if "#define CUDA_VERSION 13" in (include / "cuda.h").read_text():
+            return run("gcc", "-std=gnu11", "-fPIC", "-w", f"-Wl,{soname}", f"-I{include}", *flags)
+    run("nvcc", "-Xcompiler=-fPIC,-w,-std=gnu11", "-Xlinker", soname, "--cudart=none", *flags)
+
+
+def _aten(target: Path) -> None:
+    include = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
+    linked = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
+    run("g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-w", *include, HERE / "aten.cpp", "-o", target, *linked)
+
+
+def _kernels(folder: Path, arch: int, pool: ThreadPoolExecutor) -> None:
+    """csrc/cuda, every launch replaced, as the package's ``_cuda``."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    sources = sorted((folder / "csrc" / "cuda").iterdir())
+    for source in sources:
+        text = LAUNCH.sub(r"simt::launch_on(\5, \2, \3, \4, \1, \6);", source.read_text())
+        assert "<<<" not in text, f"{source.name} has a launch that {LAUNCH.pattern} does not find"
+        source.write_text(text)
+    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{SIMT}", "-fsanitize=thread", "-DUSE_CUDA", "-xc++", "-c"]
+    flags += [f"-I{folder}/csrc/include", f"-I{TORCH}/include", "-include", "cuda_runtime.h"]
+    flags += ["-DSIMT_SM80"] * (arch >= 80) + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    objects = [(source, folder / f"{source.stem}.o") for source in sources if source.suffix == ".cu"]
+    jobs = [pool.submit(run, "g++", *flags, source, "-o", target) for source, target in objects]
+    run("g++", "-std=c++20", "-O2", "-fPIC", "-w", f"-I{SIMT}", "-c", SIMT / "simt.cpp", "-o", folder / "simt.o")
+    for job in jobs:
+        job.result()
+    linked = [f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
+    targets = [target for _, target in objects]
+    run("g++", "-shared", *targets, folder / "simt.o", "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
+
+
+@dataclass(frozen=True)
+class HostGPU:
+    """A copy of the project in ``folder``, whose CUDA library is the emulated one."""
+
+    folder: Path
+    arch: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a process that sees it."""
+        return {
+            **os.environ,
+            "LD_PRELOAD": str(self.folder / "libcuda.so.1"),
+            "TRITON_LIBCUDA_PATH": str(self.folder),
+            "HOST_GPU_ARCH": str(self.arch),
+            "HOST_GPU_ATEN": str(self.folder / "aten.so"),
+            "PYTHONPATH": f"{self.folder}{os.pathsep}{HERE}",
+        }
+
+
+def build(folder: Path, arch: int) -> HostGPU:
+    """Compile all of it into ``folder``."""
+    for name in ("benchmarks", "cxv", "cxv_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__", "results"))
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(_aten, folder / "aten.so"), pool.submit(_runtime, folder / "libcuda.so.1")]
+        _kernels(folder, arch, pool)
+        for job in jobs:
+            job.result()
+    return HostGPU(folder, arch)

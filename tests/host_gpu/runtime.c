@@ -1,0 +1,391 @@
+// A CUDA runtime and driver whose one GPU is this host. Preloaded as libcuda.so.1, it stands before NVIDIA's libraries:
+// device memory is the host's, and a stream has done what it is given when the call returns. PyTorch's own kernels are
+// refused (aten.cpp serves their ops), Triton's are taken and do nothing, csrc/cuda's run in the emulator (tests/simt).
+// What is not here fails as on a machine without a GPU.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static int setting(const char* name, int otherwise) {
+  const char* value = getenv(name);
+  return value ? atoi(value) : otherwise;
+}
+static int arch(void) { return setting("HOST_GPU_ARCH", 90); }
+static size_t capacity(void) { return (size_t)setting("HOST_GPU_MIB", 1 << 14) << 20; }
+
+// Functions that have nothing to do.
+#define SUCCEEDS(name)                      \
+  int succeeds_##name(void) __asm__(#name); \
+  int succeeds_##name(void) { return 0; }
+SUCCEEDS(cudaEventQuery)
+SUCCEEDS(cudaEventSynchronize)
+SUCCEEDS(cudaFuncSetAttribute)
+SUCCEEDS(cudaGetLastError)
+SUCCEEDS(cudaGraphDestroy)
+SUCCEEDS(cudaGraphExecDestroy)
+SUCCEEDS(cudaPeekAtLastError)
+SUCCEEDS(cudaProfilerStart)
+SUCCEEDS(cudaProfilerStop)
+SUCCEEDS(cudaStreamDestroy)
+SUCCEEDS(cudaStreamQuery)
+SUCCEEDS(cudaStreamWaitEvent)
+SUCCEEDS(cudaThreadExchangeStreamCaptureMode)
+SUCCEEDS(__cudaRegisterFatBinaryEnd)
+SUCCEEDS(__cudaRegisterVar)
+SUCCEEDS(__cudaUnregisterFatBinary)
+
+// --- the device ----------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDA_VERSION, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDA_VERSION, cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* most) { return *least = 0, *most = -1, cudaSuccess; }
+cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) { return *priority = 0, cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess                         ? "no error"
+         : error == cudaErrorMemoryAllocation         ? "out of memory"
+         : error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+         : error == cudaErrorNotSupported             ? "not supported by the host that plays the GPU"
+                                                      : "an error of the host that plays the GPU";
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, int device) {
+  switch ((int)attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = arch() / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = arch() % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 132;
+      break;
+    case cudaDevAttrWarpSize:
+      *value = 32;
+      break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = 1024;
+      break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = 2048;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 << 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = arch() < 80 ? 64 << 10 : 227 << 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = arch() < 80 ? 64 << 10 : 228 << 10;
+      break;
+    case cudaDevAttrMaxRegistersPerBlock:
+      *value = 1 << 16;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = 4 << 20;
+      break;
+    case cudaDevAttrClockRate:
+      *value = 1000000;
+      break;  // kHz
+    default:
+      *value = 0;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* p, int device) {
+  memset(p, 0, sizeof *p);
+  strcpy(p->name, "the host as a GPU");
+  p->totalGlobalMem = capacity();
+#define ATTRIBUTE(field, name)                    \
+  {                                               \
+    int value;                                    \
+    cudaDeviceGetAttribute(&value, name, device); \
+    p->field = value;                             \
+  }
+  ATTRIBUTE(major, cudaDevAttrComputeCapabilityMajor)
+  ATTRIBUTE(minor, cudaDevAttrComputeCapabilityMinor)
+  ATTRIBUTE(multiProcessorCount, cudaDevAttrMultiProcessorCount)
+  ATTRIBUTE(warpSize, cudaDevAttrWarpSize)
+  ATTRIBUTE(maxThreadsPerBlock, cudaDevAttrMaxThreadsPerBlock)
+  ATTRIBUTE(maxThreadsPerMultiProcessor, cudaDevAttrMaxThreadsPerMultiProcessor)
+  ATTRIBUTE(sharedMemPerBlock, cudaDevAttrMaxSharedMemoryPerBlock)
+  ATTRIBUTE(sharedMemPerBlockOptin, cudaDevAttrMaxSharedMemoryPerBlockOptin)
+  ATTRIBUTE(sharedMemPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor)
+  ATTRIBUTE(regsPerBlock, cudaDevAttrMaxRegistersPerBlock)
+  ATTRIBUTE(l2CacheSize, cudaDevAttrL2CacheSize)
+  return cudaSuccess;
+}
+
+// --- memory --------------------------------------------------------------------------------------------------------
+
+static struct Block {
+  char* begin;
+  size_t bytes;
+  int on_device;
+} blocks[1 << 16];
+static int block_count;
+static size_t used;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static cudaError_t take(void** pointer, size_t bytes, int on_device) {
+  cudaError_t error = cudaErrorMemoryAllocation;
+  pthread_mutex_lock(&lock);
+  if ((!on_device || used + bytes <= capacity()) && block_count < 1 << 16) {
+    char* begin = aligned_alloc(512, (bytes + 511) / 512 * 512);
+    if (begin) {
+      if (bytes <= 1 << 24) memset(begin, 0xFF, bytes);  // NaN: nobody may count on zeros
+      if (on_device) used += bytes;
+      blocks[block_count++] = (struct Block){begin, bytes, on_device};
+      *pointer = begin;
+      error = cudaSuccess;
+    }
+  }
+  pthread_mutex_unlock(&lock);
+  return error;
+}
+
+static struct Block* find(const void* pointer) {
+  for (int i = 0; i < block_count; ++i)
+    if ((char*)pointer >= blocks[i].begin && (char*)pointer < blocks[i].begin + blocks[i].bytes) return &blocks[i];
+  return NULL;
+}
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) { return take(pointer, bytes, 1); }
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) { return take(pointer, bytes, 0); }
+cudaError_t cudaFree(void* pointer) {
+  if (!pointer) return cudaSuccess;
+  pthread_mutex_lock(&lock);
+  struct Block* block = find(pointer);
+  if (block) {
+    if (block->on_device) used -= block->bytes;
+    free(block->begin);
+    *block = blocks[--block_count];
+  }
+  pthread_mutex_unlock(&lock);
+  return block ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+  *total = capacity(), *available = *total - used;
+  return cudaSuccess;
+}
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* attributes, const void* pointer) {
+  memset(attributes, 0, sizeof *attributes);
+  pthread_mutex_lock(&lock);
+  const struct Block* block = find(pointer);
+  if (block) {
+    attributes->type = block->on_device ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
+    attributes->devicePointer = (void*)pointer;
+    attributes->hostPointer = block->on_device ? NULL : (void*)pointer;
+  }
+  pthread_mutex_unlock(&lock);
+  return cudaSuccess;
+}
+
+// --- streams, events, graphs ---------------------------------------------------------------------------------------
+
+typedef void (*Work)(void*);
+static struct Graph {
+  int count;
+  struct {
+    Work run;
+    void* data;
+  } work[1 << 12];
+}* capturing;
+static void* last_stream;
+
+// For aten.cpp, the emulator's launches and the tests.
+int host_gpu_capturing(void) { return capturing != NULL; }
+int host_gpu_record(Work run, void* data) {
+  if (capturing->count == 1 << 12) return 1;
+  capturing->work[capturing->count].run = run;
+  capturing->work[capturing->count++].data = data;
+  return 0;
+}
+void host_gpu_launched(void* stream) { last_stream = stream; }
+void* host_gpu_last_stream(void) { return last_stream; }
+
+static cudaError_t wait(void) { return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
+cudaError_t cudaDeviceSynchronize(void) { return wait(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(); }
+
+static cudaError_t copy(void* to, const void* from, size_t bytes) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;  // aten.cpp records what may be captured
+  memmove(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind) {
+  return copy(to, from, bytes);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
+  return copy(to, from, bytes);
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  if (capturing) return cudaErrorStreamCaptureUnsupported;
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
+  *stream = malloc(1);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  return cudaStreamCreateWithPriority(stream, flags, 0);
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  *event = calloc(1, sizeof(double));
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return free(event), cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  *(double*)event = now.tv_sec * 1e3 + now.tv_nsec * 1e-6;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+  return cudaEventRecord(event, stream);
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  *ms = (float)(*(double*)end - *(double*)begin);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) {
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
+                                     size_t* count) {
+  if (id) *id = (unsigned long long)capturing;
+  if (graph) *graph = (cudaGraph_t)capturing;
+  if (count) *count = 0;
+  return cudaStreamIsCapturing(stream, status);
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+  capturing = calloc(1, sizeof *capturing);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = (cudaGraph_t)capturing, capturing = NULL;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
+  *count = ((struct Graph*)graph)->count;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
+  *executable = (cudaGraphExec_t)graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  struct Graph* graph = (struct Graph*)executable;
+  for (int i = 0; i < graph->count; ++i) graph->work[i].run(graph->work[i].data);
+  return cudaSuccess;
+}
+
+// --- kernels -------------------------------------------------------------------------------------------------------
+
+static struct {
+  const void* host;
+  const char* name;
+}* kernels;
+static int kernel_count;
+
+void** __cudaRegisterFatBinary(void* binary) {
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFunction(void** handle, const char* host, char* device, const char* name, int limit, void* a,
+                            void* b, void* c, void* d, int* e) {
+  if ((kernel_count & (kernel_count - 1)) == 0)
+    kernels = realloc(kernels, 2 * (kernel_count ? kernel_count : 1) * sizeof *kernels);
+  kernels[kernel_count].host = host;
+  kernels[kernel_count++].name = name;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) { return 0; }
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) { return cudaSuccess; }
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
+  return *kernel = (cudaKernel_t)host, cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
+  const char* name = "kernel of this kind";
+  for (int i = 0; i < kernel_count; ++i)
+    if (kernels[i].host == host) name = kernels[i].name;
+  if (strstr(name, "spin_kernel")) return cudaSuccess;  // torch.cuda._sleep
+  fprintf(stderr, "the host that plays the GPU has no %s\n", name);
+  return cudaErrorNotSupported;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
+}
+
+// --- the driver, for Triton and for PyTorch's start ----------------------------------------------------------------
+
+static int unsupported(void) { return CUDA_ERROR_NOT_SUPPORTED; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags, enum cudaDriverEntryPointQueryResult* result) {
+  *function = dlsym(RTLD_DEFAULT, name);
+  if (!*function) *function = (void*)unsupported;
+  if (result) *result = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+SUCCEEDS(cuInit)
+SUCCEEDS(cuFuncSetAttribute)
+SUCCEEDS(cuFuncSetCacheConfig)
+SUCCEEDS(cuModuleUnload)
+SUCCEEDS(cuCtxSetLimit)
+static int context;
+CUresult cuCtxGetCurrent(CUcontext* current) { return *current = (CUcontext)&context, CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext* current, CUdevice device) { return cuCtxGetCurrent(current); }
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
+  return *flags = 0, *active = 1, CUDA_SUCCESS;
+}
+CUresult cuCtxSetCurrent(CUcontext current) { return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { return *value = 0, CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int* version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice* device, int index) { return *device = index, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
+  return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device);
+}
+CUresult cuGetErrorString(CUresult error, const char** words) {
+  return *words = cudaGetErrorString((cudaError_t)error), CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  pthread_mutex_lock(&lock);
+  const struct Block* block = find((void*)pointer);
+  pthread_mutex_unlock(&lock);
+  *(CUdeviceptr*)value = pointer;
+  return block && block->on_device ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuModuleLoadData(CUmodule* module, const void* image) { return *module = (CUmodule)image, CUDA_SUCCESS; }
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  return *function = (CUfunction)module, CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void** extra) {
+  host_gpu_launched(config->hStream);
+  const int fits = config->gridDimX && config->gridDimY && config->gridDimZ && config->gridDimX <= 0x7FFFFFFF &&
+                   config->gridDimY <= 0xFFFF && config->gridDimZ <= 0xFFFF;
+  return fits ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}

@@ -1,0 +1,185 @@
+"""The CUDA backend whole, from Python to its kernels' source, on the host that plays a GPU (tests/test_host_gpu.py)."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import cxv
+import cxv_kernels
+from cxv.training import TrainConfig, train
+from cxv_kernels import backends, checks
+
+sys.path.insert(0, str(Path(cxv_kernels.__file__).parent.parent / "benchmarks"))
+
+import memory
+
+ARCH = int(os.environ["HOST_GPU_ARCH"])
+LOW = torch.float16 if ARCH < 80 else torch.bfloat16
+OPS = [op for op in backends.OPS if backends.explain_backend(op, "cuda")["cuda"] == "serves"]
+CASES = [
+    case
+    for size in ((1, 2, 70, 32, True), (2, 2, 37, 16, True), (1, 1, 36, 64, False))
+    for case in checks.cases(*size)
+    if case.op in OPS
+]
+
+
+def named(case):
+    return f"{case.op}, {case.label}, {case.dim}"
+
+
+def test_ops():
+    assert len(OPS) == 5
+    assert Path(cxv_kernels.__file__).parent.parent != Path(__file__).resolve().parents[2]
+    assert torch.cuda.get_device_capability() == (ARCH // 10, ARCH % 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_matches_float64(case, dtype):
+    if dtype == torch.bfloat16 and ARCH < 80:
+        with pytest.raises(RuntimeError, match=r"no bfloat16 on sm_75.*use float16 or float32"):
+            checks.run(case, "cuda", "cuda", dtype)
+        return
+    result = checks.run(case, "cuda", "cuda", dtype)
+    assert result.ratio <= 1, f"{result.error} is {result.ratio} of what is allowed"
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "performer_attention"])
+def test_any_strides_and_masks(op):
+    """q in the layout of a convolution's output, v a slice with gaps, a third of the keys masked."""
+    q, k, v = torch.randn(3, 2, 3, 40, 32, device="cuda").half()
+    q = q.transpose(-2, -1).contiguous().transpose(-2, -1)
+    v = torch.cat((v, v), -1)[..., ::2]
+    mask = torch.rand(2, 40, device="cuda") < 0.7
+    w = (cxv_kernels.orthogonal_projection(40, 32, device="cuda"),) * (op == "performer_attention")
+    grad = torch.randn(2, 3, 40, 32, device="cuda").half()
+
+    def results(backend, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = getattr(cxv_kernels, op)(*inputs, *w, key_mask=mask, backend=backend)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+    found = results("cuda", torch.float16)
+    for got, want in zip(found, results("reference", torch.float64), strict=True):
+        assert (got.double() - want).norm() <= 2e-3 * want.norm()
+    assert found[1].stride() == q.stride()
+
+
+class AsFake(TorchDispatchMode):
+    """Every fused op gives tensors as its fake implementation says: shapes, strides, dtypes, device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        found = op(*args, **(kwargs or {}))
+        if op.namespace == "cxv_kernels":
+            self.seen.add(op.__name__)
+            with FakeTensorMode() as mode:
+                said = op(*tree_map_only(torch.Tensor, mode.from_tensor, args))
+            for got, want in zip(tree_leaves(found), tree_leaves(said), strict=True):
+                assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device)
+                assert got.stride() == want.stride() or got.numel() == 0
+        return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_results_are_as_the_compiler_is_told(case):
+    inputs = [torch.randn(shape, device="cuda").to(LOW) for shape in case.shapes]
+    with AsFake() as mode:
+        checks.outputs_and_gradients(case, inputs, "cuda", LOW)
+    assert {name.rpartition("_")[2].partition(".")[0] for name in mode.seen} == {"forward", "backward"}
+
+
+def launched_on():
+    host = ctypes.CDLL(None)
+    host.host_gpu_last_stream.restype = ctypes.c_void_p
+    return host.host_gpu_last_stream() or 0
+
+
+def check_streams(case, backend):
+    """Forward on the current stream; backward, as PyTorch has it, on that of the forward pass."""
+    inputs = [torch.randn(shape, device="cuda").half().requires_grad_() for shape in case.shapes]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        out = case.function(*inputs, backend=backend)
+    assert launched_on() == stream.cuda_stream
+    case.function(*inputs, backend=backend)
+    assert launched_on() == torch.cuda.current_stream().cuda_stream
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.grad(outs, inputs, [torch.ones_like(o) for o in outs])
+    assert launched_on() == stream.cuda_stream
+
+
+@pytest.mark.parametrize("case", CASES[: len(CASES) // 3], ids=named)
+def test_launches_on_the_callers_stream(case):
+    check_streams(case, "cuda")
+
+
+@pytest.mark.skipif(ARCH < 80, reason="Triton's kernels serve sm_80 and up")
+@pytest.mark.parametrize("op", ["kv_state", "conv_norm", "gelu_dropout"])
+def test_triton_launches_on_the_callers_stream(op):
+    """Compiled and launched as on a GPU, by Triton's own launcher; here they compute nothing."""
+    check_streams(next(case for case in checks.cases(1, 2, 64, 32, ragged=False) if case.op == op), "triton")
+
+
+@pytest.mark.parametrize("name", ["cpv-2/4", "cnv-2/4", "cltv-2/4"])
+@pytest.mark.parametrize("dtype", [LOW, None])
+def test_a_training_step_is_the_references(name, dtype):
+    side = 16 if dtype else 8  # float32 is slow in the emulator
+
+    def gradients(serving):
+        torch.manual_seed(0)
+        model = cxv.create_model(name, use_fused=True).cuda().train()
+        images, labels = torch.randn(2, 3, side, side).cuda(), torch.tensor([1, 2]).cuda()
+        torch.manual_seed(1)
+        with cxv_kernels.use_backend(serving):
+            with torch.autocast("cuda", dtype or LOW, enabled=dtype is not None):
+                loss = nn.functional.cross_entropy(model(images), labels)
+            (64 * loss).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    found, expected = gradients("cuda,reference"), gradients("reference")
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2, None: 1e-5}[dtype]
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_training_in_float16(tmp_path):
+    """The loop's CUDA side: images on the device, the scaler, the checkpoint, and going on from it."""
+    config = TrainConfig(
+        model="cpv-1/2",
+        embed_dim=16,
+        data="digits",
+        limit_train=64,
+        limit_test=32,
+        batch_size=32,
+        epochs=2,
+        sgd_epochs=1,
+        precision="fp16",
+        device="cuda",
+        output=str(tmp_path),
+    )
+    lines = []
+    assert train(config, log=lines.append).epochs == 3
+    assert "on cuda" in "\n".join(lines)
+
+
+def test_peak_of_the_allocator():
+    def run():
+        first = torch.empty(8 << 20, dtype=torch.uint8, device="cuda")
+        del first
+        return torch.empty(4 << 20, dtype=torch.uint8, device="cuda")
+
+    older = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    assert memory.allocated(run, "cuda") == (8 << 20, 4 << 20)
+    del older

@@ -1,0 +1,66 @@
+"""The CUDA backend, its ops whole, and the GPU suite, on a machine without a GPU: host_gpu/ plays one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "host_gpu"))
+
+import device
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(device.missing() is not None, reason=f"the host as a GPU {device.missing()}"),
+]
+HERE = Path(__file__).parent
+SECTIONS = ("checks", "gradients", "graphs", "attention", "sweep", "conv_norm", "models", "largest_batch")
+
+
+@pytest.fixture(scope="module")
+def gpu(request, tmp_path_factory):
+    return device.build(tmp_path_factory.mktemp("gpu"), request.param)
+
+
+def card(*archs):
+    return pytest.mark.parametrize("gpu", archs, ids=[f"sm_{arch}" for arch in archs], indirect=True, scope="module")
+
+
+def run(gpu, *command, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=gpu.environment | environment,
+        cwd=gpu.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@card(75, 90)
+def test_ops(gpu):
+    """What both have in common is tried on the newer one."""
+    only = ("-k", "float64 or strides") if gpu.arch < 80 else ()
+    done = run(gpu, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *only, HERE / "host_gpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+@card(90)
+def test_the_gpu_suite(gpu, tmp_path):
+    script, options = gpu.folder / "benchmarks" / "gpu_suite.py", ("--quick", "--no-build", "--backend", "cuda")
+    # Triton's kernels would compute nothing: told to interpret, they decline what is on a GPU
+    environment = {"TRITON_INTERPRET": "1", "HOST_GPU_MIB": "24"}
+    done = run(gpu, "-W", "ignore::UserWarning", script, *options, "--out", tmp_path, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tasks = json.loads((tmp_path / "gpu_suite.json").read_text())["tasks"]
+    assert [(task["label"], task["error"]) for task in tasks if task["status"] != "ok"] == []
+    rows = {section: [row for t in tasks if t["section"] == section for row in t["rows"]] for section in SECTIONS}
+    assert all(rows.values())
+    for section in ("checks", "graphs", "gradients", "models"):
+        assert {row["status"] for row in rows[section]} <= {"ok", "not served"}, rows[section]
+    assert len([row for row in rows["checks"] if row["status"] == "ok"]) == 13
+    assert len([row for row in rows["graphs"] if row["status"] == "ok"]) == 3
+    assert all(row["largest_batch"] > 0 for row in rows["largest_batch"])
