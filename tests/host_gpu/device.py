@@ -86,6 +86,7 @@ class HostGPU:
         """Of a process that sees it."""
         return {
             **os.environ,
+            "CUDA_VISIBLE_DEVICES": "0",
             "LD_PRELOAD": str(self.folder / "libcuda.so.1"),
             "TRITON_LIBCUDA_PATH": str(self.folder),
             "HOST_GPU_ARCH": str(self.arch),
