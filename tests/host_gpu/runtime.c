@@ -136,13 +136,18 @@ static int block_count;
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+// What lies behind a block: it may not be written, and whoever reads it reads NaN.
+enum { kGuard = 1024 };
+static size_t extent(size_t bytes) { return (bytes + kGuard + 511) / 512 * 512; }
+
 static cudaError_t take(void** pointer, size_t bytes, int on_device) {
   cudaError_t error = cudaErrorMemoryAllocation;
   pthread_mutex_lock(&lock);
   if ((!on_device || used + bytes <= capacity()) && block_count < 1 << 16) {
-    char* begin = aligned_alloc(512, (bytes + 511) / 512 * 512);
+    char* begin = aligned_alloc(512, extent(bytes));
     if (begin) {
-      if (bytes <= 1 << 24) memset(begin, 0xFF, bytes);  // NaN: nobody may count on zeros
+      const size_t first = bytes <= 1 << 24 ? 0 : bytes;  // nobody may count on zeros
+      memset(begin + first, 0xFF, extent(bytes) - first);
       if (on_device) used += bytes;
       blocks[block_count++] = (struct Block){begin, bytes, on_device};
       *pointer = begin;
@@ -154,8 +159,9 @@ static cudaError_t take(void** pointer, size_t bytes, int on_device) {
 }
 
 static struct Block* find(const void* pointer) {
+  const char* p = pointer;
   for (int i = 0; i < block_count; ++i)
-    if ((char*)pointer >= blocks[i].begin && (char*)pointer < blocks[i].begin + blocks[i].bytes) return &blocks[i];
+    if (p >= blocks[i].begin && p < blocks[i].begin + extent(blocks[i].bytes)) return &blocks[i];
   return NULL;
 }
 
@@ -166,6 +172,11 @@ cudaError_t cudaFree(void* pointer) {
   pthread_mutex_lock(&lock);
   struct Block* block = find(pointer);
   if (block) {
+    for (size_t i = block->bytes; i < extent(block->bytes); ++i)
+      if (block->begin[i] != (char)0xFF) {
+        fprintf(stderr, "byte %zu of %zu on the host that plays the GPU was written\n", i, block->bytes);
+        abort();
+      }
     if (block->on_device) used -= block->bytes;
     free(block->begin);
     *block = blocks[--block_count];
