@@ -177,7 +177,7 @@ def _quick(settings: Settings) -> Iterator[Task]:
     yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
     fused = settings.backends[:1]
     modes = ("eager", *fused, *(f"{name} + checkpoints" for name in settings.backends[-1:]), "eager + compile")
-    yield _models("cltv-1/4", half, 2, *modes, side=8)
+    yield _models("cltv-1/4", half, 1, *modes, side=8)
     for mode in ("eager", *fused):
         arguments = {"model": "cltv-1/4", "dtype": half, "mode": mode, "side": 8}
         yield Task("largest_batch", "largest_batch", arguments)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "host_gpu"))
 
@@ -19,9 +20,17 @@ HERE = Path(__file__).parent
 SECTIONS = ("checks", "gradients", "graphs", "attention", "sweep", "conv_norm", "models", "largest_batch")
 
 
+TRIED = (2, 14)  # the newest PyTorch that is known to find a GPU in it
+
+
 @pytest.fixture(scope="module")
 def gpu(request, tmp_path_factory):
-    return device.build(tmp_path_factory.mktemp("gpu"), request.param)
+    built = device.build(tmp_path_factory.mktemp("gpu"), request.param)
+    probe = run(built, "-c", "import torch; assert (torch.ones(3, device='cuda') + 1).sum().item() == 6")
+    if probe.returncode != 0 and tuple(map(int, torch.__version__.split(".")[:2])) > TRIED:
+        pytest.skip(f"the host as a GPU does not suit PyTorch {torch.__version__}: {probe.stderr.splitlines()[-1:]}")
+    assert probe.returncode == 0, probe.stderr
+    return built
 
 
 def card(*archs):

@@ -5,18 +5,25 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "simt"))
+
+from host import SIMT, emulator
+
 from cxv_kernels._extension import CPP_MISSING
 
 HERE = Path(__file__).resolve().parent
-ROOT, SIMT = HERE.parent.parent, HERE.parent / "simt"
+ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).parent
+_folder = tempfile.TemporaryDirectory()  # for what is compiled once; it goes with the process
 LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), ([^,]+), (\w+)>>>\(([^;]*)\);")
 
 
@@ -35,22 +42,29 @@ def run(*command: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _runtime(target: Path) -> None:
+@cache
+def _runtime() -> Path:
     """With the headers in Triton's wheel or with nvcc's, whichever are of CUDA 13."""
+    target = Path(_folder.name) / "libcuda.so.1"
     flags = ["-O1", "-shared", HERE / "runtime.c", "-o", target]
     soname = "-soname,libcuda.so.1"
     triton = find_spec("triton")
     if triton is not None:
         include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
         if "#define CUDA_VERSION 13" in (include / "cuda.h").read_text():
-            return run("gcc", "-std=gnu11", "-fPIC", "-w", f"-Wl,{soname}", f"-I{include}", *flags)
+            run("gcc", "-std=gnu11", "-fPIC", "-w", f"-Wl,{soname}", f"-I{include}", *flags)
+            return target
     run("nvcc", "-Xcompiler=-fPIC,-w,-std=gnu11", "-Xlinker", soname, "--cudart=none", *flags)
+    return target
 
 
-def _aten(target: Path) -> None:
+@cache
+def _aten() -> Path:
+    target = Path(_folder.name) / "aten.so"
     include = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
     linked = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
     run("g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-w", *include, HERE / "aten.cpp", "-o", target, *linked)
+    return target
 
 
 def _kernels(folder: Path, arch: int, pool: ThreadPoolExecutor) -> None:
@@ -66,12 +80,11 @@ def _kernels(folder: Path, arch: int, pool: ThreadPoolExecutor) -> None:
     flags += ["-DSIMT_SM80"] * (arch >= 80) + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     objects = [(source, folder / f"{source.stem}.o") for source in sources if source.suffix == ".cu"]
     jobs = [pool.submit(run, "g++", *flags, source, "-o", target) for source, target in objects]
-    run("g++", "-std=c++20", "-O2", "-fPIC", "-w", f"-I{SIMT}", "-c", SIMT / "simt.cpp", "-o", folder / "simt.o")
     for job in jobs:
         job.result()
     linked = [f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
     targets = [target for _, target in objects]
-    run("g++", "-shared", *targets, folder / "simt.o", "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
+    run("g++", "-shared", *targets, emulator(), "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
 
 
 @dataclass(frozen=True)
@@ -87,10 +100,10 @@ class HostGPU:
         return {
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "0",
-            "LD_PRELOAD": str(self.folder / "libcuda.so.1"),
-            "TRITON_LIBCUDA_PATH": str(self.folder),
+            "LD_PRELOAD": str(_runtime()),
+            "TRITON_LIBCUDA_PATH": str(_runtime().parent),
             "HOST_GPU_ARCH": str(self.arch),
-            "HOST_GPU_ATEN": str(self.folder / "aten.so"),
+            "HOST_GPU_ATEN": str(_aten()),
             "PYTHONPATH": f"{self.folder}{os.pathsep}{HERE}",
         }
 
@@ -100,8 +113,8 @@ def build(folder: Path, arch: int) -> HostGPU:
     for name in ("benchmarks", "cxv", "cxv_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__", "results"))
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(_aten, folder / "aten.so"), pool.submit(_runtime, folder / "libcuda.so.1")]
-        _kernels(folder, arch, pool)
+        jobs = [pool.submit(part) for part in (_aten, _runtime, emulator)]
         for job in jobs:
             job.result()
+        _kernels(folder, arch, pool)
     return HostGPU(folder, arch)

@@ -45,6 +45,8 @@ def test_ops():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_matches_float64(case, dtype):
+    if dtype == torch.float32 and case.op.startswith("performer") and case.dim != 35:
+        pytest.skip("a second each in the emulator, which has one size of them in tests/test_cuda_attention.py, too")
     if dtype == torch.bfloat16 and ARCH < 80:
         with pytest.raises(RuntimeError, match=r"no bfloat16 on sm_75.*use float16 or float32"):
             checks.run(case, "cuda", "cuda", dtype)

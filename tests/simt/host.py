@@ -24,8 +24,8 @@ def _compile(*arguments: str) -> None:
 
 
 @cache
-def _emulator() -> Path:
-    """Compiled once, for all of the process's libraries."""
+def emulator() -> Path:
+    """Its object file, compiled once for all of the process's libraries."""
     target = Path(_folder.name) / "simt.o"
     _compile("-O2", "-c", str(SIMT / "simt.cpp"), "-o", str(target))
     return target
@@ -35,7 +35,7 @@ def build(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     """tests/simt/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
     kernels, library = folder / "kernels.o", folder / "simt.so"
     _compile("-O1", "-fsanitize=thread", *flags, "-c", str(SIMT / source), "-o", str(kernels))
-    _compile("-shared", str(_emulator()), str(kernels), "-o", str(library))
+    _compile("-shared", str(emulator()), str(kernels), "-o", str(library))
     return ctypes.CDLL(str(library))
 
 
