@@ -121,6 +121,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* p, int device) {
   ATTRIBUTE(sharedMemPerBlockOptin, cudaDevAttrMaxSharedMemoryPerBlockOptin)
   ATTRIBUTE(sharedMemPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor)
   ATTRIBUTE(regsPerBlock, cudaDevAttrMaxRegistersPerBlock)
+  ATTRIBUTE(regsPerMultiprocessor, cudaDevAttrMaxRegistersPerBlock)
   ATTRIBUTE(l2CacheSize, cudaDevAttrL2CacheSize)
   return cudaSuccess;
 }
@@ -346,7 +347,8 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 
-// --- the driver, for Triton and for PyTorch's start ----------------------------------------------------------------
+// --- the driver, for Triton, Inductor and PyTorch's start
+// ----------------------------------------------------------------
 
 static int unsupported(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
@@ -387,6 +389,7 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
   return block && block->on_device ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuModuleLoadData(CUmodule* module, const void* image) { return *module = (CUmodule)image, CUDA_SUCCESS; }
+CUresult cuModuleLoad(CUmodule* module, const char* path) { return *module = (CUmodule)&context, CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   return *function = (CUfunction)module, CUDA_SUCCESS;
 }
@@ -394,9 +397,12 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
   *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   return CUDA_SUCCESS;
 }
-CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void** extra) {
-  host_gpu_launched(config->hStream);
-  const int fits = config->gridDimX && config->gridDimY && config->gridDimZ && config->gridDimX <= 0x7FFFFFFF &&
-                   config->gridDimY <= 0xFFFF && config->gridDimZ <= 0xFFFF;
-  return fits ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
+                        unsigned threads_z, unsigned shared, CUstream stream, void** arguments, void** extra) {
+  host_gpu_launched(stream);
+  return x && y && z && x <= 0x7FFFFFFF && y <= 0xFFFF && z <= 0xFFFF ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** arguments, void** extra) {
+  return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
+                        c->sharedMemBytes, c->hStream, arguments, extra);
 }
