@@ -17,10 +17,8 @@ pytestmark = [
     pytest.mark.skipif(device.missing() is not None, reason=f"the host as a GPU {device.missing()}"),
 ]
 HERE = Path(__file__).parent
-SECTIONS = ("checks", "gradients", "graphs", "attention", "sweep", "conv_norm", "models", "largest_batch")
-
-
 TRIED = (2, 14)  # the newest PyTorch that is known to find a GPU in it
+SECTIONS = ("checks", "gradients", "graphs", "attention", "sweep", "conv_norm", "models", "largest_batch")
 
 
 @pytest.fixture(scope="module")

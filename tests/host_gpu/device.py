@@ -27,10 +27,20 @@ _folder = tempfile.TemporaryDirectory()  # for what is compiled once; it goes wi
 LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), ([^,]+), (\w+)>>>\(([^;]*)\);")
 
 
+def _triton_headers() -> Path | None:
+    """CUDA's headers in Triton's wheel, if they are of CUDA 13."""
+    if (triton := find_spec("triton")) is None:
+        return None
+    include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    return include if "#define CUDA_VERSION 13" in (include / "cuda.h").read_text() else None
+
+
 def missing() -> str | None:
     """Why it cannot be built here, or None."""
     if CPP_MISSING or not (shutil.which("gcc") and shutil.which("g++")):
         return CPP_MISSING or "needs gcc and g++"
+    if not (_triton_headers() or shutil.which("nvcc")):
+        return "needs the headers of CUDA 13: nvcc's, or those of a newer Triton"
     if sys.platform != "linux" or not (torch.version.cuda or "").startswith("13."):
         return "is CUDA 13's runtime on Linux, for a PyTorch built for it"
     return None
@@ -44,17 +54,13 @@ def run(*command: object) -> None:
 
 @cache
 def _runtime() -> Path:
-    """With the headers in Triton's wheel or with nvcc's, whichever are of CUDA 13."""
     target = Path(_folder.name) / "libcuda.so.1"
     flags = ["-O1", "-shared", HERE / "runtime.c", "-o", target]
     soname = "-soname,libcuda.so.1"
-    triton = find_spec("triton")
-    if triton is not None:
-        include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
-        if "#define CUDA_VERSION 13" in (include / "cuda.h").read_text():
-            run("gcc", "-std=gnu11", "-fPIC", "-w", f"-Wl,{soname}", f"-I{include}", *flags)
-            return target
-    run("nvcc", "-Xcompiler=-fPIC,-w,-std=gnu11", "-Xlinker", soname, "--cudart=none", *flags)
+    if include := _triton_headers():
+        run("gcc", "-std=gnu11", "-fPIC", "-w", f"-Wl,{soname}", f"-I{include}", *flags)
+    else:
+        run("nvcc", "-Xcompiler=-fPIC,-w,-std=gnu11", "-Xlinker", soname, "--cudart=none", *flags)
     return target
 
 

@@ -172,6 +172,7 @@ cudaError_t cudaFree(void* pointer) {
   if (!pointer) return cudaSuccess;
   pthread_mutex_lock(&lock);
   struct Block* block = find(pointer);
+  if (block && block->begin != pointer) block = NULL;
   if (block) {
     for (size_t i = block->bytes; i < extent(block->bytes); ++i)
       if (block->begin[i] != (char)0xFF) {
@@ -217,11 +218,10 @@ static void* last_stream;
 
 // For aten.cpp, the emulator's launches and the tests.
 int host_gpu_capturing(void) { return capturing != NULL; }
-int host_gpu_record(Work run, void* data) {
-  if (capturing->count == 1 << 12) return 1;
+void host_gpu_record(Work run, void* data) {
+  if (capturing->count == 1 << 12) fprintf(stderr, "too much for a graph on the host that plays the GPU\n"), abort();
   capturing->work[capturing->count].run = run;
   capturing->work[capturing->count++].data = data;
-  return 0;
 }
 void host_gpu_launched(void* stream) { last_stream = stream; }
 void* host_gpu_last_stream(void) { return last_stream; }
@@ -347,8 +347,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 
-// --- the driver, for Triton, Inductor and PyTorch's start
-// ----------------------------------------------------------------
+// --- the driver, for Triton, Inductor and PyTorch's start ----------------------------------------------------------
 
 static int unsupported(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,

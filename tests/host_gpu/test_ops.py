@@ -163,7 +163,7 @@ def test_a_training_step_is_the_references(name, dtype):
 
 
 def test_training_in_float16(tmp_path):
-    """The loop's CUDA side: images on the device, the scaler, the checkpoint, and going on from it."""
+    """The loop's CUDA side: images on the device, the scaler, the checkpoints, the best of which SGD goes on from."""
     config = TrainConfig(
         model="cpv-1/2",
         embed_dim=16,

@@ -11,7 +11,7 @@ extern "C" {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
 int host_gpu_capturing();
-int host_gpu_record(void (*run)(void*), void* data);
+void host_gpu_record(void (*run)(void*), void* data);
 void host_gpu_launched(void* stream);
 }
 
