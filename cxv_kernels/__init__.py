@@ -5,6 +5,7 @@ Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` 
 
 from ._version import __version__
 from .backends import BACKENDS, OPS, allow_fp16_operands, explain_backend, get_backend, use_backend
+from .checks import verify
 from .conv_norm import conv_norm
 from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
 from .linear_attention import kv_state, linear_attention
@@ -33,4 +34,5 @@ __all__ = [
     "performer_features",
     "replace_attention",
     "use_backend",
+    "verify",
 ]

@@ -7,13 +7,14 @@ takes the first that can in the device's order, and falls back to the reference,
 On a GPU the order is that of ``gpu_routes.json``, which ``benchmarks/gpu_routes.py`` makes of what gpu_suite.py has
 checked and measured on such a card: architecture ("75", "80", …) → ``evidence``, the names of those files, and op →
 dtype → backends, the fastest first. An architecture that is not there has the nearest lower one of its major, whose
-machine code it runs; what no entry names serves only when it is named.
+machine code it runs. What no entry names serves only when it is named, or once :func:`cxv_kernels.verify` has found it
+right on the very GPU.
 """
 
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ Check = Callable[[torch.device, torch.dtype, int], str | None]
 _GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
 _MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
+_verified: dict[tuple[int, str, str], frozenset[str]] = {}  # (a GPU's index, op, dtype) → what verify() has found right
 _announced: set[tuple[str, str]] = set()
 _active = "auto"
 _fp16_operands = False
@@ -110,18 +112,49 @@ def allow_fp16_operands(allowed: bool = True) -> Iterator[None]:
         _fp16_operands = previous
 
 
+def _gpu_route(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """The fused backends in the order of gpu_suite's results, each with what they have against it; ``"unknown"``: they
+    have nothing on such a GPU."""
+    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+    known = [str(arch) for arch in range(10 * major, 10 * major + minor + 1) if str(arch) in _GPU_ROUTES]
+    route = _GPU_ROUTES[known[-1]] if known else {}
+    chosen = route.get(op, {}).get(_name(dtype))
+    why = "unknown" if chosen is None else f"gives way on {', '.join(route['evidence'])}"
+    rest = [name for name in gpu_order(10 * major + minor) if name not in (chosen or ())]
+    return [*((name, None) for name in chosen or ()), *((name, why) for name in rest)]
+
+
 def _auto(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
     """The fused backends that "auto" tries, in order, each with why it is passed over, if it is."""
     if device.type != "cuda":
         return [("cpp", None)] if device.type == "cpu" else []
-    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
-    known = [str(arch) for arch in range(10 * major, 10 * major + minor + 1) if str(arch) in _GPU_ROUTES]
-    route = _GPU_ROUTES[known[-1]] if known else {}
-    chosen = route.get(op, {}).get(str(dtype).removeprefix("torch."))
-    why = "has not been checked on such a GPU yet" if chosen is None else f"gives way on {', '.join(route['evidence'])}"
-    tried = [(name, None) for name in chosen or ()]
-    rest = (name for name in gpu_order(10 * major + minor) if name not in (chosen or ()))
-    return [*tried, *((name, f"{why} and serves only when it is named") for name in rest)]
+    right = _verified.get((device.index or 0, op, _name(dtype)))
+    found = []
+    for name, against in _gpu_route(op, device, dtype):
+        if right is not None and against in (None, "unknown"):
+            against = None if name in right else "has failed its check on this GPU"
+        elif against == "unknown":
+            against = "has not been checked on such a GPU yet, which cxv_kernels.verify() does,"
+        found.append((name, against and f"{against} and serves only when it is named"))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def to_verify(op: str, device: torch.device, dtype: torch.dtype, dim: int) -> list[str]:
+    """The fused backends that "auto" would use on a GPU if they are right."""
+    return [
+        name
+        for name, against in _gpu_route(op, device, dtype)
+        if against in (None, "unknown") and _decline(op, name, device, dtype, dim) is None
+    ]
+
+
+def set_verified(op: str, device: torch.device, dtype: torch.dtype, right: Iterable[str]) -> None:
+    """What "auto" uses on this GPU from now on, in this process."""
+    _verified[device.index or 0, op, _name(dtype)] = frozenset(right)
 
 
 def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
@@ -175,7 +208,10 @@ def resolve(
         reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
         if reason is None:
             narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
-            return FP16_OPERANDS if narrow and name == "cuda" and op in FP16_OPS else name
+            if not narrow or name != "cuda" or op not in FP16_OPS:
+                return name
+            asked = wanted != "auto" or (name, None) in _auto(op, device, torch.float16)  # those are other kernels
+            return FP16_OPERANDS if asked else name
         reasons.append(f"{name} {reason}")
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")

@@ -5,14 +5,19 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import backends, conv_norm, dropout, gelu_dropout, kv_state, linear_attention, nystrom_attention
+from . import backends
+from .conv_norm import conv_norm
+from .dropout import dropout, gelu_dropout
+from .linear_attention import kv_state, linear_attention
+from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
 from .validation import FLOAT_DTYPES, accumulate_dtype
 
@@ -184,3 +189,92 @@ def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str,
                 served = backends.explain_backend(case.op, device, dtype, case.dim)[backend]
                 found.append(run(case, backend, device, dtype) if served == "serves" else (case.op, backend, served))
     return found
+
+
+def verify(
+    device: str | torch.device = "cuda",
+    dtypes: Collection[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+    dims: Collection[int] = (32,),
+    ops: Collection[str] = backends.OPS,
+) -> list[Result]:
+    """Check every op's GPU kernels, forward and backward, on this GPU, and let ``"auto"`` use those that are right.
+
+    Small inputs against the float64 reference on the CPU; an op's kernels of a backend are in for a dtype if all its
+    cases pass. Takes seconds, and where Triton's kernels are compiled first, once, perhaps a minute. It holds for this
+    process and this GPU: before ``torch.compile``, and in each process of several. How much faster than plain PyTorch
+    they are is not checked.
+
+    Args:
+        device: a GPU.
+        dtypes: of q, k, v, images; what the GPU or the kernels have not is left out.
+        dims: channels of a head.
+        ops: names from ``OPS``.
+
+    Returns:
+        What was checked. What has failed, ``ratio`` > 1, is warned of, too; ``"auto"`` passes it over.
+
+    Raises:
+        ValueError: no such GPU; a dtype, a number of channels or an op that is none.
+        RuntimeError: a kernel has left the GPU unusable for this process.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be a GPU that PyTorch can use, got {str(device)!r}")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if bad := [dtype for dtype in dtypes if dtype not in FLOAT_DTYPES]:
+        raise ValueError(f"dtypes must be some of {', '.join(map(str, FLOAT_DTYPES))}, got {bad[0]}")
+    if bad := [dim for dim in dims if dim < 1]:
+        raise ValueError(f"dims must be 1 or more, got {bad[0]}")
+    if bad := [op for op in ops if op not in backends.OPS]:
+        raise ValueError(f"ops must be some of {', '.join(map(repr, backends.OPS))}, got {bad[0]!r}")
+    results: list[Result] = []
+    failures: dict[tuple[str, str], list[str]] = {}
+    right: dict[tuple[str, torch.dtype], set[str]] = {}
+    with _default_modes(device):
+        for case in [case for dim in dims for case in cases(dim=dim) if case.op in ops]:
+            for dtype in dtypes:
+                served = backends.to_verify(case.op, device, dtype, case.dim)
+                right.setdefault((case.op, dtype), set()).update(served)
+                for backend in served:
+                    result, why = _run_or_fail(case, backend, device, dtype)
+                    results.append(result)
+                    if not result.passed:
+                        failures.setdefault((case.op, backend), []).append(f"{case.label}, {dtype}: {why}")
+    for (op, backend), why in failures.items():
+        shown = "; ".join(why[:2]) + ("; …" if len(why) > 2 else "")
+        warnings.warn(f'{op} by {backend} has failed on {device}, and "auto" passes it over ({shown})', stacklevel=2)
+    wrong = {(result.case.op, result.dtype, result.backend) for result in results if not result.passed}
+    for (op, dtype), served in right.items():
+        backends.set_verified(op, device, dtype, {name for name in served if (op, dtype, name) not in wrong})
+    return results
+
+
+@contextlib.contextmanager
+def _default_modes(device: torch.device) -> Iterator[None]:
+    """Whatever the caller has set."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cuda", enabled=False),
+        torch.cuda.device(device),
+        backends.allow_fp16_operands(False),
+    ):
+        yield
+
+
+def _run_or_fail(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Result, str]:
+    """:func:`run` and how far off it is; a kernel that does not compile or start has failed."""
+    try:
+        result = run(case, backend, device, dtype)
+        return result, f"differs from float64 by {result.error:.1e}, {result.ratio:.1f} × what is allowed"
+    except Exception as error:  # Triton's compiler and launcher raise classes of their own
+        why = f"{type(error).__name__}: {error}"
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as dead:
+            raise RuntimeError(
+                f"{case.op} ({case.label}, {dtype}) by {backend} has left {device} unusable for this process ({dead}); "
+                "without verify() the references serve"
+            ) from error
+        return Result(case, backend, dtype, math.inf, math.inf), why

@@ -112,6 +112,8 @@ class PerformerAttention(_Attention):
     here either).
     """
 
+    op = "performer_attention"
+
     def __init__(
         self,
         dim: int,
@@ -172,6 +174,8 @@ class NystromAttention(_Attention):
     the first segments are a token longer.
     """
 
+    op = "nystrom_attention"
+
     def __init__(
         self,
         dim: int,
@@ -216,6 +220,8 @@ class LinearAttention(_Attention):
 
     ``kernel_size=1`` is what Table 1 counts, 3 what the released file has.
     """
+
+    op = "linear_attention"
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ from .interrupt import Interrupted, deferred_interrupts, interruptible
 from .progress import Progress
 from .summary import summarise, summary_line
 from .tensorboard import TensorBoard
+from .verify import verify_kernels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 16  # batches between looks at the loss: each look makes a GPU wait
@@ -128,6 +129,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     kwargs |= config.model_args or {}
     with world.together():
         model = build_model(config.model, kwargs).to(device)
+        checked = verify_kernels(model, device, PRECISIONS[config.precision])
     if config.compile:
         model.compile()  # in place: the same parameters by the same names
     opt = _optimiser(model, config)
@@ -215,6 +217,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     log(_recipe_line(config, selection))
     processes = "" if world.size == 1 else f" in each of {world.size} processes"
     log(f"on {device} with {torch.get_num_threads()} threads{processes}, output in {output}")
+    if checked is not None:
+        log(checked)
     if saved is None:
         with world.together():
             if world.is_main:

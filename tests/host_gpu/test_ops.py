@@ -3,11 +3,14 @@
 import ctypes
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -16,6 +19,7 @@ import cxv
 import cxv_kernels
 from cxv.training import TrainConfig, train
 from cxv_kernels import backends, checks
+from cxv_kernels._triton import TRITON_MISSING
 
 sys.path.insert(0, str(Path(cxv_kernels.__file__).parent.parent / "benchmarks"))
 
@@ -162,8 +166,41 @@ def test_a_training_step_is_the_references(name, dtype):
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-def test_training_in_float16(tmp_path):
+def test_verify_by_float64(monkeypatch):
+    """What is right serves unasked, compiled too. Triton's kernels compute nothing here, which is found."""
+    monkeypatch.setattr(backends, "_verified", {})
+    if ARCH >= 80:  # where they take long to compile
+        monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
+    rng = torch.get_rng_state(), torch.cuda.get_rng_state()
+    with warnings.catch_warnings(record=True) as said, torch.inference_mode(), torch.autocast("cuda"):
+        warnings.simplefilter("always")
+        results = cxv_kernels.verify("cuda", [torch.float16], [16], ["performer_attention", "conv_norm", "dropout"])
+    assert torch.equal(rng[0], torch.get_rng_state())
+    assert torch.equal(rng[1], torch.cuda.get_rng_state())
+    assert all(result.passed == (result.backend == "cuda") for result in results)
+    assert len([result for result in results if result.backend == "cuda"]) == 5
+    triton = {result.case.op for result in results if result.backend == "triton"}
+    assert {str(w.message).partition(" by triton has failed")[0] for w in said} == triton
+    assert triton == ({"conv_norm", "dropout"} if ARCH < 80 and TRITON_MISSING is None else set())
+
+    found = set()
+
+    def record(graph, _):
+        found.update(str(node.target).removesuffix(".default") for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    model = cxv.create_model("cpv-1/2", embed_dim=32, use_fused=True).cuda().train()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+    with torch.autocast("cuda", torch.float16):
+        compiled(torch.randn(1, 3, 8, 8).cuda()).sum().backward()
+    ops = ("performer_attention", "conv_norm")
+    assert {f"cxv_kernels.{op}_{direction}" for op in ops for direction in ("forward", "backward")} <= found
+
+
+def test_training_in_float16(tmp_path, monkeypatch):
     """The loop's CUDA side: images on the device, the scaler, the checkpoints, the best of which SGD goes on from."""
+    monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
+    monkeypatch.setattr(backends, "_verified", {})
     config = TrainConfig(
         model="cpv-1/2",
         embed_dim=16,
@@ -180,6 +217,8 @@ def test_training_in_float16(tmp_path):
     lines = []
     assert train(config, log=lines.append).epochs == 3
     assert "on cuda" in "\n".join(lines)
+    [line] = [line for line in lines if line.startswith("checked against float64 on ")]
+    assert line.endswith(": cuda is right for performer_attention, conv_norm")
 
 
 def test_peak_of_the_allocator():
