@@ -240,6 +240,7 @@ _queue: list[tuple[Launch, Any, Any, dict[str, Any]]] = []  # inherited by the f
 
 def _compile(index: int) -> Compiled:
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     launch, source, target, options = _queue[index]
     names = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
@@ -254,7 +255,7 @@ def _compile(index: int) -> Compiled:
         return made
     made.dot = "tt.dot" in compiled.asm["ttir"]
     sass = _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
-    made.serialized = _serialized(compiled.asm["ptx"])
+    made.serialized = _serialized(compiled.asm["ptx"], get_ptxas(target.arch).path)
     if {"TOKENS", "BLOCK_N"} <= set(launch.kernel.arg_names):
         passes = launch.grid[1] if len(launch.grid) > 1 else 1  # a program for each block of features
         warps = compiled.metadata.num_warps * passes / constants["BLOCK_N"]
@@ -305,7 +306,7 @@ def instructions_of_a_round(sass: str, blocks: int) -> int:
     return most + (blocks - 1) * sum(inside)
 
 
-def _serialized(ptx: str) -> bool:
+def _serialized(ptx: str, ptxas: str) -> bool:
     """Whether ptxas says that it had each wgmma wait for the one before, which loses most of their speed."""
     if "wgmma.mma_async" not in ptx:
         return False
@@ -313,7 +314,7 @@ def _serialized(ptx: str) -> bool:
         file.write(ptx)
         file.flush()
         target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-        command = [tool("ptxas"), f"--gpu-name={target}", "--verbose", file.name, "-o", os.devnull]
+        command = [ptxas, f"--gpu-name={target}", "--verbose", file.name, "-o", os.devnull]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     return "serialized" in done.stderr
 

@@ -69,12 +69,14 @@ def serves_triton(device: torch.device, dtype: torch.dtype, dim: int, tensor_cor
 
 def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """``kernel[grid](*arguments, **options)`` on the first tensor's device and its current stream, without waiting.
+    Products and sums are fused, whatever Triton's default, unless ``enable_fp_fusion=False`` is given.
 
     Raises:
         RuntimeError: the launch failed; the message has the op, the tensors' shapes and dtypes, and the cause.
     """
     if 0 in grid:
         return
+    options.setdefault("enable_fp_fusion", True)
     if recorder is not None:
         return recorder(kernel, grid, arguments, options)
     device = next(a for a in arguments if isinstance(a, Tensor)).device

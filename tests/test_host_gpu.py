@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(device.missing() is not None, reason=f"the host as a GPU {device.missing()}"),
 ]
 HERE = Path(__file__).parent
-TRIED = (2, 14)  # the newest PyTorch that is known to find a GPU in it
+TRIED = (2, 15)  # the newest PyTorch that is known to find a GPU in it
 SECTIONS = ("checks", "gradients", "graphs", "attention", "sweep", "conv_norm", "models", "largest_batch")
 
 

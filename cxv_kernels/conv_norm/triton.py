@@ -307,7 +307,6 @@ def _launch_convolution(
         IN=32,
         num_warps=8,
         num_stages=3,
-        enable_fp_fusion=True,
     )
 
 
@@ -327,7 +326,7 @@ def conv_norm_forward(
         return out, rstd
     out = _dense(convolution(x, weight))
     tiles, arguments = _tiles(out, 32)
-    launch("conv_norm", _norm, (tiles,), out, bias, gamma, beta, rstd, eps, **arguments, enable_fp_fusion=True)
+    launch("conv_norm", _norm, (tiles,), out, bias, gamma, beta, rstd, eps, **arguments)
     return out, rstd
 
 
@@ -362,7 +361,6 @@ def conv_norm_backward(
         *(grad_out, out, grad_conv, rstd, bias, gamma, beta, partial, eps),
         **arguments,
         all_tiles=tiles,
-        enable_fp_fusion=True,
     )
     grads = convolution_backward(grad_conv, x, weight, needed)
     wanted = zip(partial, needed[3:] + needed[2:3], strict=True)

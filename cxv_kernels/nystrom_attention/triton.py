@@ -172,7 +172,6 @@ def _launch_means(x: Tensor, means: Tensor, spread: bool) -> None:
         TOKENS=run,
         DIM=triton.next_power_of_2(dim),
         num_warps=1 if run * dim <= 1024 else 4,
-        enable_fp_fusion=True,
     )
 
 
@@ -232,7 +231,7 @@ def _residual_tiles(v: Tensor, weight: Tensor) -> tuple[int, int, dict[str, Any]
     run = min(max(4096 // size, 16), max(triton.next_power_of_2(tokens), 16))
     tiles = triton.cdiv(tokens, run)
     sizes = {"heads": heads, "tokens": tokens, "dim": dim, "tiles": tiles, "taps": weight.shape[2]}
-    shape = {"ACC": _acc(v), "TOKENS": run, "DIM": size, "num_warps": 4, "enable_fp_fusion": True}
+    shape = {"ACC": _acc(v), "TOKENS": run, "DIM": size, "num_warps": 4}
     return tiles, batch * heads * tiles, sizes | shape
 
 
