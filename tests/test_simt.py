@@ -72,3 +72,12 @@ def test_mma_multiplies_and_shows_a_wrong_fragment(simt, dtype, transposed):
         products.append(D)
     torch.testing.assert_close(products[0], A @ B.T)
     assert not torch.allclose(products[1], A @ B.T, rtol=0.1, atol=0.1)
+
+
+def test_tensor_cores_cut_off_what_is_small(simt):
+    A, B, D = torch.full((16, 16), 2.0**-12), torch.full((16, 16), 1.5 * 2.0**-12), torch.empty(16, 16)
+    A[:, 0] = B[:, 0] = 1
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (A, B, D))
+    call(simt.simt_product, 0, *pointers, ctypes.c_bool(False), ctypes.c_bool(False))
+    assert torch.equal(D, torch.ones(16, 16))
+    assert (A @ B.T > 1).all()

@@ -4,6 +4,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -245,6 +247,21 @@ float widen_bfloat16(uint16_t bits) {
 // D += A B as the PTX ISA lays m16n8k8 and m16n8k16 out over the lanes: with g = lane / 4 and t = lane % 4, register i
 // of A holds row g + 8 (i & 1), columns 2t, 2t + 1 (+ 8 for i ≥ 2); of B rows 2t, 2t + 1 (+ 8 for i = 1), column g; D
 // holds row g (i < 2) or g + 8, column 2t + (i & 1).
+// A sum as the first tensor cores make it (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021): terms that
+// are aligned to the largest lose the bits after its 24th, and so does the sum.
+float add_truncated(const double (&terms)[5]) {
+  double most = 0, plain = 0;
+  for (double x : terms) most = std::max(most, std::fabs(x)), plain += x;
+  if (most == 0 || !std::isfinite(plain)) return float(plain);
+  const auto exponent = std::bit_cast<uint64_t>(most) >> 52;  // biased by 1023
+  const double unit = std::bit_cast<double>((exponent - 23) << 52),
+               units = std::bit_cast<double>((2069 - exponent) << 52);
+  int64_t sum = 0;
+  for (double x : terms) sum += int64_t(x * units);
+  const float rounded = float(double(sum) * unit);
+  return std::fabs(rounded) > std::fabs(double(sum) * unit) ? std::nextafter(rounded, 0.f) : rounded;
+}
+
 template <int K, class Widen>
 void multiply(const Mma* const (&in)[32], float* const (&out)[32], Widen widen) {
   float A[16][K], B[8][K];
@@ -259,9 +276,11 @@ void multiply(const Mma* const (&in)[32], float* const (&out)[32], Widen widen) 
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
       const float *a = A[lane / 4 + 8 * (i >> 1)], *b = B[lane % 4 * 2 + (i & 1)];
-      float sum = 0;
-      for (int k = 0; k < K; ++k) sum += a[k] * b[k];
-      out[lane][i] += sum;
+      for (int k = 0; k < K; k += 4) {
+        const double terms[5] = {out[lane][i], double(a[k]) * b[k], double(a[k + 1]) * b[k + 1],
+                                 double(a[k + 2]) * b[k + 2], double(a[k + 3]) * b[k + 3]};
+        out[lane][i] = add_truncated(terms);
+      }
     }
 }
 
