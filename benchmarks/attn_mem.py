@@ -36,6 +36,7 @@ from common import (
     name_of,
     positive,
     some_of,
+    verify,
     write_json,
 )
 from memory import Timing, allocated
@@ -250,6 +251,7 @@ def benchmark(settings: Settings) -> tuple[dict[str, Any], bool]:
     """Run everything, print the tables as they grow; returns the results for the JSON and whether every check held."""
     start, env = time.perf_counter(), environment(settings.device, settings.dtype)
     print(f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}")
+    verify(settings.device, [settings.dtype])
     attention_rows: list[Row] = []
     model_rows: list[Row] = []
     if settings.mechanisms:

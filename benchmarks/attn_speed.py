@@ -40,6 +40,7 @@ from common import (
     relative_error,
     seconds,
     some_of,
+    verify,
     with_gradients,
     write_json,
 )
@@ -440,6 +441,7 @@ def benchmark(settings: Settings, path: Path) -> bool:
         gc.collect()
 
     print(f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}\n", flush=True)
+    verify(settings.device, [settings.dtype])
     machine = partial(rates, settings.device, settings.dtype, settings.rates_scale, settings.budget / 2)
     found = machine()
     results["rates"] = asdict(found)

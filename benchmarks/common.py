@@ -20,7 +20,8 @@ from memory import Saved, Timing, allocated, interleaved, out_of_memory, saved_f
 from torch import Tensor
 
 import cxv
-from cxv_kernels import _extension
+import cxv_kernels
+from cxv_kernels import _extension, checks
 
 HEADS, HEAD_DIM = 4, 32  # the paper's models
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -277,6 +278,12 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(part, path)
+
+
+def verify(device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    """Before anything fused is measured on a GPU: let what is right there serve, and say what."""
+    if device.type == "cuda":
+        print(checks.summary(cxv_kernels.verify(device, {*dtypes, torch.float32}, (HEAD_DIM,))), flush=True)
 
 
 # --- the command line --------------------------------------------------------------------------------------------

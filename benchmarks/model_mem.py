@@ -30,6 +30,7 @@ from common import (
     seconds,
     some_of,
     timing_json,
+    verify,
     write_json,
 )
 from memory import allocated, interleaved, out_of_memory
@@ -332,6 +333,7 @@ def benchmark(settings: Settings, path: Path) -> bool:
 
     threads = f"{env['threads']} threads, " if env["device"] == "cpu" else ""
     print(f"{env['device_name']}, {threads}torch {env['torch']}, {results['environment']['dtype']}\n", flush=True)
+    verify(settings.device, settings.dtypes)
     for dtype in settings.dtypes:
         for name in settings.models:
             rows = memory_rows(name, settings, dtype)

@@ -24,7 +24,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 
 import counting
 import torch
-from common import DTYPES, Parser, environment, name_of, positive, seconds, some_of, timing_json, write_json
+from common import DTYPES, Parser, environment, name_of, positive, seconds, some_of, timing_json, verify, write_json
 from memory import Timing, allocated, interleaved, out_of_memory, saved_for_backward
 from table1_plot import draw
 from table1_report import accuracy_table, counts_table, measures_table, report, spreadsheet
@@ -139,6 +139,8 @@ def measured(row: Row, settings: Settings) -> Row:
     """The row with every dtype measured."""
     torch.set_num_threads(settings.threads)
     with _quiet():
+        if row.fused:
+            verify(settings.device, settings.dtypes)
         for dtype in settings.dtypes:
             measure(row, settings, dtype)
             gc.collect()

@@ -250,6 +250,18 @@ def verify(
     return results
 
 
+def summary(results: Collection[Result]) -> str:
+    """In a line which backend is right for which ops, and for which one has failed in a case or more."""
+    served = dict.fromkeys((r.backend, r.case.op) for r in results)
+    wrong = {(r.backend, r.case.op) for r in results if not r.passed}
+    parts = []
+    for backend in dict.fromkeys(backend for backend, _ in served):
+        for what, these in (("is right for", served.keys() - wrong), ("has failed for", wrong)):
+            if found := [op for name, op in served if (name, op) in these and name == backend]:
+                parts.append(f"{backend} {what} {', '.join(found)}")
+    return "; ".join(parts) or "no fused kernel serves"
+
+
 @contextlib.contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
     """Whatever the caller has set."""

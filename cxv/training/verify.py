@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import cxv_kernels
+from cxv_kernels import checks
 
 from .errors import InputError
 
@@ -28,12 +29,5 @@ def verify_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -
     except RuntimeError as error:
         raise InputError(f"--fused: {error}; --no-fused trains with plain PyTorch") from error
     seconds = time.monotonic() - start
-    served = dict.fromkeys((r.backend, r.case.op) for r in results)
-    wrong = {(r.backend, r.case.op) for r in results if not r.passed}
-    parts = []
-    for backend in dict.fromkeys(backend for backend, _ in served):
-        for what, these in (("is right for", served.keys() - wrong), ("has failed for", wrong)):
-            if found := [op for name, op in served if (name, op) in these and name == backend]:
-                parts.append(f"{backend} {what} {', '.join(found)}")
     name = torch.cuda.get_device_name(device)
-    return f"checked against float64 on {name} in {seconds:.0f} s: {'; '.join(parts) or 'no fused kernel serves'}"
+    return f"checked against float64 on {name} in {seconds:.0f} s: {checks.summary(results)}"
