@@ -200,7 +200,7 @@ def verify(
     """Check every op's GPU kernels, forward and backward, on this GPU, and let ``"auto"`` use those that are right.
 
     Small inputs against the float64 reference on the CPU; an op's kernels of a backend are in for a dtype if all its
-    cases pass. Takes seconds, and where Triton's kernels are compiled first, once, perhaps a minute. It holds for this
+    cases pass. Takes seconds, and where Triton's kernels are compiled first, once, a minute or two. It holds for this
     process and this GPU: before ``torch.compile``, and in each process of several. How much faster than plain PyTorch
     they are is not checked.
 

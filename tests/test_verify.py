@@ -16,7 +16,7 @@ from cxv_kernels import backends, checks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import common  # noqa: E402
+import common
 
 HALF, WIDE = torch.float16, torch.float32
 PERFORMER = "performer_attention"
