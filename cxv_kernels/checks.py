@@ -207,7 +207,7 @@ def verify(
     Args:
         device: a GPU.
         dtypes: of q, k, v, images; what the GPU or the kernels have not is left out.
-        dims: channels of a head.
+        dims: channels of the heads to come. What serves them serves others too, by instances that were not checked.
         ops: names from ``OPS``.
 
     Returns:
