@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ CASES = [
     for case in checks.cases(*size)
     if case.op in OPS
 ]
+
+SMALL = partial(checks.cases, 1, 1, 40)
+WAYS = ("forward", "backward")
 
 
 def named(case):
@@ -167,8 +171,9 @@ def test_a_training_step_is_the_references(name, dtype):
 
 
 def test_verify_by_float64(monkeypatch):
-    """What is right serves unasked, compiled too. Triton's kernels compute nothing here, which is found."""
+    """What is right serves unasked. Triton's kernels compute nothing here, which is found."""
     monkeypatch.setattr(backends, "_verified", {})
+    monkeypatch.setattr(checks, "cases", SMALL)
     if ARCH >= 80:  # where they take long to compile
         monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
     rng = torch.get_rng_state(), torch.cuda.get_rng_state()
@@ -182,32 +187,42 @@ def test_verify_by_float64(monkeypatch):
     triton = {result.case.op for result in results if result.backend == "triton"}
     assert {str(w.message).partition(" by triton has failed")[0] for w in said} == triton
     assert triton == ({"conv_norm", "dropout"} if ARCH < 80 and TRITON_MISSING is None else set())
+    model = cxv.create_model("cpv-1/2", embed_dim=32, use_fused=True).cuda()
+    with AsFake() as mode, torch.autocast("cuda", torch.float16):
+        model(torch.randn(1, 3, 8, 8).cuda())
+    assert {"performer_attention_forward.default", "conv_norm_forward.default"} <= mode.seen
 
+
+def test_what_is_verified_serves_compiled(monkeypatch):
+    monkeypatch.setattr(backends, "_verified", {})
+    for op in ("performer_attention", "conv_norm"):
+        backends.set_verified(op, torch.device("cuda", 0), LOW, ["cuda"])
     found = set()
 
     def record(graph, _):
-        found.update(str(node.target).removesuffix(".default") for node in graph.graph.nodes)
+        found.update(str(node.target) for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
     model = cxv.create_model("cpv-1/2", embed_dim=32, use_fused=True).cuda().train()
     compiled = torch.compile(model, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
-    with torch.autocast("cuda", torch.float16):
+    with torch.autocast("cuda", LOW):
         compiled(torch.randn(1, 3, 8, 8).cuda()).sum().backward()
-    ops = ("performer_attention", "conv_norm")
-    assert {f"cxv_kernels.{op}_{direction}" for op in ops for direction in ("forward", "backward")} <= found
+    ops = [f"cxv_kernels.{op}_{way}.default" for op in ("performer_attention", "conv_norm") for way in WAYS]
+    assert set(ops) <= found
 
 
 def test_training_in_float16(tmp_path, monkeypatch):
     """The loop's CUDA side: images on the device, the scaler, the checkpoints, the best of which SGD goes on from."""
     monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
     monkeypatch.setattr(backends, "_verified", {})
+    monkeypatch.setattr(checks, "cases", SMALL)
     config = TrainConfig(
         model="cpv-1/2",
-        embed_dim=16,
+        embed_dim=32,
         data="digits",
-        limit_train=64,
-        limit_test=32,
-        batch_size=32,
+        limit_train=32,
+        limit_test=16,
+        batch_size=16,
         epochs=2,
         sgd_epochs=1,
         precision="fp16",
