@@ -14,7 +14,7 @@ right on the very GPU.
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -132,7 +132,7 @@ def _auto(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, 
     found = []
     for name, against in _gpu_route(op, device, dtype):
         if right is not None and against in (None, "unknown"):
-            against = None if name in right else "has failed its check on this GPU"
+            against = None if name in right else "has not passed its check on this GPU"
         elif against == "unknown":
             against = "has not been checked on such a GPU yet, which cxv_kernels.verify() does,"
         found.append((name, against and f"{against} and serves only when it is named"))
@@ -152,9 +152,11 @@ def to_verify(op: str, device: torch.device, dtype: torch.dtype, dim: int) -> li
     ]
 
 
-def set_verified(op: str, device: torch.device, dtype: torch.dtype, right: Iterable[str]) -> None:
-    """What "auto" uses on this GPU from now on, in this process."""
-    _verified[device.index or 0, op, _name(dtype)] = frozenset(right)
+def set_verified(op: str, device: torch.device, dtype: torch.dtype, backend: str, right: bool) -> None:
+    """Whether "auto" uses this backend on this GPU from now on, in this process."""
+    key = (device.index or 0, op, _name(dtype))
+    others = _verified.get(key, frozenset()) - {backend}
+    _verified[key] = others | {backend} if right else others
 
 
 def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

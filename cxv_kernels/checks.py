@@ -230,23 +230,22 @@ def verify(
         raise ValueError(f"ops must be some of {', '.join(map(repr, backends.OPS))}, got {bad[0]!r}")
     results: list[Result] = []
     failures: dict[tuple[str, str], list[str]] = {}
-    right: dict[tuple[str, torch.dtype], set[str]] = {}
+    passed: dict[tuple[str, torch.dtype, str], bool] = {}
     with _default_modes(device):
         for case in [case for dim in dims for case in cases(dim=dim) if case.op in ops]:
             for dtype in dtypes:
-                served = backends.to_verify(case.op, device, dtype, case.dim)
-                right.setdefault((case.op, dtype), set()).update(served)
-                for backend in served:
+                for backend in backends.to_verify(case.op, device, dtype, case.dim):
                     result, why = _run_or_fail(case, backend, device, dtype)
                     results.append(result)
+                    key = (case.op, dtype, backend)
+                    passed[key] = passed.get(key, True) and result.passed
                     if not result.passed:
                         failures.setdefault((case.op, backend), []).append(f"{case.label}, {dtype}: {why}")
-    for (op, backend), why in failures.items():
-        shown = "; ".join(why[:2]) + ("; …" if len(why) > 2 else "")
+    for (op, backend), reasons in failures.items():
+        shown = "; ".join(reasons[:2]) + ("; …" if len(reasons) > 2 else "")
         warnings.warn(f'{op} by {backend} has failed on {device}, and "auto" passes it over ({shown})', stacklevel=2)
-    wrong = {(result.case.op, result.dtype, result.backend) for result in results if not result.passed}
-    for (op, dtype), served in right.items():
-        backends.set_verified(op, device, dtype, {name for name in served if (op, dtype, name) not in wrong})
+    for (op, dtype, backend), right in passed.items():
+        backends.set_verified(op, device, dtype, backend, right)
     return results
 
 

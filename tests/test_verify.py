@@ -95,8 +95,22 @@ def test_what_has_failed_does_not_serve(card):
     assert len(failed) == 4  # dropout's in both dtypes
     assert (serving(), serving(dtype=WIDE), serving("conv_norm")) == ("cuda", "triton", "triton")
     assert serving("conv_norm", dtype=WIDE) == "triton"
-    with pytest.warns(UserWarning, match="triton has failed its check on this GPU and serves only when it is named"):
+    with pytest.warns(
+        UserWarning, match="triton has not passed its check on this GPU and serves only when it is named"
+    ):
         assert serving("dropout") == "reference"
+
+
+def test_a_later_check_is_of_what_it_checks(card, monkeypatch):
+    cxv_kernels.verify(dtypes=[HALF])
+    monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
+    cxv_kernels.verify(dtypes=[HALF], dims=[256])  # which no backend has of the Performer
+    assert serving() == "cuda"
+    card.broken = {(PERFORMER, "cuda"): 2.0}
+    with pytest.warns(UserWarning, match="by cuda has failed"):
+        cxv_kernels.verify(dtypes=[HALF])
+    with pytest.warns(UserWarning, match="cuda has not passed its check on this GPU"):
+        assert serving() == "reference"
 
 
 def test_float16_operands_are_float16s_kernels(card, monkeypatch):
@@ -118,7 +132,7 @@ def test_the_suites_evidence_stays(card, monkeypatch):
         results = cxv_kernels.verify(dtypes=[HALF])
     assert "dropout" not in {r.case.op for r in results}
     assert serving() == "triton"
-    with pytest.warns(UserWarning, match="cuda has failed its check on this GPU.*triton gives way on a.json"):
+    with pytest.warns(UserWarning, match="cuda has not passed its check on this GPU.*triton gives way on a.json"):
         assert serving("conv_norm") == "reference"
 
 

@@ -196,7 +196,7 @@ def test_verify_by_float64(monkeypatch):
 def test_what_is_verified_serves_compiled(monkeypatch):
     monkeypatch.setattr(backends, "_verified", {})
     for op in ("performer_attention", "conv_norm"):
-        backends.set_verified(op, torch.device("cuda", 0), LOW, ["cuda"])
+        backends.set_verified(op, torch.device("cuda", 0), LOW, "cuda", True)
     found = set()
 
     def record(graph, _):
