@@ -263,7 +263,7 @@ def summary(results: Collection[Result]) -> str:
 
 @contextlib.contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
-    """Whatever the caller has set."""
+    """The modes that the checks are made for, whatever the caller has set."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

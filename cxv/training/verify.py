@@ -1,4 +1,4 @@
-"""Before a run on a GPU: are the fused kernels right there?"""
+"""Before training or evaluation on a GPU: are the fused kernels right there?"""
 
 import time
 
@@ -8,6 +8,7 @@ from torch import nn
 import cxv_kernels
 from cxv_kernels import checks
 
+from ..models.residual import ResidualBranch
 from .errors import InputError
 
 
@@ -18,7 +19,8 @@ def verify_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -
     Raises:
         InputError: a kernel has left the GPU unusable.
     """
-    fused = [module for module in model.modules() if hasattr(module, "op") and module.backend is None]
+    branches = [module for module in model.modules() if isinstance(module, ResidualBranch)]
+    fused = [branch for branch in branches if hasattr(branch, "op") and branch.backend is None]
     if not fused or device.type != "cuda" or cxv_kernels.get_backend() != "auto":
         return None
     ops = {module.op for module in fused} | {"conv_norm", "dropout", "gelu_dropout"}
@@ -27,7 +29,7 @@ def verify_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -
     try:
         results = cxv_kernels.verify(device, {dtype, torch.float32}, dims, ops)
     except RuntimeError as error:
-        raise InputError(f"--fused: {error}; --no-fused trains with plain PyTorch") from error
+        raise InputError(f"--fused: {error}; --no-fused trains and evaluates with plain PyTorch") from error
     seconds = time.monotonic() - start
     name = torch.cuda.get_device_name(device)
     return f"checked against float64 on {name} in {seconds:.0f} s: {checks.summary(results)}"
