@@ -34,6 +34,7 @@ __host__ __device__ inline int norm_rows(const ConvNorm& p) {
   const int64_t fit = (48 * 1024 - 2048) / (12 * p.channels);
   return fit < kNormWarps ? int(fit) : kNormWarps;
 }
+constexpr int kSumBytes = 4 * kNormThreads;  // of shared memory: Cell::sum's
 inline int norm_bytes(const ConvNorm& p) { return 2048 + int(12 * p.channels) * norm_rows(p); }
 __host__ __device__ inline int64_t norm_groups(const ConvNorm& p) {
   return p.channels_last ? (p.batch * p.pixels + norm_rows(p) - 1) / norm_rows(p) : p.batch * ((p.pixels + 31) / 32);
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-// x̂ of the lost channels into grad_conv: they are convolved again, a thread for a pixel and a channel.
+// x̂ of the lost channels into grad_conv: they are convolved again, the pixel's lanes sharing the input's channels.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     norm_find_again(const __grid_constant__ ConvNorm p, const __grid_constant__ NormWork work) {
@@ -171,34 +172,29 @@ __global__ void __launch_bounds__(kNormThreads)
   if (lost == 0) return;
   const T* bias = static_cast<const T*>(p.bias);
   Cell<T> cell(p);
-  const auto convolve = [&](auto&& weight) {
-    const int64_t image = cell.pixel / p.pixels, row = cell.pixel % p.pixels / work.width,
-                  column = cell.pixel % work.width;
-    float sum = 0;
-    for (int64_t in = 0; in < work.in_channels; ++in)
-      for (int tap = 0; tap < 9; ++tap) {
-        const int64_t h = row + tap / 3 - 1, w = column + tap % 3 - 1;
-        if (h < 0 || h >= work.height || w < 0 || w >= work.width) continue;
-        const int64_t i =
-            image * work.x.stride[0] + in * work.x.stride[1] + h * work.x.stride[2] + w * work.x.stride[3];
-        sum = fmaf(widen(static_cast<const T*>(work.x.data)[i]), weight(in, tap), sum);
-      }
-    return sum;
-  };
   for (int64_t group = blockIdx.x; group < norm_groups(p); group += gridDim.x) {
     cell.move_to(group);
+    const int row = int(cell.pixel % p.pixels / work.width), column = int(cell.pixel % work.width);
+    const T* const x = static_cast<const T*>(work.x.data) + cell.pixel / p.pixels * work.x.stride[0] +
+                       row * work.x.stride[2] + column * work.x.stride[3];
     float mean = 0;
-    if (cell.there && cell.lane == 0)
-      mean = convolve([&](int64_t in, int tap) { return work.mean_weight[in * 9 + tap]; }) +
-             work.mean_weight[work.in_channels * 9];
-    mean = cell.sum(mean);
-    if (!cell.there) continue;
-    const float rstd = static_cast<const float*>(p.rstd)[cell.pixel];
-    for (int j = cell.lane; j < lost; j += cell.lanes) {
-      const int64_t c = work.lost[1 + j];
-      const float u = convolve([&](int64_t in, int tap) { return weight_at<T>(work, c, in, tap); }) +
-                      (bias == nullptr ? 0.f : widen(bias[c]));
-      narrow((u - mean) * rstd, static_cast<T*>(p.grad_conv) + cell.first + c * cell.step);
+    for (int j = -1; j < lost; ++j) {  // first the mean over all channels
+      const int64_t c = j < 0 ? 0 : work.lost[1 + j];
+      float u = 0;
+      for (int64_t in = cell.lane; cell.there && in < work.in_channels; in += cell.lanes)
+        for (int tap = 0; tap < 9; ++tap) {
+          const int down = tap / 3 - 1, right = tap % 3 - 1;
+          if (row + down < 0 || row + down >= work.height || column + right < 0 || column + right >= work.width)
+            continue;
+          const T* at = x + in * work.x.stride[1] + down * work.x.stride[2] + right * work.x.stride[3];
+          u = fmaf(widen(*at), j < 0 ? work.mean_weight[in * 9 + tap] : weight_at<T>(work, c, in, tap), u);
+        }
+      u = cell.sum(u);
+      if (j < 0)
+        mean = u + work.mean_weight[work.in_channels * 9];
+      else if (cell.there && cell.lane == 0)
+        narrow((u + (bias == nullptr ? 0.f : widen(bias[c])) - mean) * static_cast<const float*>(p.rstd)[cell.pixel],
+               static_cast<T*>(p.grad_conv) + cell.first + c * cell.step);
     }
   }
 }
@@ -409,15 +405,19 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-// A thread for a channel.
+// A warp for a channel.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_reduce(const __grid_constant__ ConvNorm p) {
-  const int64_t c = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
+  const int64_t c = int64_t(blockIdx.x) * kNormWarps + threadIdx.x / 32;
   if (c >= p.channels) return;
   float sums[3] = {0, 0, 0};
-  for (int64_t s = 0; s < p.splits; ++s)
+#pragma unroll 4
+  for (int64_t s = threadIdx.x % 32; s < p.splits; s += 32)
 #pragma unroll
     for (int k = 0; k < 3; ++k) sums[k] += static_cast<const float*>(p.partial)[(s * 3 + k) * p.channels + c];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) sums[k] = warp_sum(sums[k]);
+  if (threadIdx.x % 32 != 0) return;
   if (p.grad_gamma != nullptr) static_cast<float*>(p.grad_gamma)[c] = sums[0];
   if (p.grad_beta != nullptr) static_cast<float*>(p.grad_beta)[c] = sums[1];
   if (p.grad_bias != nullptr) narrow(sums[2], static_cast<T*>(p.grad_bias) + c);
@@ -436,16 +436,16 @@ void norm_forward_pass(const ConvNorm& p, Launch&& launch) {
   if (in_rows<T>(p))
     launch(p.channels <= 128 ? norm_forward_rows<T, 1> : norm_forward_rows<T, 2>, few < 65535 ? few : 65535, 0, p);
   else
-    launch(norm_forward<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p);
+    launch(norm_forward<T>, groups < 65535 ? groups : 65535, kSumBytes, p);
 }
 template <class T, class Launch>
 void norm_backward_pass(const ConvNorm& p, const NormWork& work, bool conv_needed, Launch&& launch) {
   const int64_t groups = norm_groups(p);
-  launch(norm_find_lost<T>, 1, 1024, p, work);
-  launch(norm_find_again<T>, groups < 65535 ? groups : 65535, norm_bytes(p), p, work);
+  launch(norm_find_lost<T>, 1, kSumBytes, p, work);
+  launch(norm_find_again<T>, groups < 2048 ? groups : 2048, kSumBytes, p, work);  // few: nearly always for nothing
   const auto rows = p.channels <= 128 ? norm_backward_rows<T, 1> : norm_backward_rows<T, 2>;
   launch(in_rows<T>(p) ? rows : norm_backward<T>, p.splits, norm_bytes(p), p, conv_needed);
-  launch(norm_backward_reduce<T>, (p.channels + kNormThreads - 1) / kNormThreads, 0, p);
+  launch(norm_backward_reduce<T>, (p.channels + kNormWarps - 1) / kNormWarps, 0, p);
 }
 
 }  // namespace cuda
