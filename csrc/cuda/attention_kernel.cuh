@@ -126,8 +126,14 @@ struct Transfer {
       const int64_t n = first + row;
       const T* p = x + n * view.stride[2] + channel * view.stride[3];
       const int64_t left = turned ? tokens - n : channels - channel;
-      const bool there = turned ? channel < channels : n < tokens;
-      if (there && left >= kChunk && mask == nullptr && step == 1 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+      bool there = turned ? channel < channels : n < tokens;
+      const bool* each = mask;
+      if constexpr (sizeof(T) == 2)
+        if (!turned) {  // the chunk is one token's, and the mask asked once
+          there = there && (mask == nullptr || mask[n * mask_stride]);
+          each = nullptr;
+        }
+      if (there && left >= kChunk && each == nullptr && step == 1 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
         chunk = *reinterpret_cast<const uint4*>(p);
         return;
       }
@@ -141,7 +147,7 @@ struct Transfer {
 #pragma unroll
         for (int i = w * kChunk / 4; i < (w + 1) * kChunk / 4; ++i) {
           const int64_t token = turned ? n + i : n;
-          if (!there || i >= left || (mask != nullptr && !mask[token * mask_stride])) continue;
+          if (!there || i >= left || (each != nullptr && !each[token * mask_stride])) continue;
           if constexpr (sizeof(T) == 2)
             out.word[w] |= uint32_t(reinterpret_cast<const uint16_t*>(p)[i * step]) << 16 * (i % 2);
           else
