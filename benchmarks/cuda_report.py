@@ -88,7 +88,8 @@ def library() -> Path | None:
     return next(iter(sorted((ROOT / "cxv_kernels").glob("_cuda*.so"))), None)
 
 
-def _dump(*arguments: str) -> str:
+def dump(*arguments: str) -> str:
+    """What cuobjdump prints."""
     done = subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 
@@ -103,7 +104,7 @@ def usage(arch: int) -> dict[str, tuple[int, int, int]]:
     path = library()
     if path is None or cuobjdump() is None:
         raise RuntimeError("the CUDA library was not built, or there is no cuobjdump")
-    printed = _dump("-res-usage", "-arch", f"sm_{arch}", str(path))
+    printed = dump("-res-usage", "-arch", f"sm_{arch}", str(path))
     lines = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", printed)
     return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in lines}
 
@@ -117,7 +118,7 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
     """
     used = usage(arch)
     found = []
-    for part in _dump("-sass", "-arch", f"sm_{arch}", str(library())).split("Function : ")[1:]:
+    for part in dump("-sass", "-arch", f"sm_{arch}", str(library())).split("Function : ")[1:]:
         mangled, _, body = part.partition("\n")
         match = re.fullmatch(
             r"_ZN3cxv4cuda\d+(fold|read|grad|features)I(6__half|13__nv_bfloat16|f)Li(\d+)ELNS0_3MapE(\d)E(.*)E?EvNS_.*",

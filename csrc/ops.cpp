@@ -73,4 +73,8 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def(
       "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight)"
       " -> (Tensor grad_v, Tensor grad_weight)");
+
+  // The compute capability, times 10, whose code of the CUDA library this GPU runs: 75 on a newer one that has no other
+  // than sm_75's PTX; 0: none.
+  m.def("cuda_compiled_for(int device) -> int");
 }

@@ -1,5 +1,6 @@
 """What the fused ops' autograd shares."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,6 +82,13 @@ def serves_cpu(device: torch.device, dtype: torch.dtype, dim: int) -> str | None
     return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
 
 
+@functools.cache
+def cuda_compiled_for(device: int) -> int:
+    """10·major + minor of what the CUDA library's code for this GPU was compiled for: 75 on a newer one, if sm_75's
+    PTX is all it has; 0: it has none."""
+    return torch.ops.cxv_kernels.cuda_compiled_for(device)
+
+
 def serves_cuda(
     widest: int, dtypes: Sequence[torch.dtype], narrowest: int = 1
 ) -> Callable[[torch.device, torch.dtype, int], str | None]:
@@ -91,10 +99,18 @@ def serves_cuda(
             return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
         if dtype not in dtypes:
             return f"serves {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, not {dtype}"
-        if dtype == torch.bfloat16 and torch.cuda.is_available():
+        if torch.cuda.is_available() and not torch.compiler.is_compiling():  # the kernels say it, too
             major, minor = torch.cuda.get_device_capability(device)
-            if major < 8:
+            if (major, minor) < (7, 5):
+                return f"serves sm_75 and later, not sm_{major}{minor}"
+            arch = cuda_compiled_for(torch.cuda.current_device() if device.index is None else device.index)
+            built = f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            if arch == 0:
+                return f"was built for other cards than this sm_{major}{minor}: {built}"
+            if dtype == torch.bfloat16 and major < 8:
                 return f"serves no bfloat16 on sm_{major}{minor}, which has none: use float16 or float32"
+            if dtype == torch.bfloat16 and arch < 80:
+                return f"runs sm_{arch}'s code on this sm_{major}{minor}, without bfloat16: {built}, or use float16"
         if dim and not narrowest <= dim <= widest:
             return f"serves {narrowest} to {widest} channels, not {dim}"
         return None

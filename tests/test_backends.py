@@ -179,6 +179,8 @@ def test_cuda_kernels_decline_in_words(monkeypatch):
     monkeypatch.setattr("cxv_kernels.autograd.CUDA_MISSING", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 75)
     ask = lambda op, dtype, dim=0: cxv_kernels.explain_backend(op, "cuda", dtype, dim)["cuda"]  # noqa: E731
     for op in ("linear_attention", "kv_state", "performer_attention", "performer_features", "conv_norm"):
         assert ask(op, torch.float16) == ask(op, torch.float32, 32) == "serves"
@@ -188,4 +190,12 @@ def test_cuda_kernels_decline_in_words(monkeypatch):
     assert "not torch.float64" in ask("performer_features", torch.float64)
     assert ask("linear_attention", torch.float64, 128) == "serves"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 80)
     assert ask("performer_attention", torch.bfloat16) == "serves"
+    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 75)  # whose PTX has no bfloat16
+    assert "runs sm_75's code on this sm_80" in ask("performer_attention", torch.bfloat16)
+    assert ask("performer_attention", torch.float16) == "serves"
+    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        reason = "was built for other cards than this sm_80: build it with TORCH_CUDA_ARCH_LIST=8.0"
+        assert ask("conv_norm", dtype) == reason

@@ -1,5 +1,6 @@
 """What nvcc made of the tensor-core kernels: the built library, read with cuobjdump."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +52,12 @@ class TestMachineCode:
                 assert k.count("HMMA") == 0
             elif k.dtype == "__half" or arch >= 80:
                 assert k.count("HMMA.16816" if arch >= 80 else "HMMA.1688") > 0, k
+
+
+@built
+def test_ptx_of_the_first_and_the_last():
+    """A newer card runs the last's: the first knows no bfloat16."""
+    assert set(re.findall(r"sm_(\d+)\.ptx", cuda_report.dump("-lptx", str(cuda_report.library())))) == {"75", "90"}
 
 
 @built

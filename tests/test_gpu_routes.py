@@ -106,6 +106,8 @@ def test_other_files(tmp_path, capsys, content, words):
 def gpu(monkeypatch):
     """As if there were a GPU of a capability, whose kernels serve everything; and what serves a call there."""
     monkeypatch.setattr("cxv_kernels.autograd.CUDA_MISSING", None)
+    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 80)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("cxv_kernels._triton.TRITON_MISSING", None)
     monkeypatch.setattr("cxv_kernels._triton.interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,6 +1,8 @@
 """verify(): what "auto" does on a GPU once its kernels have been checked there. On kernels: host_gpu/test_ops.py."""
 
 import contextlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ PERFORMER = "performer_attention"
 def card(monkeypatch):
     """As if there were one GPU of sm_80, whose kernels serve everything; `broken`: (op, backend) → what is wrong."""
     monkeypatch.setattr("cxv_kernels.autograd.CUDA_MISSING", None)
+    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 80)
     monkeypatch.setattr("cxv_kernels._triton.TRITON_MISSING", None)
     monkeypatch.setattr("cxv_kernels._triton.interpreting", lambda: False)
     found = SimpleNamespace(broken={}, dead=False)
@@ -213,3 +216,34 @@ def test_before_a_run_of_any_model(card, names, op):
         model = cxv.create_model(f"{name}-1/2", use_fused=True)
         line = verify_kernels(model, torch.device("cuda", 0), HALF)
         assert f"triton is right for {op}, conv_norm, dropout, gelu_dropout" in line
+
+
+TF32 = {  # a setting → the flags of convolutions and products before the block, and inside
+    "pass": ["tf32", "none"],
+    "torch.set_float32_matmul_precision('high')": ["tf32", "tf32"],
+    "torch.backends.fp32_precision = 'tf32'": ["tf32", "tf32"],
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'": ["ieee", "none"],
+    "torch.backends.cudnn.allow_tf32 = False": ["none", "none"],
+}
+EVERY_SETTING = f"""
+import os, torch
+from cxv_kernels.checks import without_tf32
+flags = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+read = lambda: [flag.fp32_precision for flag in flags]
+for setting in {list(TF32)}:
+    if os.fork() == 0:
+        exec(setting)
+        before = read()
+        with without_tf32():
+            print(before, read(), end=" ")
+        print(read() == before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for every setting")
+def test_checks_are_in_float32_however_it_is_set():
+    """PyTorch has two ways to allow TF32, and refuses to read the one after the other was used."""
+    done = subprocess.run([sys.executable, "-c", EVERY_SETTING], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{before} ['ieee', 'ieee'] True" for before in TF32.values()]

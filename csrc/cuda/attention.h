@@ -22,6 +22,7 @@ struct AttentionKernels {
   Pass key_state;            // state and key_stat (and key_max) of k and v alone
   Pass key_state_gradients;  // grad_k and grad_v, given grad_state and grad_z
   Features features_max, features_forward, features_backward;
+  int (*compiled_for)();  // the compute capability, times 10, whose code the current device runs; 0: none
 };
 extern const AttentionKernels kHalfAttention, kBFloat16Attention, kFloatAttention;  // float: with a projection only
 
@@ -42,11 +43,11 @@ inline const AttentionKernels& attention_kernels(LinearAttention& p, const Tenso
                     "cxv_kernels: the device does not tell its compute capability and multiprocessors");
     return value;
   };
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-  STD_TORCH_CHECK(p.dtype != DType::kBFloat16 || major >= 8,
-                  "cxv_kernels: the tensor cores of this GPU have no bfloat16 (compute capability 8.0 and up have): "
-                  "use float16 or float32");
-  fit_to_card(p, major, attribute(cudaDevAttrMultiProcessorCount));
+  // A newer card may run sm_75's code, which is all that a library of its PTX alone has.
+  STD_TORCH_CHECK(p.dtype != DType::kBFloat16 || kBFloat16Attention.compiled_for() >= 80,
+                  "cxv_kernels: bfloat16 needs tensor cores of compute capability 8.0 and up, and kernels built for "
+                  "them (TORCH_CUDA_ARCH_LIST): use float16 or float32");
+  fit_to_card(p, attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrMultiProcessorCount));
   return p.dtype == DType::kBFloat16 ? kBFloat16Attention : p.dtype == DType::kHalf ? kHalfAttention : kFloatAttention;
 }
 

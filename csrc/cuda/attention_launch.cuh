@@ -74,6 +74,12 @@ constexpr AttentionKernels kernels_of() {
       run_features<T, Step::kMax>,
       run_features<T, Step::kForward>,
       run_features<T, Step::kBackward>,
+      [] {
+        cudaFuncAttributes of = {};
+        if (cudaFuncGetAttributes(&of, prepare<T, 16, Map::kFavor>) == cudaSuccess) return of.ptxVersion;
+        cudaGetLastError();  // which it leaves behind
+        return 0;
+      },
   };
 }
 
