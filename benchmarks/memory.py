@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from cxv.training.errors import out_of_memory
+
 
 class Allocated(NamedTuple):
     """Bytes above what was allocated at the start: the most at any time, and what is left with the result alive."""
@@ -173,15 +175,6 @@ def interleaved(
                 if samples[i] is None and device.type == "cuda":
                     torch.cuda.empty_cache()  # the others may need what it had reserved
     return [None if mine is None else Timing(tuple(mine)) for mine in samples]
-
-
-# How CUDA, its libraries and the CPU's allocator say that memory is short, where PyTorch has no exception of its own.
-_MEMORY_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says so."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MEMORY_WORDS)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:

@@ -30,7 +30,7 @@ inline Tensor convolve(const Tensor& x, const Tensor& weight) {
   const IntHeaderOnlyArrayRef one(kOne), zero(kZero);
   std::array<StableIValue, 9> stack = {from(x),   from(weight), from(std::nullopt), from(one),       from(one),
                                        from(one), from(false),  from(zero),         from(int64_t{1})};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  call("aten::convolution", stack.data());
   Tensor u = to<Tensor>(stack[0]);
   STD_TORCH_CHECK(u.scalar_type() == x.scalar_type(), "cxv_kernels: conv_norm must be called outside autocast");
   return u;
@@ -51,7 +51,7 @@ inline std::array<Tensor, 2> convolve_backward(const Tensor& du, const Tensor& x
                                         from(zero),
                                         from(int64_t{1}),
                                         from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  call("aten::convolution_backward", stack.data());
   std::array<Tensor, 2> grads = {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   to<Tensor>(stack[2]);  // frees it
   return grads;

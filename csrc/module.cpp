@@ -5,8 +5,8 @@
 
 #include "cpu/isa.h"
 
-#define CXV_STRING_(x) #x
-#define CXV_STRING(x) CXV_STRING_(x)
+#define CXV_STRING_(...) #__VA_ARGS__  // a reason may have commas
+#define CXV_STRING(...) CXV_STRING_(__VA_ARGS__)
 
 namespace py = pybind11;
 
@@ -27,9 +27,12 @@ PYBIND11_MODULE(_C, m) {
         info["torch_built_with"] = CXV_STRING(CXV_TORCH_BUILT_WITH);
         info["cuda"] = CXV_STRING(CXV_CUDA_VERSION);
         info["cuda_arch_list"] = CXV_STRING(CXV_CUDA_ARCHS);
+        info["cuda_missing"] = CXV_STRING(CXV_CUDA_MISSING);
         return info;
       },
-      "dict[str, str]: compiler, oldest torch served, torch built with, CUDA version and architectures (empty: none).");
+      "dict[str, str]: compiler, oldest torch served, torch built with, CUDA version and architectures (empty: none, "
+      "and"
+      " cuda_missing says why).");
   m.def(
       "cpu_isa",
       [] {

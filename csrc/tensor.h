@@ -14,6 +14,8 @@
 
 #include "include/view.h"
 
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();  // from PyTorch 2.13 on
+
 namespace cxv {
 
 using torch::headeronly::ScalarType;
@@ -70,6 +72,15 @@ inline View view(const Tensor& t) {
   return v;
 }
 
+// One of PyTorch's own ops; what fails does so in PyTorch's words, where it keeps them.
+inline void call(const char* op, StableIValue* stack) {
+  if (torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
+  const bool kept = torch_exception_get_what_without_backtrace != nullptr;
+  const char* why = kept ? torch_exception_get_what_without_backtrace() : nullptr;
+  STD_TORCH_CHECK(false, "cxv_kernels: ", op, " has failed: ",
+                  why != nullptr ? why : "perhaps out of memory (PyTorch before 2.13 prints the reason, no more)");
+}
+
 // A tensor of this shape whose dimensions lie in memory in the order of like's; like_layout in op.py says the same.
 inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
   std::array<int64_t, 4> order = {0, 1, 2, 3}, strides;
@@ -89,12 +100,20 @@ inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
                                        from(std::nullopt),
                                        from(std::nullopt),
                                        from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  call("aten::new_empty_strided", stack.data());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline Tensor new_accumulator(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, accumulator_of(like));
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack = {from(like),
+                                       from(torch::headeronly::IntHeaderOnlyArrayRef(shape)),
+                                       from(std::optional(accumulator_of(like))),
+                                       from(std::nullopt),
+                                       from(std::nullopt),
+                                       from(std::nullopt)};
+  call("aten::new_empty", stack.data());
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace cxv

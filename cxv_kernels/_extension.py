@@ -16,14 +16,26 @@ _OPS = (
     ),
     "dropout",
     *(f"gelu_dropout_{way}" for way in ("forward", "backward")),
+    "cuda_compiled_for",
 )
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, PyTorch and CUDA of the build, and the CPU instruction set in use; empty if nothing was compiled, or
+    by another Python: ``_C`` alone is of one Python's version."""
+    try:
+        from . import _C
+    except ImportError:
+        return {}
+    return _C.build_info() | {"cpu_isa": _C.cpu_isa()}
 
 
 def _load(name: str) -> str | None:
     """Load cxv_kernels/<name>.*so; None if that went well, else the reason in words."""
     found = [p for s in EXTENSION_SUFFIXES if (p := Path(__file__).parent / f"{name}{s}").exists()]
     if not found:
-        return "was not built (the build log says why; see README, Installation)"
+        why = build_info().get("cuda_missing") if name == "_cuda" else None
+        return f"was not built ({why or 'the build log says why, pip install -v shows it'}; see README, Installation)"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
@@ -50,13 +62,3 @@ def _load_cuda() -> str | None:
 
 
 CUDA_MISSING = _load_cuda()
-
-
-def build_info() -> dict[str, str]:
-    """Compiler, PyTorch and CUDA of the build, and the CPU instruction set in use; empty if nothing was compiled, or
-    by another Python: ``_C`` alone is of one Python's version."""
-    try:
-        from . import _C
-    except ImportError:
-        return {}
-    return _C.build_info() | {"cpu_isa": _C.cpu_isa()}

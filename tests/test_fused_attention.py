@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 
 import cxv_kernels
+from cxv.training.errors import out_of_memory
 from cxv_kernels import kv_state, linear_attention, orthogonal_projection, performer_features
 from cxv_kernels.backends import FP16_OPERANDS
 from cxv_kernels.checks import tolerance
@@ -164,6 +165,18 @@ def test_long_keys(variant, norm, dtype):
     ).norm()
     if norm == 30:
         assert (distance > 0.5) == (variant == "favor exact")
+
+
+def test_out_of_memory_is_said():
+    """In PyTorch's words, where it keeps them; so cxv's training and the benchmarks know it."""
+    few, many = torch.zeros(1, 1, 4, 32), torch.zeros(1, 1, 1, 1).expand(1, 1, 1 << 43, 32)
+    with pytest.raises(RuntimeError, match="new_empty_strided has failed: ") as raised:
+        cxv_kernels.linear_attention(many, few, few, backend="cpp")
+    assert out_of_memory(raised.value)
+    image, weight, one = torch.zeros(1, 1, 1, 1).expand(1 << 43, 3, 4, 4), torch.zeros(4, 3, 3, 3), torch.ones(4)
+    with pytest.raises(RuntimeError, match="aten::convolution has failed: ") as raised:
+        cxv_kernels.conv_norm(image, weight, None, one, one, backend="cpp")
+    assert out_of_memory(raised.value)
 
 
 @every_variant

@@ -280,6 +280,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
     assert all(t.isfinite().all() for t in checkpoint["model"].values())
 
 
+def test_memory_that_is_short_in_a_fused_op_is_said(tmp_path, monkeypatch):
+    """Of which PyTorch's class of exception is lost in the C++ library."""
+
+    def full(*_, **__):
+        raise RuntimeError("cxv_kernels: aten::convolution has failed: CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(loop_module.F, "cross_entropy", full)
+    with pytest.raises(InputError, match=r"--batch-size 32: out of memory on cpu .*a smaller one .*last\.pt"):
+        run(tmp_path / "a")
+
+
 def test_weights_broken_by_the_last_step_are_not_saved(tmp_path, monkeypatch):
     def break_weights(scaler, optimizer):
         for p in optimizer.param_groups[0]["params"]:

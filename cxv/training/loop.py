@@ -38,7 +38,7 @@ from .curves import phase_name, plot_curves
 from .data import Data, ImageSet, batches, load_data, to_device
 from .distributed import PeerError, World
 from .dualopt import DualOpT
-from .errors import InputError
+from .errors import InputError, out_of_memory
 from .interrupt import Interrupted, deferred_interrupts, interruptible
 from .progress import Progress
 from .summary import summarise, summary_line
@@ -271,13 +271,13 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             part = "" if saved["position"] is None else f" and {saved['position']['step']} batches of the next"
             log(f"interrupted; epoch {saved['epoch']}{part} is saved: go on with  cxv train --resume --output {output}")
         raise
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"--batch-size {config.batch_size}: out of memory on {device} ({str(error).split('.')[0]}); use "
-            "a smaller one (--accumulate keeps the step the same), --fused, or --precision fp16. The last good "
-            f"checkpoint is {output / LAST}"
-        ) from error
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise InputError(
+                f"--batch-size {config.batch_size}: out of memory on {device} ({str(error).split('.')[0]}); use "
+                "a smaller one (--accumulate keeps the step the same), --fused, or --precision fp16. The last good "
+                f"checkpoint is {output / LAST}"
+            ) from error
         if not world.has_lost_a_peer(error):
             raise
         raise InputError(
