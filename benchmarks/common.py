@@ -146,7 +146,8 @@ class Run:
         """
         row = self.row
         if self.exact is not None:
-            row.error = relative_error(self.compare(self.forward_backward()), self.exact())
+            with checks.without_tf32():
+                row.error = relative_error(self.compare(self.forward_backward()), self.exact())
         if row.implementation in FUSED:
             row.tolerance = tolerance
             if row.error is None or not row.error <= tolerance:

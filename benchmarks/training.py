@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cxv
 from cxv.models.residual import Drop, ResidualBranch
-from cxv_kernels import backends
+from cxv_kernels import backends, checks
 
 IMAGE_SIZE, CLASSES = 32, 10
 TABLE1_GB = {"cpv-5/4": 3.2, "cnv-5/4": 3.1, "cltv-5/4": 1.8}  # "GPU GB" of the paper's Table 1
@@ -123,7 +123,7 @@ def check_model(
         torch.manual_seed(0)
         return cxv.create_model(name, use_fused=use_fused).to(device, dtype).eval()
 
-    with torch.no_grad():
+    with torch.no_grad(), checks.without_tf32():
         with served_ops() as served, autocast(device, dtype):
             logits = model(True, weights_dtype(dtype))(images.to(weights_dtype(dtype)))
         if set(served.values()) == {"reference"}:

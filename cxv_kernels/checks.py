@@ -24,12 +24,16 @@ from .validation import FLOAT_DTYPES, accumulate_dtype
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """In the block cuDNN's float32 convolutions are float32: by default it rounds their inputs to 10 bits."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    """In the block float32 products on a GPU are that: TF32, cuDNN's default, rounds what they multiply to 10 bits."""
+    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
     try:
+        for flag in flags:
+            flag.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
 
 
 @dataclass(frozen=True)
