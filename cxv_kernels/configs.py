@@ -4,11 +4,11 @@ Its entries are chosen by what the compiler reports (spills, shared memory, regi
 on a GPU yet. Nothing is tuned at run time.
 
 The table: kernel (its function's name, so forward or backward) → architecture ("default", "80", "90", …), which has
-what differs from the nearest lower one → size, "D" without and "DxM" with a projection of up to M random features →
-bits of the dtype ("16" or "32") → options. Of sizes and bits "default" serves what has no entry. Options: num_warps,
-num_stages, the kernel's BLOCK_ sizes (the dimensions of a head are padded to powers of two by the launcher), TOKENS,
-those that one program folds one tile after another, and of query_backward_kernel SEPARATE: query_state_kernel does a
-part of its work, two launches of fewer registers for one.
+what differs from the nearest lower one and serves those after it, "90" Hopper alone → size, "D" without and "DxM" with
+a projection of up to M random features → bits of the dtype ("16" or "32") → options. Of sizes and bits "default" serves
+what has no entry. Options: num_warps, num_stages, the kernel's BLOCK_ sizes (the dimensions of a head are padded to
+powers of two by the launcher), TOKENS, those that one program folds one tile after another, and of
+query_backward_kernel SEPARATE: query_state_kernel does a part of its work, two launches of fewer registers for one.
 """
 
 import contextlib
@@ -42,10 +42,14 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _serves(level: int, arch: int) -> bool:
+    return level <= arch and (level // 10 != 9 or arch // 10 == 9)  # Hopper's tiles are WGMMA's, which no other has
+
+
 def sizes_of(table: Table, kernel: str, arch: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the table has for a kernel and an architecture, whichever of those up to it has it."""
+    """What the table has for a kernel and an architecture, whichever of those that serve it has it."""
     levels = table[kernel]
-    known = sorted((name for name in levels if name != "default" and int(name) <= arch), key=int)
+    known = sorted((name for name in levels if name != "default" and _serves(int(name), arch)), key=int)
     return functools.reduce(lambda sizes, name: sizes | levels[name], known, levels.get("default", {}))
 
 

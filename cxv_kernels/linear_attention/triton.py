@@ -43,8 +43,8 @@ def reciprocal(x):
 
 @triton.jit
 def power_below(x):
-    """The largest power of two up to x; 1 for 0."""
-    return tl.exp2(tl.floor(tl.log2(tl.where(x > 0, x, 1))))
+    """The largest power of two up to x; 1 for 0 and for what a GPU's exp2 has no power of two of."""
+    return tl.exp2(tl.floor(tl.log2(tl.where(x > TINY, x, 1))))
 
 
 @triton.jit
@@ -180,9 +180,9 @@ def project_transposed(b_x, b_w, b_rest, PRECISION: tl.constexpr):
 def feature(b_a, MAP: tl.constexpr):
     """φ without its constant; of an exponential the exponent."""
     if MAP == "elu":
-        return tl.where(b_a > 0, b_a + 1, tl.exp(tl.minimum(b_a, 0)))
+        return tl.where(b_a > 0, b_a + 1, tl.exp(tl.minimum(b_a, 0, propagate_nan=tl.PropagateNan.ALL)))
     elif MAP == "relu" or MAP == "favor_relu":
-        return tl.maximum(b_a, 0)
+        return tl.maximum(b_a, 0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return b_a
 
@@ -194,6 +194,14 @@ def slope(b_x, MAP: tl.constexpr):
         return tl.minimum(b_x, 1)
     else:
         return tl.where(b_x > 0, 1.0, 0.0)
+
+
+@triton.jit
+def of_block(F: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The part of the tokens that this program has, and its block of features: one after another, so that they find the
+    tokens in the cache."""
+    BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    return tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
 
 
 @triton.jit
@@ -229,7 +237,8 @@ def key_kernel(
     """Fold a run of tokens into the sums of a block of features, each relative to its own maximum."""
     ACC: tl.constexpr = p_stats.dtype.element_ty
     T: tl.constexpr = p_k.dtype.element_ty
-    i_bh, i_s, i_f = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS, tl.program_id(1)
+    i_part, i_f = of_block(F, BLOCK_F)
+    i_bh, i_s = i_part // SPLITS, i_part % SPLITS
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     o_d, o_e = o_f if p_w is None else tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     p_k = of_head(p_k, s_k, i_bh, H)
@@ -288,7 +297,7 @@ def key_kernel(
                 b_v1 += b_v.to(ACC)
                 b_n += m_n.to(ACC)
         b_top = b_new
-    i_part = tl.program_id(0).to(tl.int64) * (F + 1)
+    i_part = i_part.to(tl.int64) * (F + 1)
     tl.store(p_stats + i_part * 2 + o_f, b_top, mask=o_f < F)
     if p_v is not None:
         m_e = o_e < E
@@ -904,7 +913,8 @@ def query_state_kernel(
     T: tl.constexpr = p_q.dtype.element_ty
     # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
     COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and MAP != "relu"
-    i_bh, i_s, i_f = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS, tl.program_id(1)
+    i_part, i_f = of_block(F, BLOCK_F)
+    i_bh, i_s = i_part // SPLITS, i_part % SPLITS
     p_q, p_do = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
@@ -939,7 +949,7 @@ def query_state_kernel(
         b_r, b_rho, b_r1, b_rho1 = add_queries(
             b_r, b_rho, b_r1, b_rho1, b_p.to(T), b_do, b_delta, b_inverse, m_n, MAP, PRECISION
         )
-    i_part = tl.program_id(0).to(tl.int64) * (F + 1)
+    i_part = i_part.to(tl.int64) * (F + 1)
     store_sums(p_sums, p_stats, i_part, o_f, i_f == 0, unit, b_r, b_rho, b_r1, b_rho1, E, F, MAP)
 
 
@@ -1410,7 +1420,7 @@ class Skeleton:
         launch(
             self.op,
             key_kernel,
-            (heads * runs, self.blocks(options)),
+            (heads * runs * self.blocks(options),),
             k,
             v,
             self.projection,
@@ -1532,7 +1542,7 @@ class Skeleton:
             launch(
                 self.op,
                 query_state_kernel,
-                (heads * runs, self.blocks(options)),
+                (heads * runs * self.blocks(options),),
                 grad_out,
                 q,
                 self.projection,

@@ -27,9 +27,9 @@ def short_runs(**options):
     return configs.override(table)
 
 
-def out_and_gradients(attend, inputs, **options):
+def out_and_gradients(attend, inputs, backend="triton", **options):
     inputs = [t.detach().requires_grad_() for t in inputs]
-    out = attend(*inputs, backend="triton", **options)
+    out = attend(*inputs, backend=backend, **options)
     grad = torch.linspace(-1, 1, out.shape[-1]).to(out.dtype).expand_as(out)
     return [t.detach() for t in (out, *torch.autograd.grad(out, inputs, grad))]
 
@@ -47,6 +47,18 @@ def test_checks(case, dtype):
 @every_variant
 def test_odd_shapes(variant, queries, keys, dim, value_dim):
     matches(qkv(1, 2, queries, keys, dim, value_dim), variant)
+
+
+@every_variant
+def test_nan_is_not_swallowed(variant):
+    for position in range(3):
+        inputs = qkv(1, 1, 9, 9, 8, 8, torch.float32)
+        inputs[position][0, 0, 3, 2] = torch.nan
+        want = out_and_gradients(ATTENTION[variant], [t.double() for t in inputs], backend="reference")
+        got = out_and_gradients(ATTENTION[variant], inputs)
+        assert want[0].isnan().any()
+        assert torch.equal(got[0].isnan(), want[0].isnan())
+        assert [g.isnan().any() for g in got[1:]] == [g.isnan().any() for g in want[1:]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
