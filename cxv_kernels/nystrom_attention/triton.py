@@ -10,7 +10,6 @@ from torch import Tensor
 from .._triton import launch
 from ..autograd import like_layout
 from ..validation import accumulate_dtype
-from .reference import mix_reference
 
 
 @triton.jit
@@ -188,40 +187,51 @@ def nystrom_means_backward(grad_means: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
+def _inverse(q_means: Tensor, k_means: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]], Tensor]:
+    """A (B·H, m, m), its column sums, of every iteration Z, W, P = 7W − W² and Q = WU = 15W − WP, and the last Z.
+
+    What is added to a product goes with it, a launch for each.
+    """
+    a = (q_means * q_means.shape[2] ** -0.5 @ k_means.mT).softmax(-1)
+    sums = a.sum(-2, keepdim=True)
+    z, steps = a.mT / sums.amax(-1, keepdim=True), []
+    for _ in range(6):
+        w = a @ z
+        p = torch.baddbmm(w, w, w, beta=7, alpha=-1)
+        q = torch.baddbmm(w, w, p, beta=15, alpha=-1)
+        steps.append((z, w, p, q))
+        z = torch.baddbmm(z, z, q, beta=13 / 4, alpha=-1 / 4)
+    return a, sums, steps, z
+
+
 def nystrom_mix(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
-    return _like(summary).copy_(mix_reference(q_means, k_means, summary))
+    *_, z = _inverse(q_means.flatten(0, 1), k_means.flatten(0, 1))
+    return _like(summary).copy_((z @ summary.flatten(0, 1).to(z.dtype)).view(summary.shape))
 
 
 def nystrom_mix_backward(
     grad_mixed: Tensor, q_means: Tensor, k_means: Tensor, summary: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc, scale = q_means.dtype, q_means.shape[3] ** -0.5
-    a = (q_means * scale @ k_means.mT).softmax(-1)
-    sums = a.sum(-2, keepdim=True)
-    top = sums.amax(-1, keepdim=True)
-    one = torch.eye(a.shape[-1], dtype=acc, device=a.device)
-    z, steps = a.mT / top, []
-    for _ in range(6):
-        w = a @ z
-        u = 15 * one - w @ (7 * one - w)
-        t = (13 * one - w @ u) / 4
-        steps.append((z, w, u, t))
-        z = z @ t
-    grad = grad_mixed.to(acc)
-    grad_summary = _like(summary).copy_(z.mT @ grad)
-    grad_z, grad_a = grad @ summary.to(acc).mT, torch.zeros_like(a)
-    for z, w, u, t in reversed(steps):
-        r = z.mT @ grad_z / -4  # of WU
+    q_rows, k_rows, y = (t.flatten(0, 1) for t in (q_means, k_means, summary))
+    a, sums, steps, z = _inverse(q_rows, k_rows)
+    grad = grad_mixed.flatten(0, 1).to(z.dtype)
+    grad_summary = z.mT @ grad
+    grad_z, grad_a = grad @ y.to(z.dtype).mT, torch.zeros_like(a)
+    for z, w, p, q in reversed(steps):
+        r = torch.baddbmm(z, z.mT, grad_z, beta=0, alpha=-1 / 4)  # of Q
         s = w.mT @ r  # of U
-        grad_w = r @ u.mT + s @ w.mT + w.mT @ s - 7 * s
-        grad_a += grad_w @ z.mT
-        grad_z = grad_z @ t.mT + a.mT @ grad_w
+        grad_w = torch.baddbmm(r, r, p.mT, beta=15, alpha=-1).baddbmm_(s, w.mT)
+        grad_w += torch.baddbmm(s, w.mT, s, beta=-7)
+        grad_a.baddbmm_(grad_w, z.mT)
+        grad_z = torch.baddbmm(grad_z, grad_z, q.mT, beta=13 / 4, alpha=-1 / 4).baddbmm_(a.mT, grad_w)
     # Z₀ = Aᵀ / the largest column sum; columns that tie share its gradient.
-    is_top = (sums == top).to(acc)
+    top = sums.amax(-1, keepdim=True)
+    is_top = (sums == top).to(a.dtype)
     of_top = -(grad_z.mT * a).sum((-2, -1), keepdim=True) / (top * top * is_top.sum(-1, keepdim=True))
     grad_a += grad_z.mT / top + of_top * is_top
-    scores = scale * a * (grad_a - (a * grad_a).sum(-1, keepdim=True))
-    return _like(q_means).copy_(scores @ k_means), _like(k_means).copy_(scores.mT @ q_means), grad_summary
+    scores = q_rows.shape[2] ** -0.5 * a * (grad_a - (a * grad_a).sum(-1, keepdim=True))
+    found = ((q_means, scores @ k_rows), (k_means, scores.mT @ q_rows), (summary, grad_summary))
+    return tuple(_like(like).copy_(grad.view(like.shape)) for like, grad in found)
 
 
 def _residual_tiles(v: Tensor, weight: Tensor) -> tuple[int, int, dict[str, Any]]:
