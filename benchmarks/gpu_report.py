@@ -10,6 +10,9 @@ from attn_speed_report import Table
 MAIN, LONG = [32, 4, 1024, 32], [8, 4, 16384, 32]
 LABELS = {"performer_attention": "Performer", "linear_attention": "linear", "conv_norm": "conv_norm"}
 
+JUDGED = ("checks", "gradients", "graphs")  # sections
+WRONG = ("failed", "crashed", "out of time")  # of a task: it was begun and had all the time that it should have
+
 Row = dict[str, Any]
 
 
@@ -129,11 +132,10 @@ def _model_targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float 
 
 
 def failures(results: dict[str, Any]) -> list[str]:
-    """What is wrong: failed checks, fused rows that are, and checks whose process died or hung."""
+    """What is wrong: failed checks, fused rows that are, and checks whose process died, hung or did not start."""
     found = []
     for task in results["tasks"]:
-        judged = task["section"] in ("checks", "gradients", "graphs")
-        if judged and task["status"] in ("failed", "crashed", "out of time"):
+        if task["section"] in JUDGED and task["status"] in (*WRONG, "not started"):
             last = (task["error"] or "").strip().splitlines()[-1:]
             found.append(f"{task['section']} {task['label']}: {task['status']} {' '.join(last)[:200]}")
         for row in task["rows"]:
@@ -164,6 +166,27 @@ def unserved(results: dict[str, Any]) -> list[str]:
         checks.setdefault(row["backend"], []).append(row)
     idle = {name: rows[0]["note"] for name, rows in checks.items() if {r["status"] for r in rows} == {"not served"}}
     return [f"Nothing is known of {name}, which serves no op here: {note}" for name, note in idle.items()]
+
+
+def unreached(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tasks for which the budget left no time, or too little."""
+    return [task for task in results["tasks"] if task["status"] == "not measured"]
+
+
+def checked(results: dict[str, Any]) -> list[str]:
+    """What the checks say, and what they do not."""
+    wrong, idle = failures(results), unserved(results)
+    judged = [task for task in results["tasks"] if task["section"] in JUDGED]
+    left = len(unreached({"tasks": judged}))
+    if wrong:
+        lines = ["FAILED:", *wrong]
+    elif not any(row["status"] == "ok" for row in rows_of(results, *JUDGED)):
+        lines = ["No check was run."]
+    else:
+        lines = ["Every check that was run passed." if idle or left else "Every check passed."]
+    if left:
+        lines.append(f"Not reached, so neither right nor wrong: {left} of {len(judged)} tasks of {', '.join(JUDGED)}.")
+    return lines + idle
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -291,17 +314,13 @@ def summary(results: dict[str, Any]) -> str:
     """For the terminal, in brief, what matters most last."""
     tables = [make(results, brief=True) for make in TABLES]
     parts = [table.text() for table in tables if table.rows]
-    unmeasured = [f"  {t['section']} {t['label']}" for t in results["tasks"] if t["status"] == "not measured"]
+    unmeasured = [f"  {task['section']} {task['label']}" for task in unreached(results)]
     if unmeasured:
-        parts.insert(0, "Not measured, out of time:\n" + "\n".join(unmeasured) + "\n")
-    broken = [t for t in results["tasks"] if t["status"] in ("failed", "crashed", "out of time")]
+        parts.insert(0, "Not measured, the budget was spent:\n" + "\n".join(unmeasured) + "\n")
+    broken = [t for t in results["tasks"] if t["status"] in (*WRONG, "not started")]
     for task in broken:
         parts.append(f"{task['section']} {task['label']}: {task['status']}\n{_tail(task['error'])}")
-    wrong, idle = failures(results), unserved(results)
-    passed = "Every check that was run passed." if idle else "Every check passed."
-    parts.append("\n".join(["FAILED:", *wrong] if wrong else [passed]))
-    parts += idle
-    return "\n".join([ceiling_line(results), "", *parts])
+    return "\n".join([ceiling_line(results), "", *parts, *checked(results)])
 
 
 def _tail(error: str | None) -> str:
@@ -315,4 +334,4 @@ def markdown(results: dict[str, Any]) -> str:
         table = make(results)
         if table.rows:
             parts += [" ".join(table.title), table.markdown()]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *checked(results)])

@@ -18,7 +18,8 @@ STARTING = 120.0  # seconds that a new process may take before its first task: i
 class Outcome:
     """How a task ended, with the rows that it had emitted by then."""
 
-    status: str = "ok"  # or "failed" (it raised), "crashed" (its process died), "out of time"
+    # or "failed" (it raised), "crashed" (its process died), "out of time", "not started" (there was no process for it)
+    status: str = "ok"
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     wall_s: float = 0.0
@@ -43,21 +44,25 @@ class Worker:
 
     def run(self, task: Mapping[str, Any], timeout: float) -> Outcome:
         """Do the task, for at most ``timeout`` seconds, to which a new process's start does not count."""
-        outcome, begin = Outcome(), time.perf_counter()
+        outcome, begin = Outcome("not started"), time.perf_counter()
         try:
             self._open()
-            begin = time.perf_counter()
+            outcome.status, begin = "ok", time.perf_counter()
             self._connection.send(task)
             self._listen(outcome, time.monotonic() + timeout)
         except TimeoutError:
-            outcome.status, outcome.error = "out of time", f"stopped after {time.perf_counter() - begin:.0f} s"
-            self.close()
+            self._died(outcome, "out of time", f"stopped after {time.perf_counter() - begin:.0f} s")
         except (EOFError, OSError):  # the other end of the pipe is gone
             self._process.join(10)
-            outcome.status, outcome.error = "crashed", f"its process ended with exit code {self._process.exitcode}"
-            self.close()
+            self._died(outcome, "crashed", f"its process ended with exit code {self._process.exitcode}")
         outcome.wall_s = time.perf_counter() - begin
         return outcome
+
+    def _died(self, outcome: Outcome, status: str, error: str) -> None:
+        outcome.error = error
+        if outcome.status == "ok":  # else it had not begun: it is not what was wrong
+            outcome.status = status
+        self.close()
 
     def _receive(self, deadline: float) -> tuple[Any, ...]:
         if not self._connection.poll(max(0.0, deadline - time.monotonic())):

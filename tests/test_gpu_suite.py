@@ -222,7 +222,7 @@ def start_nothing():
 def test_a_process_that_does_not_start():
     worker = Worker(start_nothing)
     outcome = worker.run("anything", 5.0)
-    assert (outcome.status, outcome.rows) == ("crashed", [])
+    assert (outcome.status, outcome.rows) == ("not started", [])  # whatever it was to do is not why
     assert "exit code 3" in outcome.error
 
 
@@ -256,6 +256,61 @@ def test_a_failed_check_bars_the_kernel_and_fails_the_run():
     assert "dropout p=0.3 cuda float16" in words[0]
     assert "crashed exit code -11" in words[1]
     assert gpu_report.failures({"tasks": [task("checks", [right]), task("models", [], "failed", "x")]}) == []
+
+
+def test_what_was_not_reached_is_neither_right_nor_wrong():
+    asked = {"op": "kv_state", "backend": "triton", "size": "small", "dtypes": ("float16", "float32")}
+    right = {"op": "kv_state", "backend": "triton", "dtype": "float16", "status": "ok", "of_tolerance": 0.5}
+    cut = [task("checks", [right], "not measured", **asked), task("checks", [], "not started", "exit code 1", **asked)]
+    assert gpu_suite.barred(cut) == set()
+    assert gpu_suite.barred([task("checks", [right], "out of time", **asked)]) == {("kv_state", "triton", "float32")}
+    assert gpu_report.failures({"tasks": cut[:1]}) == []
+    assert gpu_report.checked({"tasks": cut[:1]}) == [
+        "Every check that was run passed.",
+        "Not reached, so neither right nor wrong: 1 of 1 tasks of checks, gradients, graphs.",
+    ]
+    assert gpu_report.checked({"tasks": []}) == ["No check was run."]
+    assert gpu_report.checked({"tasks": cut})[:2] == ["FAILED:", "checks it: not started exit code 1"]
+
+
+class Given:
+    """In place of the worker: each task ends as is said of its function; ``asked`` are those that were begun."""
+
+    def __init__(self, **ends):
+        self.ends, self.asked = ends, []
+
+    def __call__(self, *_):
+        return self
+
+    def run(self, message, limit):
+        if message["function"] == "environment":
+            return gpu_suite.Outcome("ok", [{"device_name": "a card", "capability": [9, 0]}])
+        self.asked.append((message["function"], message["backends"]))
+        return self.ends.get(message["function"], gpu_suite.Outcome("ok"))
+
+    def close(self):
+        pass
+
+
+def suite(monkeypatch, out, given, *tasks, options=("--no-build",)):
+    """The JSON of a run whose plan are these tasks."""
+    monkeypatch.setattr(gpu_suite, "Worker", given)
+    monkeypatch.setattr(gpu_suite, "plan", lambda settings: list(tasks))
+    monkeypatch.setattr(gpu_suite.Parser, "check_shared", lambda *_: None)
+    gpu_suite.main(["--out", str(out), *map(str, options)])
+    return json.loads((out / "gpu_suite.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "bars"), [(90.0, "not measured", []), (20.0, "out of time", [["dropout", "cuda", "float16"]])]
+)
+def test_what_the_budget_cuts_off_is_not_held_against_it(monkeypatch, tmp_path, limit, status, bars):
+    check = gpu_suite.Task("checks", "check_op", {"op": "dropout", "backend": "cuda", "dtypes": ["float16"]}, limit)
+    late = Given(check_op=gpu_suite.Outcome("out of time", error="stopped"))
+    results = suite(monkeypatch, tmp_path, late, check, options=("--no-build", "--budget", 30))
+    (record,) = results["tasks"]
+    assert (record["status"], results["settings"]["barred"]) == (status, bars)
+    assert record["limit"] == pytest.approx(min(limit, 30), abs=1)
 
 
 def test_a_backend_that_serves_nothing_has_not_passed():
@@ -299,7 +354,7 @@ def test_a_run_goes_on_where_an_earlier_one_ended(tmp_path, capsys):
     second = json.loads((out / "gpu_suite.json").read_text())["tasks"]
     assert [task["label"] for task in second] == [task["label"] for task in first]
     assert second[0] == done
-    assert "Not measured, out of time" in capsys.readouterr().out
+    assert "Not measured, the budget was spent" in capsys.readouterr().out
 
 
 def collected(function, settings, **arguments):
@@ -479,10 +534,11 @@ def test_verdicts_compare_the_gpus_own_times():
         ("met", 3.33),
         ("met", 0.83),
     ]
-    results["tasks"].append(task("sweep", [], "not measured", "out of time"))
+    right = {"op": "dropout", "backend": "cuda", "dtype": "float16", "status": "ok"}
+    results["tasks"] += [task("sweep", [], "not measured"), task("checks", [right])]
     text = gpu_report.summary(results)
     assert "Every check passed." in text
-    assert "Not measured, out of time:\n  sweep it" in text
+    assert "Not measured, the budget was spent:\n  sweep it" in text
     assert "1.000" in text  # ms of the GPU
     assert gpu_report.markdown(results).count("| met") == 9
     assert gpu_report.verdicts({"tasks": []})[0]["verdict"] == "not measured"
