@@ -29,6 +29,12 @@ def rows_of(results: dict[str, Any], *sections: str) -> list[Row]:
     return [row for task in results["tasks"] if task["section"] in sections for row in task["rows"]]
 
 
+def measured(arguments: dict[str, Any], among: Sequence[str]) -> list[str]:
+    """The backends that a task with these arguments measures: those that its modes name, or all."""
+    modes = arguments.get("modes")
+    return [name for name in among if modes is None or name in {mode.partition(" + ")[0] for mode in modes}]
+
+
 def headline(results: dict[str, Any]) -> str:
     """The machine."""
     env = results["environment"]

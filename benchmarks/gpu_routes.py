@@ -3,23 +3,24 @@
     python benchmarks/gpu_routes.py benchmarks/results/gpu_suite-tesla-t4.json …
 
 Rewrites cxv_kernels/gpu_routes.json from these files alone, so name all of them. A backend is in for an op and a dtype
-if it was checked there and nothing has failed: not the op, not a CUDA graph of it, not a model's gradients. Where it
-was timed, forward + backward, it must beat plain PyTorch, and the faster comes first: by the geometric mean of its
-ratios.
+if a check against float64 was run there and passed, and nothing has failed: not the op, not a CUDA graph of it, not a
+model's gradients, nor what died with it alone. What the budget did not reach says nothing. Where it was timed, forward
++ backward, it must beat plain PyTorch, and the faster comes first: by the geometric mean of its ratios.
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import DTYPES, Parser, write_json
-from gpu_report import rows_of, seconds
+from gpu_report import WRONG, measured, rows_of, seconds
 
 from cxv_kernels import backends
 
 TABLE = Path(backends.__file__).with_name("gpu_routes.json")
+ONE_OP, MODELS = ("attention", "sweep", "conv_norm"), ("gradients", "models")  # sections
 PLAIN = ("reference", "conv2d, layer_norm")
 
 
@@ -38,9 +39,17 @@ def slowness(results: Sequence[dict[str, Any]], op: str, dtype: str, backend: st
 
 
 def wrong(results: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """(op, backend, dtype) of whatever has failed."""
+    """(op, backend, dtype) of whatever has failed, or was alone in a task that did not live to tell."""
     found = {tuple(failed) for failed in results["settings"]["barred"]}
-    for row in rows_of(results, "attention", "conv_norm"):
+    for task in results["tasks"]:
+        if task["section"] in ONE_OP + MODELS and task["status"] in WRONG:
+            asked = task["arguments"]
+            names = measured(asked, task["backends"] or results["settings"]["backends"])
+            # torch.compile's slowness is no kernel's
+            slow = task["status"] == "out of time" and any("compile" in mode for mode in asked.get("modes", ()))
+            if len(names) == 1 and not slow:
+                found |= {(op, *names, asked["dtype"]) for op in _ops(results, task)}
+    for row in rows_of(results, *ONE_OP):
         if row["status"] == "failed":
             found.add((row["op"], row["implementation"], row["dtype"]))
     for row in rows_of(results, "gradients"):
@@ -50,13 +59,22 @@ def wrong(results: dict[str, Any]) -> set[tuple[str, str, str]]:
     return found
 
 
+def _ops(results: dict[str, Any], task: dict[str, Any]) -> Iterable[str]:
+    """What the task calls: of a model what any of its rows says that it does, else everything."""
+    asked = task["arguments"]
+    if task["section"] not in MODELS:
+        return [asked.get("op", "conv_norm")]
+    rows = rows_of(results, *MODELS)
+    return next((r["served"] for r in rows if r["model"] == asked["model"] and r.get("served")), backends.OPS)
+
+
 def route(results: Sequence[dict[str, Any]], arch: int) -> dict[str, dict[str, list[str]]]:
     """Op → dtype → backends, the fastest first, by the results of one architecture; without what nobody checked."""
     failed = set().union(*map(wrong, results))
     checked = {
         (row["op"], row["backend"], row["dtype"])
         for one in results
-        for row in rows_of(one, "checks", "graphs")
+        for row in rows_of(one, "checks")
         if row["status"] == "ok"
     }
     table: dict[str, dict[str, list[str]]] = {}

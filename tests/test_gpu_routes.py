@@ -33,9 +33,16 @@ def suite(capability, times, failed=(), gradients=()):
     sections = {"checks": checks, "attention": rows, "gradients": list(gradients)}
     return {
         "benchmark": "gpu_suite",
-        "settings": {"barred": [list(one) for one in failed]},
+        "settings": {"barred": [list(one) for one in failed], "backends": ["triton", "cuda"]},
         "environment": {"capability": capability},
-        "tasks": [{"section": name, "rows": rows} for name, rows in sections.items()],
+        "tasks": [task(name, "ok", rows=rows) for name, rows in sections.items()],
+    }
+
+
+def task(section, status, *names, rows=(), **arguments):
+    return {
+        **{"section": section, "status": status, "arguments": arguments | {"dtype": HALF}},
+        **{"backends": list(names), "rows": list(rows)},
     }
 
 
@@ -73,6 +80,45 @@ def test_what_failed_is_out(tmp_path):
     assert entry["dropout"][HALF] == []
     assert entry["performer_attention"] == {HALF: ["cuda", "triton"], WIDE: ["cuda"]}
     assert entry["linear_attention"][WIDE] == ["cuda", "triton"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "out"),
+    [
+        (task("attention", "crashed", "cuda", op="linear_attention"), {"linear_attention"}),
+        (task("conv_norm", "out of time", "cuda"), {"conv_norm"}),
+        (task("gradients", "failed", "cuda", model="cltv-5/4"), {"linear_attention", "dropout"}),
+        (
+            task("models", "crashed", modes=["eager", "cuda + compile"], model="cltv-5/4"),
+            {"linear_attention", "dropout"},
+        ),
+        (task("gradients", "crashed", "cuda", model="cnv-5/4"), set(backends.OPS)),  # whatever it has
+        (task("attention", "crashed", op="linear_attention"), set()),  # one of two
+        (task("attention", "not measured", "cuda", op="linear_attention"), set()),
+        (task("models", "out of time", modes=["eager", "cuda + compile"], model="cltv-5/4"), set()),  # compiling
+        (task("models", "crashed", modes=["eager", "eager + compile"], model="cltv-5/4"), set()),
+    ],
+)
+def test_what_did_not_live_to_tell_is_out(tmp_path, ended, out):
+    served = {"linear_attention": "triton", "dropout": "triton"}
+    right = {"status": "ok", "backend": "triton", "model": "cltv-5/4", "dtype": HALF, "served": served}
+    results = suite([9, 0], {}, gradients=[right])
+    results["tasks"].append(ended)
+    entry = table_of(tmp_path, h200=results)["90"]
+    assert {op for op in backends.OPS if entry[op][HALF] == ["triton"]} == out
+    assert all(set(entry[op][WIDE]) == {"triton", "cuda"} for op in backends.OPS)
+
+
+def test_what_no_check_found_right_is_out(tmp_path):
+    """A CUDA graph that gives a direct call's bits may give wrong ones."""
+    results = suite([9, 0], {})
+    checks = results["tasks"][0]
+    rows = [row for row in checks["rows"] if (row["op"], row["backend"]) == ("conv_norm", "cuda")]
+    checks |= {"rows": [row for row in checks["rows"] if row not in rows], "status": "not measured"}
+    results["tasks"].append(task("graphs", "ok", rows=rows))
+    entry = table_of(tmp_path, h200=results)["90"]
+    assert entry["conv_norm"][HALF] == ["triton"]
+    assert set(entry["dropout"][HALF]) == {"triton", "cuda"}
 
 
 def test_several_cards_and_several_files_of_one(tmp_path):
