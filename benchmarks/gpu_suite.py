@@ -1,7 +1,7 @@
 """Builds, checks and measures everything on one GPU, the important first, within a budget of time. See README.md.
 
 Every task runs in a process that may crash, hang or lose the GPU without taking the others along, and the JSON is
-written after each: whatever ends the run, what was measured is there.
+written after each: whatever ends the run, what was measured is there. `--resume` with that JSON does the rest.
 """
 
 import argparse
@@ -289,8 +289,9 @@ class Programs:
                 rows.append({"program": name, "status": status, "exit_code": code, "wall_s": wall, "note": note})
         return rows
 
-    def build(self, limit: float) -> list[dict[str, Any]]:
-        """Build in place; meanwhile fill Triton's cache and build the library that is PTX of the lowest alone.
+    def build(self, limit: float, sections: set[str]) -> list[dict[str, Any]]:
+        """Build in place; meanwhile, for what these sections will need, fill Triton's cache and build the library that
+        is PTX of the lowest alone.
 
         By setup.py, not by pip: what is there is enough, and no environment refuses to be written to.
         """
@@ -298,13 +299,13 @@ class Programs:
         archs = f"7.5+PTX;{capability}" if capability not in ("", "7.5") else "7.5+PTX"
         setup = [sys.executable, "setup.py", "build_ext"]
         commands = {"build": ([*setup, "--inplace"], {"TORCH_CUDA_ARCH_LIST": archs})}
-        if "cuda" in self.settings.backends and shutil.which("nvcc"):
+        if "ptx" in sections and "cuda" in self.settings.backends and shutil.which("nvcc"):
             ignored = shutil.ignore_patterns("*.so", "__pycache__")
             shutil.copytree(ROOT / "cxv_kernels", self.ptx / "cxv_kernels", ignore=ignored)
             aside = [f"--build-lib={self.ptx}", f"--build-temp={self.ptx}/temp"]
             commands["PTX library"] = ([*setup, *aside], {"TORCH_CUDA_ARCH_LIST": "7.5+PTX"})
         arch = capability.replace(".", "")
-        if "triton" in self.settings.backends and arch in ("80", "90"):
+        if sections - {*PROGRAMS} and "triton" in self.settings.backends and arch in ("80", "90"):
             report = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), "--arch", arch, "--ragged"]
             commands["Triton"] = ([*report, "--json", str(self.log.parent / "compile_report.json")], {})
         return self.run(commands, limit)
@@ -374,26 +375,44 @@ def barred(done: Sequence[dict[str, Any]]) -> set[tuple[str, str, str]]:
     return found
 
 
-def one_by_one(task: Task, outcome: Outcome, settings: Settings) -> list[Task]:
+def one_by_one(task: Task, status: str, settings: Settings) -> list[Task]:
     """The task again for each backend alone, if one may have brought it down for all."""
     together = task.section in ("attention", "sweep", "conv_norm", "models", "gradients", "peers") and not task.backends
-    if outcome.status not in gpu_report.WRONG or not together or len(settings.backends) < 2:
+    if status not in gpu_report.WRONG or not together or len(settings.backends) < 2:
         return []
     return [dataclasses.replace(task, backends=(name,)) for name in settings.backends]
 
 
-def earlier(path: Path | None) -> list[dict[str, Any]]:
-    """The tasks of an earlier run that came to an end."""
-    ended = ("ok", "failed", "crashed")
-    return [task for task in (gpu_report.read(path).get("tasks", []) if path else []) if task["status"] in ended]
+def unfinished(tasks: Sequence[Task], earlier: dict[str, Any], settings: Settings) -> Iterator[Task]:
+    """Those of the tasks, and of what `one_by_one` makes of them, that came to no end in an earlier run.
+
+    Nor did what would be served by a library that its build did not finish.
+    """
+    builds = [row for row in gpu_report.rows_of(earlier, "build") if row["program"] == "build"]
+    unbuilt = {"not built"} if all(row["status"] == "ok" for row in builds) else {"not built", "not served"}
+    for task in tasks:
+        before = next((t for t in earlier["tasks"] if (t["section"], t["label"]) == (task.section, task.label)), None)
+        ended = before and before["status"] in ("ok", *gpu_report.WRONG)
+        if not ended or any(row.get("status") in unbuilt for row in before["rows"]):
+            yield task
+        else:
+            yield from unfinished(one_by_one(task, before["status"], settings), earlier, settings)
 
 
 def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run the plan, print as it goes, keep the JSON; 0, or 1 if a check failed."""
     begin, path = time.perf_counter(), arguments.out / "gpu_suite.json"
-    results: dict[str, Any] = {"benchmark": "gpu_suite", "settings": dataclasses.asdict(settings) | {"barred": []}}
-    results |= {"environment": {}, "tasks": earlier(arguments.resume), "verdicts": []}
-    done = {(task["section"], task["label"]) for task in results["tasks"]} - {("build", "")}
+    results: dict[str, Any] = {"benchmark": "gpu_suite", "environment": {}, "wall_s": 0.0, "tasks": []}
+    results |= gpu_report.read(arguments.resume) if arguments.resume else {}
+    tasks = [task for task in plan(settings) if task.section in arguments.only]
+    tasks = list(unfinished(tasks, results, settings))
+    if arguments.build:
+        tasks.insert(0, Task("build", "", {}, 200.0))
+    anew = {(task.section, task.label) for task in tasks}
+    results["tasks"] = [task for task in results["tasks"] if (task["section"], task["label"]) not in anew]
+    results["settings"] = dataclasses.asdict(settings) | {"barred": sorted(barred(results["tasks"]))}
+    results["verdicts"] = []
+    here = False  # whether the environment is this machine's
     programs, worker = Programs(settings, arguments.out / "gpu_suite.log"), Worker(start, settings)
 
     def keep(task: Task, outcome: Outcome, limit: float) -> None:
@@ -408,21 +427,22 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
 
     def in_programs(task: Task, limit: float) -> Outcome:
         started = time.perf_counter()
-        run = {"build": programs.build, "ptx": programs.ptx_checks, "sanitizer": programs.sanitizer}[task.section]
-        rows = run(limit)
+        if task.section == "build":
+            rows = programs.build(limit, {task.section for task in tasks})
+        else:
+            rows = {"ptx": programs.ptx_checks, "sanitizer": programs.sanitizer}[task.section](limit)
         return Outcome("ok", rows, wall_s=time.perf_counter() - started)
 
-    tasks = [Task("build", "", {}, 200.0)] if arguments.build else []
-    tasks += [task for task in plan(settings) if task.section in arguments.only]
-    tasks = [task for task in tasks if (task.section, task.label) not in done]
     try:
         while tasks:
             task = tasks.pop(0)
             left = max(0.0, arguments.budget - (time.perf_counter() - begin))
             limit = min(task.limit, left)
-            if task.section != "build" and not results["environment"]:
-                facts = worker.run({"function": "environment"}, 120.0)
-                results["environment"] = facts.rows[0] if facts.rows else {"error": facts.error}
+            if task.section != "build" and not here:
+                facts, here = worker.run({"function": "environment"}, 120.0), True
+                results["environment"] = (
+                    facts.rows[0] if facts.rows else results["environment"] | {"error": facts.error}
+                )
                 print(gpu_report.headline(results), flush=True)
             if left < 5:
                 outcome = Outcome("not measured")
@@ -434,7 +454,7 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
             if limit < task.limit and "out of time" in (outcome.status, *(row.get("status") for row in outcome.rows)):
                 outcome.status = "not measured"  # by no fault of its own
             keep(task, outcome, limit)
-            tasks[:0] = one_by_one(task, outcome, settings)
+            tasks[:0] = one_by_one(task, outcome.status, settings)
     finally:
         worker.close()
         programs.close()
@@ -456,7 +476,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=seconds, default=480.0, help="seconds of all of it")
     parser.add_argument("--no-build", dest="build", action="store_false", help="measure what is installed")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE.json", help="keep what an earlier run measured, do the rest"
+        "--resume",
+        type=Path,
+        metavar="FILE.json",
+        help="keep what an earlier run measured, do the rest, within a --budget of its own; FILE.json is its "
+        "gpu_suite.json, brought along if this is another machine (on the same one --no-build leaves out the build)",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: a test")
     parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="measure nothing: print FILE's tables")

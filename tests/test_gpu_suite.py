@@ -323,12 +323,12 @@ def test_a_backend_that_serves_nothing_has_not_passed():
 
 def test_a_task_that_failed_for_all_is_tried_for_each():
     planned = next(task for task in gpu_suite.plan(GPU) if task.section == "attention")
-    again = gpu_suite.one_by_one(planned, gpu_suite.Outcome("crashed"), GPU)
+    again = gpu_suite.one_by_one(planned, "crashed", GPU)
     assert [task.backends for task in again] == [("triton",), ("cuda",)]
     assert len({planned.label, *(task.label for task in again)}) == 3
-    assert gpu_suite.one_by_one(again[0], gpu_suite.Outcome("crashed"), GPU) == []
-    assert gpu_suite.one_by_one(planned, gpu_suite.Outcome("ok"), GPU) == []
-    assert gpu_suite.one_by_one(planned, gpu_suite.Outcome("failed"), CPP) == []
+    assert gpu_suite.one_by_one(again[0], "crashed", GPU) == []
+    assert gpu_suite.one_by_one(planned, "ok", GPU) == []
+    assert gpu_suite.one_by_one(planned, "failed", CPP) == []
 
 
 def test_a_run_goes_on_where_an_earlier_one_ended(tmp_path, capsys):
@@ -355,6 +355,74 @@ def test_a_run_goes_on_where_an_earlier_one_ended(tmp_path, capsys):
     assert [task["label"] for task in second] == [task["label"] for task in first]
     assert second[0] == done
     assert "Not measured, the budget was spent" in capsys.readouterr().out
+
+
+ATTENTION = gpu_suite.Task("attention", "attention", {"op": "linear_attention"})
+DROPOUT = gpu_suite.Task("checks", "check_op", {"op": "dropout", "backend": "cuda", "dtypes": ["float16"]})
+PTX = gpu_suite.Task("ptx", "", {}, 90.0)
+
+
+@pytest.mark.parametrize("options", [("--no-build",), ()])
+def test_a_run_with_nothing_left_loses_nothing(monkeypatch, tmp_path, options):
+    built = []
+    monkeypatch.setattr(gpu_suite.Programs, "build", lambda self, limit, sections: built.append(sections) or [])
+    first = suite(monkeypatch, tmp_path, Given(check_op=gpu_suite.Outcome("crashed")), DROPOUT)
+    file = tmp_path / "gpu_suite.json"
+    file.write_text(json.dumps(first | {"wall_s": 400.0}))
+    second = suite(monkeypatch, tmp_path, Given(), DROPOUT, options=(*options, "--resume", file))
+    assert second["environment"]["capability"] == [9, 0]
+    assert second["settings"]["barred"] == first["settings"]["barred"] == [["dropout", "cuda", "float16"]]
+    assert second["wall_s"] == 400.0 or options == ()
+    assert [task["section"] for task in second["tasks"]] == ["checks", *(["build"] if options == () else [])]
+    assert built == ([set()] if options == () else [])
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("reached", [1, 2])
+def test_a_later_run_tries_each_backend_that_the_first_had_no_time_for(monkeypatch, tmp_path, reached, killed):
+    died, well = Given(attention=gpu_suite.Outcome("crashed")), Given()
+    first = suite(monkeypatch, tmp_path, died, ATTENTION)
+    calls = [("attention", ()), ("attention", ("triton",)), ("attention", ("cuda",))]
+    assert died.asked == calls
+    rest = [] if killed else [task | {"status": "not measured"} for task in first["tasks"][reached:]]
+    file = tmp_path / "gpu_suite.json"
+    file.write_text(json.dumps(first | {"tasks": first["tasks"][:reached] + rest}))
+    second = suite(monkeypatch, tmp_path, well, ATTENTION, options=("--no-build", "--resume", file))
+    assert well.asked == calls[reached:]
+    assert [task["status"] for task in second["tasks"]] == ["crashed"] * reached + ["ok"] * (3 - reached)
+
+
+@pytest.mark.parametrize(("build", "again"), [("ok", ["ptx"]), ("out of time", ["checks", "ptx"])])
+def test_a_later_run_does_what_an_unfinished_build_did_not_serve(build, again):
+    """A CUDA library that is missing serves nothing, and would not until the JSON is thrown away."""
+    absent = {"op": "dropout", "backend": "cuda", "dtype": "float16", "status": "not served"}
+    done = [
+        task("build", [{"program": "build", "status": build}]),
+        task("checks", [absent]) | {"label": DROPOUT.label},
+        task("ptx", [{"program": "library of compute_75", "status": "not built"}]) | {"label": ""},
+    ]
+    left = gpu_suite.unfinished([DROPOUT, PTX], {"tasks": done}, GPU)
+    assert [task.section for task in left] == again
+
+
+@pytest.mark.parametrize(
+    ("sections", "beside"),
+    [
+        (set(), set()),
+        ({"sanitizer"}, set()),
+        ({"ptx"}, {"PTX library"}),
+        ({"checks", "ptx"}, {"PTX library", "Triton"}),
+    ],
+)
+def test_only_what_is_needed_is_built(monkeypatch, tmp_path, sections, beside):
+    monkeypatch.setattr(gpu_suite, "first_line", lambda *_: "9.0")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, **_: name)
+    monkeypatch.setattr(gpu_suite.Programs, "run", lambda self, commands, *_: commands)
+    programs = gpu_suite.Programs(GPU, tmp_path / "log")
+    commands = programs.build(100.0, sections)
+    programs.close()
+    assert set(commands) == {"build", *beside}
+    assert commands["build"][1]["TORCH_CUDA_ARCH_LIST"] == "7.5+PTX;9.0"
 
 
 def collected(function, settings, **arguments):
