@@ -415,14 +415,47 @@ def test_a_later_run_does_what_an_unfinished_build_did_not_serve(build, again):
     ],
 )
 def test_only_what_is_needed_is_built(monkeypatch, tmp_path, sections, beside):
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    (command, environment), others, _ = building(monkeypatch, tmp_path, lambda name, **_: f"/bin/{name}", sections)
+    assert "nice" not in command
+    assert environment["TORCH_CUDA_ARCH_LIST"] == "7.5+PTX;9.0"
+    assert environment["NVCC_APPEND_FLAGS"] == "--threads 2 -lineinfo"
+    assert set(others) == beside
+    for command, environment in others.values():
+        assert command[0] == "nice"
+        assert "NVCC_APPEND_FLAGS" not in environment
+
+
+def building(monkeypatch, tmp_path, which, sections=frozenset()):
+    """How it would build for these sections: the first command, the others, the first's row."""
+    seen = {}
     monkeypatch.setattr(gpu_suite, "first_line", lambda *_: "9.0")
-    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, **_: name)
-    monkeypatch.setattr(gpu_suite.Programs, "run", lambda self, commands, *_: commands)
+    monkeypatch.setattr(gpu_suite.shutil, "which", which)
+    monkeypatch.setattr(gpu_suite.Programs, "run", lambda self, commands, *_: seen.update(commands) or [{"note": None}])
     programs = gpu_suite.Programs(GPU, tmp_path / "log")
-    commands = programs.build(100.0, sections)
+    (row,) = programs.build(100.0, sections)
     programs.close()
-    assert set(commands) == {"build", *beside}
-    assert commands["build"][1]["TORCH_CUDA_ARCH_LIST"] == "7.5+PTX;9.0"
+    return seen.pop("build"), seen, row
+
+
+def test_ninja_is_found_where_no_environment_is_activated(monkeypatch, tmp_path):
+    packaged = SimpleNamespace(BIN_DIR="/venv/bin")
+    monkeypatch.setitem(sys.modules, "ninja", packaged)
+    (_, environment), _, row = building(monkeypatch, tmp_path, lambda name, path=None: path and f"{path}/{name}")
+    assert environment["PATH"].split(os.pathsep)[-1] == "/venv/bin"
+    assert row["note"] is None
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    _, _, row = building(monkeypatch, tmp_path, lambda name, path=None: None)
+    assert row["note"] == "without ninja, which was not found: file after file"
+
+
+def test_what_is_built_aside_ends_with_the_build(tmp_path):
+    programs = gpu_suite.Programs(CPP, tmp_path / "log")
+    begin = time.perf_counter()
+    build, aside = programs.run({"build": (["true"], {}), "aside": (["sleep", "60"], {})}, 60.0, 0.1)
+    programs.close()
+    assert (build["status"], aside["status"]) == ("ok", "out of time")
+    assert time.perf_counter() - begin < 30
 
 
 def collected(function, settings, **arguments):
