@@ -55,7 +55,10 @@ def served_by(backend: str | None) -> AbstractContextManager:
 def models(
     settings: Settings, emit: Emit, model: str, dtype: str, batch: int, modes: Sequence[str], side: int = 32
 ) -> None:
-    """Train and apply a model in these modes at one batch, in turn; a fused one that fails its check gets no number."""
+    """Train and apply a model in these modes at one batch, in turn; a fused one that fails its check gets no number.
+
+    A speedup is over the first mode, with which it took turns.
+    """
     device, kind = settings.where, DTYPES[dtype]
     images, labels = random_batch(batch, side, device, kind)
     modes = [mode for mode in modes if parts_of(mode)[2] in (None, *settings.backends)]
@@ -80,16 +83,18 @@ def models(
             torch.cuda.empty_cache()
     rounds = settings.rounds | {"budget": 0.0 if settings.quick else 0.5}
     for what, calls in (("train", training), ("infer", inference)):
-        timings = interleaved(list(calls.values()), device, **rounds, calls=1 if settings.quick else STEPS)
-        for index, timing in zip(calls, timings, strict=True):
-            _fill(rows[index], what, timing, batch)
+        found = interleaved(list(calls.values()), device, **rounds, calls=1 if settings.quick else STEPS)
+        timings = dict(zip(calls, found, strict=True))
+        for index, timing in timings.items():
+            _fill(rows[index], what, timing, batch, timings.get(0))
     for row in rows:
         emit(row)
 
 
-def _fill(row: dict[str, Any], what: str, timing: Timing | None, batch: int) -> None:
+def _fill(row: dict[str, Any], what: str, timing: Timing | None, batch: int, first: Timing | None) -> None:
     row[what] = timing_json(timing)
     row[f"{what}_images_per_s"] = timing and batch / timing.median
+    row[f"{what}_speedup"] = timing and first and first.median / timing.median
     if timing is None:
         row["status"] = "out of memory"
 

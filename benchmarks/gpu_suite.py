@@ -96,9 +96,15 @@ def _attention(section: str, op: str, variant: str, shape: Sequence[int], dtype:
     return Task(section, "attention", arguments, 120.0 if "torch.compile" in rivals or "peer" in rivals else 60.0)
 
 
-def _models(model: str, dtype: str, batch: int, *modes: str, side: int = 32) -> Task:
+def _models(model: str, dtype: str, batch: int, *modes: str, side: int = 32, limit: float = 90.0) -> Task:
     arguments = {"model": model, "dtype": dtype, "batch": batch, "modes": modes, "side": side}
-    return Task("models", "models", arguments, 60.0 + 60.0 * sum("compile" in mode for mode in modes))
+    return Task("models", "models", arguments, limit)
+
+
+def _compiled(settings: Settings, model: str, dtype: str, batch: int) -> Iterator[Task]:
+    """Each compiled mode beside eager in a task of its own: one that takes too long costs nothing but itself."""
+    for name in ("eager", *settings.backends[:1]):
+        yield _models(model, dtype, batch, "eager", f"{name} + compile")
 
 
 def _conv(settings: Settings, shape: Sequence[int], layout: str, dtype: str, compiled: bool) -> Task:
@@ -116,7 +122,7 @@ def _full(settings: Settings) -> Iterator[Task]:
     yield _attention("attention", performer, "softmax", (8, 4, 16384, 32), HALF, *rivals)
     yield Task("gradients", "check_model", {"model": "cpv-5/4", "dtype": HALF, "batch": 8, "side": 32})
     yield _models("cpv-5/4", HALF, 256, "eager", *fused)
-    yield _models("cpv-5/4", HALF, 256, "eager + compile", *(f"{name} + compile" for name in fused[:1]))
+    yield from _compiled(settings, "cpv-5/4", HALF, 256)
     yield from _checks(settings, "models", (HALF,), 30.0)
     yield from (_conv(settings, (256, 128, 32, 32), layout, HALF, True) for layout in ("channels_last", "NCHW"))
     for mode in ("eager", *fused[:1], *(f"{name} + checkpoints" for name in fused[:1])):
@@ -150,7 +156,7 @@ def _full(settings: Settings) -> Iterator[Task]:
     for op, variant in ((linear, "elu"), (linear, "relu"), (performer, "relu")):
         yield _attention("attention", op, variant, MAIN, HALF, "reference")
     for model in gpu_models.MODELS[1:]:
-        yield _models(model, HALF, 256, "eager + compile", *(f"{name} + compile" for name in fused[:1]))
+        yield from _compiled(settings, model, HALF, 256)
     yield Task("sanitizer", "", {}, 240.0)
     # what is left of every model × dtype × batch
     for model in gpu_models.MODELS[1:]:
@@ -179,7 +185,7 @@ def _quick(settings: Settings) -> Iterator[Task]:
     yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
     fused = settings.backends[:1]
     modes = ("eager", *fused, *(f"{name} + checkpoints" for name in settings.backends[-1:]), "eager + compile")
-    yield _models("cltv-1/4", half, 1, *modes, side=8)
+    yield _models("cltv-1/4", half, 1, *modes, side=8, limit=120.0)
     for mode in ("eager", *fused):
         arguments = {"model": "cltv-1/4", "dtype": half, "mode": mode, "side": 8}
         yield Task("largest_batch", "largest_batch", arguments)
@@ -399,11 +405,13 @@ def barred(done: Sequence[dict[str, Any]]) -> set[tuple[str, str, str]]:
 
 
 def one_by_one(task: Task, status: str, settings: Settings) -> list[Task]:
-    """The task again for each backend alone, if one may have brought it down for all."""
+    """The task again for each backend alone, if one may have brought it down for all; no model that was only slow."""
     together = task.section in ("attention", "sweep", "conv_norm", "models", "gradients", "peers") and not task.backends
-    if status not in gpu_report.WRONG or not together or len(settings.backends) < 2:
+    names = gpu_report.measured(task.arguments, settings.backends)
+    slow = (task.section, status) == ("models", "out of time")
+    if status not in gpu_report.WRONG or slow or not together or len(names) < 2:
         return []
-    return [dataclasses.replace(task, backends=(name,)) for name in settings.backends]
+    return [dataclasses.replace(task, backends=(name,)) for name in names]
 
 
 def unfinished(tasks: Sequence[Task], earlier: dict[str, Any], settings: Settings) -> Iterator[Task]:

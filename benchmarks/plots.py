@@ -92,7 +92,7 @@ def _rivals(results: dict[str, Any], axes: Axes | None) -> bool:
 
 def _training(results: dict[str, Any], axes: Axes | None) -> bool:
     """Images per second of the first model's modes, with the peak beside each bar."""
-    rows = _measured(results, "models")
+    rows = [row for row in gpu_report.model_rows(results) if row["status"] == "ok"]
     rows = [row for row in rows if all(row[key] == rows[0][key] for key in ("model", "dtype", "batch"))]
     if axes is None or not rows:
         return bool(rows)

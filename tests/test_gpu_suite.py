@@ -331,6 +331,19 @@ def test_a_task_that_failed_for_all_is_tried_for_each():
     assert gpu_suite.one_by_one(planned, "failed", CPP) == []
 
 
+def test_a_compiled_model_that_is_slow_to_compile_costs_itself_alone():
+    models = [task for task in gpu_suite.plan(GPU) if task.section == "models"]
+    compiled = [task for task in models if any("compile" in mode for mode in task.arguments["modes"])]
+    assert {task.arguments["modes"] for task in compiled} == {
+        ("eager", "eager + compile"),
+        ("eager", "triton + compile"),
+    }
+    assert max(task.limit for task in models) <= 90
+    assert all(gpu_suite.one_by_one(task, "out of time", GPU) == [] for task in models)
+    assert all(gpu_suite.one_by_one(task, "crashed", GPU) == [] for task in compiled)  # of one backend at most
+    assert len(gpu_suite.one_by_one(models[0], "crashed", GPU)) == 2
+
+
 def test_a_run_goes_on_where_an_earlier_one_ended(tmp_path, capsys):
     out = tmp_path / "out"
     command = [
@@ -516,6 +529,16 @@ def test_a_wrong_model_gets_no_number(monkeypatch):
     assert (row["status"], row["train"]) == ("failed", None)
 
 
+def test_a_model_s_speed_is_over_what_took_turns_with_it(monkeypatch):
+    times = iter([(4.0, 2.0), (3.0, 1.0)])
+    monkeypatch.setattr(gpu_models, "interleaved", lambda *_, **__: [gpu_models.Timing((t,)) for t in next(times)])
+    monkeypatch.setattr(gpu_models, "_prepare", lambda *_: (print, print))
+    arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 8, "modes": ("eager", "cpp"), "side": 8}
+    eager, fused = collected(gpu_models.models, CPP, **arguments)
+    assert (eager["train_speedup"], fused["train_speedup"], fused["infer_speedup"]) == (1, 2, 3)
+    assert fused["train_images_per_s"] == 4
+
+
 def test_wrong_gradients_are_seen(monkeypatch):
     arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "side": 8}
     (row,) = collected(gpu_checks.check_model, CPP, **arguments)
@@ -596,8 +619,9 @@ def row(implementation, milliseconds, shape=gpu_report.MAIN, op="performer_atten
     }
 
 
-def model_row(mode, rate, peak):
+def model_row(mode, rate, peak, eager=1000):
     return {
+        "train_speedup": rate / eager,  # over eager as it ran in turn with it
         **{"model": "cpv-5/4", "dtype": "float16", "batch": 256, "mode": mode, "status": "ok", "note": None},
         **{"train_images_per_s": rate, "infer_images_per_s": rate, "train_peak_bytes": peak, "infer_peak_bytes": peak},
     }
@@ -608,7 +632,8 @@ def test_verdicts_compare_the_gpus_own_times():
     long = [row("triton", 1.0, gpu_report.LONG), row("sdpa, flash", 12.0, gpu_report.LONG)]
     linear = [row("triton", 1.0, op="linear_attention")]
     peers = [row("triton", 1.0, op="linear_attention"), row("flash_bla", 1.5, op="linear_attention")]
-    models = [model_row("eager", 1000, 16e9), model_row("eager + compile", 2000, 9e9), model_row("triton", 2100, 1e9)]
+    models = [model_row("eager", 1000, 16e9), model_row("triton", 2100, 1e9)]
+    compiled = [model_row("eager", 500, 16e9, 500), model_row("eager + compile", 1000, 9e9, 500)]  # the GPU was slower
     results = {
         "environment": {"device_name": "a card"},
         "tasks": [
@@ -618,7 +643,9 @@ def test_verdicts_compare_the_gpus_own_times():
             ),
             task("attention", [*fast, *long, *linear]),
             task("peers", peers),
-            task("models", [*models, model_row("triton + compile", 2500, 1e9)]),
+            task("models", models),
+            task("models", compiled),
+            task("models", [model_row("triton + compile", 2500, 1e9)]),
         ],
     }
     results["verdicts"] = gpu_report.verdicts(results)
@@ -641,7 +668,10 @@ def test_verdicts_compare_the_gpus_own_times():
     assert "Every check passed." in text
     assert "Not measured, the budget was spent:\n  sweep it" in text
     assert "1.000" in text  # ms of the GPU
-    assert gpu_report.markdown(results).count("| met") == 9
+    text = gpu_report.markdown(results)
+    assert text.count("| met") == 9
+    assert text.count("| eager |") == 1
+    assert "| eager + compile | 1,000 | 2.00× |" in text
     assert gpu_report.verdicts({"tasks": []})[0]["verdict"] == "not measured"
 
 
