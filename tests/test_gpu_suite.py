@@ -668,8 +668,10 @@ def test_verdicts_compare_the_gpus_own_times():
     assert "Every check passed." in text
     assert "Not measured, the budget was spent:\n  sweep it" in text
     assert "1.000" in text  # ms of the GPU
+    assert "matrices in float32" in text
     text = gpu_report.markdown(results)
     assert text.count("| met") == 9
+    assert "matrices in float32" in text
     assert text.count("| eager |") == 1
     assert "| eager + compile | 1,000 | 2.00× |" in text
     assert gpu_report.verdicts({"tasks": []})[0]["verdict"] == "not measured"
