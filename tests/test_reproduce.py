@@ -159,7 +159,7 @@ def test_the_clock_stops_a_real_process(images, tmp_path):
         "--models",
         "cpv-1/2",
     ]
-    command += ["--checkpoint-out", str(tmp_path / "a"), "--slice-minutes", "0.2", "--", *TINY, "--patience", "100000"]
+    command += ["--checkpoint-out", str(tmp_path / "a"), "--slice-minutes", "0.1", "--", *TINY, "--patience", "100000"]
     command[command.index("--epochs") + 1] = "100000"
     env = {"PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1", "CXV_CACHE": "none"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
