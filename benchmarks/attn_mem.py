@@ -247,13 +247,35 @@ def crossover_lines(found: Sequence[dict[str, Any]], longest: int) -> list[str]:
     return lines
 
 
-def benchmark(settings: Settings) -> tuple[dict[str, Any], bool]:
-    """Run everything, print the tables as they grow; returns the results for the JSON and whether every check held."""
+def benchmark(settings: Settings, path: Path) -> tuple[dict[str, Any], bool]:
+    """Run everything, print the tables as they grow, write ``path`` with each; the results, and whether every check
+    held."""
     start, env = time.perf_counter(), environment(settings.device, settings.dtype)
-    print(f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}")
-    verify(settings.device, [settings.dtype])
     attention_rows: list[Row] = []
     model_rows: list[Row] = []
+    results: dict[str, Any] = {
+        "benchmark": "attn_mem",
+        "environment": env,
+        "settings": {
+            "batch": settings.batch,
+            "heads": HEADS,
+            "head_dim": HEAD_DIM,
+            "random_features": cxv_kernels.num_random_features(HEAD_DIM),
+            "lengths": list(settings.lengths),
+            "model_batch": settings.model_batch,
+            "image_size": IMAGE_SIZE,
+        },
+    }
+
+    def keep() -> None:
+        results["attention"] = [row.to_json() for row in attention_rows]
+        results["crossover_with_sdpa"] = crossovers(attention_rows)
+        results["models"] = [row.to_json() | {"table1_gb": TABLE1_GB[row.name]} for row in model_rows]
+        results["wall_s"] = round(time.perf_counter() - start, 1)
+        write_json(path, results)
+
+    print(f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, {env['dtype']}")
+    verify(settings.device, [settings.dtype])
     if settings.mechanisms:
         print(f"\nAttention, batch {settings.batch}, {HEADS} heads of {HEAD_DIM}. Peak: forward + backward, above the")
         print("inputs. Saved: for backward, beyond the inputs. Ratio: to the mechanism's reference.\n")
@@ -264,8 +286,8 @@ def benchmark(settings: Settings) -> tuple[dict[str, Any], bool]:
             print(attention_line(row, references.get(row.name)))
         print(flush=True)
         attention_rows += rows
-    found = crossovers(attention_rows)
-    if found:
+        keep()
+    if found := crossovers(attention_rows):
         print("Beats softmax attention (F.scaled_dot_product_attention) in forward + backward:")
         print("\n".join(crossover_lines(found, max(settings.lengths))), flush=True)
     noisy = [row for row in attention_rows if row.noisy]
@@ -280,28 +302,13 @@ def benchmark(settings: Settings) -> tuple[dict[str, Any], bool]:
         for row in rows:
             print(model_line(row, rows[0]), flush=True)
         model_rows += rows
+        keep()
     if settings.dtype in (torch.float16, torch.bfloat16):
         print(
             f"\nIn {name_of(settings.dtype)} the performer's and linear attention's reference computes in float32: it"
         )
         print("is the oracle, not the fastest PyTorch. The models train under autocast, their weights in float32.")
-    results = {
-        "benchmark": "attn_mem",
-        "environment": env,
-        "settings": {
-            "batch": settings.batch,
-            "heads": HEADS,
-            "head_dim": HEAD_DIM,
-            "random_features": cxv_kernels.num_random_features(HEAD_DIM),
-            "lengths": list(settings.lengths),
-            "model_batch": settings.model_batch,
-            "image_size": IMAGE_SIZE,
-        },
-        "attention": [row.to_json() for row in attention_rows],
-        "crossover_with_sdpa": found,
-        "models": [row.to_json() | {"table1_gb": TABLE1_GB[row.name]} for row in model_rows],
-        "wall_s": round(time.perf_counter() - start, 1),
-    }
+    keep()
     return results, all(row.status != "failed" for row in attention_rows + model_rows)
 
 
@@ -355,11 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     settings = settings_of(arguments)
+    path = arguments.out / f"attn_mem-{settings.device.type}.json"
     with warnings.catch_warnings():  # the table says what is served by the reference
         warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
-        results, correct = benchmark(settings)
-    path = arguments.out / f"attn_mem-{settings.device.type}.json"
-    write_json(path, results)
+        results, correct = benchmark(settings, path)
     draw(results, path.with_suffix(".png"))
     print(f"\n{path} and .png, {results['wall_s']:.0f} s")
     return 0 if correct else 1

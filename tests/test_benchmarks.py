@@ -506,6 +506,20 @@ def test_a_run_that_dies_keeps_what_it_had(tmp_path, monkeypatch):
     attn_speed_report.report(results)
 
 
+def test_the_memory_of_a_run_that_dies_is_kept(tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attn_mem, "check_model", dies)
+    arguments = ["--quick", "--device", "cpu", "--lengths", "64", "--mechanisms", "linear", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        attn_mem.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["attn_mem-cpu.json"]
+    results = json.loads((tmp_path / "attn_mem-cpu.json").read_text())
+    assert {row["implementation"] for row in results["attention"]} >= {"reference", "fused"}
+    assert results["models"] == []
+
+
 @pytest.mark.parametrize("op", peers.PEERS)
 def test_peers_compute_the_same(op):
     package, build = peers.PEERS[op]
