@@ -121,7 +121,7 @@ def test_two_hundred_steps_fused_and_not(name):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         curve = []
         for step in range(200):
-            part = slice(step % 4 * 16, step % 4 * 16 + 16)
+            part = slice(step % 8 * 8, step % 8 * 8 + 8)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[part]), labels[part])
             loss.backward()
