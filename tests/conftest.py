@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
 collect_ignore = [*(() if interpreting() else ("interpreter",)), *(() if ON_HOST_GPU else ("host_gpu",))]
 if not ON_HOST_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine; gpu_suite.py is a GPU's
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take a minute or more: the others fill up what the processes have left.
 LONGEST = (

@@ -144,8 +144,8 @@ def test_offsets_beyond_32_bits(variant):
 
 @pytest.mark.parametrize("variant", ["softmax", "favor"])
 def test_many_tokens_in_half_precision(variant):
-    """Neither what is summed nor a key's share, 3e-6 of it, leaves float16."""
-    inputs = [t.half() for t in qkv(1, 1, 1, 300_007, 8, 4)]
+    """Neither what is summed nor a key's share, 1e-5 of it, leaves float16."""
+    inputs = [t.half() for t in qkv(1, 1, 1, 100_003, 8, 4)]
     with short_runs(BLOCK_N=1 << 14, TOKENS=1 << 14):
         got = out_and_gradients(ATTENTION[variant], inputs)
     exact = [t.double().requires_grad_() for t in inputs]
