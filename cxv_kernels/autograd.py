@@ -99,16 +99,19 @@ def serves_cuda(
             return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
         if dtype not in dtypes:
             return f"serves {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, not {dtype}"
-        if torch.cuda.is_available() and not torch.compiler.is_compiling():  # the kernels say it, too
+        if torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability(device)
             if (major, minor) < (7, 5):
                 return f"serves sm_75 and later, not sm_{major}{minor}"
-            arch = cuda_compiled_for(torch.cuda.current_device() if device.index is None else device.index)
+            if dtype == torch.bfloat16 and major < 8:
+                return f"serves no bfloat16 on sm_{major}{minor}, which has none: use float16 or float32"
+            if torch.compiler.is_compiling():
+                arch = 10 * major + minor  # what cannot be asked here the kernels say themselves
+            else:
+                arch = cuda_compiled_for(torch.cuda.current_device() if device.index is None else device.index)
             built = f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
             if arch == 0:
                 return f"was built for other cards than this sm_{major}{minor}: {built}"
-            if dtype == torch.bfloat16 and major < 8:
-                return f"serves no bfloat16 on sm_{major}{minor}, which has none: use float16 or float32"
             if dtype == torch.bfloat16 and arch < 80:
                 return f"runs sm_{arch}'s code on this sm_{major}{minor}, without bfloat16: {built}, or use float16"
         if dim and not narrowest <= dim <= widest:

@@ -185,6 +185,11 @@ def test_cuda_kernels_decline_in_words(monkeypatch):
     for op in ("linear_attention", "kv_state", "performer_attention", "performer_features", "conv_norm"):
         assert ask(op, torch.float16) == ask(op, torch.float32, 32) == "serves"
         assert ask(op, torch.bfloat16) == "serves no bfloat16 on sm_75, which has none: use float16 or float32"
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        compiling.setattr("cxv_kernels.autograd.cuda_compiled_for", None)  # it is not asked
+        assert "no bfloat16 on sm_75" in ask("linear_attention", torch.bfloat16)
+        assert ask("linear_attention", torch.float16) == "serves"
     assert ask("performer_attention", torch.float16, 65) == "serves 1 to 64 channels, not 65"
     assert ask("conv_norm", torch.float16, 2) == "serves 3 to 3072 channels, not 2"
     assert "not torch.float64" in ask("performer_features", torch.float64)
