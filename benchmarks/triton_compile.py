@@ -5,6 +5,7 @@ the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes 
 """
 
 import hashlib
+import math
 import multiprocessing
 import os
 import re
@@ -81,6 +82,13 @@ class Launch:
     def name(self) -> str:
         """The @triton.jit function's."""
         return self.kernel.__name__ if self.kernel else "—"
+
+    def rounds(self, constants: dict[str, Any]) -> int:
+        """How often the loop over tokens runs, all programs together; 0 without such a loop."""
+        given = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | constants
+        if not {"TOKENS", "N", "BLOCK_N"} <= set(given):
+            return 0
+        return math.prod(self.grid) * -(-min(given["TOKENS"], given["N"]) // given["BLOCK_N"])
 
 
 MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
@@ -256,9 +264,9 @@ def _compile(index: int) -> Compiled:
     made.dot = "tt.dot" in compiled.asm["ttir"]
     sass = _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
     made.serialized = _serialized(compiled.asm["ptx"], get_ptxas(target.arch).path)
-    if {"TOKENS", "BLOCK_N"} <= set(launch.kernel.arg_names):
-        passes = launch.grid[1] if len(launch.grid) > 1 else 1  # a program for each block of features
-        warps = compiled.metadata.num_warps * passes / constants["BLOCK_N"]
+    rounds = launch.rounds(constants)
+    if rounds:
+        warps = compiled.metadata.num_warps * rounds / launch.units
         made.issued = instructions_of_a_round(sass, constants.get("BLOCKS", 1)) * warps
     made.seconds = round(time.perf_counter() - start, 2)
     card = CARDS[target.arch]
