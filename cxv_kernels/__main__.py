@@ -1,7 +1,9 @@
 """``python -m cxv_kernels``: what this machine can run, why not the rest, and every op checked against float64."""
 
+import argparse
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -59,8 +61,9 @@ def _report(device: str) -> int:
     return sum(not r.passed for r in results)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a check has failed, else 0."""
+    argparse.ArgumentParser(prog="python -m cxv_kernels", description=__doc__.partition(": ")[2]).parse_args(argv)
     _describe()
     failed = sum(_report(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available())
     print(f"\n{failed} checks failed" if failed else "\nall checks passed")

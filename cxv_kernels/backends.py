@@ -2,7 +2,7 @@
 
 A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if it
 can serve, else the reason in words; ``dim`` is the largest number of channels of a head (0: not known). ``"auto"``
-takes the first that can in the device's order, and falls back to the reference, saying so once per (op, device type).
+takes the first that can in the device's order, and falls back to the reference, saying so once for each reason.
 
 On a GPU the order is that of ``gpu_routes.json``, which ``benchmarks/gpu_routes.py`` makes of what gpu_suite.py has
 checked and measured on such a card: architecture ("75", "80", …) → ``evidence``, the names of those files, and op →
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from .validation import FLOAT_DTYPES
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 FP16_OPERANDS = "cuda, float16 operands"
@@ -40,7 +42,7 @@ _GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text()
 _MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _verified: dict[tuple[int, str, str], frozenset[str]] = {}  # (a GPU's index, op, dtype) → what verify() has found right
-_announced: set[tuple[str, str]] = set()
+_announced: set[str] = set()
 _active = "auto"
 _fp16_operands = False
 
@@ -52,13 +54,13 @@ def gpu_order(arch: int) -> tuple[str, ...]:
 
 
 def _validate(name: str) -> str:
-    parts = name.split(",")
+    parts = [part.strip() for part in name.split(",")] if isinstance(name, str) else [name]
     if any(part not in BACKENDS for part in parts) or ("auto" in parts and len(parts) > 1):
         raise ValueError(
             f"backend must be one of {', '.join(map(repr, BACKENDS))}, or several but 'auto' with commas between, "
             f"got {name!r}"
         )
-    return name
+    return ",".join(parts)
 
 
 def register(op: str, backend: str, check: Check) -> None:
@@ -167,17 +169,46 @@ def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype, di
 def explain_backend(
     op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, dim: int = 0
 ) -> dict[str, str]:
-    """For each backend, ``"serves"`` or the reason why it does not serve ``op`` on this device and dtype,
-    for heads of ``dim`` channels (0: any).
+    """What each backend makes of ``op`` on this device and dtype, for heads of ``dim`` channels (0: any).
+
+    Returns:
+        A backend's name → ``"serves"``, where it serves when it is named, or the reason why it cannot; and ``"auto"`` →
+        the one that serves unasked, with what keeps the others from it if that is the reference.
 
     Raises:
-        ValueError: unknown op.
+        ValueError: unknown op; TypeError: no floating dtype.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     device = torch.device(device)
     named = {name: _decline(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
-    return {"reference": "serves"} | named
+    serving, reasons = _first(op, _auto(op, device, dtype), device, dtype, dim)
+    unasked = serving or f"reference ({_why(reasons)})"
+    return {"auto": unasked, "reference": "serves"} | named
+
+
+def _first(
+    op: str,
+    tried: list[tuple[str, str | None]],
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    declined: Callable[[str], str | None] = lambda _: None,
+) -> tuple[str | None, list[str]]:
+    """The first of these backends that serves, if one does, and the reasons of those before it."""
+    reasons: list[str] = []
+    for name, passed_over in tried:
+        reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
+        if reason is None or name == "reference":
+            return name, reasons
+        reasons.append(f"{name} {reason}")
+    return None, reasons
+
+
+def _why(reasons: list[str]) -> str:
+    return "; ".join(reasons) or "no fused backend knows this device type"
 
 
 def resolve(
@@ -203,18 +234,13 @@ def resolve(
     wanted = _active if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
     tried = _auto(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
-    reasons = []
-    for name, passed_over in tried:
-        if name == "reference":
+    name, reasons = _first(op, tried, device, dtype, dim, declined)
+    if name is not None:
+        narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
+        if not narrow or name != "cuda" or op not in FP16_OPS:
             return name
-        reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
-        if reason is None:
-            narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
-            if not narrow or name != "cuda" or op not in FP16_OPS:
-                return name
-            asked = wanted != "auto" or (name, None) in _auto(op, device, torch.float16)  # those are other kernels
-            return FP16_OPERANDS if asked else name
-        reasons.append(f"{name} {reason}")
+        asked = wanted != "auto" or (name, None) in _auto(op, device, torch.float16)  # those are other kernels
+        return FP16_OPERANDS if asked else name
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")
     if not torch.compiler.is_compiling():
@@ -223,12 +249,11 @@ def resolve(
 
 
 def _announce(op: str, device: torch.device, reasons: list[str]) -> None:
-    if (op, device.type) in _announced:
+    message = f"{op} on {device.type} is served by the reference ({_why(reasons)}); said once."
+    if message in _announced:
         return
-    _announced.add((op, device.type))
-    why = "; ".join(reasons) or "no fused backend knows this device type"
+    _announced.add(message)
     warnings.warn(
-        f"{op} on {device.type} is served by the reference ({why}). "
-        f"Ask cxv_kernels.explain_backend({op!r}, {device.type!r}); said once.",
+        f"{message} cxv_kernels.explain_backend({op!r}, {device.type!r}) has what serves other calls.",
         stacklevel=4,
     )

@@ -109,8 +109,11 @@ def replace_attention(
         The names of the modules that were replaced, e.g. ``blocks.0.attn``.
 
     Raises:
-        ValueError: there was nothing to replace, the message has the reasons; an unknown mechanism, option or value.
+        ValueError: there was nothing to replace, the message has the reasons; an unknown mechanism, option or value;
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("mechanism", mechanism, tuple(MECHANISMS))
     unknown = sorted(options.keys() - set(MECHANISMS[mechanism]))
     if unknown:

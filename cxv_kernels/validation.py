@@ -1,6 +1,7 @@
 """Argument checks and autocast, shared by the ops."""
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -24,6 +25,22 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_eps(eps: float) -> None:
+    """Raise ``TypeError`` unless ``eps`` is a number, ``ValueError`` unless it is finite and not negative."""
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:  # false of NaN
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ``TypeError`` unless ``value`` is an int, ``ValueError`` if it is below 1."""
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
     """Raise unless ``x`` lies on ``other``'s device (``ValueError``) and, if asked, has its dtype (``TypeError``)."""
     if x.device != other.device:
@@ -41,6 +58,8 @@ def check_keys_values(k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v has batch and heads {tuple(v.shape[:2])}, k {tuple(k.shape[:2])}: they must agree")
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"v has {v.shape[2]} tokens, k {k.shape[2]}: they must agree")
+    if k.shape[3] == 0:
+        raise ValueError(f"k must have at least one channel, got shape {tuple(k.shape)}")
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -73,13 +92,18 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for this device; never for one that has none, as "meta"."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in its dtype (float64 is left alone, as PyTorch does); else as they came.
 
     The ops cast explicitly, and only what may be low precision: projections and norm parameters stay as they are.
     """
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocast_enabled(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
 
@@ -92,5 +116,4 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """A block in which autocast does not touch what follows: state and statistics keep their precision."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else contextlib.nullcontext()

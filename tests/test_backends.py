@@ -51,6 +51,8 @@ def test_the_first_of_several_that_can():
         assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionBackward"
     with pytest.raises(RuntimeError, match=r"backend 'cuda,triton' cannot serve .*: cuda .*; triton "):
         cxv_kernels.linear_attention(q, q, q, backend="cuda,triton")
+    with cxv_kernels.use_backend("cuda, reference"):
+        assert cxv_kernels.get_backend() == "cuda,reference"
     with pytest.raises(ValueError, match="got 'cuda,auto'"):
         cxv_kernels.linear_attention(q, q, q, backend="cuda,auto")
 
@@ -63,6 +65,10 @@ def test_unknown_names():
         pass
     with pytest.raises(ValueError, match=r"op must be one of 'linear_attention', .* got 'attention'"):
         cxv_kernels.explain_backend("attention")
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 1"):
+        cxv_kernels.dropout(torch.zeros(1), 0.1, cxv_kernels.dropout_seed(), backend=1)
+    with pytest.raises(TypeError, match=r"dtype must be float64, .* got torch.int32"):
+        cxv_kernels.explain_backend("dropout", "cpu", torch.int32)
 
 
 @needs_cpp
@@ -86,6 +92,14 @@ def test_reasons_name_the_device():
     assert cxv_kernels.explain_backend("linear_attention", "meta")["cpp"] == "serves the CPU, not meta"
 
 
+def test_the_meta_device_and_a_default_one():
+    with torch.device("meta"):
+        x = heads(1, 2, 4, 8)
+        projection = cxv_kernels.orthogonal_projection(4, 8)  # drawn on the CPU all the same
+        assert cxv_kernels.linear_attention(x, x, x).device.type == "meta"
+    assert projection.device.type == "cpu"
+
+
 def test_a_fallback_is_announced_once(monkeypatch):
     monkeypatch.setattr(backends, "_announced", set())
     monkeypatch.setitem(backends._checks, "nystrom_attention", {})
@@ -97,6 +111,20 @@ def test_a_fallback_is_announced_once(monkeypatch):
         cxv_kernels.nystrom_attention(q, q, q)
         with cxv_kernels.use_backend("reference"):
             cxv_kernels.kv_state(q, q)  # asked for: nothing to announce
+    assert cxv_kernels.explain_backend("nystrom_attention")["auto"] == (
+        "reference (cpp has no nystrom_attention kernel yet)"
+    )
+
+
+@needs_cpp
+def test_each_reason_is_announced(monkeypatch):
+    monkeypatch.setattr(backends, "_announced", set())
+    q, w = heads(1, 1, 4, 4), torch.randn(3, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="stabilizer='batch'"):
+        cxv_kernels.performer_attention(q, q, q, w, stabilizer="batch")
+    with pytest.warns(UserWarning, match="projection"):
+        cxv_kernels.performer_attention(q, q, q, w.requires_grad_())
+    assert cxv_kernels.explain_backend("performer_attention")["auto"] == "cpp"
 
 
 def run(code: str, **env: str) -> str:
@@ -144,7 +172,7 @@ def test_works_without_the_compiled_libraries(tmp_path):
         "    cxv_kernels.linear_attention(q, q, q).sum().backward()\n"
         "print(len(caught), caught[0].message)\n"
         "from cxv_kernels.__main__ import main\n"
-        "assert main() == 0\n"
+        "assert main([]) == 0\n"
     )
     assert out.startswith("1 linear_attention on cpu is served by the reference (cpp was not built")
     assert "all checks passed" in out
@@ -153,7 +181,7 @@ def test_works_without_the_compiled_libraries(tmp_path):
 def test_report(capsys):
     from cxv_kernels.__main__ import main
 
-    assert main() == 0
+    assert main([]) == 0
     out = capsys.readouterr().out
     assert "all checks passed" in out
     assert "not served by triton" in out

@@ -495,6 +495,8 @@ def test_bad_input():
         (TypeError, "weight is torch.float32, x torch.float64", (x, weight.float(), bias, gamma, beta)),
         (TypeError, "bias is torch.float32, x torch.float64", (x, weight, bias.float(), gamma, beta)),
         (TypeError, "beta must be a torch.Tensor, got float", (x, weight, bias, gamma, 1.0)),
+        (TypeError, "gamma must be a torch.Tensor, got NoneType", (x, weight, bias, None, beta)),
+        (ValueError, "eps must be a finite number of at least 0, got -10", (x, weight, bias, gamma, beta, -10)),
     ):
         with pytest.raises(error, match=match):
             conv_norm(*arguments)

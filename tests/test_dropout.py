@@ -195,6 +195,8 @@ def test_bad_input():
         (ValueError, "p must be in", (x, -0.1, SEED), {}),
         (ValueError, "offset must be at least 0, got -1", (x, 0.5, SEED), {"offset": -1}),
         (ValueError, "seed must be one int64, got torch.float32", (x, 0.5, torch.tensor(1.0)), {}),
+        (TypeError, "seed must be a torch.Tensor, see dropout_seed, got int", (x, 0.5, 5), {}),
+        (TypeError, "residual must be a torch.Tensor, got list", (x, 0.5, SEED), {"residual": [1]}),
         (ValueError, "residual has shape", (x, 0.5, SEED), {"residual": x[:2]}),
         (TypeError, "residual is torch.float64, x torch.float32", (x, 0.5, SEED), {"residual": x.double()}),
         (TypeError, "x must be float64", (x.long(), 0.5, SEED), {}),

@@ -85,10 +85,13 @@ def test_bad_input():
         (TypeError, "v is torch.float64, k torch.float32", (q, k, v.double())),
         (TypeError, "k must be float64, float32, float16 or bfloat16, got torch.int64", (q, k.long(), v)),
         (TypeError, "q must be a torch.Tensor, got list", ([1.0], k, v)),
+        (ValueError, "k must have at least one channel", (q[..., :0], k[..., :0], v)),
         (ValueError, "k is on meta, q on cpu", (q, k.to("meta"), v.to("meta"))),
     ):
         with pytest.raises(error, match=match):
             attend(*arguments)
+    with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got nan"):
+        attend(q, k, v, eps=float("nan"))
     with pytest.raises(ValueError, match="feature_map must be one of 'softmax', 'elu', 'relu', got 'cosine'"):
         attend(q, k, v, "cosine")
     with pytest.raises(TypeError, match=r"key_mask must be a bool tensor \(B, N_k\), got torch.float32"):

@@ -591,6 +591,7 @@ def test_bad_input(backend):
     weight = residual_weight()
     for error, match, arguments, bad in (
         (ValueError, "num_landmarks must be at least 1, got 0", (q, k, v, 0), None),
+        (TypeError, "num_landmarks must be an int, got float", (q, k, v, 4.0), None),
         (ValueError, "k has 2 heads, q 3", (q, k[:, :2], v[:, :2]), None),
         (ValueError, r"residual_weight must have 4 dimensions \(H, 1, K, 1\)", (q, k, v), weight[0]),
         (ValueError, r"must have shape \(3, 1, K, 1\) with K odd, got \(3, 1, 32, 1\)", (q, k, v), weight[:, :, 1:]),

@@ -181,7 +181,9 @@ def test_bad_input():
         (ValueError, "projection has D = 8, the heads have D = 16", (q, k, v, w[:, :8]), {}),
         (ValueError, r"projection must have 2 dimensions \(M, D\)", (q, k, v, w[0]), {}),
         (ValueError, "kernel must be one of 'softmax', 'relu', got 'gelu'", (q, k, v, w, "gelu"), {}),
-        (ValueError, "eps must be None or a finite number of at least 0, got -1", (q, k, v, w), {"eps": -1}),
+        (ValueError, "eps must be a finite number of at least 0, got -1", (q, k, v, w), {"eps": -1}),
+        (TypeError, "eps must be a number, got str", (q, k, v, w), {"eps": "a"}),
+        (ValueError, "k must have at least one channel", (q[..., :0], k[..., :0], v, w[:, :0]), {}),
         (ValueError, "stabilizer must be one of 'head', 'batch'", (q, k, v, w), {"stabilizer": "token"}),
         (ValueError, "k has 2 heads, q 3", (q, k[:, :2], v[:, :2], w), {}),
     ):
@@ -189,3 +191,7 @@ def test_bad_input():
             performer_attention(*arguments, **options)
     with pytest.raises(ValueError, match=r"x must have 4 dimensions \(B, H, N, D\)"):
         performer_features(q[0], w, True)
+    with pytest.raises(ValueError, match="projection must have at least one column, got D = 0"):
+        performer_features(q[..., :0], w[:, :0], True)
+    with pytest.raises(TypeError, match="is_query must be a bool, got str"):
+        performer_features(q, w, "relu")

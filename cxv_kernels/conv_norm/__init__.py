@@ -1,10 +1,17 @@
 """3×3 convolution followed by LayerNorm over channels. README.md has the math."""
 
-import torch
 from torch import Tensor
 
 from .. import backends
-from ..validation import accumulate_dtype, autocast_inputs, check_same, check_tensor, without_autocast
+from ..validation import (
+    accumulate_dtype,
+    autocast_enabled,
+    autocast_inputs,
+    check_eps,
+    check_same,
+    check_tensor,
+    without_autocast,
+)
 from .op import ConvNorm
 from .reference import conv_norm_reference
 
@@ -41,13 +48,13 @@ def conv_norm(
     goes through the reference; forward-mode AD needs ``backend="reference"``.
 
     Raises:
-        ValueError: a wrong rank, shape, device or backend; TypeError: a wrong or mixed dtype;
+        ValueError: a wrong rank, shape, device, eps or backend; TypeError: a wrong or mixed dtype;
         RuntimeError: the named backend cannot serve.
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, C_in, H, W)")
     check_tensor("weight", weight, 4, "(C_out, C_in, 3, 3)")
-    cast = torch.is_autocast_enabled(x.device.type)  # then weight and bias may have another dtype
+    cast = autocast_enabled(x.device)  # then weight and bias may have another dtype
     check_same("weight", weight, "x", x, dtype=not cast)
     if 0 in x.shape[1:] or weight.shape[0] == 0:
         raise ValueError(
@@ -61,12 +68,13 @@ def conv_norm(
         check_tensor("bias", bias, 1, "(C_out,)")
         check_same("bias", bias, "x", x, dtype=not cast)
     for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta)):
-        if t is None:
+        if t is None and name == "bias":
             continue
         check_tensor(name, t, 1, "(C_out,)")
         check_same(name, t, "x", x, dtype=False)
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
+    check_eps(eps)
     with without_autocast(x):
         serving = backends.resolve("conv_norm", x, backend, weight.shape[0])
         if serving == "reference":

@@ -20,9 +20,17 @@ def dropout_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
     """Which of the elements offset … offset + count − 1 :func:`dropout` keeps: bool (count,), on seed's device.
 
     Raises:
-        ValueError: p out of range.
+        ValueError: p out of range, a seed that is not one int64; TypeError: a seed that is no tensor.
     """
+    _check_seed(seed)
     return keep_mask(seed, count, _check_probability(p), offset)
+
+
+def _check_seed(seed: Tensor) -> None:
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be a torch.Tensor, see dropout_seed, got {type(seed).__name__}")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
 def _check_probability(p: float) -> float:
@@ -36,8 +44,7 @@ def _check(x: Tensor, p: float, seed: Tensor, offset: int) -> None:
     _check_probability(p)
     if offset < 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+    _check_seed(seed)
     check_same("seed", seed, "x", x, dtype=False)
 
 
@@ -73,6 +80,7 @@ def dropout(
     """
     _check(x, p, seed, offset)
     if residual is not None:
+        check_tensor("residual", residual, None)
         (x, residual) = autocast_inputs(x, residual)
         check_same("residual", residual, "x", x)
         if residual.shape != x.shape:

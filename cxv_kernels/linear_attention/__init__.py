@@ -7,6 +7,7 @@ from ..validation import (
     autocast_inputs,
     check_attention,
     check_choice,
+    check_eps,
     check_key_mask,
     check_keys_values,
     without_autocast,
@@ -49,10 +50,11 @@ def linear_attention(
     forward-mode AD needs ``backend="reference"``.
 
     Raises:
-        ValueError: a wrong rank, shape, device, feature map or backend; TypeError: a wrong or mixed dtype;
+        ValueError: a wrong rank, shape, device, feature map, eps or backend; TypeError: a wrong or mixed dtype;
         RuntimeError: the named backend cannot serve.
     """
     check_choice("feature_map", feature_map, FEATURE_MAPS)
+    check_eps(eps)
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)

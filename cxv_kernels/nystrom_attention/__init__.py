@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_attention, check_same, check_tensor, without_autocast
+from ..validation import autocast_inputs, check_attention, check_count, check_same, check_tensor, without_autocast
 from .op import nystrom_attention_fused
 from .reference import nystrom_attention_reference
 
@@ -38,8 +38,9 @@ def nystrom_attention(
         (B, H, N_q, E) in q's dtype; the landmarks' matrices are float32 (float64 for float64).
 
     Saved for backward by the fused op: q, k, v, O(m·(D + E)) per head for m landmarks, and what
-    ``F.scaled_dot_product_attention`` keeps (its output and one number per query). Double backward goes through the
-    reference, and needs PyTorch's ``SDPBackend.MATH``; forward-mode AD ``backend="reference"`` as well.
+    ``F.scaled_dot_product_attention`` keeps (its output and one number per query). On the CPU the fused op
+    differentiates twice. The reference and Triton, whose outer products are PyTorch's, need its ``SDPBackend.MATH``
+    for that, and so does forward-mode AD, which the reference alone has.
 
     Raises:
         ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1, an even K, a residual where
@@ -50,8 +51,7 @@ def nystrom_attention(
     else:
         q, k, v, residual_weight = autocast_inputs(q, k, v, residual_weight)
     check_attention(q, k, v)
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks must be at least 1, got {num_landmarks}")
+    check_count("num_landmarks", num_landmarks)
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])

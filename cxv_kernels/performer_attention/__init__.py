@@ -1,6 +1,5 @@
 """Performer attention (FAVOR+) with the softmax and relu kernels. README.md has the math."""
 
-import math
 from functools import partial
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from ..validation import (
     autocast_inputs,
     check_attention,
     check_choice,
+    check_eps,
     check_key_mask,
     check_same,
     check_tensor,
@@ -33,12 +33,14 @@ __all__ = ["num_random_features", "orthogonal_projection", "performer_attention"
 def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str) -> None:
     check_choice("kernel", kernel, KERNELS)
     check_choice("stabilizer", stabilizer, STABILIZERS)
-    if eps is not None and not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be None or a finite number of at least 0, got {eps}")
+    if eps is not None:
+        check_eps(eps)
     check_tensor("projection", projection, 2, "(M, D)")
     check_same("projection", projection, "q", x, dtype=False)
     if projection.shape[0] == 0:
         raise ValueError("projection must have at least one row, got M = 0")
+    if projection.shape[1] == 0:
+        raise ValueError("projection must have at least one column, got D = 0")
     if projection.shape[1] != x.shape[-1]:
         raise ValueError(f"projection has D = {projection.shape[1]}, the heads have D = {x.shape[-1]}: they must agree")
 
@@ -126,6 +128,8 @@ def performer_features(
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, H, N, D)")
+    if not isinstance(is_query, bool):
+        raise TypeError(f"is_query must be a bool, got {type(is_query).__name__}")
     _check_options(x, projection, kernel, eps, stabilizer)
     decline = partial(declined, projection, stabilizer)
     serving = backends.resolve("performer_features", x, backend, x.shape[-1], decline)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..linear_attention.reference import divide
-from ..validation import accumulate_dtype
+from ..validation import accumulate_dtype, check_count
 
 KERNELS = ("softmax", "relu")
 STABILIZERS = ("head", "batch")
@@ -15,7 +15,12 @@ DEFAULT_EPS = {"softmax": 1e-4, "relu": 1e-3}
 
 
 def num_random_features(dim: int) -> int:
-    """The paper's number of random features for a head of ``dim`` channels: ⌊D ln D⌋, at least 1 (110 for 32)."""
+    """The paper's number of random features for a head of ``dim`` channels: ⌊D ln D⌋, at least 1 (110 for 32).
+
+    Raises:
+        TypeError: ``dim`` is no int; ValueError: it is below 1.
+    """
+    check_count("dim", dim)
     return max(1, int(dim * math.log(dim)))
 
 
@@ -40,12 +45,11 @@ def orthogonal_projection(
         (M, D).
 
     Raises:
-        ValueError: ``num_features`` or ``dim`` below 1.
+        TypeError: ``num_features`` or ``dim`` is no int; ValueError: below 1.
     """
-    for name, value in (("num_features", num_features), ("dim", dim)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    draw = {"generator": generator, "dtype": torch.float64}
+    check_count("num_features", num_features)
+    check_count("dim", dim)
+    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}  # whatever the default device
     blocks = []
     for _ in range(math.ceil(num_features / dim)):
         q, r = torch.linalg.qr(torch.randn(dim, dim, **draw))
