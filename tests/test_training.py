@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -461,12 +462,37 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         ({"accumulate": 0}, "--accumulate: expected at least 1, got 0"),
         ({"clip_grad": 0.0}, "--clip-grad: expected a finite number above 0, got 0.0"),
         ({"threads": 0}, "--threads: expected at least 1"),
+        ({"model": "cpv-1/2", "model_args": {"mlp_ratio": -1}}, "--model cpv-1/2: .*-1"),
+        ({"model": "vit-1/0"}, "--model vit-1/0: .*zero"),
+        ({"model_args": {"attn_kernel": torch}}, "--model-arg: expected numbers and strings, got .*module"),
     ],
 )
 def test_bad_arguments_are_named_and_write_nothing(tmp_path, kwargs, message):
     with pytest.raises(InputError, match=message):
         run(tmp_path / "a", **kwargs)
     assert not (tmp_path / "a").exists()
+
+
+def test_what_only_the_first_image_shows_is_said_and_writes_nothing(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("a kernel's many words\non several lines")
+
+    monkeypatch.setattr(cxv.CPV, "forward", refuse)
+    with pytest.raises(InputError, match=r"--model cpv-1/2: refuses an image of 1×8×8: a kernel's many words$"):
+        run(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_paths_a_device_and_numbers_of_numpy(tmp_path):
+    output = tmp_path / "a"
+    config = TrainConfig(
+        **TINY | {"lr": np.float64(3e-3), "epochs": np.int64(1), "model_args": {"stem_convs": np.int8(1)}}
+    )
+    config.output, config.cache_dir, config.device = output, tmp_path, torch.device("cpu")
+    train(config, log=str)
+    train(TrainConfig(output=output, data_dir=tmp_path, sgd_epochs=3, resume=True), log=str)
+    assert load_model(output)[1]["args"]["output"] == str(output)
+    assert json.loads((output / "args.json").read_text())["device"] == "cpu"
 
 
 def test_the_log_says_which_model_is_the_default(tmp_path):

@@ -43,6 +43,15 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
 ``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
 
 
+REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError)
+"""What models, PyTorch's modules and the baselines' libraries raise about an argument, built or called."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | Path | None = None) -> None:
     """Write a file so that, whatever happens, ``path`` holds either all of the old content or all of the new.
 
@@ -127,10 +136,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         other = path.with_name(BEST if path.name == LAST else LAST)
         hint = f"; {other.name} beside it may be intact" if other.is_file() else ""
-        raise InputError(f"{path}: truncated or corrupt, not a readable checkpoint ({reason}){hint}") from error
+        raise InputError(
+            f"{path}: truncated or corrupt, not a readable checkpoint ({first_line(error)}){hint}"
+        ) from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
@@ -220,8 +230,6 @@ def load_model(
         InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it
         names.
     """
-    if which not in ("best", "last"):
-        raise InputError(f"which: expected best or last, got {which!r}")
     path = find_checkpoint(checkpoint_dir, which)
     checkpoint = read_checkpoint(path)
     model = build_trained(checkpoint, path, {} if use_fused is None else {"use_fused": use_fused})
@@ -232,8 +240,10 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     """The checkpoint file that ``path`` is, or has in it if it is a directory.
 
     Raises:
-        InputError: there is nothing of this name.
+        InputError: there is nothing of this name, or ``which`` is neither ``"best"`` nor ``"last"``.
     """
+    if which not in ("best", "last"):
+        raise InputError(f"which: expected best or last, got {which!r}")
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
@@ -254,8 +264,7 @@ def build_trained(checkpoint: dict[str, Any], path: str | Path, kwargs: dict[str
     except MemoryError:
         raise
     except Exception as error:  # arguments that somebody else wrote raise nearly anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: the model it names cannot be built ({reason})") from error
+        raise InputError(f"{path}: the model it names cannot be built ({first_line(error)})") from error
     load_weights(model, checkpoint, path)
     return model
 
@@ -264,12 +273,10 @@ def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """``cxv.create_model``, its refusals as :class:`InputError`."""
     try:
         return create_model(name, **kwargs)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"--model {name}: {error}") from error
-    except TypeError as error:  # an argument that this model does not have, or of another type
+    except REFUSALS as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
-            raise InputError(f"--model {name}: {error}") from error
+            raise InputError(f"--model {name}: {first_line(error)}") from error
         own = {"embed_dim": "--embed-dim", "drop_rate": "--drop-rate"}
         raise InputError(f"{own.get(unknown[1], f'--model-arg {unknown[1]}')}: {name} has no such argument") from error
 

@@ -1,9 +1,14 @@
 """The arguments of a training run: defaults, the paper's recipes, and what is wrong with them."""
 
+import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from .augment import NUM_BINS
 from .checkpoint import BEST, LAST, PREVIOUS, read_last
@@ -78,7 +83,10 @@ class TrainConfig:
     a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
     ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by;
     ``model_args`` the model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
-    :func:`cxv.training.train_seeds`.
+    :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and NumPy's numbers are kept as ``str`` and numbers.
+
+    Raises:
+        InputError: an argument that a run's files cannot hold.
     """
 
     model: str | None = None
@@ -118,6 +126,15 @@ class TrainConfig:
     tensorboard: bool | None = None
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = _plain(getattr(self, f.name))
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{flag(f.name)}: expected numbers and strings, got {value!r} ({error})") from error
+            setattr(self, f.name, value)
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
@@ -176,6 +193,17 @@ def flag(name: str) -> str:
 def arguments(config: TrainConfig) -> dict[str, Any]:
     """What a run remembers of its configuration."""
     return {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+
+
+def _plain(value: Any) -> Any:
+    """The value as ``args.json`` and a checkpoint, which is read without pickle, can hold it."""
+    if isinstance(value, os.PathLike | torch.device):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,11 @@ from .checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
+    REFUSALS,
     atomic_write,
     build_model,
     check_space,
+    first_line,
     load_weights,
     pack_checkpoint,
     read_last,
@@ -130,6 +132,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     with world.together():
         model = build_model(config.model, kwargs).to(device)
         checked = verify_kernels(model, device, PRECISIONS[config.precision])
+        _try_model(model, config.model, (data.in_chans, data.img_size, data.img_size), device, autocast)
     if config.compile:
         model.compile()  # in place: the same parameters by the same names
     opt = _optimiser(model, config)
@@ -560,6 +563,27 @@ def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, 
             f"--batch-size: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
         )
     return resolved
+
+
+def _try_model(
+    model: nn.Module,
+    name: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """One image (C, H, W) through the model, before the run writes anything: some arguments show only there.
+
+    Raises:
+        InputError: the model refuses it.
+    """
+    try:
+        with torch.no_grad(), autocast():
+            model.eval()(torch.zeros(1, *shape, device=device))
+    except REFUSALS as error:
+        size = "×".join(map(str, shape))
+        raise InputError(f"--model {name}: refuses an image of {size}: {first_line(error)}") from error
+    model.train()
 
 
 def _make_output(output: Path, overwrite: bool) -> None:
