@@ -1,9 +1,12 @@
 """CPV, CNV and CLTV against paper.md's counts and structure, and timm's conventions."""
 
+import copy
+
 import pytest
 import torch
 from conftest import needs_cpp
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import cxv
 
@@ -226,6 +229,122 @@ def test_autocast_and_channels_last(name, layout):
     assert logits.dtype == torch.bfloat16
     assert features.is_contiguous(memory_format=torch.channels_last)
     logits.float().sum().backward()
+
+
+def leaves(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if not list(module.children())}
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_see_every_layer(name, use_fused, monkeypatch):
+    """Once, with the whole batch, wherever else the branches go through in chunks; and they change nothing."""
+    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 6 * 6)
+    model, x = small(name, use_fused=use_fused, pre_norm=True).double(), torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    x.requires_grad_()
+    seen: list[tuple[str, object]] = []
+
+    def step(grad: bool) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+        return [y, *(torch.autograd.grad(y.square().sum(), (x, *model.parameters())) if grad else ())]
+
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        for grad in (True, False)[: 1 if "backward" in register else 2]:
+            expected = step(grad)
+            seen.clear()
+            hooks = [
+                getattr(module, register)(lambda m, *args, leaf=leaf: seen.append((leaf, args[-1])))
+                for leaf, module in leaves(model).items()
+            ]
+            found = step(grad)
+            for hook in hooks:
+                hook.remove()
+            assert sorted(leaf for leaf, _ in seen) == sorted(leaves(model))
+            assert all(len(t[0] if isinstance(t, tuple) else t) == 5 for _, t in seen)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_what_a_hook_holds_is_not_written_over():
+    model, x, seen = small("cpv-5/4", use_fused=True).eval(), torch.randn(2, 3, 8, 8), []
+    for module in leaves(model).values():
+        module.register_forward_hook(lambda m, inputs, y: seen.extend((t, t.clone()) for t in (*inputs, y)))
+    with torch.no_grad():
+        model(x)
+    assert all(torch.equal(held, copy) for held, copy in seen)
+
+
+class Adapted(nn.Module):
+    """LoRA as libraries have it: the layer's weights as attributes, and more than those in forward."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.delta = layer, copy.deepcopy(layer)
+        nn.init.normal_(self.delta.weight)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.delta(x)
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_replaced_layers_are_called(name, use_fused):
+    model, x = small(name, use_fused=use_fused).eval(), torch.randn(2, 3, 6, 6)
+    last = model(x)
+    for path, layer in leaves(model.layers[0]).items():
+        if isinstance(layer, nn.LayerNorm):
+            continue
+        parent, _, child = path.rpartition(".")
+        setattr(model.layers[0].get_submodule(parent), child, Adapted(layer))
+        assert not torch.allclose(model(x), last), path
+        last = model(x)
+    last.square().sum().backward()
+    assert all(m.delta.weight.grad.abs().sum() > 0 for m in model.modules() if isinstance(m, Adapted))
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_and_parametrised_layers_train(name, use_fused):
+    model, x = small(name, use_fused=use_fused), torch.randn(2, 3, 6, 6)
+    pruned, scaled = model.layers
+    for layer in leaves(pruned).values():
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    for layer in leaves(scaled).values():
+        parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("use_fused", [True, False])
+def test_dynamic_quantisation(use_fused):
+    model, x = small("cpv-5/4", use_fused=use_fused).eval(), torch.randn(2, 3, 6, 6)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    torch.testing.assert_close(quantised(x), model(x), rtol=0.1, atol=0.1)
+
+
+def test_a_convolution_of_another_shape_takes_the_place_of_ours():
+    layer = small("cltv-5/4", use_fused=True).layers[1]
+    layer.conv_norm.conv = nn.Conv2d(16, 16, 3, padding=2, dilation=2, padding_mode="circular")
+    layer.mlp.fc2 = nn.Conv2d(32, 16, 1, groups=4)
+    layer.double().eval()
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    y = layer.attn(layer.conv_norm.norm(layer.conv_norm.conv(x).movedim(1, -1)).movedim(-1, 1))
+    torch.testing.assert_close(layer(x), y + layer.mlp.fc2(nn.functional.gelu(layer.mlp.fc1(y))))
+
+
+def test_attention_can_be_taken_out():
+    model, x = small("cpv-5/4", use_fused=True).eval(), torch.randn(2, 3, 6, 6)
+    model.layers[0].attn = nn.Identity()
+    with torch.no_grad():
+        assert model(x).shape == (2, 4)
 
 
 @needs_cpp

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import cxv_kernels
 
-from .residual import Drop, ResidualBranch, convolve, pointwise, to_pixels, to_tokens
+from .residual import Drop, ResidualBranch, convolve, is_plain, linear, to_pixels, to_tokens
 
 POSITIONS = (None, "learned", "rotary")
 
@@ -99,7 +99,7 @@ class _Attention(ResidualBranch):
 
     def project(self, out: Tensor, drop: Drop, x: Tensor) -> Tensor:
         """x + dropout(proj(out)) of the heads' output (B, heads, N, D)."""
-        y = pointwise(to_pixels(self.merge_heads(out), x), self.proj.weight, self.proj.bias)
+        y = linear(self.proj, to_pixels(self.merge_heads(out), x))
         return to_pixels(drop(to_tokens(y), to_tokens(x)), x)
 
 
@@ -149,9 +149,7 @@ class PerformerAttention(_Attention):
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
         y = self.entry(x)
-        q, k, v = (
-            self.split_heads(to_tokens(pointwise(y, layer.weight, layer.bias))) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (self.split_heads(to_tokens(linear(layer, y))) for layer in (self.q, self.k, self.v))
         q, k = self.place(q, k)
         if not self.local_heads:
             return self.project(self.favor(q, k, v), drop, x)
@@ -207,11 +205,12 @@ class NystromAttention(_Attention):
         pad = -(y.shape[2] * y.shape[3]) % self.num_landmarks if self.front_pad else 0
         if pad:
             y = F.pad(to_tokens(y), (0, 0, pad, 0)).transpose(1, 2).unsqueeze(-1)
-        q, k, v = (self.split_heads(t) for t in to_tokens(pointwise(y, self.qkv.weight)).chunk(3, dim=-1))
+        q, k, v = (self.split_heads(t) for t in to_tokens(linear(self.qkv, y)).chunk(3, dim=-1))
         q, k = self.place(q, k)
-        out = cxv_kernels.nystrom_attention(
-            q, k, v, self.num_landmarks, residual_weight=self.res_conv.weight, backend=self.backend
-        )
+        fused = is_plain(self.res_conv) and self.res_conv.bias is None
+        taps = self.res_conv.weight if fused else None
+        out = cxv_kernels.nystrom_attention(q, k, v, self.num_landmarks, residual_weight=taps, backend=self.backend)
+        out = out if fused else out + self.res_conv(v)
         return self.project(out[:, :, pad:], drop, x)
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import cxv_kernels
 
 from .attention import LinearAttention, NystromAttention, PerformerAttention
-from .residual import Drop, ResidualBranch, convolve, to_pixels, to_tokens, watched
+from .residual import Drop, ResidualBranch, convolve, is_plain, to_pixels, to_tokens, watched
 
 NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm2d}
 CONV_RESIDUALS = (None, "conv", "conv_norm")
@@ -20,8 +20,9 @@ CONV_RESIDUALS = (None, "conv", "conv_norm")
 class ConvNorm(nn.Module):
     """The convolutional sub-layer: 3×3 convolution, then LayerNorm over channels (section 3.3 and 3.4), in one op.
 
-    The variants of section 5 (GELU between the two, batch norm or none, a residual around the convolution or both) are
-    plain PyTorch. A residual needs as many channels out as in, and is left out elsewhere.
+    The variants of section 5 (GELU between the two, batch norm or none, a residual around the convolution or both) and
+    layers that are not plain are called one by one: a norm gets tokens (B, N, C) where it is a LayerNorm, else pixels.
+    A residual needs as many channels out as in, and is left out elsewhere.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → (B, out_chans, H, W)."""
         conv, norm = self.conv, self.norm
-        if isinstance(norm, nn.LayerNorm) and self.act is None and self.residual != "conv":
+        one_op = type(norm) is nn.LayerNorm and self.act is None and self.residual != "conv"
+        if one_op and is_plain(norm) and is_plain(conv) and conv.kernel_size == (3, 3) and conv.groups == 1:
             y = cxv_kernels.conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, backend=self.backend)
         else:
             y = conv(x)
@@ -76,10 +78,12 @@ class Layer(nn.Module):
         self.conv_norm, self.attn, self.mlp = conv_norm, attn, mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        x, grad = self.conv_norm(x), torch.is_grad_enabled()
+        ours = isinstance(self.attn, ResidualBranch) and isinstance(self.mlp, ResidualBranch)
         # without gradients what the norm returns is this layer's alone, unless a hook has seen it
-        own = not isinstance(self.conv_norm, nn.Identity)
-        inplace = own and not (torch.is_grad_enabled() or watched(self.conv_norm, self.attn, self.mlp))
-        return self.mlp(self.attn(self.conv_norm(x), inplace), inplace)
+        if ours and isinstance(self.conv_norm, ConvNorm) and not (grad or watched(*self.modules())):
+            return self.mlp(self.attn(x, True), True)
+        return self.mlp(self.attn(x))
 
 
 class CXV(nn.Module):

@@ -38,23 +38,45 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return to_pixels(nn.functional.linear(to_tokens(x), weight, bias), x)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """The linear map ``layer`` at every pixel of x (B, C_in, H, W); one that is not plain gets tokens."""
+    if is_plain(layer):
+        return pointwise(x, layer.weight, layer.bias)
+    return to_pixels(layer(to_tokens(x)), x)
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), where a 1×1 kernel is a linear map."""
-    return pointwise(x, conv.weight.flatten(1), conv.bias) if conv.kernel_size == (1, 1) else conv(x)
+    if is_plain(conv) and conv.kernel_size == (1, 1) and conv.groups == 1:
+        return pointwise(x, conv.weight.flatten(1), conv.bias)
+    return conv(x)
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether a forward hook may hold on to what goes into or comes out of one of these modules."""
-    own = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    """Whether a hook may change, or hold on to, what goes into or comes out of one of these modules."""
+    own = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
     shared = nn.modules.module
-    return bool(own or shared._global_forward_hooks or shared._global_forward_pre_hooks)
+    forward = shared._global_forward_hooks or shared._global_forward_pre_hooks
+    return bool(own or forward or shared._global_backward_hooks or shared._global_backward_pre_hooks)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the weights say all that a call of the layer does: it is PyTorch's own, keeps the size of an image, and
+    has no hook. Any other is to be called: an adapter, a quantised or pruned layer, one that somebody looks into."""
+    if type(layer) not in (nn.Linear, nn.Conv2d, nn.LayerNorm) or "forward" in layer.__dict__ or watched(layer):
+        return False
+    if type(layer) is not nn.Conv2d:
+        return True
+    same = tuple(k // 2 for k in layer.kernel_size)
+    return (layer.stride, layer.dilation, layer.padding, layer.padding_mode) == ((1, 1), (1, 1), same, "zeros")
 
 
 class ResidualBranch(nn.Module):
     """x (B, C, H, W) → x + branch(x), dropout included.
 
     With ``use_fused`` the images go through in chunks, and only x is kept for backward, which recomputes a chunk at a
-    time. Dropout's masks are functions of seeds, so what is recomputed drops the same elements.
+    time. Dropout's masks are functions of seeds, so what is recomputed drops the same elements. With a layer in it that
+    is not plain the branch runs whole, once: what that layer does may be random, or depend on the batch.
 
     Args:
         drop_rate: probability of a zero in training. use_fused: see above; False also pins the reference.
@@ -79,7 +101,7 @@ class ResidualBranch(nn.Module):
         """(B, C, H, W) → the same; ``inplace`` allows the result to be written into x where no gradient is wanted."""
         dropping = self.training and self.drop_rate > 0
         seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
-        if not self.use_fused or torch.compiler.is_exporting():
+        if not self.use_fused or torch.compiler.is_exporting() or not all(map(is_plain, self.children())):
             return self._run(x, self.first_image, *seeds)
         keep = torch.is_grad_enabled()
         if torch.compiler.is_compiling():  # the compiler plans memory itself
@@ -111,7 +133,7 @@ class ResidualBranch(nn.Module):
             if seed is None:
                 x = nn.functional.gelu(x) if gelu else x
                 return x if residual is None else x + residual
-            options = {"offset": first_image * x[0].numel(), "backend": self.backend}
+            options = {"offset": first_image * x.shape[1:].numel(), "backend": self.backend}
             if gelu:
                 return cxv_kernels.gelu_dropout(x, self.drop_rate, seed, **options)
             return cxv_kernels.dropout(x, self.drop_rate, seed, residual=residual, **options)
