@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .models import CXV
 from .training.checkpoint import (
     METADATA,
     METADATA_KEY,
@@ -31,7 +33,8 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
     reads safetensors. A fresh model takes the weights before anything is written.
 
     Args:
-        source: a model of :func:`cxv.create_model`, or what ``cxv train`` wrote: its ``--output`` or a ``.pt`` file.
+        source: a model of :func:`cxv.create_model`, also compiled or in (Distributed)DataParallel, or what
+            ``cxv train`` wrote: its ``--output`` or a ``.pt`` file.
         path: the file to write, ``….safetensors``.
         which: ``"best"`` or ``"last"``, of a run's weights.
         **metadata: in place of what ``source`` says (see ``cxv.training.checkpoint.METADATA``): ``classes``, names in
@@ -49,6 +52,7 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
     if path.suffix != ".safetensors":
         raise InputError(f"path: expected a name that ends in .safetensors, got {path}")
     if isinstance(source, nn.Module):
+        source = _unwrapped(source)
         weights = source.state_dict()
     else:
         source = read_checkpoint(find_checkpoint(source, which))
@@ -95,10 +99,20 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
     return metadata
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what torch.compile and data parallelism put around it."""
+    while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
 def _of_model(model: nn.Module) -> dict[str, Any]:
+    model = _unwrapped(model)
     name, kwargs = getattr(model, "model_name", None), dict(getattr(model, "model_kwargs", {}))
     if hasattr(model, "num_classes"):  # reset_classifier changes it
         kwargs["num_classes"] = model.num_classes
+    if isinstance(model, CXV) and model.global_pool != kwargs.get("global_pool", "avg"):
+        kwargs["global_pool"] = model.global_pool
     return {"model_name": name, "model_kwargs": kwargs}
 
 

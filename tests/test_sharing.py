@@ -142,6 +142,30 @@ def test_another_number_of_classes_is_a_fresh_classifier(saved):
         cxv.create_model("hybrid-vip-1/2", checkpoint=path, num_classes=5)
 
 
+def test_pooling_is_kept_as_reset_classifier_left_it(saved):
+    model, path = saved
+    x = torch.randn(2, 1, 8, 8)
+    for classes, pool, shape in ((0, "", (2, 16, 8, 8)), (0, "avg", (2, 16)), (4, None, (2, 4))):
+        model.reset_classifier(classes, pool)
+        cxv.save_safetensors(model, path)
+        model = cxv.create_model("cpv-1/2", checkpoint=path).eval()
+        assert model(x).shape == shape
+
+
+def test_wrapped_models_are_saved_as_what_they_wrap(saved):
+    model, path = saved
+    compiled = torch.compile(model, backend="eager")
+    for wrapped in (compiled, nn.DataParallel(model), nn.DataParallel(compiled)):
+        path.unlink()
+        cxv.save_safetensors(wrapped, path)
+        assert same_weights(model, cxv.create_model("cpv-1/2", checkpoint=path))
+
+
+def test_which_of_a_runs_weights_is_checked(run, tmp_path):
+    with pytest.raises(InputError, match=r"^which: expected best or last, got 'x'"):
+        cxv.save_safetensors(run, tmp_path / "a.safetensors", which="x")
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
