@@ -49,6 +49,14 @@ def test_digits_resized():
     assert data.train.images.float().std() > 50
 
 
+@pytest.mark.parametrize("splits", ["test", ("val",), (), (["test"],)], ids=str)
+def test_unknown_splits_are_named(splits):
+    with pytest.raises(InputError, match=r"^splits: expected a sequence of 'train' and 'test', got "):
+        load_data("digits", splits=splits)
+    with pytest.raises(InputError, match=r"^--validation: taken from the training images, and splits are \('test',\)"):
+        load_data("digits", splits=("test",), validation=5)
+
+
 def test_missing_scikit_learn_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(InputError, match=re.escape("pip install 'cxv[train]'")):

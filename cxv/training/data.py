@@ -182,6 +182,10 @@ def load_data(
     ):
         if value is not None and value < 1:
             raise InputError(f"{arg}: expected at least 1, got {value}")
+    if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
+        raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
+    if validation is not None and "train" not in splits:
+        raise InputError(f"--validation: taken from the training images, and splits are {splits!r}")
     if limit_train is not None:
         limit_train += validation or 0
     limits = {"train": limit_train, "test": limit_test}
