@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 
+from cxv_kernels import __version__
+
 from .export import FORMATS, OPSET, export_model
 from .models import create_model, list_models
 from .sharing import save_safetensors
@@ -225,6 +227,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="cxv", description="Convolutional X-formers for vision (arXiv 2201.10271).")
+    parser.add_argument("--version", action="version", version=f"cxv {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     p = commands.add_parser(

@@ -141,6 +141,13 @@ def test_models_lists_names_and_parameters(capsys):
     assert lines["cpv-5/4"] == "1,345,994"  # the paper's 1.3 M
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert not exit.value.code
+    assert capsys.readouterr().out == f"cxv {cxv.__version__}, torch {torch.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
