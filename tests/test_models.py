@@ -158,6 +158,28 @@ def test_an_image_alone_is_the_same_as_in_a_batch(name):
     torch.testing.assert_close(model(x)[2:3], model(x[2:3]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("use_fused", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_image_at_all(name, use_fused):
+    model = small(name, use_fused=use_fused)
+    model(torch.randn(0, 3, 8, 8)).sum().backward()
+    assert all(not p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        assert model.eval()(torch.randn(0, 3, 8, 8)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-6/8"])
+def test_on_the_meta_device(name):
+    with torch.device("meta"):
+        model = cxv.create_model(name, img_size=8)
+    assert all(t.is_meta for t in model.state_dict().values())
+    assert model.eval()(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 10)
+    there = cxv.create_model(name, img_size=8).eval()
+    model.load_state_dict(there.state_dict(), assign=True)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x), there(x))
+
+
 def test_the_releaseds_batch_maximum_mixes_images():
     model = small("cpv-5/4", stabilizer="batch").double().eval()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)

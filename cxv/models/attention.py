@@ -142,9 +142,12 @@ class PerformerAttention(_Attention):
 
     @torch.no_grad()
     def redraw_projection_(self, generator: torch.Generator | None = None) -> None:
-        """Draw new random features, from a CPU ``generator`` or, with None, one seeded by the global state."""
+        """Draw new random features, from a CPU ``generator`` or, with None, one seeded by the global state; none on
+        the meta device."""
+        if self.projection.is_meta:
+            return
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.projection.copy_(cxv_kernels.orthogonal_projection(*self.projection.shape, generator=generator))
 
     def branch(self, x: Tensor, drop: Drop) -> Tensor:
