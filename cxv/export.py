@@ -3,6 +3,7 @@
 Every file is read back and compared with the eager model before it takes its name. docs/deploy.md: how to run them.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -63,10 +64,10 @@ def export_model(
     """Write a model as ``path``, checked on random images of several batch sizes, and on ``images``.
 
     The batch is dynamic in every format, and so are height and width where the model takes any. What is written is the
-    model in ``eval()`` mode, in float32.
+    model in ``eval()`` mode, in float32, whatever its own mode and dtype are, which it keeps.
 
     Args:
-        model: on the CPU; its mode is put back.
+        model: on the CPU.
         path: ends in ``.onnx`` for ``"onnx"``, else in ``.pt2``. What it held is kept until the new file is proved.
         format: ``"onnx"`` (opset 20, by the references, for any runtime), ``"torch"`` (``torch.export.load``; with
             ``use_fused`` it needs ``import cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with ``use_fused`` the
@@ -93,7 +94,7 @@ def export_model(
     if format == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             need(module, "export")
-    training = model.training
+    model = copy.deepcopy(model).float().eval()
     note = json.dumps(metadata or {})
     sizes = [(img_size, img_size), (img_size + 8, img_size + 5)]
     try:
@@ -101,7 +102,7 @@ def export_model(
             written = Path(directory) / path.name
             backend = "reference" if format == "onnx" else cxv_kernels.get_backend()
             with cxv_kernels.use_backend(backend):
-                program, any_size = _trace(model.eval(), in_chans, sizes)
+                program, any_size = _trace(model, in_chans, sizes)
             _WRITERS[format](program, written, note)
             if calibration is not None:
                 _quantise(written, calibration)
@@ -118,8 +119,6 @@ def export_model(
             written.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        model.train(training)
     return Exported(path, size, difference, agreement, any_size)
 
 

@@ -65,6 +65,17 @@ def test_a_failed_check_leaves_what_was_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_another_dtype_is_written_in_float32(tmp_path, dtype):
+    model = tiny("cltv-1/2").to(dtype).train()
+    export_model(model, tmp_path / "a.pt2", "torch", img_size=10)
+    x = torch.randn(2, 3, 10, 10)
+    got = torch.export.load(tmp_path / "a.pt2").module()(x)
+    assert model.training
+    assert {t.dtype for t in model.parameters()} == {dtype}
+    assert torch.allclose(got, model.float().eval()(x), atol=1e-5)
+
+
 def test_cli_writes_classes_into_the_file(capsys, run, tmp_path):
     path = tmp_path / "digits.pt2"
     code, out, _ = call(capsys, "export", "--checkpoint", run, "--format", "torch", "--data", "digits", path)
