@@ -260,6 +260,10 @@ def test_grad_scaler_and_scheduler_take_the_active_optimizer():
         ({"max_epochs": (0, 0)}, "max_epochs"),
         ({"max_epochs": (-1, 3)}, "max_epochs"),
         ({"max_epochs": (3,)}, "max_epochs"),
+        ({"max_epochs": 5}, "max_epochs"),
+        ({"betas": 0.9}, "betas"),
+        ({"lr": "a"}, "lr"),
+        ({"momentum": None}, "momentum"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, name):
@@ -267,13 +271,47 @@ def test_bad_arguments_are_named(kwargs, name):
         DualOpT(make_model(), **kwargs)
 
 
-@pytest.mark.parametrize("params", [[], nn.ReLU(), torch.zeros(3), [1.0], None], ids=repr)
+W = torch.zeros(3)
+BAD_PARAMS = [[], nn.ReLU(), W, [1.0], None, [{"params": []}], [{"lr": 1.0}], [W, {"params": [W]}], {"params": [W]}]
+BAD_PARAMS += [[{"params": W, "lr": -1.0}], [{"params": W, "weight_decay": "a"}], [{"params": W, "lr_scale": 0.5}]]
+
+
+@pytest.mark.parametrize("params", BAD_PARAMS, ids=repr)
 def test_bad_params_are_named(params):
     with pytest.raises(ValueError, match=r"^params: "):
         DualOpT(params)
 
 
-@pytest.mark.parametrize("top1", [float("nan"), float("inf"), float("-inf"), torch.tensor(float("nan"))])
+def test_groups_have_their_own_rates_in_both_phases_and_resume():
+    def groups(model):
+        return [{"params": model[0].parameters(), "lr": 1e-4, "weight_decay": 0.0}, {"params": model[3].weight}]
+
+    def rates(opt):
+        return [(group["lr"], group["weight_decay"]) for group in opt.param_groups]
+
+    a, b = make_model(), make_model()
+    opt = DualOpT(groups(a), lr=1e-3, sgd_lr=1e-2, max_epochs=(1, 2))
+    plain = torch.optim.AdamW(groups(b), lr=1e-3)
+    assert rates(opt) == [(1e-4, 0.0), (1e-3, 0.01)]
+    train_epoch(a, opt)
+    train_epoch(b, plain)
+    opt.end_epoch(1)
+    assert rates(opt) == [(pytest.approx(1e-3), 0), (1e-2, 0)]
+    same = [group | {"lr": lr, "weight_decay": 0} for group, (lr, _) in zip(groups(b), rates(opt), strict=True)]
+    plain = torch.optim.SGD(same, momentum=0.9)
+    train_epoch(a, opt, seed=1)
+    train_epoch(b, plain, seed=1)
+    assert_same(a, snapshot(b))
+    other = DualOpT(groups(b), lr=1e-3, sgd_lr=1e-2)
+    other.load_state_dict(opt.state_dict())
+    train_epoch(a, opt, seed=2)
+    train_epoch(b, other, seed=2)
+    assert_same(a, snapshot(b))
+    with pytest.raises(ValueError, match="its optimiser does not fit"):
+        DualOpT([*b[0].parameters(), b[3].weight]).load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("top1", [float("nan"), float("-inf"), torch.tensor(float("nan")), (0.1, 50.0), None])
 def test_top1_that_is_not_finite_is_refused_and_counts_for_nothing(top1):
     opt = DualOpT(make_model())
     with pytest.raises(ValueError, match=r"^top1: "):

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from .errors import InputError
 
 PHASES = ("adamw", "sgd")
 _PROGRESS = ("epoch", "stale", "best_top1", "best_epoch", "switch_epoch", "switch_reason")
+_RATE = (lambda value: 0 < value < math.inf, "a finite number above 0")
+_DECAY = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 
 
 class DualOpT:
@@ -30,12 +32,15 @@ class DualOpT:
                 opt.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
                 opt.step()
-            opt.end_epoch(evaluate(model))
+            loss, top1 = cxv.training.evaluate(model, test_loader)
+            opt.end_epoch(top1)
         opt.load_best()
 
     Args:
         params: the parameters to train, or the ``nn.Module`` that owns them. Given the module, its buffers
-            (the statistics of a BatchNorm, say) are kept and reloaded with the best weights too.
+            (the statistics of a BatchNorm, say) are kept and reloaded with the best weights too. Or groups as torch's
+            optimisers take them, ``{"params": …, "lr": …, "weight_decay": …}``, the last two optional and AdamW's: SGD
+            keeps the ratio of a group's rate to ``lr``.
         patience: epochs without progress that end a phase, at least 1.
         lr, betas, eps, weight_decay: AdamW's.
         sgd_lr, momentum: SGD's. It has no weight decay and no Nesterov momentum.
@@ -51,7 +56,7 @@ class DualOpT:
 
     def __init__(
         self,
-        params: nn.Module | Iterable[Tensor],
+        params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
         patience: int = 20,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -62,22 +67,25 @@ class DualOpT:
         max_epochs: tuple[int | None, int | None] = (300, 100),
     ):
         self._module = params if isinstance(params, nn.Module) else None
-        self._params = list(params.parameters() if self._module is not None else _iterate(params))
+        self._groups = _groups(params)
+        self._params = [p for group in self._groups for p in group["params"]]
         if not self._params:
             raise InputError("params: got no parameter to train")
         for p in self._params:
             if not isinstance(p, Tensor):
-                raise InputError(f"params: expected tensors or one nn.Module, got a {type(p).__name__}")
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise InputError(f"patience: expected a whole number of epochs, at least 1, got {patience!r}")
+                raise InputError(f"params: expected tensors, groups of them or one nn.Module, got a {type(p).__name__}")
+        _check("patience", patience, lambda n: _whole(n) and n >= 1, "a whole number of epochs, at least 1")
         for name, value in (("lr", lr), ("sgd_lr", sgd_lr), ("eps", eps)):
-            _check(name, value, value > 0, "above 0")
-        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise InputError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-        if len(max_epochs) != 2 or not all(n is None or (isinstance(n, int) and n >= 0) for n in max_epochs):
-            raise InputError(f"max_epochs: expected two whole numbers (or None for no cap), got {max_epochs!r}")
+            _check(name, value, *_RATE)
+        _check("weight_decay", weight_decay, *_DECAY)
+        _check("momentum", momentum, lambda m: 0 <= m < 1, "a number in [0, 1)")
+        _check("betas", betas, lambda b: len(b) == 2 and all(0 <= x < 1 for x in b), "two numbers in [0, 1)")
+        _check(
+            "max_epochs",
+            max_epochs,
+            lambda caps: len(caps) == 2 and all(n is None or (_whole(n) and n >= 0) for n in caps),
+            "two whole numbers (or None for no cap)",
+        )
         if tuple(max_epochs) == (0, 0):
             raise InputError("max_epochs: (0, 0) leaves no epoch to train")
 
@@ -146,9 +154,8 @@ class DualOpT:
         """
         if self.finished:
             raise RuntimeError("end_epoch: both phases of DualOpT are over")
+        _check("top1", top1, lambda t: math.isfinite(float(t)), "a finite number")
         top1 = float(top1)
-        if not math.isfinite(top1):
-            raise InputError(f"top1: expected a finite number, got {top1}")
         self.epoch += 1
         self._phase_epoch += 1
         best = self.best_top1 is None or top1 >= self.best_top1
@@ -229,10 +236,13 @@ class DualOpT:
     def _start(self, phase: str) -> None:
         self._phase, self._phase_epoch, self.stale = phase, 0, 0
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(self._params, **self._adamw)
+            torch.optim.AdamW([dict(group) for group in self._groups], **self._adamw)
             if phase == "adamw"
-            else torch.optim.SGD(self._params, **self._sgd)
+            else torch.optim.SGD([self._sgd_group(**group) for group in self._groups], **self._sgd)
         )
+
+    def _sgd_group(self, params: list[Tensor], lr: float | None = None, weight_decay: float = 0) -> dict[str, Any]:
+        return {"params": params} | ({} if lr is None else {"lr": self._sgd["lr"] * (lr / self._adamw["lr"])})
 
     def _switch_if_due(self) -> None:
         if self._phase != "adamw" or self.finished or self.phase_over is None:
@@ -252,12 +262,37 @@ class DualOpT:
         return {str(i): p for i, p in enumerate(self._params)}
 
 
-def _iterate(params: Any) -> list:
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise InputError(f"params: expected an iterable of tensors or one nn.Module, got a {type(params).__name__}")
-    return list(params)
+def _groups(params: Any) -> list[dict[str, Any]]:
+    """As torch's optimisers take them; one of all the parameters where no groups are given."""
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    if isinstance(params, Tensor | dict) or not isinstance(params, Iterable):
+        raise InputError(
+            f"params: expected an iterable of tensors or of groups, or one nn.Module, got a {type(params).__name__}"
+        )
+    params = list(params)
+    if not any(isinstance(group, dict) for group in params):
+        return [{"params": params}]
+    for group in params:
+        if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay"}:
+            got = list(group) if isinstance(group, dict) else f"a {type(group).__name__}"
+            raise InputError(f"params: expected groups of 'params' and at most 'lr' and 'weight_decay', got {got}")
+        _check("params: lr of a group", group.get("lr", 1), *_RATE)
+        _check("params: weight_decay of a group", group.get("weight_decay", 0), *_DECAY)
+    return [
+        group | {"params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
+        for group in params
+    ]
 
 
-def _check(name: str, value: float, ok: bool, allowed: str) -> None:
-    if not (ok and math.isfinite(value)):
-        raise InputError(f"{name}: expected a finite number {allowed}, got {value!r}")
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, value: Any, allowed: Callable[[Any], bool], expected: str) -> None:
+    try:
+        ok = allowed(value)
+    except (TypeError, ValueError, RuntimeError):  # of another type altogether
+        ok = False
+    if not ok:
+        raise InputError(f"{name}: expected {expected}, got {value!r}")
