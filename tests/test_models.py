@@ -413,6 +413,33 @@ def test_learns(name):
     assert (model.eval()(x).argmax(1) == target).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-6/8", "hybrid-vilt-6/8", "fnet-10", "mlp-mixer-5", "cct-6/4"])
+def test_height_and_width(name):
+    options = {"positions": "learned"} if name in NAMES else {}
+    model = cxv.create_model(name, img_size=(8, 6), **options).eval()
+    assert model(torch.randn(2, 3, 8, 6)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", cxv.list_models())
+def test_no_classes_are_features(name):
+    model = cxv.create_model(name, num_classes=0, img_size=16).eval()
+    channels = {"resnet": 512, "convmixer": 256, "wavemix": 64}.get(name.rpartition("-")[0].partition("-")[0], 128)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, channels)
+
+
+@pytest.mark.parametrize("name", ["hybrid-vip-1/2", "hybrid-vilt-1/2"])
+def test_features_head_and_classifier_of_hybrids(name):
+    model, x = cxv.create_model(name, embed_dim=16, img_size=8).eval(), torch.randn(2, 3, 8, 8)
+    features = model.forward_features(x)
+    assert features.shape == ((2, 16, 8, 8) if "vilt" in name else (2, 16, 65, 1))
+    assert torch.equal(model.forward_head(features), model(x))
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.get_classifier().out_features == model.num_classes == 7
+    model.reset_classifier(0)
+    assert torch.equal(model(x), model.forward_head(features, pre_logits=True))
+
+
 def test_bad_input():
     for match, call in (
         (
@@ -423,10 +450,25 @@ def test_bad_input():
         ("depth come from the name 'cpv-5/4'", lambda: cxv.create_model("cpv-5/4", depth=3)),
         ("multiple of 4 and of num_heads = 3, got 128", lambda: cxv.CPV(num_heads=3)),
         ("drop_rate must be in", lambda: cxv.CNV(drop_rate=1.5)),
-        ("depth must be at least 1, got 0", lambda: cxv.create_model("cpv-0/4")),
+        ("depth must be an integer of at least 1, got 0", lambda: cxv.create_model("cpv-0/4")),
         ("attn_kernel_size must be odd, got 2", lambda: cxv.CLTV(attn_kernel_size=2)),
+        ("attn_kernel must be one of 'softmax', 'relu', got 'nope'", lambda: cxv.CPV(attn_kernel="nope")),
+        ("stabilizer must be one of 'head', 'batch', got 'nope'", lambda: cxv.CPV(stabilizer="nope")),
+        ("eps must be a finite number of at least 0, got -1", lambda: cxv.CPV(attn_eps=-1)),
+        ("feature_map must be one of .* got 'nope'", lambda: cxv.CLTV(feature_map="nope")),
+        ("num_landmarks must be an integer of at least 1, got 0", lambda: cxv.CNV(num_landmarks=0)),
+        ("residual_conv_kernel must be an integer of at least 1, got -1", lambda: cxv.CNV(residual_conv_kernel=-1)),
+        ("mlp_ratio must be a number, at least 1/128 for 128 channels, got 0", lambda: cxv.CNV(mlp_ratio=0)),
+        ("mlp_ratio .* got 'abc'", lambda: cxv.create_model("hybrid-vilt-6/8", mlp_ratio="abc")),
+        ("mlp_ratio .* got -1", lambda: cxv.create_model("fnet-10", mlp_ratio=-1)),
+        (r"img_size .* integer of at least 1, or two \(H, W\), got \(32,\)", lambda: cxv.CPV(img_size=(32,))),
+        ("img_size .* got 0", lambda: cxv.CPV(img_size=0)),
+        ("depth must be an integer of at least 1, got 0", lambda: cxv.create_model("hybrid-vip-0/8")),
+        ("num_heads must be an integer of at least 1, got 0", lambda: cxv.create_model("hybrid-vin-6/0")),
+        ("in_chans must be an integer of at least 1, got 0", lambda: cxv.create_model("hybrid-vilt-6/8", in_chans=0)),
+        ("embed_dim must be an integer of at least 4, got '16'", lambda: cxv.CPV(embed_dim="16")),
         (r"input must be \(B, 3, H, W\), got shape \(2, 1, 8, 8\)", lambda: cxv.CLTV()(torch.zeros(2, 1, 8, 8))),
-        ("num_classes must be at least 0, got -1", lambda: cxv.CLTV().reset_classifier(-1)),
+        ("num_classes must be an integer of at least 0, got -1", lambda: cxv.CLTV().reset_classifier(-1)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

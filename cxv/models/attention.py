@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cxv_kernels
+from cxv_kernels.linear_attention.reference import FEATURE_MAPS
+from cxv_kernels.performer_attention.reference import KERNELS, STABILIZERS
+from cxv_kernels.validation import check_choice, check_eps
 
+from .arguments import check_at_least, check_odd
 from .residual import Drop, ResidualBranch, convolve, is_plain, linear, to_pixels, to_tokens
 
 POSITIONS = (None, "learned", "rotary")
@@ -66,8 +70,7 @@ class _Attention(ResidualBranch):
         super().__init__(drop_rate, use_fused, dim if pre_norm else None)
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads must divide the embedding dimension {dim}, got {num_heads}")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}")
+        check_choice("positions", positions, POSITIONS)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.inner_dim = num_heads * self.head_dim
@@ -128,10 +131,13 @@ class PerformerAttention(_Attention):
         **kwargs: Any,
     ):
         super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
+        check_choice("attn_kernel", kernel, KERNELS)
+        check_choice("stabilizer", stabilizer, STABILIZERS)
+        if eps is not None:
+            check_eps(eps)
         if not 0 <= local_heads <= num_heads:
             raise ValueError(f"local_heads must be in [0, {num_heads}], got {local_heads}")
-        if local_window < 1:
-            raise ValueError(f"local_window must be at least 1, got {local_window}")
+        check_at_least(1, local_window=local_window)
         self.kernel, self.eps, self.stabilizer = kernel, eps, stabilizer
         self.local_heads, self.local_window = local_heads, local_window
         self.q, self.k, self.v = (nn.Linear(dim, self.inner_dim) for _ in range(3))
@@ -189,8 +195,8 @@ class NystromAttention(_Attention):
         **kwargs: Any,
     ):
         super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
-        if residual_conv_kernel % 2 == 0:
-            raise ValueError(f"residual_conv_kernel must be odd, got {residual_conv_kernel}")
+        check_at_least(1, num_landmarks=num_landmarks)
+        check_odd(residual_conv_kernel=residual_conv_kernel)
         self.num_landmarks, self.front_pad = num_landmarks, front_pad
         self.qkv = nn.Linear(dim, 3 * self.inner_dim, bias=False)
         self.res_conv = nn.Conv2d(
@@ -235,8 +241,8 @@ class LinearAttention(_Attention):
         **kwargs: Any,
     ):
         super().__init__(dim, num_heads, 0.0, use_fused, **kwargs)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"attn_kernel_size must be odd, got {kernel_size}")
+        check_odd(attn_kernel_size=kernel_size)
+        check_choice("feature_map", feature_map, FEATURE_MAPS)
         self.feature_map = feature_map
         padding, inner = kernel_size // 2, self.inner_dim
         self.q, self.k, self.v = (nn.Conv2d(dim, inner, kernel_size, padding=padding) for _ in range(3))

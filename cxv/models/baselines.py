@@ -1,13 +1,16 @@
 """Table 1's baselines that a well-kept library has, in the rows' configurations (timm, vit-pytorch, torchvision).
 
-All take images (B, in_chans, img_size, img_size) and give logits (B, num_classes); those of timm and vit-pytorch raise
-ImportError where their library is not installed.
+All take images (B, in_chans, H, W), H and W of ``img_size``, and give logits (B, num_classes), or features where that
+is 0; those of timm and vit-pytorch raise ImportError where their library is not installed.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import nn
+
+from .arguments import image_size
 
 
 def _library(name: str, model: str) -> ModuleType:
@@ -21,7 +24,7 @@ def _library(name: str, model: str) -> ModuleType:
 
 def resnet(
     depth: int,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
     stem_stride: int = 1,
@@ -33,7 +36,9 @@ def resnet(
     """
     if depth not in (18, 34):
         raise ValueError(f"depth of a resnet must be 18 or 34, got {depth}")
-    model = getattr(_library("torchvision.models", "resnet"), f"resnet{depth}")(num_classes=num_classes)
+    model = getattr(_library("torchvision.models", "resnet"), f"resnet{depth}")(num_classes=num_classes or 1)
+    if not num_classes:
+        model.fc = nn.Identity()
     model.conv1 = nn.Conv2d(in_chans, 64, 3, stride=stem_stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
@@ -43,7 +48,7 @@ def resnet(
 def vit(
     depth: int,
     num_heads: int,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
     embed_dim: int = 128,
@@ -68,7 +73,7 @@ def vit(
 
 def mlp_mixer(
     depth: int,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
     embed_dim: int = 128,
@@ -80,7 +85,8 @@ def mlp_mixer(
 
     128 channels: with the text's 256 neither the parameters nor the MACs are Table 1's.
     """
-    tokens = (img_size // patch_size) ** 2
+    height, width = image_size(img_size)
+    tokens = (height // patch_size) * (width // patch_size)
     return _library("timm.models.mlp_mixer", "mlp-mixer").MlpMixer(
         num_classes=num_classes,
         img_size=img_size,
@@ -95,7 +101,7 @@ def mlp_mixer(
 
 def convmixer(
     depth: int,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
     embed_dim: int = 256,
@@ -116,7 +122,7 @@ def convmixer(
 def cct(
     depth: int,
     num_heads: int,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
     embed_dim: int = 128,
@@ -130,7 +136,7 @@ def cct(
     keyword of their script left the default).
     """
     model = _library("vit_pytorch.cct", "cct").CCT(
-        img_size=-(-img_size // stem_stride),
+        img_size=tuple(-(-side // stem_stride) for side in image_size(img_size)),
         embedding_dim=embed_dim,
         n_input_channels=in_chans,
         n_conv_layers=3,
@@ -143,20 +149,22 @@ def cct(
         num_layers=depth,
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
-        num_classes=num_classes,
+        num_classes=num_classes or 1,
         positional_embedding="learnable",
         dropout_rate=drop_rate,
         attention_dropout=0.1,
         stochastic_depth_rate=0.1,
     )
     model.tokenizer.conv_layers[0][0].stride = (stem_stride, stem_stride)
+    if not num_classes:
+        model.classifier.fc = nn.Identity()
     return model
 
 
 def cvt(
     depth: int,
     num_heads: int,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
     embed_dim: int = 128,
@@ -176,6 +184,9 @@ def cvt(
         options = {"emb_dim": embed_dim, "emb_kernel": 3, "emb_stride": stem_stride if stage == 1 else 1}
         options |= {"proj_kernel": 3, "kv_proj_stride": 1, "heads": num_heads, "depth": layers, "mlp_mult": mlp_ratio}
         stages |= {f"s{stage}_{name}": value for name, value in options.items()}
-    return _library("vit_pytorch.cvt", "cvt").CvT(
-        num_classes=num_classes, channels=in_chans, dropout=drop_rate, **stages
+    model = _library("vit_pytorch.cvt", "cvt").CvT(
+        num_classes=num_classes or 1, channels=in_chans, dropout=drop_rate, **stages
     )
+    if not num_classes:
+        model.to_logits[-1] = nn.Identity()
+    return model

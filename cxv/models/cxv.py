@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cxv_kernels
+from cxv_kernels.validation import check_choice
 
+from .arguments import check_at_least, check_drop_rate, classifier, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .residual import Drop, ResidualBranch, convolve, is_plain, to_pixels, to_tokens, watched
 
@@ -92,7 +94,8 @@ class CXV(nn.Module):
     Args:
         make_attention: (dim, num_heads=…, drop_rate=…, use_fused=…, pre_norm=…, positions=…, num_tokens=…) → a module
             (B, C, H, W) → (B, C, H, W).
-        img_size: kept as ``model.img_size`` for data pipelines; without learned positions the model takes any size.
+        img_size: pixels a side, or (H, W); kept as ``model.img_size`` for data pipelines. Without learned positions the
+            model takes any size.
         in_chans: input channels. num_classes: classes; 0 leaves out the classifier.
         embed_dim: C, a multiple of 4 and of ``num_heads``; the stem's two convolutions have C/4 and C/2 channels.
         depth: layers. num_heads: attention heads.
@@ -124,7 +127,7 @@ class CXV(nn.Module):
     def __init__(
         self,
         make_attention: Callable[..., nn.Module],
-        img_size: int = 32,
+        img_size: int | Sequence[int] = 32,
         in_chans: int = 3,
         num_classes: int = 10,
         embed_dim: int = 128,
@@ -148,22 +151,20 @@ class CXV(nn.Module):
         pre_norm: bool = False,
     ):
         super().__init__()
-        at_least = {"img_size": 1, "in_chans": 1, "num_classes": 0, "embed_dim": 4, "depth": 1, "num_heads": 1}
-        given = locals()
-        for name, least in {**at_least, "stem_stride": 1, "conv_every": 1, "norm_every": 1}.items():
-            if given[name] < least:
-                raise ValueError(f"{name} must be at least {least}, got {given[name]}")
-        choices = {"stem_convs": (1, 2, 3), "stem_padding": (0, 1), "norm": tuple(NORMS)}
-        for name, allowed in {**choices, "conv_residual": CONV_RESIDUALS}.items():
-            if given[name] not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given[name]!r}")
+        check_at_least(4, embed_dim=embed_dim)
+        check_at_least(0, num_classes=num_classes)
+        check_at_least(1, in_chans=in_chans, depth=depth, num_heads=num_heads, stem_stride=stem_stride)
+        check_at_least(1, conv_every=conv_every, norm_every=norm_every)
+        check_choice("stem_convs", stem_convs, (1, 2, 3))
+        check_choice("stem_padding", stem_padding, (0, 1))
+        check_choice("norm", norm, tuple(NORMS))
+        check_choice("conv_residual", conv_residual, CONV_RESIDUALS)
+        check_drop_rate(drop_rate)
         halved = 2 ** max(stem_convs, 2)
         if embed_dim % halved or embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of {halved} and of num_heads = {num_heads}, got {embed_dim}"
             )
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
         self.img_size, self.in_chans = img_size, in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.feature_info = [
@@ -171,17 +172,19 @@ class CXV(nn.Module):
         ]
         self.grad_checkpointing = False
         stem: list[nn.Module] = []
-        side = img_size
+        size = image_size(img_size)
         for i in reversed(range(stem_convs)):  # to C/8, C/4 and C/2 channels
             in_width = embed_dim // 2 ** (i + 2) if stem else in_chans
             stride = 1 if stem else stem_stride
-            side = (side + 2 * stem_padding - 3) // stride + 1
+            size = [(side + 2 * stem_padding - 3) // stride + 1 for side in size]
             stem.append(nn.Conv2d(in_width, embed_dim // 2 ** (i + 1), 3, stride=stride, padding=stem_padding))
             stem += [nn.GELU()] if stem_act and i else []
             stem += [nn.MaxPool2d(3, stride=1, padding=1)] if stem_pool else []
         self.stem = nn.Sequential(*stem)
         attention = {"num_heads": num_heads, "drop_rate": drop_rate, "use_fused": use_fused, "pre_norm": pre_norm}
-        attention |= {"positions": positions, "num_tokens": side * side}
+        attention |= {"positions": positions, "num_tokens": size[0] * size[1]}
+
+        hidden = hidden_width(embed_dim, mlp_ratio)
 
         def conv_norm(i: int) -> nn.Module:
             if i % conv_every:
@@ -194,7 +197,7 @@ class CXV(nn.Module):
             Layer(
                 conv_norm(i),
                 make_attention(embed_dim, **attention),
-                Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate, use_fused, pre_norm),
+                Mlp(embed_dim, hidden, drop_rate, use_fused, pre_norm),
             )
             for i in range(depth)
         )
@@ -215,15 +218,13 @@ class CXV(nn.Module):
             ValueError: fewer than 0 classes; another ``global_pool`` (None: as it is) than ``"avg"`` or, without
                 classes, ``""``.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        check_at_least(0, num_classes=num_classes)
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in (("avg",) if num_classes else ("avg", "")):
             raise ValueError(f"global_pool must be 'avg', or without classes '', got {pool!r}")
         self.num_classes, self.global_pool = num_classes, pool
         weight = self.stem[0].weight
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(weight.device, weight.dtype)
+        self.head = classifier(self.embed_dim, num_classes).to(weight.device, weight.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's: the parameters by depth, for a learning rate that decays by layer."""

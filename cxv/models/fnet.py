@@ -1,7 +1,11 @@
 """FNet for images (Lee-Thorp et al. 2021): token mixing by Fourier transforms."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from .arguments import check_at_least, classifier, hidden_width, image_size
 
 
 class FourierMixing(nn.Module):
@@ -17,19 +21,20 @@ class FNet(nn.Module):
     """Table 1's FNet: each pixel (or patch) a token, a class token, learned positions, pre-norm layers.
 
     Args:
-        img_size: height and width in pixels. in_chans: input channels. num_classes: classes.
+        img_size: pixels a side, or (H, W). in_chans: input channels. num_classes: classes; 0 leaves out the classifier.
         embed_dim: channels of a token. depth: layers.
         mlp_ratio: hidden width of the MLP over ``embed_dim``; 4 is what Table 1's counts prove, the text says 2.
         drop_rate: dropout in the MLP. patch_size: in pixels.
 
     Raises:
-        ValueError: ``img_size`` is not a multiple of ``patch_size``; from ``forward``, another image size.
+        ValueError: an argument out of range, an ``img_size`` that is no multiple of ``patch_size``; from ``forward``,
+            another image size.
     """
 
     def __init__(
         self,
         depth: int = 10,
-        img_size: int = 32,
+        img_size: int | Sequence[int] = 32,
         in_chans: int = 3,
         num_classes: int = 10,
         embed_dim: int = 128,
@@ -38,13 +43,16 @@ class FNet(nn.Module):
         patch_size: int = 1,
     ):
         super().__init__()
-        if img_size % patch_size:
+        check_at_least(1, depth=depth, in_chans=in_chans, embed_dim=embed_dim, patch_size=patch_size)
+        check_at_least(0, num_classes=num_classes)
+        height, width = image_size(img_size)
+        if height % patch_size or width % patch_size:
             raise ValueError(f"img_size must be a multiple of patch_size {patch_size}, got {img_size}")
         self.img_size = img_size
-        hidden = int(embed_dim * mlp_ratio)
+        hidden = hidden_width(embed_dim, mlp_ratio)
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, (img_size // patch_size) ** 2 + 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, height * width // patch_size**2 + 1, embed_dim))
         self.mixers = nn.ModuleList(nn.Sequential(nn.LayerNorm(embed_dim), FourierMixing()) for _ in range(depth))
         self.mlps = nn.ModuleList(
             nn.Sequential(
@@ -58,12 +66,13 @@ class FNet(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = classifier(embed_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, img_size, img_size) → logits (B, num_classes)."""
-        if x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"input must be {self.img_size}×{self.img_size} pixels, got {tuple(x.shape)}")
+        """(B, in_chans, H, W) → logits (B, num_classes)."""
+        height, width = image_size(self.img_size)
+        if x.shape[-2:] != (height, width):
+            raise ValueError(f"input must be {height}×{width} pixels, got {tuple(x.shape)}")
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed
         for mixer, mlp in zip(self.mixers, self.mlps, strict=True):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_at_least, classifier
+
 LEVELS = 4
 
 
@@ -55,8 +57,11 @@ class WaveMix(nn.Module):
 
     Args:
         depth: blocks. embed_dim: channels, a multiple of 4. ff_channel: width of the MLP; 32 is inferred from Table 1.
-        in_chans: input channels. num_classes: classes. drop_rate: dropout in the MLP.
+        in_chans: input channels. num_classes: classes; 0 leaves out the classifier. drop_rate: dropout in the MLP.
         stem_stride: of the first convolution. img_size: not used.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     def __init__(
@@ -71,6 +76,9 @@ class WaveMix(nn.Module):
         stem_stride: int = 1,
     ):
         super().__init__()
+        check_at_least(1, depth=depth, ff_channel=ff_channel, in_chans=in_chans, stem_stride=stem_stride)
+        check_at_least(0, num_classes=num_classes)
+        check_at_least(LEVELS, embed_dim=embed_dim)
         if embed_dim % LEVELS:
             raise ValueError(f"embed_dim must be a multiple of {LEVELS}, got {embed_dim}")
         self.stem = nn.Sequential(
@@ -78,7 +86,7 @@ class WaveMix(nn.Module):
             nn.Conv2d(embed_dim // 2, embed_dim, 3, padding=1),
         )
         self.blocks = nn.Sequential(*(WaveMixBlock(embed_dim, ff_channel, drop_rate) for _ in range(depth)))
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = classifier(embed_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → logits (B, num_classes)."""

@@ -1,0 +1,57 @@
+"""What the models' arguments have in common."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from torch import nn
+
+
+def check_at_least(least: int, **values: Any) -> None:
+    """Raise ``ValueError`` unless each of ``values`` is an integer of at least ``least``."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_odd(**values: Any) -> None:
+    """Raise ``ValueError`` unless each of ``values`` is an odd integer of at least 1."""
+    check_at_least(1, **values)
+    for name, value in values.items():
+        if value % 2 == 0:
+            raise ValueError(f"{name} must be odd, got {value}")
+
+
+def check_drop_rate(drop_rate: Any) -> None:
+    """Raise ``ValueError`` unless ``drop_rate`` is a number in [0, 1)."""
+    if not isinstance(drop_rate, Real) or not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
+
+
+def hidden_width(dim: int, mlp_ratio: float) -> int:
+    """The hidden channels of an MLP on ``dim`` of them.
+
+    Raises:
+        ValueError: ``mlp_ratio`` is no number, or leaves no channel.
+    """
+    if not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio must be a number, at least 1/{dim} for {dim} channels, got {mlp_ratio!r}")
+    return int(dim * mlp_ratio)
+
+
+def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of an ``img_size``, which is both in one or (H, W) itself.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    size = (img_size, img_size) if isinstance(img_size, Integral) else img_size
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(s, Integral) and s >= 1 for s in size):
+        raise ValueError(f"img_size must be an integer of at least 1, or two (H, W), got {img_size!r}")
+    return int(size[0]), int(size[1])
+
+
+def classifier(dim: int, num_classes: int) -> nn.Module:
+    """The linear map to ``num_classes`` logits; 0 leaves the features as they are."""
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
