@@ -25,10 +25,11 @@ PLAIN = ("reference", "conv2d, layer_norm")
 
 
 def slowness(results: Sequence[dict[str, Any]], op: str, dtype: str, backend: str) -> float | None:
-    """Its time of forward + backward over plain PyTorch's, the geometric mean of all cases; None: never timed."""
+    """Its time of forward + backward over plain PyTorch's, with which it took turns in a task: the geometric mean of
+    all cases; None: never timed."""
     logs = []
-    for one in results:
-        rows = [r for r in rows_of(one, "attention", "conv_norm") if (r["op"], r["dtype"]) == (op, dtype)]
+    for task in (task for one in results for task in one["tasks"] if task["section"] in ("attention", "conv_norm")):
+        rows = [r for r in task["rows"] if (r["op"], r["dtype"]) == (op, dtype)]
         plain = {(r["variant"], *r["shape"]): r for r in rows if r["implementation"] in PLAIN}
         for row in (r for r in rows if r["implementation"] == backend):
             ours = seconds(row, "forward_backward")

@@ -121,6 +121,15 @@ def test_what_no_check_found_right_is_out(tmp_path):
     assert set(entry["dropout"][HALF]) == {"triton", "cuda"}
 
 
+def test_a_kernel_is_compared_with_what_took_turns_with_it():
+    """Measured again in another task, when the GPU was slower: the rows of PyTorch's two do not mix."""
+    performer = "performer_attention"
+    results = suite([9, 0], {(performer, "reference"): 3, (performer, "triton"): 2})
+    again = suite([9, 0], {(performer, "reference"): 9, (performer, "triton"): 6})
+    results["tasks"] += [one for one in again["tasks"] if one["section"] == "attention"]
+    assert gpu_routes.slowness([results], performer, HALF, "triton") == pytest.approx(2 / 3)
+
+
 def test_several_cards_and_several_files_of_one(tmp_path):
     performer = "performer_attention"
     plain, slow, fast = {(performer, "reference"): 8}, {(performer, "cuda"): 4}, {(performer, "cuda"): 1}
