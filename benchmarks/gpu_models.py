@@ -9,7 +9,7 @@ from typing import Any
 
 import model_mem
 import torch
-from common import DTYPES, TOLERANCE, timing_json
+from common import DTYPES, TOLERANCE, relative_error, timing_json
 from gpu_speed import Settings
 from gpu_worker import Emit
 from memory import Timing, allocated, interleaved, out_of_memory
@@ -63,8 +63,8 @@ def models(
     images, labels = random_batch(batch, side, device, kind)
     modes = [mode for mode in modes if parts_of(mode)[2] in (None, *settings.backends)]
     rows: list[dict[str, Any]] = []
-    training: dict[int, Callable[[], None]] = {}
-    inference: dict[int, Callable[[], None]] = {}
+    training: dict[int, Callable[[], Any]] = {}
+    inference: dict[int, Callable[[], Any]] = {}
     for mode in modes:
         row: dict[str, Any] = {"model": model, "dtype": dtype, "batch": batch, "side": side, "mode": mode}
         row |= {"status": "ok", "note": None, "served": {}, "train": None, "infer": None}
@@ -101,7 +101,7 @@ def _fill(row: dict[str, Any], what: str, timing: Timing | None, batch: int, fir
 
 def _prepare(
     row: dict[str, Any], settings: Settings, dtype: torch.dtype, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[Callable[[], None], Callable[[], None]]:
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Check the mode and measure its memory; what trains and what applies a model that is warm."""
     mode, compiled, backend = parts_of(row["mode"])
     device, name, side = settings.where, row["model"], row["side"]
@@ -110,7 +110,8 @@ def _prepare(
         if mode != "eager":
             row["served"], row["error"] = check_model(name, device, dtype, side)
             row["tolerance"] = MODEL_TOLERANCE * TOLERANCE[dtype]
-            barred = [op for op, by in row["served"].items() if (op, by, row["dtype"]) in settings.barred]
+            given = [(name, backend), *row["served"].items()]  # the model's own gradients, its ops
+            barred = [what for what, by in given if (what, by, row["dtype"]) in settings.barred]
             if backend not in row["served"].values():
                 row["status"] = "not served"
                 return nothing
@@ -124,26 +125,41 @@ def _prepare(
     torch.manual_seed(0)
     model = made().to(device, images.dtype).train()
     optimizer = torch.optim.AdamW(model.parameters())
-    trained: nn.Module = settings.compile(model) if compiled else model
-    applied = settings.compile(made().to(device, images.dtype).eval()) if compiled else None
+    whole = mode != "eager"  # a graph that breaks is no step that a user of fused ops was promised
+    trained: nn.Module = settings.compile(model, whole) if compiled else model
+    torch.manual_seed(0)
+    applied = made().to(device, images.dtype).eval() if compiled else model  # another, or eval() would compile it again
+    inferred = settings.compile(applied, whole) if compiled else None
 
     def train() -> None:
         with served_by(backend):
             model.train()
             step(trained, optimizer, images, labels, dtype)
 
-    def infer() -> None:
+    def infer() -> torch.Tensor:
         with served_by(backend), torch.no_grad(), autocast(device, dtype):
-            (model.eval() if applied is None else applied)(images)
+            return (model.eval() if inferred is None else inferred)(images)
 
     start = time.perf_counter()
     train()
     if compiled:
         row["compile_s"] = round(time.perf_counter() - start, 1)
         row["train_peak_bytes"] = allocated(train, device).peak + _held(model, optimizer, images, labels)
+        row["compiled_error"] = _error(infer()[:2], name, applied, images[:2])
+        if not row["compiled_error"] <= MODEL_TOLERANCE * TOLERANCE[dtype]:
+            row["status"], row["note"] = "failed" if whole else "differs", "compiled, it gives other logits"
+            return nothing
     infer()
     row["infer_peak_bytes"] = allocated(infer, device).peak
     return train, infer
+
+
+def _error(logits: torch.Tensor, name: str, model: nn.Module, images: torch.Tensor) -> float:
+    """Of the logits against those of the reference with the model's weights in float64."""
+    exact = build(name, "reference").to(images.device, torch.float64).eval()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return relative_error([logits], [exact(images.double())])
 
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer, *batch: torch.Tensor) -> int:

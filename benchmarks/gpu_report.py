@@ -1,7 +1,7 @@
 """gpu_suite.py's tables and verdicts, from its JSON alone."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ MAIN, LONG = [32, 4, 1024, 32], [8, 4, 16384, 32]
 LABELS = {"performer_attention": "Performer", "linear_attention": "linear", "conv_norm": "conv_norm"}
 
 JUDGED = ("checks", "gradients", "graphs")  # sections
+TIMED = ("attention", "sweep", "conv_norm", "models", "peers")
 WRONG = ("failed", "crashed", "out of time")  # of a task: it was begun and had all the time that it should have
+MEASURED = ("forward", "gpu_", "peak_", "saved_", "train", "infer")  # of a row: keys that begin so are numbers of it
 
 Row = dict[str, Any]
 
@@ -35,6 +37,22 @@ def measured(arguments: dict[str, Any], among: Sequence[str]) -> list[str]:
     return [name for name in among if modes is None or name in {mode.partition(" + ")[0] for mode in modes}]
 
 
+def withdraw(results: dict[str, Any], barred: Collection[tuple[str, str, str]]) -> None:
+    """Take its numbers from every row of (op or model, backend, dtype) that a check found wrong, be it a later one."""
+    for row in rows_of(results, *TIMED):
+        if row["status"] != "ok":
+            continue
+        if "model" in row:
+            by = row["mode"].partition(" + ")[0]
+            given = [(row["model"], by), *row["served"].items()]
+        else:
+            given = [(row["op"], row["implementation"])]
+        wrong = [what for what, by in given if (what, by, row["dtype"]) in barred]
+        if wrong:
+            row |= {key: None for key in row if key.startswith(MEASURED) and not key.endswith("_work")}
+            row |= {"status": "failed", "note": f"a later check failed: {', '.join(wrong)}"}
+
+
 def headline(results: dict[str, Any]) -> str:
     """The machine."""
     env = results["environment"]
@@ -54,12 +72,10 @@ def seconds(row: Row | None, part: str) -> float | None:
     return timing["median_s"] if timing else None
 
 
-def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
-    """The first row with these entries that has its numbers."""
-    same = [
-        row for row in rows if row["status"] == "ok" and all(row.get(key) == value for key, value in wanted.items())
-    ]
-    return same[0] if same else None
+def find(rows: Sequence[Row], status: str = "ok", **wanted: Any) -> Row | None:
+    """The first row with these entries that has its numbers, or this status."""
+    wanted["status"] = status
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
 
 
 def _ratio(slow: float | None, fast: float | None) -> float | None:
@@ -67,20 +83,17 @@ def _ratio(slow: float | None, fast: float | None) -> float | None:
 
 
 def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each target with what was found: met, missed or not measured."""
-    return [
-        {
-            "target": words,
-            "wanted": wanted,
-            "found": found,
-            "verdict": "not measured" if found is None else "met" if found >= wanted else "missed",
-        }
-        for words, wanted, found in _targets(results)
-    ]
+    """Each target with what was found: met, missed, not measured, or failed, with why there is no speed."""
+    lines = []
+    for words, wanted, found, failed in _targets(results):
+        verdict = "met" if (found or 0) >= wanted else "missed" if found else "failed" if failed else "not measured"
+        note = failed["note"] if failed and not found else None
+        lines.append({"target": words, "wanted": wanted, "found": found, "verdict": verdict, "note": note})
+    return lines
 
 
-def _targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """(what, at least this, what was found)."""
+def _targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None, Row | None]]:
+    """(what, at least this, what was found, one of its rows that has failed)."""
     rows, ceilings = rows_of(results, "attention", "sweep"), rows_of(results, "ceilings")
     bandwidth = ceilings[0]["bandwidth"] if ceilings else None
 
@@ -92,49 +105,54 @@ def _targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None
         row = find(rows, op=op, variant="softmax", shape=MAIN, dtype="float16", implementation="triton")
         return row["forward_bytes_per_s"] / bandwidth if row and bandwidth else None
 
+    def failed(op: str, implementation: str) -> Row | None:
+        return find(rows, "failed", op=op, dtype="float16", implementation=implementation)
+
     performer, linear = "performer_attention", "linear_attention"
-    ours = time(performer, MAIN, "triton")
+    ours, wrong = time(performer, MAIN, "triton"), failed(performer, "triton")
     words = "triton: Performer (32, 4, 1024, 32), forward + backward"
-    yield f"{words}, × torch.compile(reference)", 3, _ratio(time(performer, MAIN, "torch.compile"), ours)
-    yield f"{words}, × SDPA (flash)", 1.5, _ratio(time(performer, MAIN, "sdpa, flash"), ours)
+    yield f"{words}, × torch.compile(reference)", 3, _ratio(time(performer, MAIN, "torch.compile"), ours), wrong
+    yield f"{words}, × SDPA (flash)", 1.5, _ratio(time(performer, MAIN, "sdpa, flash"), ours), wrong
     ratio = _ratio(time(performer, LONG, "sdpa, flash"), time(performer, LONG, "triton"))
-    yield "triton: Performer at N = 16,384, forward + backward, × SDPA (flash)", 10, ratio
-    yield "triton: Performer forward, share of the measured bandwidth", 0.5, share(performer)
-    yield "triton: linear_attention, forward + backward, × the best installed peer", 1.3, _best_peer(results)
-    yield "triton: linear_attention forward, share of the measured bandwidth", 0.6, share(linear)
+    yield "triton: Performer at N = 16,384, forward + backward, × SDPA (flash)", 10, ratio, wrong
+    yield "triton: Performer forward, share of the measured bandwidth", 0.5, share(performer), wrong
+    wrong = failed(linear, "triton")
+    yield "triton: linear_attention, forward + backward, × the best installed peer", 1.3, _best_peer(results), wrong
+    yield "triton: linear_attention forward, share of the measured bandwidth", 0.6, share(linear), wrong
     yield from _model_targets(results)
-    cuda = time(performer, MAIN, "cuda")
+    cuda, wrong = time(performer, MAIN, "cuda"), failed(performer, "cuda")
     words = "cuda: Performer (32, 4, 1024, 32), forward + backward"
-    yield f"{words}, × torch.compile(reference)", 1.5, _ratio(time(performer, MAIN, "torch.compile"), cuda)
-    yield f"{words}, × Triton (1 / 1.3 or more)", 1 / 1.3, _ratio(ours, cuda)
+    yield f"{words}, × torch.compile(reference)", 1.5, _ratio(time(performer, MAIN, "torch.compile"), cuda), wrong
+    yield f"{words}, × Triton (1 / 1.3 or more)", 1 / 1.3, _ratio(ours, cuda), wrong
 
 
 def _best_peer(results: dict[str, Any]) -> float | None:
     """The least ratio over the variants that an installed package has, too."""
-    ratios = []
+    ratios, case = [], {"op": "linear_attention", "shape": MAIN, "dtype": "float16"}
     for row in rows_of(results, "peers"):
-        if row["op"] == "linear_attention" and row["implementation"] not in ("triton", "cuda", "cpp"):
-            case = {key: row[key] for key in ("op", "variant", "shape", "dtype")}
-            ours = find(rows_of(results, "peers"), **case, implementation="triton")
+        peer = row["implementation"] not in ("triton", "cuda", "cpp")
+        if peer and all(row[key] == value for key, value in case.items()):
+            ours = find(rows_of(results, "peers"), **case, variant=row["variant"], implementation="triton")
             ratios.append(_ratio(seconds(row, "forward_backward"), seconds(ours, "forward_backward")))
     known = [ratio for ratio in ratios if ratio]
     return min(known) if known else None
 
 
-def _model_targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    rows = rows_of(results, "models")
+def _model_targets(results: dict[str, Any]) -> Iterator[tuple[str, float, float | None, Row | None]]:
+    rows, case = rows_of(results, "models"), {"model": "cpv-5/4", "dtype": "float16", "batch": 256}
 
     def found(mode: str, key: str) -> float | None:
-        row = find(rows, model="cpv-5/4", dtype="float16", batch=256, mode=mode)
+        row = find(rows, **case, mode=mode)
         return row and row.get(key)
 
     over = "train_speedup"  # over eager: both sides of a ratio took turns with it
     ours = max(filter(None, (found("triton", over), found("triton + compile", over))), default=None)
     words = "triton: CPV-5/4 training, batch 256, AMP float16"
-    yield f"{words}, images/s × eager", 2, ours
-    yield f"{words}, images/s × torch.compile", 1.3, _ratio(ours, found("eager + compile", over))
+    wrong = find(rows, "failed", **case, mode="triton")
+    yield f"{words}, images/s × eager", 2, ours, wrong
+    yield f"{words}, images/s × torch.compile", 1.3, _ratio(ours, found("eager + compile", over)), wrong
     peak = "train_peak_bytes"
-    yield f"{words}, eager's peak ÷ ours", 8, _ratio(found("eager", peak), found("triton", peak))
+    yield f"{words}, eager's peak ÷ ours", 8, _ratio(found("eager", peak), found("triton", peak)), wrong
 
 
 def failures(results: dict[str, Any]) -> list[str]:
@@ -307,7 +325,7 @@ def verdict_table(results: dict[str, Any], brief: bool = False) -> Table:
     """The targets."""
     cells = []
     for line in results["verdicts"]:
-        found = "not measured" if line["found"] is None else f"{line['found']:.2f}"
+        found = line["note"] or ("not measured" if line["found"] is None else f"{line['found']:.2f}")
         cells.append(
             [line["target"], f"{line['wanted']:.2f}", found, line["verdict"] if line["found"] is not None else ""]
         )

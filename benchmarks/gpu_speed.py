@@ -1,6 +1,7 @@
 """gpu_suite.py's ops: each against what else computes it, at the sizes that the targets name, and over N."""
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cxv_kernels
-from cxv_kernels import backends
+from cxv_kernels import _triton, backends
 from cxv_kernels.conv_norm.reference import conv_norm_reference
 
 SHAPES = ((32, 4, 1024, 32), (32, 8, 1024, 32), (4, 8, 4096, 64), (1, 8, 65536, 64))
@@ -38,6 +39,8 @@ SDPA_LONGEST = 65536  # beyond, quadratic time is better computed than waited fo
 ROTATED = 4  # sets of inputs that take turns, so that none is found in a cache
 ROTATED_BYTES = 256 << 20  # inputs beyond which one set is enough
 WHOLLY_CHECKED = 1 << 18  # tokens × heads
+IMPLICIT_GEMM = "triton, implicit GEMM"  # a backend with conv_norm's convolution as its own, too, in channels_last
+NO_SPEED = "its check failed"
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Settings:
             return {"budget": 0.0, "min_repeats": 2, "max_repeats": 2}
         return {"budget": 0.15, "min_repeats": 7, "max_repeats": 60, "limit": 3.0}
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
         """torch.compile; in a quick run without code generation, which takes as long as all the rest."""
-        return torch.compile(function, dynamic=False, backend="aot_eager" if self.quick else "inductor")
+        backend = "aot_eager" if self.quick else "inductor"
+        return torch.compile(function, fullgraph=fullgraph, dynamic=False, backend=backend)
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Entry:
 
     runs: list[Run]
     note: str | None = None
+    name: str = ""  # unset: the row's implementation, by which it is judged
     gpu: dict[str, Timing | None] = field(default_factory=dict)  # by pass: without the time to launch
 
     @property
@@ -164,7 +169,7 @@ def attention(
         if served != "serves":
             mine.row.status, mine.note = "not served", served
         elif (op, backend, dtype) in settings.barred:
-            mine.row.status, mine.note = "failed", "its check failed"
+            mine.row.status, mine.note = "failed", NO_SPEED
     reference = attend(op, variant, projection, "reference")
     if "reference" in rivals:
         entries.append(entry("reference", reference, {op: "reference"}))
@@ -219,6 +224,35 @@ def _peer(op: str, variant: str, projection: Tensor, sets: Sequence[tuple[tuple[
 # --- convolution + norm, dropout ---------------------------------------------------------------------------------
 
 
+@contextmanager
+def convolving(backend: str) -> Iterator[str]:
+    """In the block Triton's forward convolves by its own kernel if ``backend`` says so; the backend's own name."""
+    if backend != IMPLICIT_GEMM:
+        yield backend
+        return
+    module = importlib.import_module("cxv_kernels.conv_norm.triton")
+    before, module.implicit_gemm = module.implicit_gemm, True
+    try:
+        yield "triton"
+    finally:
+        module.implicit_gemm = before
+
+
+def explain(op: str, backend: str, device: torch.device | str, dtype: torch.dtype, dim: int) -> str:
+    """What `explain_backend` says of a backend, `IMPLICIT_GEMM` too, which multiplies matrices."""
+    if backend != IMPLICIT_GEMM:
+        return backends.explain_backend(op, device, dtype, dim)[backend]
+    if dim > 256:
+        return f"serves at most 256 channels, not {dim}"
+    return _triton.serves_triton(torch.device(device), dtype, dim) or "serves"
+
+
+def conv_norm_by(backend: str, *inputs: Tensor) -> Tensor:
+    """conv_norm by a backend; `IMPLICIT_GEMM` is one."""
+    with convolving(backend) as name:
+        return cxv_kernels.conv_norm(*inputs, backend=name)
+
+
 def convolution(settings: Settings, emit: Emit, shape: Sequence[int], layout: str, dtype: str, compiled: bool) -> None:
     """conv_norm of (B, C, H, W) → C channels by every backend, against PyTorch's two ops and the convolution alone."""
     device, kind, (batch, channels, *side) = settings.where, DTYPES[dtype], shape
@@ -244,14 +278,17 @@ def convolution(settings: Settings, emit: Emit, shape: Sequence[int], layout: st
         return Entry([Run(row, function, given[:inputs], grad, **rest) for given, grad in sets])
 
     entries = []
-    for backend in settings.backends:
-        mine = entry(backend, partial(cxv_kernels.conv_norm, backend=backend), {"conv_norm": backend})
+    own = [IMPLICIT_GEMM] if "triton" in settings.backends and layout == "channels_last" else []
+    for backend in (*settings.backends, *own):
+        name = backend.partition(",")[0]
+        mine = entry(name, partial(conv_norm_by, backend), {"conv_norm": name})
+        mine.name = backend
         entries.append(mine)
-        served = backends.explain_backend("conv_norm", device, kind, channels)[backend]
+        served = explain("conv_norm", backend, device, kind, channels)
         if served != "serves":
             mine.row.status, mine.note = "not served", served
         elif ("conv_norm", backend, dtype) in settings.barred:
-            mine.row.status, mine.note = "failed", "its check failed"
+            mine.row.status, mine.note = "failed", NO_SPEED
     entries.append(entry("conv2d, layer_norm", plain_conv_norm, {}))
     if compiled:
         entries.append(entry("torch.compile", settings.compile(plain_conv_norm), {}))
@@ -296,6 +333,7 @@ def report(emit: Emit, entries: Sequence[Entry], case: dict[str, Any], work: tup
     """A row for each entry: what was measured, and the rates that its best time amounts to."""
     for entry in entries:
         row = {**case, **entry.row.to_json(), "note": entry.note}
+        row["implementation"] = entry.name or row["implementation"]
         for method, least in zip(("forward", "forward_backward"), work, strict=True):
             timing = entry.gpu.get(method)
             row[f"gpu_{method}"] = timing_json(timing)

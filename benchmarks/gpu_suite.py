@@ -89,11 +89,22 @@ def _checks(settings: Settings, size: str, dtypes: Sequence[str], limit: float =
         for op in backends.OPS:
             arguments = {"op": op, "backend": backend, "size": size, "dtypes": tuple(dtypes)}
             yield Task("checks", "check_op", arguments, limit)
+    if "triton" in settings.backends:
+        arguments = {"op": "conv_norm", "backend": gpu_speed.IMPLICIT_GEMM, "size": size, "dtypes": tuple(dtypes)}
+        yield Task("checks", "check_op", arguments, limit)
 
 
 def _attention(section: str, op: str, variant: str, shape: Sequence[int], dtype: str, *rivals: str) -> Task:
     arguments = {"op": op, "variant": variant, "shape": tuple(shape), "dtype": dtype, "rivals": rivals}
-    return Task(section, "attention", arguments, 120.0 if "torch.compile" in rivals or "peer" in rivals else 60.0)
+    return Task(section, "attention", arguments, 120.0 if "torch.compile" in rivals else 60.0)
+
+
+def _peers(shape: Sequence[int], dtype: str) -> Iterator[Task]:
+    """Each op that an installed package has, too, in a task of its own."""
+    for op, variant in _installed():
+        task = _attention("peers", op, variant, shape, dtype, "peer")
+        # flash_bla tries 144 configurations of both its kernels for every N and dtype, float32 of its check too
+        yield dataclasses.replace(task, limit=240.0) if variant == "elu" else task
 
 
 def _models(model: str, dtype: str, batch: int, *modes: str, side: int = 32, limit: float = 90.0) -> Task:
@@ -136,14 +147,13 @@ def _full(settings: Settings) -> Iterator[Task]:
     for tokens in gpu_speed.SWEEP:
         for op in (performer, linear):
             yield _attention("sweep", op, "softmax", (8, 4, tokens, 32), HALF, "sdpa")
-    yield from (_attention("peers", op, variant, MAIN, HALF, "peer") for op, variant in _installed())
     yield from _checks(settings, "long", (HALF,), 30.0)
     yield from _checks(settings, "wide", (HALF, "float32"))
     for model in gpu_models.MODELS:
         for dtype in (HALF, "bfloat16", "float32"):
             if (model, dtype) != ("cpv-5/4", HALF):
                 arguments = {"model": model, "dtype": dtype, "batch": 8, "side": 32}
-                yield Task("gradients", "check_model", arguments, 30.0)
+                yield Task("gradients", "check_model", arguments)
     yield _models("cpv-5/4", "bfloat16", 256, "eager", *fused)
     for batch in (32, 1024):
         yield _models("cpv-5/4", HALF, batch, "eager", *fused, *(f"{name} + checkpoints" for name in fused[:1]))
@@ -157,6 +167,7 @@ def _full(settings: Settings) -> Iterator[Task]:
         yield _attention("attention", op, variant, MAIN, HALF, "reference")
     for model in gpu_models.MODELS[1:]:
         yield from _compiled(settings, model, HALF, 256)
+    yield from _peers(MAIN, HALF)
     yield Task("sanitizer", "", {}, 240.0)
     # what is left of every model × dtype × batch
     for model in gpu_models.MODELS[1:]:
@@ -167,6 +178,20 @@ def _full(settings: Settings) -> Iterator[Task]:
     for model, dtype, batch in itertools.product(gpu_models.MODELS, (HALF, "bfloat16"), (256, 32, 1024)):
         if (model, dtype, batch) not in planned:
             yield _models(model, dtype, batch, "eager", *fused)
+    # and of what plain PyTorch gains by torch.compile, and of the peers
+    for shape in ((8, 4, 16384, 32), *gpu_speed.SHAPES[1:]):
+        for op in (performer, linear):
+            yield _attention("attention", op, "softmax", shape, HALF, "reference", "torch.compile")
+    for dtype, batch in itertools.product((HALF, "bfloat16"), (256, 32, 1024)):
+        for model in gpu_models.MODELS:
+            if (dtype, batch) != (HALF, 256):
+                yield from _compiled(settings, model, dtype, batch)
+    for dtype in ("bfloat16", "float32"):
+        for op in (performer, linear):
+            yield _attention("attention", op, "softmax", MAIN, dtype, "reference", "torch.compile")
+        yield from _peers(MAIN, dtype)
+    for shape in gpu_speed.SHAPES[1:]:
+        yield from _peers(shape, HALF)
 
 
 def _quick(settings: Settings) -> Iterator[Task]:
@@ -180,7 +205,7 @@ def _quick(settings: Settings) -> Iterator[Task]:
     shape = (1, 2, 64, 16)
     yield _attention("attention", "performer_attention", "softmax", shape, half, "reference", "sdpa", "torch.compile")
     yield _attention("sweep", "linear_attention", "softmax", shape, half, "sdpa")
-    yield from (_attention("peers", op, variant, shape, half, "peer") for op, variant in _installed())
+    yield from _peers(shape, half)
     yield _conv(settings, (1, 16, 8, 8), "channels_last", half, True)
     yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
     fused = settings.backends[:1]
@@ -388,27 +413,30 @@ class Programs:
 # --- all of it ---------------------------------------------------------------------------------------------------
 
 
-def barred(done: Sequence[dict[str, Any]]) -> set[tuple[str, str, str]]:
-    """(op, backend, dtype) of every check that failed or did not live to tell, not of what was not reached."""
+def barred(done: Sequence[dict[str, Any]], among: Sequence[str]) -> set[tuple[str, str, str]]:
+    """(op, or of gradients the model, backend, dtype) of every check that failed or did not live to tell, if only one
+    backend was in it, its own or all ``among`` which the run chose; not of what was not reached."""
     found = set()
     for task in done:
-        if task["section"] not in ("checks", "graphs"):
+        if task["section"] not in gpu_report.JUDGED:
             continue
-        wanted = task["arguments"]
+        wanted, what = task["arguments"], "model" if task["section"] == "gradients" else "op"
         if task["status"] in gpu_report.WRONG:
+            names = [wanted["backend"]] if what == "op" else task["backends"] or among
             # what was only slow has said of some dtypes that they are right
             right = {row["dtype"] for row in task["rows"] if row["status"] == "ok" and task["status"] == "out of time"}
             dtypes = set(wanted.get("dtypes") or (wanted["dtype"],)) - right
-            found |= {(wanted["op"], wanted["backend"], dtype) for dtype in dtypes}
-        found |= {(r["op"], r["backend"], r["dtype"]) for r in task["rows"] if r["status"] == "failed"}
+            found |= {(wanted[what], *names, dtype) for dtype in dtypes if len(names) == 1}
+        found |= {(row[what], row["backend"], row["dtype"]) for row in task["rows"] if row["status"] == "failed"}
     return found
 
 
 def one_by_one(task: Task, status: str, settings: Settings) -> list[Task]:
-    """The task again for each backend alone, if one may have brought it down for all; no model that was only slow."""
+    """The task again for each backend alone, if one may have brought it down for all; no model that was only slow,
+    nor a peer, which would be as slow beside each."""
     together = task.section in ("attention", "sweep", "conv_norm", "models", "gradients", "peers") and not task.backends
     names = gpu_report.measured(task.arguments, settings.backends)
-    slow = (task.section, status) == ("models", "out of time")
+    slow = task.section in ("models", "peers") and status == "out of time"
     if status not in gpu_report.WRONG or slow or not together or len(names) < 2:
         return []
     return [dataclasses.replace(task, backends=(name,)) for name in names]
@@ -441,7 +469,7 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
         tasks.insert(0, Task("build", "", {}, 280.0))
     anew = {(task.section, task.label) for task in tasks}
     results["tasks"] = [task for task in results["tasks"] if (task["section"], task["label"]) not in anew]
-    results["settings"] = dataclasses.asdict(settings) | {"barred": sorted(barred(results["tasks"]))}
+    results["settings"] = dataclasses.asdict(settings) | {"barred": sorted(barred(results["tasks"], settings.backends))}
     results["verdicts"] = []
     here = False  # whether the environment is this machine's
     programs, worker = Programs(settings, arguments.out / "gpu_suite.log"), Worker(start, settings)
@@ -449,7 +477,9 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
     def keep(task: Task, outcome: Outcome, limit: float) -> None:
         about = {"label": task.label, "limit": round(limit, 1)}  # the one that it had
         results["tasks"].append(dataclasses.asdict(task) | about | outcome.to_json())
-        results["settings"]["barred"] = sorted(barred(results["tasks"]))
+        wrong = barred(results["tasks"], settings.backends)
+        results["settings"]["barred"] = sorted(wrong)
+        gpu_report.withdraw(results, wrong)
         results["wall_s"] = round(time.perf_counter() - begin, 1)
         write_json(path, results)
         ended = {row.get("status", "ok") for row in outcome.rows if task.section in PROGRAMS}
@@ -481,7 +511,7 @@ def benchmark(settings: Settings, arguments: argparse.Namespace) -> int:
                 outcome = in_programs(task, limit)
             else:
                 message = {name: getattr(task, name) for name in ("function", "arguments", "backends")}
-                outcome = worker.run(message | {"barred": barred(results["tasks"])}, limit)
+                outcome = worker.run(message | {"barred": barred(results["tasks"], settings.backends)}, limit)
             late = "out of time" in (outcome.status, *(row.get("status") for row in outcome.rows))
             if late and limit < task.limit and task.section != "build":
                 outcome.status = "not measured"  # by no fault of its own

@@ -84,12 +84,13 @@ PEERS: dict[str, tuple[str, Callable[[int, Tensor], Peer]]] = {
     "linear_attention": ("linear-attention-transformer", linear),
     "nystrom_attention": ("nystrom-attention", nystrom),
 }
-# On a GPU the other feature map has a peer, too. (flash-linear-attention has causal ops alone: another function.)
+# On a GPU the other feature map has a peer, too.
 GPU_PEERS = {(op, "softmax"): peer for op, peer in PEERS.items()} | {
     ("linear_attention", "elu"): ("flash_bla", flash_bla)
 }
 
 
 def versions() -> dict[str, str | None]:
-    """Of each peer; None where it is not installed."""
-    return {package: version_of(package) for package, _ in GPU_PEERS.values()}
+    """Of each peer; None where it is not installed. flash-linear-attention's too, which is none: its ops are causal."""
+    packages = [package for package, _ in GPU_PEERS.values()]
+    return {package: version_of(package) for package in (*packages, "flash-linear-attention")}

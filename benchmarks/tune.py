@@ -7,6 +7,9 @@ other kernels are the same for all candidates.
 With ``--rank-by compile`` the one is taken whose loop over tokens issues the fewest instructions per token, of those
 that hide no less latency, by their stages and resident warps, than the packaged choice, unless that is within 2 %. The
 table then says what the compiler thinks of speed, not a card.
+
+By time it tunes the GPU's own architecture, sm_80 or sm_90, and refuses others: what fits there it does not know, and
+without a level of theirs in the table, what they measured would be how an A100 is launched.
 """
 
 import argparse
@@ -38,6 +41,7 @@ SPACE = {
     "TOKENS": (128, 256, 512, 1024),
 }
 TABLE = Path(configs.__file__).with_name("triton_configs.json")
+TUNABLE = tuple(CARDS)[1:]  # architectures
 SHAPE = (32, 4, 1024)  # batch, heads, tokens of the timing: the paper's models
 
 Options = dict[str, Any]
@@ -249,7 +253,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a bad value."""
     parser = Parser("tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--rank-by", choices=("time", "compile"), default="time", help="compile: without a GPU")
-    parser.add_argument("--arch", type=int, nargs="+", choices=tuple(CARDS)[1:], help="unset: the GPU's, or 80 and 90")
+    parser.add_argument("--arch", type=int, nargs="+", choices=TUNABLE, help="unset: the GPU's, or 80 and 90")
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
     parser.add_argument(
         "--features", type=positive, nargs="+", default=[None], help="the Performer's; unset: ⌊D ln D⌋ of each head"
@@ -270,8 +274,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.rank_by == "time":
         if not torch.cuda.is_available():
             parser.error("argument --rank-by: time needs a GPU; compile does not")
-        major, minor = torch.cuda.get_device_capability()
-        arguments.arch = arguments.arch or [max(arch for arch in CARDS if arch <= 10 * major + minor)]
+        mine = configs.architecture(torch.device("cuda"))
+        if mine not in TUNABLE:
+            parser.error(f"argument --rank-by: time tunes {' and '.join(f'sm_{a}' for a in TUNABLE)}, not sm_{mine}")
+        if arguments.arch not in (None, [mine]):
+            parser.error(f"argument --arch: time tunes this GPU's alone, {mine}")
+        arguments.arch = [mine]
     arguments.arch = arguments.arch or [80, 90]
     return arguments
 

@@ -73,6 +73,11 @@ def test_a_quick_run_does_everything(quick):
         mine = [row for row in checks if row["backend"] == backend and row["status"] == "ok"]
         assert {"performer_attention", "linear_attention", "dropout"} <= {row["op"] for row in mine}
         assert all(0 < row["of_tolerance"] <= 1 for row in mine)
+    own = [row for row in checks if row["backend"] == gpu_speed.IMPLICIT_GEMM]
+    assert [(row["case"], row["status"]) for row in own] == [("channels_last", "ok")]
+    convolutions = {row["implementation"]: row for row in gpu_report.rows_of(results, "conv_norm")}
+    assert {"triton", gpu_speed.IMPLICIT_GEMM, "conv2d alone"} <= set(convolutions)
+    assert convolutions[gpu_speed.IMPLICIT_GEMM]["forward"]["median_s"] > 0
     assert results["environment"]["device"] == "cpu"
     assert {line["verdict"] for line in results["verdicts"]} == {"not measured"}  # its sizes are nobody's targets
     assert (out / "gpu_suite.md").read_text().strip() == gpu_report.markdown(results)
@@ -132,7 +137,8 @@ def test_every_planned_task_can_be_called(settings):
     # what is not right is known before anything is timed
     first = next(i for i, task in enumerate(tasks) if task.section == "attention")
     small = {(t.arguments["op"], t.arguments["backend"]) for t in tasks[:first] if t.section == "checks"}
-    assert small == {(op, backend) for op in gpu_suite.backends.OPS for backend in settings.backends}
+    every = {(op, backend) for op in gpu_suite.backends.OPS for backend in settings.backends}
+    assert small == every | {("conv_norm", gpu_speed.IMPLICIT_GEMM)}
 
 
 def test_the_targets_are_planned():
@@ -246,7 +252,7 @@ def test_a_failed_check_bars_the_kernel_and_fails_the_run():
     right = wrong | {"op": "conv_norm", "status": "ok", "of_tolerance": 0.5}
     asked = {"op": "kv_state", "backend": "triton", "size": "small", "dtypes": ("float16", "float32")}
     tasks = [task("checks", [wrong, right]), task("checks", [], "crashed", "exit code -11", **asked)]
-    assert gpu_suite.barred(tasks) == {
+    assert gpu_suite.barred(tasks, ()) == {
         ("dropout", "cuda", "float16"),
         ("kv_state", "triton", "float16"),
         ("kv_state", "triton", "float32"),
@@ -258,12 +264,63 @@ def test_a_failed_check_bars_the_kernel_and_fails_the_run():
     assert gpu_report.failures({"tasks": [task("checks", [right]), task("models", [], "failed", "x")]}) == []
 
 
+def test_wrong_gradients_bar_the_model():
+    wrong = {"model": "cpv-5/4", "backend": "cuda", "dtype": "float16", "status": "failed"}
+    asked = {"model": "cnv-5/4", "dtype": "float16"}
+    alone = task("gradients", [], "crashed", **asked) | {"backends": ["triton"]}
+    tasks = [task("gradients", [wrong]), alone, task("gradients", [], "crashed", **asked) | {"backends": []}]
+    found = {("cpv-5/4", "cuda", "float16"), ("cnv-5/4", "triton", "float16")}
+    assert gpu_suite.barred(tasks, ("triton", "cuda")) == found  # one of two is to be tried alone
+    assert gpu_suite.barred(tasks, ("cuda",)) == found | {("cnv-5/4", "cuda", "float16")}
+
+
+def test_what_a_later_check_finds_wrong_loses_its_numbers(monkeypatch, tmp_path):
+    """And the targets that were met by it."""
+    checked = {"op": "performer_attention", "backend": "triton", "dtype": "float16", "case": "softmax"}
+    timed = [row("triton", 1.0), row("cuda", 1.0), row("torch.compile", 4.0)]
+    served = {"triton": "triton", "triton + compile": "triton", "cuda": "cuda", "eager": "none"}
+    models = [
+        model_row(mode, 2500, 1e9) | {"train": {"median_s": 0.1}, "served": {"performer_attention": by}}
+        for mode, by in served.items()
+    ]
+    given = Given(
+        attention=gpu_suite.Outcome("ok", timed),
+        models=gpu_suite.Outcome("ok", models),
+        check_op=gpu_suite.Outcome("ok", [checked | {"status": "failed"}]),
+    )
+    sections = {"attention": "attention", "models": "models", "checks": "check_op"}
+    order = [gpu_suite.Task(section, function, {"op": "it"}) for section, function in sections.items()]
+    first = suite(monkeypatch, tmp_path, given, *order[:2])
+    assert [line["verdict"] for line in first["verdicts"]].count("met") == 4
+    results = suite(monkeypatch, tmp_path, given, *order)
+    triton, cuda, compiled = gpu_report.rows_of(results, "attention")
+    note = "a later check failed: performer_attention"
+    assert (triton["status"], triton["note"]) == ("failed", note)
+    numbers = [key for key, value in cuda.items() if value is not None and value != triton[key]]
+    assert set(numbers) >= {"status", "forward", "gpu_forward_backward", "forward_bytes_per_s", "peak_bytes"}
+    assert not any(isinstance(triton[key], float) for key in numbers)
+    assert cuda["status"] == compiled["status"] == "ok"
+    rows = {row["mode"]: row for row in gpu_report.rows_of(results, "models")}
+    assert {mode: row["train_images_per_s"] for mode, row in rows.items()} == {
+        **{"triton": None, "triton + compile": None, "cuda": 2500, "eager": 2500}
+    }
+    verdicts = {line["target"]: (line["verdict"], line["found"]) for line in results["verdicts"]}
+    assert [v for target, v in verdicts.items() if "× torch.compile(reference)" in target] == [
+        ("failed", None),
+        ("met", 4.0),
+    ]
+    assert verdicts["triton: CPV-5/4 training, batch 256, AMP float16, images/s × eager"] == ("failed", None)
+    assert note in gpu_report.verdict_table(results).text()
+
+
 def test_what_was_not_reached_is_neither_right_nor_wrong():
     asked = {"op": "kv_state", "backend": "triton", "size": "small", "dtypes": ("float16", "float32")}
     right = {"op": "kv_state", "backend": "triton", "dtype": "float16", "status": "ok", "of_tolerance": 0.5}
     cut = [task("checks", [right], "not measured", **asked), task("checks", [], "not started", "exit code 1", **asked)]
-    assert gpu_suite.barred(cut) == set()
-    assert gpu_suite.barred([task("checks", [right], "out of time", **asked)]) == {("kv_state", "triton", "float32")}
+    assert gpu_suite.barred(cut, ()) == set()
+    assert gpu_suite.barred([task("checks", [right], "out of time", **asked)], ()) == {
+        ("kv_state", "triton", "float32")
+    }
     assert gpu_report.failures({"tasks": cut[:1]}) == []
     assert gpu_report.checked({"tasks": cut[:1]}) == [
         "Every check that was run passed.",
@@ -329,6 +386,19 @@ def test_a_task_that_failed_for_all_is_tried_for_each():
     assert gpu_suite.one_by_one(again[0], "crashed", GPU) == []
     assert gpu_suite.one_by_one(planned, "ok", GPU) == []
     assert gpu_suite.one_by_one(planned, "failed", CPP) == []
+
+
+def test_a_peer_that_is_slow_to_tune_costs_itself_alone(monkeypatch):
+    monkeypatch.setattr(gpu_suite.peers, "version_of", lambda package: "1.0")
+    tasks = gpu_suite.plan(GPU)
+    peers = [task for task in tasks if task.section == "peers"]
+    assert {(task.arguments["variant"], task.limit) for task in peers} == {("softmax", 60.0), ("elu", 240.0)}
+    assert all(gpu_suite.one_by_one(task, "out of time", GPU) == [] for task in peers)
+    assert len(gpu_suite.one_by_one(peers[0], "crashed", GPU)) == 2
+    targets = [i for i, task in enumerate(tasks) if task.section in gpu_report.JUDGED or task.section == "sweep"]
+    assert tasks.index(peers[0]) > max(targets)
+    versions = gpu_suite.peers.versions()
+    assert set(versions) >= {"flash_bla", "flash-linear-attention", "performer-pytorch"}
 
 
 def test_a_compiled_model_that_is_slow_to_compile_costs_itself_alone():
@@ -490,6 +560,46 @@ def test_a_barred_kernel_is_not_timed():
     assert row["note"] == gpu_suite.backends.explain_backend("linear_attention", "cpu")["cuda"]
 
 
+IMAGE = {"shape": (1, 8, 4, 4), "dtype": "float32", "compiled": False}
+
+
+def test_the_convolution_of_its_own_is_judged_alone(monkeypatch):
+    """By "cpp" in Triton's place, which the flag makes wrong."""
+    flag = SimpleNamespace(implicit_gemm=False)
+    monkeypatch.setitem(sys.modules, "cxv_kernels.conv_norm.triton", flag)
+    monkeypatch.setattr(gpu_speed, "explain", lambda *_: "serves")
+    right = gpu_speed.cxv_kernels.conv_norm
+    fake = SimpleNamespace(conv_norm=lambda *x, backend: right(*x, backend="cpp") * (1.01 if flag.implicit_gemm else 1))
+    monkeypatch.setattr(gpu_speed, "cxv_kernels", fake)
+    settings = dataclasses.replace(CPP, backends=("triton",))
+    rows = collected(gpu_speed.convolution, settings, layout="channels_last", **IMAGE)
+    found = {row["implementation"]: row["status"] for row in rows}
+    assert found == {
+        "triton": "ok",
+        gpu_speed.IMPLICIT_GEMM: "failed",
+        "conv2d, layer_norm": "ok",
+        "conv2d alone": "ok",
+    }
+    assert not flag.implicit_gemm
+    rows = collected(gpu_speed.convolution, settings, layout="NCHW", **IMAGE)
+    assert gpu_speed.IMPLICIT_GEMM not in {row["implementation"] for row in rows}
+
+
+def test_the_convolution_of_its_own_is_served_where_it_can_be(monkeypatch):
+    monkeypatch.setattr("cxv_kernels._triton.TRITON_MISSING", None)
+    monkeypatch.setattr("cxv_kernels._triton.interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+
+    def explain(dim):
+        return gpu_speed.explain("conv_norm", gpu_speed.IMPLICIT_GEMM, "cuda", torch.float16, dim)
+
+    assert explain(128) == "serves matrix products from sm_80 on, not sm_75"
+    assert explain(300) == "serves at most 256 channels, not 300"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    assert explain(128) == "serves"
+
+
 def test_a_wrong_kernel_is_not_timed_and_leaves_the_others(monkeypatch):
     right = gpu_speed.attend
     scale = {"cpp": 1.01}
@@ -527,6 +637,51 @@ def test_a_wrong_model_gets_no_number(monkeypatch):
     monkeypatch.setattr(gpu_models, "check_model", lambda *_: ({"conv_norm": "cpp"}, 0.5))
     (row,) = collected(gpu_models.models, CPP, **arguments)
     assert (row["status"], row["train"]) == ("failed", None)
+
+
+def test_a_model_whose_gradients_are_wrong_gets_no_number():
+    arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "modes": ("cpp",), "side": 8}
+    settings = dataclasses.replace(CPP, barred=frozenset({("cltv-1/4", "cpp", "float32")}))
+    (row,) = collected(gpu_models.models, settings, **arguments)
+    assert (row["status"], row["note"], row["train"]) == ("failed", "cltv-1/4", None)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(1.0, ("ok", "ok")), (1.01, ("failed", "differs"))],
+)
+def test_a_compiled_model_is_checked_and_whole(monkeypatch, scale, expected):
+    wholes = []
+
+    def compile(function, fullgraph, **_):
+        wholes.append(fullgraph)
+        return lambda images: function(images) * scale
+
+    monkeypatch.setattr(torch, "compile", compile)
+    arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "side": 8}
+    rows = collected(gpu_models.models, CPP, **arguments, modes=("cpp + compile", "eager + compile"))
+    assert tuple(row["status"] for row in rows) == expected
+    assert wholes == [True, True, False, False]
+    for row in rows:
+        assert row["compiled_error"] == pytest.approx(scale - 1, abs=1e-4)
+        assert (row["train"] is None) == (row["status"] != "ok")
+
+
+def test_a_graph_that_breaks_is_no_fused_compiled_model(monkeypatch):
+    torch.compiler.reset()
+    right = gpu_models.build
+
+    def breaking(name, mode):
+        model = right(name, mode)
+        model.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        return model
+
+    monkeypatch.setattr(gpu_models, "build", breaking)
+    arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "side": 8, "modes": ("cpp + compile",)}
+    (row,) = collected(gpu_models.models, CPP, **arguments)
+    assert (row["status"], row["train"]) == ("fails", None)
+    assert "graph_break" in row["note"]
+    torch.compiler.reset()
 
 
 def test_a_model_s_speed_is_over_what_took_turns_with_it(monkeypatch):
@@ -745,3 +900,34 @@ def test_a_replay_that_differs_is_seen(monkeypatch):
     monkeypatch.setattr(torch, "cuda", fake)
     rows = collected(gpu_checks.check_graph, CPP, op="dropout", backend="cpp", dtype="float32")
     assert [(r["status"], r["note"]) for r in rows] == [("failed", "a replay gives other bits")]
+
+
+# --- the tuner's card ---
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch", "words"),
+    [
+        ((9, 0), None, None),
+        ((9, 0), "90", None),
+        ((9, 0), "80", "argument --arch: time tunes this GPU's alone, 90"),
+        ((7, 5), None, "argument --rank-by: time tunes sm_80 and sm_90, not sm_75"),
+        ((8, 9), None, "argument --rank-by: time tunes sm_80 and sm_90, not sm_89"),
+        ((12, 0), "90", "argument --rank-by: time tunes sm_80 and sm_90, not sm_120"),
+    ],
+)
+def test_the_tuner_writes_of_its_own_card_alone(monkeypatch, capsys, capability, arch, words):
+    import tune
+
+    monkeypatch.setattr(tune._triton, "TRITON_MISSING", None)
+    monkeypatch.setattr(tune._triton, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+    command = ["--arch", arch] if arch else []
+    if words is None:
+        assert tune.parse(command).arch == [90]
+        return
+    with pytest.raises(SystemExit) as stopped:
+        tune.parse(command)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
