@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import cxv
 from cxv.models.registry import TABLE_1, has_fused_ops
@@ -140,6 +141,18 @@ def test_load_model_gives_the_reported_top1(whole):
     with torch.no_grad():
         logits = model(data.test.images.float() / 127.5 - 1)
     assert 100 * (logits.argmax(1) == data.test.labels).float().mean().item() == pytest.approx(result.best_top1)
+
+
+def test_evaluate_takes_a_dataloader(whole):
+    model, _ = load_model(whole[0])
+    test = load_data("digits", limit_test=40, splits=("test",)).test
+    loader = DataLoader(TensorDataset(test.images.float() / 127.5 - 1, test.labels), batch_size=16)
+    assert evaluate(model.train(), loader) == pytest.approx(evaluate(model, test))
+    assert model.training
+    with pytest.raises(InputError, match=r"^data: expected a split, as load_data.* got a Data$"):
+        evaluate(model, load_data("digits"))
+    with pytest.raises(InputError, match=r"^data: expected at least one batch"):
+        evaluate(model, [])
 
 
 def test_unfused_is_passed_to_the_model_and_can_be_changed_on_loading(tmp_path, monkeypatch):

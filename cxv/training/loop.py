@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -308,22 +308,41 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: ImageSet,
+    data: ImageSet | Iterable[tuple[Tensor, Tensor]],
     batch_size: int = 128,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     autocast: Callable[[], AbstractContextManager] | None = None,
     world: World | None = None,
 ) -> tuple[float, float]:
     """Mean cross-entropy (nats) and exact top-1 (per cent) over every image, in ``eval()`` mode.
 
-    The processes of ``world``, all of which must call it, share the images; none is counted twice.
+    Args:
+        model: images (B, C, H, W) → logits (B, classes); its mode is put back.
+        data: a split of :func:`load_data`, or a ``DataLoader``, or any batches of images as the model takes them and
+            labels (B,) int64.
+        batch_size: of a split.
+        device: where the batches go; default: the model's.
+        autocast: makes the context of a forward pass; default: none.
+        world: processes, all of which must call it, that share the images of a split; none is counted twice.
+
+    Raises:
+        InputError: ``data`` is something else, or empty.
     """
+    if not isinstance(data, ImageSet | Iterable):
+        raise InputError(
+            f"data: expected a split, as load_data(…).test, or batches (images, labels), got a {type(data).__name__}"
+        )
+    if device is None:
+        device = next((p.device for p in model.parameters()), "cpu")
     world, device = world or World(), torch.device(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss, the hits
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # the loss, the hits, the images
     for logits, y in _logits(model, data, batch_size, device, autocast, world):
-        sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
-    loss, hits = world.sum(sums).tolist()
-    return loss / len(data), 100 * hits / len(data)
+        loss, hits = F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()
+        sums += torch.stack([loss, hits, torch.full_like(hits, len(y))])
+    loss, hits, images = world.sum(sums).tolist()
+    if not images:
+        raise InputError("data: expected at least one batch (images, labels), got none")
+    return loss / images, 100 * hits / images
 
 
 @torch.no_grad()
@@ -341,7 +360,7 @@ def predict(
 
 def _logits(
     model: nn.Module,
-    data: ImageSet,
+    data: ImageSet | Iterable[tuple[Tensor, Tensor]],
     batch_size: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] | None,
@@ -349,12 +368,17 @@ def _logits(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's logits in float32 and its labels, batch by batch."""
     autocast = autocast or autocast_for("fp32", device)
-    share = None if world.size == 1 else partial(world.share, batch_size=batch_size)
+    own = isinstance(data, ImageSet)
+    if own:
+        share = None if world.size == 1 else partial(world.share, batch_size=batch_size)
+        source = batches(data, batch_size, device, share=share)
+    else:
+        source = ((x.to(device), y.to(device)) for x, y in data)
     was_training = model.training
     model.eval()
     try:
-        for i, (x, y) in enumerate(interruptible(batches(data, batch_size, device, share=share), world.max)):
-            mine = len(world.part(min(batch_size, len(data) - i * batch_size)))
+        for i, (x, y) in enumerate(interruptible(source, world.max)):
+            mine = len(world.part(min(batch_size, len(data) - i * batch_size))) if own else len(y)
             with autocast():
                 logits = model(x)
             yield logits[:mine].float(), y[:mine]
