@@ -180,6 +180,25 @@ def test_on_the_meta_device(name):
     assert torch.equal(model(x), there(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+@pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-1/2"])
+def test_gradients_by_image(name):
+    """Of the references, by vmap, with a mask of dropout for each."""
+    model = small(name, img_size=6)
+    weights = {k: p.detach() for k, p in model.named_parameters()}
+    x, labels = torch.randn(3, 3, 6, 6), torch.arange(3)
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(torch.func.functional_call(model, weights, (x[None],)), label[None])
+
+    gradient = torch.func.grad(loss)
+    by_image = lambda: torch.func.vmap(gradient, (None, 0, 0), randomness="different")(weights, x, labels)  # noqa: E731
+    assert all(found.shape == (3, *weights[k].shape) for k, found in by_image().items())
+    model.eval()
+    for k, found in by_image().items():
+        torch.testing.assert_close(found[1], gradient(weights, x[1], labels[1])[k])
+
+
 def test_the_releaseds_batch_maximum_mixes_images():
     model = small("cpv-5/4", stabilizer="batch").double().eval()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -468,6 +487,7 @@ def test_bad_input():
         ("in_chans must be an integer of at least 1, got 0", lambda: cxv.create_model("hybrid-vilt-6/8", in_chans=0)),
         ("embed_dim must be an integer of at least 4, got '16'", lambda: cxv.CPV(embed_dim="16")),
         (r"input must be \(B, 3, H, W\), got shape \(2, 1, 8, 8\)", lambda: cxv.CLTV()(torch.zeros(2, 1, 8, 8))),
+        (r"input must be \(B, 3, H, W\), got shape \(3, 8, 8\)", lambda: cxv.HybridViLT()(torch.zeros(3, 8, 8))),
         ("num_classes must be an integer of at least 0, got -1", lambda: cxv.CLTV().reset_classifier(-1)),
     ):
         with pytest.raises(ValueError, match=match):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_at_least(least: int, **values: Any) -> None:
@@ -27,6 +27,12 @@ def check_drop_rate(drop_rate: Any) -> None:
     """Raise ``ValueError`` unless ``drop_rate`` is a number in [0, 1)."""
     if not isinstance(drop_rate, Real) or not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
+
+
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise ``ValueError`` unless ``x`` is (B, in_chans, H, W)."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"input must be (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
 
 
 def hidden_width(dim: int, mlp_ratio: float) -> int:

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import cxv_kernels
 from cxv_kernels.validation import check_choice
 
-from .arguments import check_at_least, check_drop_rate, classifier, hidden_width, image_size
+from .arguments import check_at_least, check_drop_rate, check_images, classifier, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
-from .residual import Drop, ResidualBranch, convolve, is_plain, to_pixels, to_tokens, watched
+from .residual import Drop, ResidualBranch, convolve, is_plain, to_channels_last, to_pixels, to_tokens, watched
 
 NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm2d}
 CONV_RESIDUALS = (None, "conv", "conv_norm")
@@ -236,11 +236,10 @@ class CXV(nn.Module):
 
     def _run_layers(self, x: Tensor, stop: int, kept: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """The output of layer ``stop`` − 1, and those of the layers ``kept``."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"input must be (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
+        check_images(x, self.in_chans)
         # channels_last from end to end: attention, MLP and norm read a pixel's channels together, and of all that could
         # be converted the image is the smallest
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(to_channels_last(x))
         outputs = {}
         for i, layer in enumerate(self.layers):
             if i == stop:

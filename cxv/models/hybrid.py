@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_at_least, check_drop_rate, classifier, hidden_width, image_size
+from .arguments import check_at_least, check_drop_rate, check_images, classifier, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .cxv import Mlp
-from .residual import to_tokens
+from .residual import to_channels_last, to_tokens
 
 
 class Hybrid(nn.Module):
@@ -30,7 +30,7 @@ class Hybrid(nn.Module):
         use_fused: as in :class:`cxv.CXV`.
 
     Raises:
-        ValueError: an argument out of range; from ``forward``, an image of another size.
+        ValueError: an argument out of range; from ``forward``, an image of another size or channel count.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Hybrid(nn.Module):
         check_at_least(1, in_chans=in_chans, depth=depth, num_heads=num_heads, head_dim=head_dim)
         check_at_least(1, stem_stride=stem_stride)
         check_drop_rate(drop_rate)
-        self.img_size, self.num_features = img_size, embed_dim
+        self.img_size, self.in_chans, self.num_features = img_size, in_chans, embed_dim
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, embed_dim // 4, 3, stride=stem_stride, padding=1),
             nn.Conv2d(embed_dim // 4, embed_dim // 2, 3, padding=1),
@@ -94,7 +94,8 @@ class Hybrid(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → the last layer's output: (B, C, H/stem_stride, W/stem_stride), or with a class token,
         which is the first, (B, C, 1 + tokens, 1)."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        check_images(x, self.in_chans)
+        x = self.stem(to_channels_last(x))
         if self.cls_token is not None:
             tokens = to_tokens(x)
             if tokens.shape[1] + 1 != self.pos_embed.shape[1]:

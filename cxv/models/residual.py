@@ -27,6 +27,11 @@ def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
+def to_channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W), channels_last in memory; by what ``torch.func.vmap`` has a rule for."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The linear map weight (C_out, C_in) at every pixel of x (B, C_in, H, W)."""
     # float32 on a CPU: oneDNN's convolution is up to twice as fast as the BLAS behind F.linear, and its backward is a
