@@ -2,9 +2,12 @@
 
 Every argument of :class:`cxv.CXV` and of the model can be given (``depth=2, embed_dim=64, use_fused=True``), and timm's
 ``features_only``, ``out_indices``, ``pretrained_cfg_overlay``. Weights of ``cxv train`` load with ``pretrained=True,
-pretrained_cfg_overlay={"file": "a.safetensors"}``, a file of :func:`cxv.save_safetensors`; none come with timm.
+pretrained_cfg_overlay={"file": "a.safetensors"}``, a file of :func:`cxv.save_safetensors`, which also says for how many
+classes, of what images and with which mean and std; none come with timm.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 try:
@@ -13,7 +16,9 @@ except ImportError as error:
     raise ImportError("cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'") from error
 
 from .models import CLTV, CNV, CPV, CXV
+from .training.checkpoint import read_checkpoint
 from .training.data import MEAN, STD
+from .training.errors import InputError
 
 _CFG = {
     "url": "",
@@ -30,9 +35,30 @@ _CFG = {
 default_cfgs = generate_default_cfgs({"cpv_5_4": _CFG, "cnv_5_4": _CFG, "cltv_5_4": _CFG})
 
 
-def _create(model: type[CXV], variant: str, pretrained: bool, **kwargs: Any) -> CXV:
+def _described(overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """``overlay`` with what its file of ours, if it has one, says of the weights."""
+    found: dict[str, Any] = {}
+    with suppress(InputError):  # somebody else's weights, or none: timm's loader judges them
+        if overlay.get("file"):
+            checkpoint = read_checkpoint(overlay["file"])
+            channels, size = checkpoint["in_chans"], checkpoint["img_size"]
+            found = {"num_classes": len(checkpoint["classes"]), "input_size": (channels, size, size)}
+            for name, value in checkpoint["normalisation"].items():
+                found[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * channels
+    return {**found, **overlay}
+
+
+def _create(
+    model: type[CXV],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> CXV:
+    overlay = _described(pretrained_cfg_overlay or {})
+    features = {"out_indices": (-1,), "feature_cls": "getter"}
     return build_model_with_cfg(
-        model, variant, pretrained, feature_cfg={"out_indices": (-1,), "feature_cls": "getter"}, **kwargs
+        model, variant, pretrained, feature_cfg=features, pretrained_cfg_overlay=overlay, **kwargs
     )
 
 

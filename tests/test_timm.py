@@ -124,6 +124,34 @@ def test_weights_of_cxv_load(tmp_path):
     assert torch.equal(last, model.forward_features(x))
 
 
+def test_a_file_says_what_its_weights_are_of(tmp_path):
+    """Classes, images and normalisation, unless the call says otherwise."""
+    path = tmp_path / "a.safetensors"
+    model = cxv.create_model("cpv-3/2", embed_dim=16, num_classes=3, in_chans=1, img_size=8).eval()
+    pixels = {"mean": 0.25, "std": [0.125]}
+    cxv.save_safetensors(model, path, normalisation=pixels)
+    x, overlay = torch.randn(2, 1, 8, 8), {"file": str(path)}
+    for given in ({}, {"num_classes": 3, "in_chans": 1}):
+        found = timm.create_model("cpv_5_4", pretrained=True, pretrained_cfg_overlay=overlay, **given, **SMALL).eval()
+        assert torch.equal(found(x), model(x))
+    data = timm.data.resolve_model_data_config(found)
+    assert (data["input_size"], data["mean"], data["std"]) == ((1, 8, 8), (0.25,), (0.125,))
+    other = timm.create_model(
+        "cpv_5_4", pretrained=True, pretrained_cfg_overlay=overlay | {"std": (1.0,)}, num_classes=5, **SMALL
+    )
+    assert other.head.weight.shape == (5, 16)
+    assert other.pretrained_cfg["std"] == (1.0,)
+    assert torch.equal(other.stem[0].weight, model.stem[0].weight)
+
+
+def test_a_file_of_weights_alone_loads(tmp_path):
+    model = timm.create_model("cltv_5_4", **SMALL)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    overlay = {"file": str(tmp_path / "a.pt")}
+    again = timm.create_model("cltv_5_4", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
 def test_learning_rates_by_layer():
     from timm.optim import param_groups_layer_decay
 
