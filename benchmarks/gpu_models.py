@@ -116,7 +116,7 @@ def _prepare(
                 row["status"] = "not served"
                 return nothing
             if barred or not row["error"] <= row["tolerance"]:
-                row["status"], row["note"] = "failed", ", ".join(barred) or None
+                row["status"], row["note"] = "failed", f"a check failed: {', '.join(barred)}" if barred else None
                 return nothing
         made = partial(build, name, mode)
         if not compiled:

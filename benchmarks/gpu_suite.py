@@ -84,14 +84,21 @@ def plan(settings: Settings) -> list[Task]:
     return list(_quick(settings) if settings.quick else _full(settings))
 
 
-def _checks(settings: Settings, size: str, dtypes: Sequence[str], limit: float = 90.0) -> Iterator[Task]:
+def _check(op: str, backend: str, size: str, dtypes: Sequence[str], limit: float = 90.0) -> Task:
+    arguments = {"op": op, "backend": backend, "size": size, "dtypes": tuple(dtypes)}
+    return Task("checks", "check_op", arguments, limit)
+
+
+def _checks(settings: Settings, *arguments: Any) -> Iterator[Task]:
     for backend in settings.backends:
-        for op in backends.OPS:
-            arguments = {"op": op, "backend": backend, "size": size, "dtypes": tuple(dtypes)}
-            yield Task("checks", "check_op", arguments, limit)
+        yield from (_check(op, backend, *arguments) for op in backends.OPS)
+
+
+def _own_convolution(settings: Settings, sizes: dict[str, Sequence[str]]) -> Iterator[Task]:
+    """Checks of a kernel that nothing calls by default: after the targets."""
     if "triton" in settings.backends:
-        arguments = {"op": "conv_norm", "backend": gpu_speed.IMPLICIT_GEMM, "size": size, "dtypes": tuple(dtypes)}
-        yield Task("checks", "check_op", arguments, limit)
+        for size, dtypes in sizes.items():
+            yield _check("conv_norm", gpu_speed.IMPLICIT_GEMM, size, dtypes)
 
 
 def _attention(section: str, op: str, variant: str, shape: Sequence[int], dtype: str, *rivals: str) -> Task:
@@ -134,7 +141,8 @@ def _full(settings: Settings) -> Iterator[Task]:
     yield Task("gradients", "check_model", {"model": "cpv-5/4", "dtype": HALF, "batch": 8, "side": 32})
     yield _models("cpv-5/4", HALF, 256, "eager", *fused)
     yield from _compiled(settings, "cpv-5/4", HALF, 256)
-    yield from _checks(settings, "models", (HALF,), 30.0)
+    yield from _checks(settings, "models", (HALF,), 60.0)
+    yield from _own_convolution(settings, {"small": (HALF, "float32", "bfloat16"), "models": (HALF,)})
     yield from (_conv(settings, (256, 128, 32, 32), layout, HALF, True) for layout in ("channels_last", "NCHW"))
     for mode in ("eager", *fused[:1], *(f"{name} + checkpoints" for name in fused[:1])):
         yield Task("largest_batch", "largest_batch", {"model": "cpv-5/4", "dtype": HALF, "mode": mode})
@@ -143,11 +151,11 @@ def _full(settings: Settings) -> Iterator[Task]:
             yield _attention("attention", op, "softmax", shape, HALF, *rivals)
     for backend in settings.backends:
         for op in backends.OPS:
-            yield Task("graphs", "check_graph", {"op": op, "backend": backend, "dtype": HALF}, 30.0)
+            yield Task("graphs", "check_graph", {"op": op, "backend": backend, "dtype": HALF})
     for tokens in gpu_speed.SWEEP:
         for op in (performer, linear):
             yield _attention("sweep", op, "softmax", (8, 4, tokens, 32), HALF, "sdpa")
-    yield from _checks(settings, "long", (HALF,), 30.0)
+    yield from _checks(settings, "long", (HALF,), 60.0)
     yield from _checks(settings, "wide", (HALF, "float32"))
     for model in gpu_models.MODELS:
         for dtype in (HALF, "bfloat16", "float32"):
@@ -206,10 +214,12 @@ def _quick(settings: Settings) -> Iterator[Task]:
     yield _attention("attention", "performer_attention", "softmax", shape, half, "reference", "sdpa", "torch.compile")
     yield _attention("sweep", "linear_attention", "softmax", shape, half, "sdpa")
     yield from _peers(shape, half)
+    yield from _own_convolution(settings, {"tiny": (half,)})
     yield _conv(settings, (1, 16, 8, 8), "channels_last", half, True)
     yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
     fused = settings.backends[:1]
     modes = ("eager", *fused, *(f"{name} + checkpoints" for name in settings.backends[-1:]), "eager + compile")
+    modes += tuple(f"{name} + compile" for name in fused)
     yield _models("cltv-1/4", half, 1, *modes, side=8, limit=120.0)
     for mode in ("eager", *fused):
         arguments = {"model": "cltv-1/4", "dtype": half, "mode": mode, "side": 8}

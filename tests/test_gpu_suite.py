@@ -137,8 +137,9 @@ def test_every_planned_task_can_be_called(settings):
     # what is not right is known before anything is timed
     first = next(i for i, task in enumerate(tasks) if task.section == "attention")
     small = {(t.arguments["op"], t.arguments["backend"]) for t in tasks[:first] if t.section == "checks"}
-    every = {(op, backend) for op in gpu_suite.backends.OPS for backend in settings.backends}
-    assert small == every | {("conv_norm", gpu_speed.IMPLICIT_GEMM)}
+    assert small == {(op, backend) for op in gpu_suite.backends.OPS for backend in settings.backends}
+    own = [task.arguments.get("backend") == gpu_speed.IMPLICIT_GEMM for task in tasks]
+    assert first < own.index(True) < next(i for i, task in enumerate(tasks) if task.section == "conv_norm")
 
 
 def test_the_targets_are_planned():
@@ -152,8 +153,15 @@ def test_the_targets_are_planned():
     }
     assert {"eager", "eager + compile", "triton", "triton + compile", "cuda"} <= modes
     trained = {(a["model"], a["dtype"], a["batch"]) for section, a in planned if section == "models"}
-    every = itertools.product(("cpv-5/4", "cnv-5/4", "cltv-5/4"), ("float16", "bfloat16"), (32, 256, 1024))
-    assert set(every) <= trained
+    every = set(itertools.product(("cpv-5/4", "cnv-5/4", "cltv-5/4"), ("float16", "bfloat16"), (32, 256, 1024)))
+    assert every <= trained
+    for name in ("eager", "triton"):
+        compiled = [a for s, a in planned if s == "models" and f"{name} + compile" in a["modes"]]
+        assert {(a["model"], a["dtype"], a["batch"]) for a in compiled} == every
+    compiled = [a for s, a in planned if s == "attention" and "torch.compile" in a["rivals"]]
+    shapes, dtypes = ({a[key] for a in compiled} for key in ("shape", "dtype"))
+    assert shapes == {*gpu_speed.SHAPES, tuple(gpu_report.LONG)}
+    assert dtypes == {"float16", "bfloat16", "float32"}
 
 
 @pytest.mark.parametrize(
@@ -633,7 +641,7 @@ def test_a_wrong_model_gets_no_number(monkeypatch):
     arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "modes": ("cpp",), "side": 8}
     settings = dataclasses.replace(CPP, barred=frozenset({("conv_norm", "cpp", "float32")}))
     (row,) = collected(gpu_models.models, settings, **arguments)
-    assert (row["status"], row["note"], row["train"]) == ("failed", "conv_norm", None)
+    assert (row["status"], row["note"], row["train"]) == ("failed", "a check failed: conv_norm", None)
     monkeypatch.setattr(gpu_models, "check_model", lambda *_: ({"conv_norm": "cpp"}, 0.5))
     (row,) = collected(gpu_models.models, CPP, **arguments)
     assert (row["status"], row["train"]) == ("failed", None)
@@ -643,7 +651,7 @@ def test_a_model_whose_gradients_are_wrong_gets_no_number():
     arguments = {"model": "cltv-1/4", "dtype": "float32", "batch": 1, "modes": ("cpp",), "side": 8}
     settings = dataclasses.replace(CPP, barred=frozenset({("cltv-1/4", "cpp", "float32")}))
     (row,) = collected(gpu_models.models, settings, **arguments)
-    assert (row["status"], row["note"], row["train"]) == ("failed", "cltv-1/4", None)
+    assert (row["status"], row["note"], row["train"]) == ("failed", "a check failed: cltv-1/4", None)
 
 
 @pytest.mark.parametrize(
