@@ -449,7 +449,12 @@ def one_by_one(task: Task, status: str, settings: Settings) -> list[Task]:
     slow = task.section in ("models", "peers") and status == "out of time"
     if status not in gpu_report.WRONG or slow or not together or len(names) < 2:
         return []
-    return [dataclasses.replace(task, backends=(name,)) for name in names]
+    arguments = task.arguments
+    if status == "out of time" and "rivals" in arguments:  # torch.compile may be what took it, and would for each again
+        arguments = arguments | {"rivals": tuple(name for name in arguments["rivals"] if name != "torch.compile")}
+    elif status == "out of time" and "compiled" in arguments:
+        arguments = arguments | {"compiled": False}
+    return [dataclasses.replace(task, arguments=arguments, backends=(name,)) for name in names]
 
 
 def unfinished(tasks: Sequence[Task], earlier: dict[str, Any], settings: Settings) -> Iterator[Task]:

@@ -391,6 +391,11 @@ def test_a_task_that_failed_for_all_is_tried_for_each():
     again = gpu_suite.one_by_one(planned, "crashed", GPU)
     assert [task.backends for task in again] == [("triton",), ("cuda",)]
     assert len({planned.label, *(task.label for task in again)}) == 3
+    assert all(task.arguments == planned.arguments for task in again)
+    slow = gpu_suite.one_by_one(planned, "out of time", GPU)
+    assert {task.arguments["rivals"] for task in slow} == {("reference", "sdpa")}  # torch.compile may be what is slow
+    convolution = next(task for task in gpu_suite.plan(GPU) if task.section == "conv_norm")
+    assert [t.arguments["compiled"] for t in gpu_suite.one_by_one(convolution, "out of time", GPU)] == [False, False]
     assert gpu_suite.one_by_one(again[0], "crashed", GPU) == []
     assert gpu_suite.one_by_one(planned, "ok", GPU) == []
     assert gpu_suite.one_by_one(planned, "failed", CPP) == []
