@@ -22,7 +22,7 @@ from common import DTYPES, Parser, environment, positive, some_of, write_json
 
 from cxv_kernels import _triton
 
-# sm_75: Triton has no tensor cores there, so its kernels that multiply matrices serve from sm_80 on.
+# sm_75: Triton has no tensor cores there, so only the ops whose work is no matrix products are served.
 ARCHITECTURES = (75, 80, 90)
 SIZES: tuple[dict[str, Any], ...] = ({}, {"batch": 2, "heads": 2, "tokens": 200, "ragged": True})
 
@@ -32,22 +32,18 @@ def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from triton_compile import compile_all, distinct, launches
 
     def recorded(arch: int) -> list[tuple[int, Any]]:
-        wanted = [(dtype, dim) for dtype in arguments.dtype for dim in arguments.dims]
-        if arch < 80:
-            wanted = [(dtype, dim) for dtype, dim in wanted if dtype != "bfloat16"]
         return [
             (arch, launch)
-            for dtype, dim in wanted
+            for dtype in arguments.dtype
+            for dim in arguments.dims
             for size in SIZES[: 1 + arguments.ragged]
             for launch in launches(
                 DTYPES[dtype], arch, dim=dim, features=arguments.features, only=arguments.cases, **size
             )
         ]
 
-    newer = compile_all([pair for arch in arguments.arch if arch >= 80 for pair in recorded(arch)], arguments.jobs)
-    multiply = {row.kernel for row in newer if row.dot}
-    older = [pair for arch in arguments.arch if arch < 80 for pair in recorded(arch) if pair[1].name not in multiply]
-    return [asdict(row) for row in distinct([*newer, *compile_all(older, arguments.jobs)])]
+    rows = compile_all([pair for arch in arguments.arch for pair in recorded(arch)], arguments.jobs)
+    return [asdict(row) | {"fault": row.fault} for row in distinct(rows)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -139,7 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(arguments.json, results)
     print("\n\n".join([table(rows).text(), *words]))
     failed = [row for row in rows if row["error"]]
-    print(f"{len(rows)} kernels, {len(failed)} do not compile, {results['wall_s']:.0f} s")
+    faulty = [row for row in rows if row["fault"] and not row["error"]]
+    for row in faulty:
+        print(f"{row['kernel']} of {row['case']}, {row['dtype']}, sm_{row['arch']}: {row['fault']}")
+    counts = f"{len(failed)} do not compile, {len(faulty)} with a fault"
+    print(f"{len(rows)} Triton kernels, {counts}, {results['wall_s']:.0f} s")
     return 1 if failed else 0
 
 

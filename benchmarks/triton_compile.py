@@ -26,6 +26,7 @@ from torch import Tensor
 from training import loss_of, random_batch, weights_dtype
 
 import cxv
+import cxv_kernels
 from cxv_kernels import _triton, backends, checks
 
 
@@ -91,14 +92,28 @@ class Launch:
         return math.prod(self.grid) * -(-min(given["TOKENS"], given["N"]) // given["BLOCK_N"])
 
 
+IMPLICIT_GEMM = "conv_norm implicit GEMM"  # off by default: the case that is not among the checks
 MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
+
+
+@contextmanager
+def implicit_gemm() -> Iterator[None]:
+    """In the block Triton's conv_norm convolves channels_last tensors itself, and normalises in registers."""
+    from cxv_kernels.conv_norm import triton as module
+
+    previous, module.implicit_gemm = module.implicit_gemm, True
+    try:
+        yield
+    finally:
+        module.implicit_gemm = previous
+
 
 # --- recording ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def recording(take: Callable[..., None], arch: int | None = None) -> Iterator[None]:
-    """In the block the Triton backend serves every device and dtype, and ``take`` gets its launches."""
+    """In the block the Triton backend serves every device as it serves ``arch``, and ``take`` gets its launches."""
     previous = _triton.recorder, _triton.recorded_arch
     _triton.recorder, _triton.recorded_arch = take, arch
     try:
@@ -133,7 +148,7 @@ def launches(
         return only is None or label in only or label.partition(" ")[0] in only
 
     with recording(lambda *_: None, arch):
-        served = {op for op in backends.OPS if backends.explain_backend(op)["triton"] == "serves"}
+        served = {op for op in backends.OPS if backends.explain_backend(op, dtype=dtype)["triton"] == "serves"}
 
     def during(case: str, units: int, exps: float, run: Callable[[], Any]) -> None:
         def take(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
@@ -162,6 +177,11 @@ def launches(
                 exps,
                 lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
             )
+    if "conv_norm" in served and wanted(IMPLICIT_GEMM) and arch >= 80 and not ragged:
+        x = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
+        weight, norm = torch.randn(128, 128, 3, 3).to(dtype), (torch.ones(128), torch.zeros(128))
+        with implicit_gemm():
+            during(IMPLICIT_GEMM, 1024, 0, lambda: cxv_kernels.conv_norm(x, weight, None, *norm))
     for name, attention in MODELS.items() if dim == 32 and not ragged else ():
         if {attention, "conv_norm", "dropout", "gelu_dropout"} <= served and wanted(name):
             images, labels = random_batch(1, 32, torch.device("cpu"), dtype)
@@ -202,6 +222,19 @@ class Compiled:
     floor: dict[str, Any] = field(default_factory=dict)
     serialized: bool = False  # ptxas had Hopper's asynchronous products wait for one another
     issued: float | None = None  # instructions of a warp that a unit costs in the loop over tokens, if there is one
+
+    @property
+    def fault(self) -> str:
+        """Why nobody would launch it, if so."""
+        if self.error:
+            return self.error
+        if self.shared > CARDS[self.arch].block_shared:
+            return f"{self.shared} bytes of shared memory"
+        if self.dot and self.arch >= 80 and self.instructions["HMMA"] + self.instructions["WGMMA"] == 0:
+            return "no tensor cores"
+        if self.spills:
+            return f"{self.spills} spills"
+        return "products wait for one another" if self.serialized else ""
 
 
 FAMILIES = {

@@ -16,7 +16,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
 
 # What compiles kernels without a GPU takes the launches instead: (kernel, grid, arguments, options), as for the
-# architecture ``recorded_arch`` (80, 90, …). Meanwhile the kernels serve every device.
+# architecture ``recorded_arch`` (80, 90, …). Meanwhile the kernels serve every device as they serve that.
 recorder: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
 recorded_arch: int | None = None
 
@@ -47,7 +47,7 @@ def serves_triton(device: torch.device, dtype: torch.dtype, dim: int, tensor_cor
     if TRITON_MISSING:
         return TRITON_MISSING
     if recorder is not None:
-        return None
+        return _before_ampere(recorded_arch or 80, dtype, tensor_cores)
     if interpreting():
         if device.type != "cpu":
             return f"runs in its interpreter (TRITON_INTERPRET=1), which serves the CPU, not {device.type}"
@@ -61,10 +61,13 @@ def serves_triton(device: torch.device, dtype: torch.dtype, dim: int, tensor_cor
     if not torch.cuda.is_available():
         return None  # asked about a GPU in general
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 and (tensor_cores or dtype == torch.bfloat16):
-        what = "matrix products" if tensor_cores else "bfloat16"
-        return f"serves {what} from sm_80 on, not sm_{major}{minor}"
-    return None
+    return _before_ampere(10 * major + minor, dtype, tensor_cores)
+
+
+def _before_ampere(arch: int, dtype: torch.dtype, tensor_cores: bool) -> str | None:
+    if arch >= 80 or not (tensor_cores or dtype == torch.bfloat16):
+        return None
+    return f"serves {'matrix products' if tensor_cores else 'bfloat16'} from sm_80 on, not sm_{arch}"
 
 
 def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import cxv
 import cxv_kernels
+from cxv_kernels import _triton
 from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import TRITON_MISSING
 
@@ -90,10 +91,12 @@ def arguments(op, like):
         yield "performer_attention_forward", lambda _: (q, k, v, w, None, "softmax", 1e-4)
         yield "performer_attention_backward", lambda r: (grad, q, k, v, w, None, *r[1:], "softmax", 1e-4)
         yield "performer_features_forward", lambda _: (q, w, False, "softmax", 1e-4)
+        yield "performer_features_backward", lambda r: (r[0], q, w, r[1], False, "softmax", 1e-4)
     elif op == "linear_attention":
         yield "linear_attention_forward", lambda _: (q, k, v, None, "softmax", 1e-6)
         yield "linear_attention_backward", lambda r: (grad, q, k, v, None, *r[1:], "softmax", 1e-6)
         yield "kv_state_forward", lambda _: (k, v, None, "elu")
+        yield "kv_state_backward", lambda r: (r[0], r[1], k, v, None, r[1], "elu")
     elif op == "conv_norm":
         x, out, vector = like(2, 128, 16, 16), like(2, 128, 16, 16), like(128)
         weight = like(128, 128, 3, 3)
@@ -141,6 +144,58 @@ def test_launchers_never_look_at_the_numbers(op):
     for _, grid, given in launched:
         assert all(isinstance(n, int) for n in grid)
         assert {t.device.type for t in given if isinstance(t, torch.Tensor)} == {"cuda"}
+
+
+@needs_triton
+@pytest.mark.parametrize("op", ["performer_attention", "linear_attention"])
+def test_no_copy_of_strided_inputs(op):
+    """Forward and backward the kernels get the chunks of one q|k|v as they lie."""
+    module = importlib.import_module(f"cxv_kernels.{op}.triton")
+    q, k, v = torch.randn(2, 40, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    grad = torch.randn(2, 40, 4, 16).transpose(1, 2)
+    w = (torch.randn(20, 16),) if op == "performer_attention" else ()
+    launched = []
+    with recording(lambda kernel, grid, given, _: launched.extend(given), 80):
+        out = getattr(module, f"{op}_forward")(q, k, v, *w, None, "softmax", 1e-4)
+        getattr(module, f"{op}_backward")(grad, q, k, v, *w, None, *out[1:], "softmax", 1e-4)
+    pointers = {t.data_ptr() for t in launched if isinstance(t, torch.Tensor)}
+    assert {t.data_ptr() for t in (q, k, v, grad)} <= pointers
+
+
+@needs_triton
+@pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "tf32x3")])
+def test_tf32_is_the_users_to_allow(setting, precision):
+    x, launched, matmul = torch.randn(1, 1, 64, 32), [], torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, setting
+    try:
+        with recording(lambda kernel, grid, given, options: launched.append(options), 80):
+            cxv_kernels.linear_attention(x, x, x)
+    finally:
+        matmul.fp32_precision = before
+    assert {options["PRECISION"] for options in launched if "PRECISION" in options} == {precision}
+
+
+@needs_triton
+def test_a_t4_is_declined_what_needs_tensor_cores():
+    with recording(lambda *_: None, 75):
+        answers = {op: cxv_kernels.explain_backend(op)["triton"] for op in cxv_kernels.OPS}
+        assert "bfloat16 from sm_80 on" in cxv_kernels.explain_backend("dropout", dtype=torch.bfloat16)["triton"]
+    assert answers["linear_attention"] == "serves matrix products from sm_80 on, not sm_75"
+    assert {op for op, answer in answers.items() if answer == "serves"} == {
+        *("conv_norm", "nystrom_attention", "dropout", "gelu_dropout")
+    }
+
+
+def test_a_failed_launch_names_op_kernel_and_tensors():
+    class Kernel:
+        __name__ = "some_kernel"
+
+        def __getitem__(self, grid):
+            raise ValueError("out of resources")
+
+    match = r"linear_attention: Triton could not run some_kernel on cpu \(\(2, 3\) torch.float16\): out of resources"
+    with pytest.raises(RuntimeError, match=match):
+        _triton.launch("linear_attention", Kernel(), (1,), torch.zeros(2, 3, dtype=torch.float16), 5)
 
 
 # --- DistributedDataParallel ---

@@ -205,6 +205,18 @@ def test_the_convolution_that_normalises(c_out, dtype, monkeypatch):
     assert len([key for key in ran if key == "aten::conv2d"]) == 1  # the reference's
 
 
+def test_offsets_beyond_32_bits():
+    """Channels 2²⁶ elements apart, the last beyond 2³¹, read by the convolution of a channel that y does not tell."""
+    inputs = setup(40, 3, torch.float16, 1, (4, 5))
+    inputs[3][0] = 0
+    space = torch.empty(40 << 26, dtype=torch.float16)
+    far = space.as_strided(inputs[0].shape, (0, 1 << 26, 5, 1))
+    far.copy_(inputs[0])
+    grad = torch.randn(1, 3, 4, 5).half()
+    near = assert_matches(inputs, grad_out=grad)
+    assert all(map(torch.equal, assert_matches([far, *inputs[1:]], grad_out=grad), near))
+
+
 @in_every_format
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_opcheck(layout, with_bias):
