@@ -15,6 +15,7 @@ from cxv_kernels import __version__
 
 from .export import FORMATS, OPSET, export_model
 from .models import create_model, list_models
+from .models.arguments import image_size
 from .sharing import save_safetensors
 from .training.checkpoint import load_model
 from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
@@ -196,7 +197,7 @@ def _export(args: argparse.Namespace) -> None:
         calibration=calibration,
         metadata={k: checkpoint[k] for k in known},
     )
-    size = "any size" if done.any_size else f"{checkpoint['img_size']}×{checkpoint['img_size']}"
+    size = "any size" if done.any_size else "×".join(map(str, image_size(checkpoint["img_size"])))
     real = "" if images is None else f", {100 * done.agreement:.1f} % of {len(images):,} images have the same class"
     print(
         f"{done.path}: {done.size / 1e6:.2f} MB, any batch, images of {size}; logits within {done.difference:.1e} of "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import cxv_kernels
 
+from .models.arguments import image_size
 from .training.errors import InputError
 from .training.sources import need
 
@@ -55,7 +56,7 @@ def export_model(
     path: str | Path,
     format: str,
     *,
-    img_size: int = 32,
+    img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     images: Tensor | None = None,
     calibration: Tensor | None = None,
@@ -72,7 +73,7 @@ def export_model(
         format: ``"onnx"`` (opset 20, by the references, for any runtime), ``"torch"`` (``torch.export.load``; with
             ``use_fused`` it needs ``import cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with ``use_fused`` the
             program that loads it opens ``cxv_kernels/_cpu.abi3.so`` before).
-        img_size: pixels a side, of the images that are tried. in_chans: their channels.
+        img_size: pixels a side, or (H, W), of the images that are tried. in_chans: their channels.
         images: normalised images (N, in_chans, S, S) float32 to compare on too.
         calibration: such images, and what is written is an int8 model (``"onnx"`` alone): convolutions and linear maps
             in 8 bits, static scales from these images, everything else in float32.
@@ -96,7 +97,8 @@ def export_model(
             need(module, "export")
     model = copy.deepcopy(model).float().eval()
     note = json.dumps(metadata or {})
-    sizes = [(img_size, img_size), (img_size + 8, img_size + 5)]
+    height, width = image_size(img_size)
+    sizes = [(height, width), (height + 8, width + 5)]
     try:
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
             written = Path(directory) / path.name

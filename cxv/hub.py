@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("cxv.hub needs huggingface_hub, which is not installed: pip install 'cxv[hub]'") from error
 
+from .models.arguments import image_size
 from .sharing import describe, save_safetensors
 from .training.checkpoint import SAFETENSORS, load_model
 
@@ -100,11 +101,11 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="cxv", paper_url=PA
 
     def _card_text(self) -> str:
         m, pixels = self.metadata, self.metadata["normalisation"]
+        height, width = image_size(m["img_size"])
         parameters = sum(p.numel() for p in self.model.parameters())
         rows = {
             "parameters": f"{parameters:,}",
-            "input": f"{m['in_chans']}×{m['img_size']}×{m['img_size']}, pixels in [0, 1] − {pixels['mean']}, "
-            f"÷ {pixels['std']}",
+            "input": f"{m['in_chans']}×{height}×{width}, pixels in [0, 1] − {pixels['mean']}, ÷ {pixels['std']}",
             "classes": f"{len(m['classes'])}: {', '.join(m['classes'][:20])}" + (", …" if m["classes"][20:] else ""),
             "trained on": m["args"].get("data", "not recorded"),
             "seed": "not recorded" if m["seed"] is None else m["seed"],
@@ -130,7 +131,7 @@ An image classifier of the Python package `cxv` (Convolutional X-formers for Vis
 from cxv.hub import HubModel
 
 model = HubModel.from_pretrained("THIS REPOSITORY")  # model.metadata["classes"] has the names
-logits = model(images)  # (B, {m["in_chans"]}, {m["img_size"]}, {m["img_size"]}), normalised as above
+logits = model(images)  # (B, {m["in_chans"]}, {height}, {width}), normalised as above
 ```
 
 or, with the file at hand, `cxv predict --checkpoint {SAFETENSORS} IMAGE`.

@@ -130,7 +130,7 @@ def test_limit_train_counts_what_is_left_to_train_on(folder):
     assert data.validation.labels.bincount().tolist() == [1, 1, 1]
     with pytest.raises(InputError, match="--validation: 10 of 12 training images leave a class without one to train"):
         load_data("folder", folder, validation=10)
-    with pytest.raises(InputError, match="--validation: expected at least 1, got 0"):
+    with pytest.raises(InputError, match="--validation: expected a whole number, at least 1, got 0"):
         load_data("folder", folder, validation=0)
 
 

@@ -152,6 +152,24 @@ def test_pooling_is_kept_as_reset_classifier_left_it(saved):
         assert model(x).shape == shape
 
 
+def test_images_that_are_no_squares(tmp_path, capsys):
+    from PIL import Image
+
+    model = cxv.create_model("hybrid-vip-1/2", **TINY | {"img_size": (8, 12)}).eval()
+    path = tmp_path / "a.safetensors"
+    cxv.save_safetensors(model, path)
+    x = torch.ones(1, 1, 8, 12)
+    assert torch.equal(model(x), cxv.create_model("hybrid-vip-1/2", checkpoint=path).eval()(x))
+    Image.new("L", (40, 20), 255).save(tmp_path / "white.png")
+    assert main(["predict", "--checkpoint", str(path), str(tmp_path / "white.png")]) == 0
+    assert f"{100 * model(x).softmax(1).max():6.2f} %" in capsys.readouterr().out
+    out = str(tmp_path / "a.pt2")
+    assert main(["export", "--checkpoint", str(path), "--format", "torch", "--no-fused", out]) == 0
+    assert "images of 8×12; logits within" in capsys.readouterr().out
+    assert main(["eval", "--checkpoint", str(path), "--data", "digits"]) == 2
+    assert "--img-size: expected a whole number, at least 1, got [8, 12]" in capsys.readouterr().err
+
+
 def test_wrapped_models_are_saved_as_what_they_wrap(saved):
     model, path = saved
     compiled = torch.compile(model, backend="eager")

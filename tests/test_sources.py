@@ -166,7 +166,7 @@ def test_argument_errors(folder):
     with pytest.raises(InputError, match="--on-corrupt"):
         load_data("folder", folder, on_corrupt="ignore")
     for name in ("img_size", "limit_train", "limit_test"):
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: expected at least 1, got 0"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: expected a whole number, at least 1, got 0"):
             load_data("digits", **{name: 0})
 
 

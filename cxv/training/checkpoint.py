@@ -28,7 +28,10 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model_name": ("a string", lambda v: isinstance(v, str)),
     "model_kwargs": ("a dict", lambda v: isinstance(v, dict)),
     "classes": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
-    "img_size": ("an integer", lambda v: isinstance(v, int)),
+    "img_size": (
+        "an integer, or two (H, W)",
+        lambda v: isinstance(v, int) or (isinstance(v, list | tuple) and [type(side) for side in v] == [int, int]),
+    ),
     "in_chans": ("an integer", lambda v: isinstance(v, int)),
     "normalisation": ("a dict of mean and std", lambda v: isinstance(v, dict) and v.keys() == {"mean", "std"}),
     "seed": ("an integer or None", lambda v: v is None or isinstance(v, int)),

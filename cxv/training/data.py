@@ -6,6 +6,7 @@ The paper scales each channel by mean = std = 0.5, Tiny ImageNet's by its own; R
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +181,8 @@ def load_data(
         ("--limit-test", limit_test),
         ("--validation", validation),
     ):
-        if value is not None and value < 1:
-            raise InputError(f"{arg}: expected at least 1, got {value}")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise InputError(f"{arg}: expected a whole number, at least 1, got {value}")
     if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
         raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
     if validation is not None and "train" not in splits:

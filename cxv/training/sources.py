@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.arguments import image_size
 from .errors import InputError
 from .progress import Progress
 
@@ -195,11 +196,12 @@ def folder_sources(
     return _file_sources(root, classes, files, splits, img_size, select, on_corrupt)
 
 
-def decode_image(path: str | Path, in_chans: int = 3, img_size: int | None = None) -> Tensor:
-    """An image file as a uint8 tensor (in_chans, S, S), or (in_chans, H, W) without ``img_size``.
+def decode_image(path: str | Path, in_chans: int = 3, img_size: int | Sequence[int] | None = None) -> Tensor:
+    """An image file as a uint8 tensor (in_chans, H, W) of ``img_size``, or of its own size.
 
     Turned upright by its EXIF tag, made RGB (or grey for ``in_chans=1``; alpha is dropped), cropped about the
-    centre to a square and resized (bicubic, antialiased) unless it has that size already.
+    centre to the shape of ``img_size``, pixels a side or (H, W), and resized (bicubic, antialiased) unless it has that
+    size already.
 
     Raises:
         InputError: not an image, or a damaged one; the message names the file.
@@ -213,8 +215,8 @@ def decode_image(path: str | Path, in_chans: int = 3, img_size: int | None = Non
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("L" if in_chans == 1 else "RGB")
-        if img_size is not None and image.size != (img_size, img_size):
-            image = ops.fit(image, (img_size, img_size), image_module.Resampling.BICUBIC)
+        if img_size is not None and image.size != (size := image_size(img_size)[::-1]):
+            image = ops.fit(image, size, image_module.Resampling.BICUBIC)
         pixels = torch.from_numpy(numpy.array(image))
     except MemoryError:
         raise
