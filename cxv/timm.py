@@ -16,6 +16,7 @@ except ImportError as error:
     raise ImportError("cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'") from error
 
 from .models import CLTV, CNV, CPV, CXV
+from .models.arguments import image_size
 from .training.checkpoint import read_checkpoint
 from .training.data import MEAN, STD
 from .training.errors import InputError
@@ -41,8 +42,9 @@ def _described(overlay: Mapping[str, Any]) -> dict[str, Any]:
     with suppress(InputError):  # somebody else's weights, or none: timm's loader judges them
         if overlay.get("file"):
             checkpoint = read_checkpoint(overlay["file"])
-            channels, size = checkpoint["in_chans"], checkpoint["img_size"]
-            found = {"num_classes": len(checkpoint["classes"]), "input_size": (channels, size, size)}
+            channels = checkpoint["in_chans"]
+            size = image_size(checkpoint["img_size"])
+            found = {"num_classes": len(checkpoint["classes"]), "input_size": (channels, *size)}
             for name, value in checkpoint["normalisation"].items():
                 found[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * channels
     return {**found, **overlay}

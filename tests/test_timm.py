@@ -127,15 +127,15 @@ def test_weights_of_cxv_load(tmp_path):
 def test_a_file_says_what_its_weights_are_of(tmp_path):
     """Classes, images and normalisation, unless the call says otherwise."""
     path = tmp_path / "a.safetensors"
-    model = cxv.create_model("cpv-3/2", embed_dim=16, num_classes=3, in_chans=1, img_size=8).eval()
+    model = cxv.create_model("cpv-3/2", embed_dim=16, num_classes=3, in_chans=1, img_size=(8, 6)).eval()
     pixels = {"mean": 0.25, "std": [0.125]}
     cxv.save_safetensors(model, path, normalisation=pixels)
-    x, overlay = torch.randn(2, 1, 8, 8), {"file": str(path)}
+    x, overlay = torch.randn(2, 1, 8, 6), {"file": str(path)}
     for given in ({}, {"num_classes": 3, "in_chans": 1}):
         found = timm.create_model("cpv_5_4", pretrained=True, pretrained_cfg_overlay=overlay, **given, **SMALL).eval()
         assert torch.equal(found(x), model(x))
     data = timm.data.resolve_model_data_config(found)
-    assert (data["input_size"], data["mean"], data["std"]) == ((1, 8, 8), (0.25,), (0.125,))
+    assert (data["input_size"], data["mean"], data["std"]) == ((1, 8, 6), (0.25,), (0.125,))
     other = timm.create_model(
         "cpv_5_4", pretrained=True, pretrained_cfg_overlay=overlay | {"std": (1.0,)}, num_classes=5, **SMALL
     )
