@@ -77,7 +77,9 @@ def _sweep(results: dict[str, Any], axes: Axes | None) -> bool:
 def _rivals(results: dict[str, Any], axes: Axes | None) -> bool:
     """Forward + backward of every implementation at the first size of the run."""
     rows = _measured(results, "attention")
-    rows = [row for row in rows if (row["op"], row["shape"]) == (rows[0]["op"], rows[0]["shape"])]
+    same = ("op", "variant", "shape", "dtype")
+    rows = [row for row in rows if all(row[key] == rows[0][key] for key in same)]
+    rows = list({row["implementation"]: row for row in reversed(rows)}.values())[::-1]  # measured twice: the first
     if axes is None or not rows:
         return bool(rows)
     fused = ("triton", "cuda", "cpp")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_speed
 import torch
 from common import name_of
 from torch import Tensor
@@ -96,18 +97,6 @@ IMPLICIT_GEMM = "conv_norm implicit GEMM"  # off by default: the case that is no
 MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
 
 
-@contextmanager
-def implicit_gemm() -> Iterator[None]:
-    """In the block Triton's conv_norm convolves channels_last tensors itself, and normalises in registers."""
-    from cxv_kernels.conv_norm import triton as module
-
-    previous, module.implicit_gemm = module.implicit_gemm, True
-    try:
-        yield
-    finally:
-        module.implicit_gemm = previous
-
-
 # --- recording ---------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +169,7 @@ def launches(
     if "conv_norm" in served and wanted(IMPLICIT_GEMM) and arch >= 80 and not ragged:
         x = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
         weight, norm = torch.randn(128, 128, 3, 3).to(dtype), (torch.ones(128), torch.zeros(128))
-        with implicit_gemm():
+        with gpu_speed.convolving(gpu_speed.IMPLICIT_GEMM):
             during(IMPLICIT_GEMM, 1024, 0, lambda: cxv_kernels.conv_norm(x, weight, None, *norm))
     for name, attention in MODELS.items() if dim == 32 and not ragged else ():
         if {attention, "conv_norm", "dropout", "gelu_dropout"} <= served and wanted(name):
