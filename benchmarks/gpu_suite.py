@@ -218,7 +218,7 @@ def _quick(settings: Settings) -> Iterator[Task]:
     yield _conv(settings, (1, 16, 8, 8), "channels_last", half, True)
     yield Task("gradients", "check_model", {"model": "cltv-1/4", "dtype": half, "batch": 1, "side": 8})
     fused = settings.backends[:1]
-    modes = ("eager", *fused, *(f"{name} + checkpoints" for name in settings.backends[-1:]), "eager + compile")
+    modes = ("eager", *fused, *(f"{name} + checkpoints" for name in settings.backends[-1:]))
     modes += tuple(f"{name} + compile" for name in fused)
     yield _models("cltv-1/4", half, 1, *modes, side=8, limit=120.0)
     for mode in ("eager", *fused):

@@ -354,9 +354,8 @@ def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(tool("cuobjdump"), "-res-usage", file.name)
-        sass = _run(tool("cuobjdump"), "-sass", file.name)
-    made.registers = int(re.search(r"REG:(\d+)", usage).group(1))
+        sass = _run(tool("cuobjdump"), "-res-usage", "-sass", file.name)
+    made.registers = int(re.search(r"REG:(\d+)", sass).group(1))
     opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE))
     made.instructions = {
         family: sum(count for opcode, count in opcodes.items() if re.match(rf"{pattern}(\.|$)", opcode))

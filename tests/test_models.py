@@ -113,7 +113,7 @@ def test_dropout_drops_the_same_fused_or_not(name, mode, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_two_hundred_steps_fused_and_not(name):
+def test_a_hundred_steps_fused_and_not(name):
     """From one seed, in float32, with dropout: the loss curves are one until roundings have grown."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(64, 3, 12, 12, generator=generator), torch.randint(4, (64,), generator=generator)
@@ -123,7 +123,7 @@ def test_two_hundred_steps_fused_and_not(name):
         model = small(name, embed_dim=32, use_fused=use_fused, **few).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         curve = []
-        for step in range(200):
+        for step in range(100):
             part = slice(step % 8 * 8, step % 8 * 8 + 8)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[part]), labels[part])
@@ -132,7 +132,7 @@ def test_two_hundred_steps_fused_and_not(name):
             curve.append(loss.detach())
         curves.append(torch.stack(curve))
     reference, fused = curves
-    assert reference[-10:].mean() < 0.7 * reference[:10].mean()
+    assert reference[-10:].mean() < 0.9 * reference[:10].mean()
     torch.testing.assert_close(fused[:20], reference[:20], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(fused, reference, rtol=2e-2, atol=2e-2)
 
