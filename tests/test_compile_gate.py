@@ -53,17 +53,17 @@ def names(row):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Every op in float16, the models' but for dropout in each dtype, the Performer narrow and wide, the widest of all."""
+    """Every op in float16, the models' in bfloat16 and on a T4, attention in float32; the Performer narrow and wide."""
     performer, narrow = MODELS[0], ("--dims", "32")
     return compiled(
         tmp_path_factory.mktemp("compile"),
         ("--dtype", "float16", "--arch", "80", *narrow, "--cases", *OPS, triton_compile.IMPLICIT_GEMM),
-        ("--dtype", "float16", "--arch", "75", "90", *narrow, "--cases", *MODELS),
-        ("--dtype", "bfloat16", "--arch", "90", *narrow, "--cases", *MODELS[:4]),
-        ("--dtype", "float32", "--arch", "80", *narrow, "--cases", *MODELS[:4]),
-        ("--dtype", "bfloat16", "--arch", "80", *narrow, "--cases", performer),
+        ("--dtype", "float16", "--arch", "75", *narrow, "--cases", *MODELS),
+        ("--dtype", "bfloat16", "--arch", "90", *narrow, "--cases", *MODELS),
+        ("--dtype", "float32", "--arch", "80", *narrow, "--cases", *MODELS[:2]),
         ("--dtype", "float32", "--arch", "90", *narrow, "--cases", performer),
-        ("--dtype", "float16", "--arch", "80", "90", "--dims", "16", "64", "--cases", performer),
+        ("--dtype", "float16", "--arch", "80", "--dims", "16", "64", "--cases", performer),
+        ("--dtype", "float16", "--arch", "90", "--dims", "64", "--cases", performer),
         ("--dtype", "float32", "--arch", "80", "--dims", "128", "--features", "512", "--cases", *MODELS[:2]),
     )
 
@@ -134,7 +134,7 @@ def test_a_t4_gets_what_multiplies_no_matrices(rows):
 @pytest.mark.slow
 def test_the_floor_is_that_of_the_bytes(rows):
     """Queries and output of a head: read and written once, 2·32 channels of 2 bytes, and the state."""
-    found = [r for r in rows if (r["case"], r["arch"], r["dtype"]) == (MODELS[0], 90, "float16")]
+    found = [r for r in rows if (r["case"], r["arch"], r["dtype"]) == (MODELS[0], 80, "float16")]
     query = next(row for row in found if row["kernel"] == "query_kernel" and row["constants"]["D"] == 32)
     assert 128 <= query["floor"]["bytes_per_unit"] < 160
     assert query["floor"]["exps_per_unit"] == 110

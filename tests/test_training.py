@@ -518,8 +518,8 @@ def test_the_log_says_which_model_is_the_default(tmp_path):
 @pytest.mark.slow
 def test_digits_by_default_reach_97_per_cent_and_switch_to_sgd(tmp_path):
     lines = []
-    # by default but for 10 more epochs without progress and 19 of SGD, which show no more
-    result = train(TrainConfig(output=str(tmp_path / "a"), patience=10, sgd_epochs=1, threads=1), log=lines.append)
+    # by default but for the epochs: more of them show no more
+    result = train(TrainConfig(output=str(tmp_path / "a"), epochs=20, sgd_epochs=1, threads=1), log=lines.append)
     assert result.best_top1 >= 97
     assert "switch to SGD" in "\n".join(lines)
 
