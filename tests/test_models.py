@@ -432,8 +432,15 @@ def test_learns(name):
     assert (model.eval()(x).argmax(1) == target).float().mean() > 0.95
 
 
+def needs_library(name):
+    libraries = {"vit": "timm", "mlp": "timm", "convmixer": "timm", "cct": "vit_pytorch", "cvt": "vit_pytorch"}
+    if name.partition("-")[0] in libraries:
+        pytest.importorskip(libraries[name.partition("-")[0]])
+
+
 @pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-6/8", "hybrid-vilt-6/8", "fnet-10", "mlp-mixer-5", "cct-6/4"])
 def test_height_and_width(name):
+    needs_library(name)
     options = {"positions": "learned"} if name in NAMES else {}
     model = cxv.create_model(name, img_size=(8, 6), **options).eval()
     assert model(torch.randn(2, 3, 8, 6)).shape == (2, 10)
@@ -441,6 +448,7 @@ def test_height_and_width(name):
 
 @pytest.mark.parametrize("name", cxv.list_models())
 def test_no_classes_are_features(name):
+    needs_library(name)
     model = cxv.create_model(name, num_classes=0, img_size=16).eval()
     channels = {"resnet": 512, "convmixer": 256, "wavemix": 64}.get(name.rpartition("-")[0].partition("-")[0], 128)
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, channels)
