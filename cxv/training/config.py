@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .augment import NUM_BINS
@@ -83,7 +82,8 @@ class TrainConfig:
     a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
     ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by;
     ``model_args`` the model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
-    :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and NumPy's numbers are kept as ``str`` and numbers.
+    :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and the numbers of NumPy or
+    of a tensor are kept as ``str`` and numbers.
 
     Raises:
         InputError: an argument that a run's files cannot hold.
@@ -203,7 +203,7 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy, or a tensor
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
