@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "include/linear_attention.h"
 #include "tensor.h"
@@ -65,32 +66,35 @@ Tensors forward(LinearAttention& p, const Tensor& q, int64_t partials, int64_t p
   return {out, state, key_stat};
 }
 
-// Allocates (grad_q, grad_k, grad_v) and the workspace, and has `run` fill them. p.query_splits is set.
+// Allocates the needed gradients of q, k and v and, for the keys', `partials` blocks of workspace, and has `run` fill
+// them. p.query_splits is set.
 template <class Run>
 Tensors backward(LinearAttention& p, const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                 Tensor state, Tensor key_stat, int64_t partials, int64_t partial_size, Run&& run) {
+                 Tensor state, Tensor key_stat, const std::vector<bool>& needed, int64_t partials, int64_t partial_size,
+                 Run&& run) {
+  check_needed(needed, 3);
   check("grad_out", grad_out, q, {p.batch, p.heads, p.queries, p.value_dim}, q.scalar_type());
   check("state", state, q, {p.batch, p.heads, p.features, p.value_dim}, accumulator_of(q));
   check_accumulator("key_stat", key_stat, q, {p.batch, p.heads, p.features});
   state = torch::stable::contiguous(state);
   key_stat = torch::stable::contiguous(key_stat);
-  Tensor grad_q = new_like(q, {p.batch, p.heads, p.queries, p.dim});
-  Tensor grad_k = new_like(k, {p.batch, p.heads, p.keys, p.dim});
-  Tensor grad_v = new_like(v, {p.batch, p.heads, p.keys, p.value_dim});
-  Tensor partial = new_accumulator(q, {partials, partial_size});
-  Tensor grad_state = new_accumulator(q, {p.batch * p.heads, p.features * p.value_dim});
-  Tensor grad_z = new_accumulator(q, {p.batch * p.heads, p.features});
+  const Gradient grad_q = new_gradient(q, needed[0]), grad_k = new_gradient(k, needed[1]);
+  const Gradient grad_v = new_gradient(v, needed[2]);
   p.grad_out = view(grad_out);
-  p.grad_q = view(grad_q);
-  p.grad_k = view(grad_k);
-  p.grad_v = view(grad_v);
+  p.grad_q = grad_q.view;
+  p.grad_k = grad_k.view;
+  p.grad_v = grad_v.view;
+  const int64_t state_heads = has_key_gradients(p) ? p.batch * p.heads : 0;
+  Tensor partial = new_accumulator(q, {has_key_gradients(p) ? partials : 0, partial_size});
+  Tensor grad_state = new_accumulator(q, {state_heads, p.features * p.value_dim});
+  Tensor grad_z = new_accumulator(q, {state_heads, p.features});
   p.state = state.data_ptr();
   p.key_stat = key_stat.data_ptr();
   p.partial = partial.data_ptr();
   p.grad_state = grad_state.data_ptr();
   p.grad_z = grad_z.data_ptr();
   run();
-  return {grad_q, grad_k, grad_v};
+  return {grad_q.tensor, grad_k.tensor, grad_v.tensor};
 }
 
 }  // namespace cxv

@@ -8,15 +8,17 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def(
       "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, str feature_map, float eps)"
       " -> (Tensor out, Tensor state, Tensor key_stat)");
+  // Here and below, needed: the gradients that are wanted, in the order of the results; the others come back empty, (0).
   m.def(
       "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
-      " Tensor key_stat, str feature_map, float eps) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      " Tensor key_stat, str feature_map, float eps, bool[3] needed)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   // linear_attention's state and key_stat alone.
   m.def("kv_state_forward(Tensor k, Tensor v, Tensor? key_mask, str feature_map) -> (Tensor state, Tensor key_stat)");
   // grad_z: what is added to v·grad_stateᵀ in the gradient of φ(k).
   m.def(
       "kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v, Tensor? key_mask, Tensor key_stat,"
-      " str feature_map) -> (Tensor grad_k, Tensor grad_v)");
+      " str feature_map, bool[2] needed) -> (Tensor grad_k, Tensor grad_v)");
 
   // projection (M, D) in the dtype of state; kernel softmax | relu. As above with M for D; key_max (B, H).
   m.def(
@@ -24,7 +26,7 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
       " float eps) -> (Tensor out, Tensor state, Tensor key_stat, Tensor key_max)");
   m.def(
       "performer_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection,"
-      " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps)"
+      " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps, bool[3] needed)"
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   // x (B, H, N, D) → phi (B, H, N, M).
   m.def(
@@ -45,7 +47,6 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def(
       "conv_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps)"
       " -> (Tensor out, Tensor rstd)");
-  // needed: the gradients that are wanted, in the order of the results; the others come back empty, (0).
   m.def(
       "conv_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor rstd,"
       " Tensor gamma, Tensor beta, float eps, bool[5] needed) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
@@ -59,19 +60,19 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def("nystrom_summary(Tensor q_means, Tensor k, Tensor v) -> (Tensor summary, Tensor log_sums)");
   m.def(
       "nystrom_summary_backward(Tensor grad_summary, Tensor q_means, Tensor k, Tensor v, Tensor summary, Tensor"
-      " log_sums) -> (Tensor grad_q_means, Tensor grad_k, Tensor grad_v)");
+      " log_sums, bool[3] needed) -> (Tensor grad_q_means, Tensor grad_k, Tensor grad_v)");
   m.def("nystrom_readout(Tensor q, Tensor k_means, Tensor mixed) -> Tensor out");
   m.def(
-      "nystrom_readout_backward(Tensor grad_out, Tensor q, Tensor k_means, Tensor mixed)"
+      "nystrom_readout_backward(Tensor grad_out, Tensor q, Tensor k_means, Tensor mixed, bool[3] needed)"
       " -> (Tensor grad_q, Tensor grad_k_means, Tensor grad_mixed)");
   m.def("nystrom_mix(Tensor q_means, Tensor k_means, Tensor summary) -> Tensor mixed");
   m.def(
-      "nystrom_mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary)"
+      "nystrom_mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary, bool[3] needed)"
       " -> (Tensor grad_q_means, Tensor grad_k_means, Tensor grad_summary)");
   // attention + the convolution along N of v (B, H, N, E) with weight (H, 1, K, 1), K odd.
   m.def("nystrom_residual(Tensor attention, Tensor v, Tensor weight) -> Tensor out");
   m.def(
-      "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight)"
+      "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight, bool[2] needed)"
       " -> (Tensor grad_v, Tensor grad_weight)");
 
   // The compute capability, times 10, whose code of the CUDA library this GPU runs: 75 on a newer one that has no other

@@ -11,6 +11,7 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "include/view.h"
 
@@ -102,6 +103,23 @@ inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
                                        from(std::nullopt)};
   call("aten::new_empty_strided", stack.data());
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void check_needed(const std::vector<bool>& needed, size_t count) {
+  STD_TORCH_CHECK(needed.size() == count, "cxv_kernels: needed must have ", count, " elements, got ", needed.size());
+}
+
+// A gradient of four dimensions and what its kernel is told of it: the tensor has no elements, and the view no data, if
+// the gradient is not needed.
+struct Gradient {
+  Tensor tensor;
+  View view;
+};
+
+inline Gradient new_gradient(const Tensor& like, bool needed) {
+  if (!needed) return {torch::stable::new_empty(like, {0}), {}};
+  Tensor grad = new_like(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
+  return {grad, view(grad)};
 }
 
 inline Tensor new_accumulator(const Tensor& like, std::initializer_list<int64_t> shape) {

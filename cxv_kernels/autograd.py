@@ -131,6 +131,18 @@ def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty_strided(shape, strides)
 
 
+def new_gradients(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """An empty tensor in the layout of each input, or of no elements (0) where its gradient is not needed."""
+    return tuple(
+        like_layout(t, tuple(t.shape)) if need else t.new_empty(0) for t, need in zip(inputs, needed, strict=True)
+    )
+
+
+def only_needed(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that an op with ``bool[] needed`` returns, None for those that are not needed."""
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
 def double_backward(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],

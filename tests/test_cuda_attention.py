@@ -1,6 +1,7 @@
 """The tensor-core kernels (csrc/cuda/attention_kernel.cuh) without a GPU: run on the host under the emulator."""
 
 import ctypes
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -63,16 +64,28 @@ def describe(arena, feature_map, q, k, v, projection=None, key_mask=None):
     return a, results
 
 
-def run(simt, feature_map, q, k, v, grad_out, projection=None, key_mask=None, seed=0, between=lambda *_: None):
+def run(
+    simt,
+    feature_map,
+    q,
+    k,
+    v,
+    grad_out,
+    projection=None,
+    key_mask=None,
+    seed=0,
+    between=lambda *_: None,
+    needed=(1, 1, 1),
+):
     """out, grad_q, grad_k, grad_v, state, key_stat, key_max, as the kernels write them into NaNs.
 
-    between: is given state and key_stat, before the backward pass reads them.
+    between: is given state and key_stat, before the backward pass reads them. needed: the gradients that are written.
     """
     with Arena(simt) as arena:
         a, results = describe(arena, feature_map, q, k, v, projection, key_mask)
         out, *grads = (arena.result(t.shape, t.dtype, t.stride()) for t in (grad_out, q, k, v))
         a.grad_out, a.out = View(arena.put(grad_out)), View(out)
-        a.grad_q, a.grad_k, a.grad_v = map(View, grads)
+        a.grad_q, a.grad_k, a.grad_v = (View(t if need else None) for t, need in zip(grads, needed, strict=True))
         call(simt.simt_attention, ctypes.byref(a), FORWARD, seed)
         between(*results[:2])
         call(simt.simt_attention, ctypes.byref(a), BACKWARD, seed)
@@ -215,6 +228,19 @@ class TestNumerics:
             run(sm75, feature_map, q, k, v, g, projection_for(feature_map, 20), seed=seed) for seed in (0, 1, 2)
         )
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_needed_gradients_alone_have_the_same_bits(self, sm75, feature_map, dtype):
+        """Every subset of the gradients of q, k and v; the others stay unwritten."""
+        if dtype == torch.float32 and feature_map not in FAVOR:
+            pytest.skip("not compiled")
+        q, k, v, g = (make((1, 2, 70, c), dtype, i) for i, c in enumerate((12, 12, 9, 9)))
+        projection = projection_for(feature_map, 12)
+        every = run(sm75, feature_map, q, k, v, g, projection)[1:4]
+        for needed in itertools.product((False, True), repeat=3):
+            grads = run(sm75, feature_map, q, k, v, g, projection, needed=needed)[1:4]
+            for got, want, need in zip(grads, every, needed, strict=True):
+                assert torch.equal(got, want) if need else got.isnan().all()
 
     def test_same_bits_alone_and_in_a_batch(self, sm75, feature_map):
         """The three tiles of tokens are one block's of three heads, and two blocks' of one."""

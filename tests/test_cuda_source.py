@@ -1,6 +1,7 @@
 """Linear attention on CUDA cores without a GPU: run on the host under an emulator (tests/simt)."""
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ def simt(tmp_path_factory):
     return build("linear_attention.cpp", tmp_path_factory.mktemp("simt"))
 
 
-def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=64, seed=0):
-    """out, state, key_stat and the three gradients, as the kernels write them into NaNs."""
+def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=64, seed=0, needed=(1, 1, 1)):
+    """out, state, key_stat and the three gradients, as the kernels write them into NaNs. needed: the gradients that are
+    written."""
     (batch, heads, queries, dim), keys, value_dim = q.shape, k.shape[2], v.shape[3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     with Arena(simt) as arena:
@@ -26,7 +28,8 @@ def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=6
         sizes = batch, heads, queries, keys, dim, value_dim
         a = Arguments(DTYPES.index(q.dtype), FEATURE_MAPS.index(feature_map), eps, *sizes)
         a.q, a.k, a.v, a.grad_out = (View(arena.put(t)) for t in (q, k, v, grad_out))
-        a.out, a.grad_q, a.grad_k, a.grad_v = map(View, (out, *grads))
+        a.out = View(out)
+        a.grad_q, a.grad_k, a.grad_v = (View(t if need else None) for t, need in zip(grads, needed, strict=True))
         a.state, a.key_stat = state.data_ptr(), stat.data_ptr()
         if key_mask is not None:
             a.key_mask, a.mask_stride = arena.put(key_mask).data_ptr(), tuple(key_mask.stride())
@@ -121,6 +124,16 @@ class TestNumerics:
         for seed in (1, 2, 3):
             again = run(simt, q, k, v, g, feature_map, key_mask=mask, seed=seed)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+    def test_needed_gradients_alone_have_the_same_bits(self, simt, feature_map):
+        """Every subset of the gradients of q, k and v; the others stay unwritten."""
+        q, k, v, g = (make((1, 2, 40, c), torch.float32, i) for i, c in enumerate((8, 8, 12, 12)))
+        every = run(simt, q, k, v, g, feature_map)[3:]
+        for needed in itertools.product((False, True), repeat=3):
+            grads = run(simt, q, k, v, g, feature_map, needed=needed)[3:]
+            for got, want, need in zip(grads, every, needed, strict=True):
+                assert torch.equal(got, want) if need else got.isnan().all()
 
     @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
     def test_same_bits_alone_and_in_a_batch(self, simt, feature_map):

@@ -231,9 +231,12 @@ def test_opcheck_linear_attention(option, layout):
     tail = (torch.rand(1, 20) > 0.5,)
     opcheck(ops.linear_attention_forward, (*inputs, *tail, option, 1e-6))
     out, state, stat = ops.linear_attention_forward(*inputs, *tail, option, 1e-6)
-    opcheck(ops.linear_attention_backward, (torch.randn_like(out), *inputs, *tail, state, stat, option, 1e-6))
+    for needed in ([True] * 3, [True, False, False], [False, True, False], [False, False, True]):
+        arguments = (torch.randn_like(out), *inputs, *tail, state, stat, option, 1e-6, needed)
+        opcheck(ops.linear_attention_backward, arguments)
     opcheck(ops.kv_state_forward, (*inputs[1:], *tail, option))
-    opcheck(ops.kv_state_backward, (state, stat, *inputs[1:], *tail, stat, option))
+    for needed in ([True, True], [True, False], [False, True]):
+        opcheck(ops.kv_state_backward, (state, stat, *inputs[1:], *tail, stat, option, needed))
 
 
 @pytest.mark.parametrize("layout", ["(B, N, H, D)", "NCHW"])
@@ -244,7 +247,9 @@ def test_opcheck_performer(kernel, eps, layout):
     tail = (projection, torch.rand(1, 20) > 0.5)
     opcheck(ops.performer_attention_forward, (q, k, v, *tail, kernel, eps))
     out, *saved = ops.performer_attention_forward(q, k, v, *tail, kernel, eps)
-    opcheck(ops.performer_attention_backward, (torch.randn_like(out), q, k, v, *tail, *saved, kernel, eps))
+    for needed in ([True] * 3, [True, False, False], [False, True, False], [False, False, True]):
+        arguments = (torch.randn_like(out), q, k, v, *tail, *saved, kernel, eps, needed)
+        opcheck(ops.performer_attention_backward, arguments)
     for is_query in (True, False):
         opcheck(ops.performer_features_forward, (k, projection, is_query, kernel, eps))
         phi, key_max = ops.performer_features_forward(k, projection, is_query, kernel, eps)

@@ -25,6 +25,7 @@ from cxv_kernels.validation import FLOAT_DTYPES
 
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 OPS = torch.ops.cxv_kernels
+ALL = [True] * 3  # the gradients that are needed
 
 
 def math_sdpa():
@@ -190,20 +191,20 @@ def test_pieces_read_and_write_any_strides(layout, dtype):
     assert torch.equal(OPS.nystrom_means_backward(means, x), OPS.nystrom_means_backward(means.contiguous(), x))
     plain = [t.contiguous() for t in (x, other, grad)]
     assert torch.equal(OPS.nystrom_residual(x, other, weight), OPS.nystrom_residual(*plain[:2], weight))
-    got, want = (OPS.nystrom_residual_backward(g, t, weight) for g, t in ((grad, other), (plain[2], plain[1])))
+    got, want = (OPS.nystrom_residual_backward(g, t, weight, ALL[:2]) for g, t in ((grad, other), (plain[2], plain[1])))
     assert all(map(torch.equal, got, want))
     y, grad = (layouts(heads(2, 3, 9, 16, dtype=dtype))[layout] for _ in range(2))
-    got = (OPS.nystrom_mix(means, means, y), *OPS.nystrom_mix_backward(grad, means, means, y))
-    got_tokens = (OPS.nystrom_readout(x, means, y), *OPS.nystrom_readout_backward(other, x, means, y))
+    got = (OPS.nystrom_mix(means, means, y), *OPS.nystrom_mix_backward(grad, means, means, y, ALL))
+    got_tokens = (OPS.nystrom_readout(x, means, y), *OPS.nystrom_readout_backward(other, x, means, y, ALL))
     summary = OPS.nystrom_summary(means, x, other)
-    got_tokens += (*summary, *OPS.nystrom_summary_backward(grad, means, x, other, *summary))
+    got_tokens += (*summary, *OPS.nystrom_summary_backward(grad, means, x, other, *summary, ALL))
     means, y, grad = (t.contiguous() for t in (means, y, grad))
     x, other = plain[:2]
-    want = (OPS.nystrom_readout(x, means, y), *OPS.nystrom_readout_backward(other, x, means, y))
+    want = (OPS.nystrom_readout(x, means, y), *OPS.nystrom_readout_backward(other, x, means, y, ALL))
     summary = OPS.nystrom_summary(means, x, other)
-    want += (*summary, *OPS.nystrom_summary_backward(grad, means, x, other, *summary))
+    want += (*summary, *OPS.nystrom_summary_backward(grad, means, x, other, *summary, ALL))
     assert all(map(torch.equal, got_tokens, want))
-    want = (OPS.nystrom_mix(means, means, y), *OPS.nystrom_mix_backward(grad, means, means, y))
+    want = (OPS.nystrom_mix(means, means, y), *OPS.nystrom_mix_backward(grad, means, means, y, ALL))
     assert all(map(torch.equal, got, want))
 
 
@@ -309,7 +310,7 @@ def test_nan_is_not_swallowed_and_stays_in_its_head():
         assert mixed[0, 0].isnan().any()
         assert mixed[0, 1].isfinite().all()
         assert mixed[1].isfinite().all()
-        gradients = OPS.nystrom_mix_backward(torch.ones_like(mixed), *tensors)
+        gradients = OPS.nystrom_mix_backward(torch.ones_like(mixed), *tensors, ALL)
         assert all(g[0, 1].isfinite().all() and g[1].isfinite().all() for g in gradients)
 
 
@@ -389,15 +390,17 @@ def test_opcheck(layout, dtype):
     opcheck(OPS.nystrom_means, (x, 6))
     opcheck(OPS.nystrom_means_backward, (OPS.nystrom_means(x, 6), x))
     opcheck(OPS.nystrom_residual, (x, v, weight))
-    opcheck(OPS.nystrom_residual_backward, (x, v, weight))
+    for needed in ([True, True], [True, False], [False, True]):
+        opcheck(OPS.nystrom_residual_backward, (x, v, weight, needed))
     q_means, k_means, summary = (layouts(t)[layout] for t in landmark_inputs(dtype=dtype))
     out, log_sums = OPS.nystrom_summary(q_means, x[..., :3], v)
     opcheck(OPS.nystrom_summary, (q_means, x[..., :3], v))
-    opcheck(OPS.nystrom_summary_backward, (summary, q_means, x[..., :3], v, out, log_sums))
     opcheck(OPS.nystrom_readout, (x[..., :3], k_means, summary))
-    opcheck(OPS.nystrom_readout_backward, (v, x[..., :3], k_means, summary))
     opcheck(OPS.nystrom_mix, (q_means, k_means, summary))
-    opcheck(OPS.nystrom_mix_backward, (torch.randn_like(summary), q_means, k_means, summary))
+    for needed in ([True] * 3, [True, False, False], [False, True, False], [False, False, True]):
+        opcheck(OPS.nystrom_summary_backward, (summary, q_means, x[..., :3], v, out, log_sums, needed))
+        opcheck(OPS.nystrom_readout_backward, (v, x[..., :3], k_means, summary, needed))
+        opcheck(OPS.nystrom_mix_backward, (torch.randn_like(summary), q_means, k_means, summary, needed))
 
 
 @needs_cpp
@@ -417,7 +420,7 @@ def test_raw_ops_refuse_what_does_not_fit():
     with pytest.raises(RuntimeError, match="v has size 60 in dimension 2, expected 70"):
         OPS.nystrom_summary(q[:, :, :5], q, v[:, :, :60])
     with pytest.raises(RuntimeError, match="log_sums has a shape or dtype that does not go with q's"):
-        OPS.nystrom_summary_backward(v[:, :, :5], q[:, :, :5], q, v, v[:, :, :5], q[:, :, :4, 0])
+        OPS.nystrom_summary_backward(v[:, :, :5], q[:, :, :5], q, v, v[:, :, :5], q[:, :, :4, 0], ALL)
     with pytest.raises(RuntimeError, match="k_means has size 4 in dimension 2, expected 5"):
         OPS.nystrom_mix(q[:, :, :5], q[:, :, :4], v[:, :, :5])
     with pytest.raises(RuntimeError, match="weight must have an odd size in dimension 2, got 4"):
@@ -508,14 +511,14 @@ def pieces_on(threads, q, v, weight, mix):
         return (
             means,
             *summary,
-            *OPS.nystrom_summary_backward(mixed, means, q, v, *summary),
+            *OPS.nystrom_summary_backward(mixed, means, q, v, *summary, ALL),
             OPS.nystrom_readout(q, means, mixed),
-            *OPS.nystrom_readout_backward(v, q, means, mixed),
+            *OPS.nystrom_readout_backward(v, q, means, mixed, ALL),
             OPS.nystrom_means_backward(means, q),
             mixed,
-            *OPS.nystrom_mix_backward(mixed, *mix),
+            *OPS.nystrom_mix_backward(mixed, *mix, ALL),
             OPS.nystrom_residual(q, v, weight),
-            *OPS.nystrom_residual_backward(q, v, weight),
+            *OPS.nystrom_residual_backward(q, v, weight, ALL[:2]),
         )
     finally:
         torch.set_num_threads(before)

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from triton_compile import MODELS, recording
 
+ALL = [True] * 3  # the gradients that are needed
+
 needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"Triton: {TRITON_MISSING}")
 
 
@@ -89,14 +91,14 @@ def arguments(op, like):
     if op == "performer_attention":
         w = like(110, 32).float()
         yield "performer_attention_forward", lambda _: (q, k, v, w, None, "softmax", 1e-4)
-        yield "performer_attention_backward", lambda r: (grad, q, k, v, w, None, *r[1:], "softmax", 1e-4)
+        yield "performer_attention_backward", lambda r: (grad, q, k, v, w, None, *r[1:], "softmax", 1e-4, ALL)
         yield "performer_features_forward", lambda _: (q, w, False, "softmax", 1e-4)
         yield "performer_features_backward", lambda r: (r[0], q, w, r[1], False, "softmax", 1e-4)
     elif op == "linear_attention":
         yield "linear_attention_forward", lambda _: (q, k, v, None, "softmax", 1e-6)
-        yield "linear_attention_backward", lambda r: (grad, q, k, v, None, *r[1:], "softmax", 1e-6)
+        yield "linear_attention_backward", lambda r: (grad, q, k, v, None, *r[1:], "softmax", 1e-6, ALL)
         yield "kv_state_forward", lambda _: (k, v, None, "elu")
-        yield "kv_state_backward", lambda r: (r[0], r[1], k, v, None, r[1], "elu")
+        yield "kv_state_backward", lambda r: (r[0], r[1], k, v, None, r[1], "elu", ALL[:2])
     elif op == "conv_norm":
         x, out, vector = like(2, 128, 16, 16), like(2, 128, 16, 16), like(128)
         weight = like(128, 128, 3, 3)
@@ -110,9 +112,9 @@ def arguments(op, like):
         yield "nystrom_means", lambda _: (q, 64)
         yield "nystrom_means_backward", lambda _: (means, q)
         yield "nystrom_mix", lambda _: (means, means, mixed)
-        yield "nystrom_mix_backward", lambda _: (mixed, means, means, mixed)
+        yield "nystrom_mix_backward", lambda _: (mixed, means, means, mixed, ALL)
         yield "nystrom_residual", lambda _: (q, v, filters)
-        yield "nystrom_residual_backward", lambda _: (grad, v, filters)
+        yield "nystrom_residual_backward", lambda _: (grad, v, filters, ALL[:2])
     elif op == "dropout":
         seed = torch.empty((), device="cuda", dtype=torch.int64)
         yield "dropout", lambda _: (q, v, seed, 0.3, 0)
@@ -157,7 +159,7 @@ def test_no_copy_of_strided_inputs(op):
     launched = []
     with recording(lambda kernel, grid, given, _: launched.extend(given), 80):
         out = getattr(module, f"{op}_forward")(q, k, v, *w, None, "softmax", 1e-4)
-        getattr(module, f"{op}_backward")(grad, q, k, v, *w, None, *out[1:], "softmax", 1e-4)
+        getattr(module, f"{op}_backward")(grad, q, k, v, *w, None, *out[1:], "softmax", 1e-4, ALL)
     pointers = {t.data_ptr() for t in launched if isinstance(t, torch.Tensor)}
     assert {t.data_ptr() for t in (q, k, v, grad)} <= pointers
 

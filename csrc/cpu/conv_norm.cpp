@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Ten
                                                             std::vector<bool> needed) {
   const cxv::NoGrad guard;
   auto p = cxv::describe(x, weight, bias, gamma, beta, eps);
-  STD_TORCH_CHECK(needed.size() == 5, "cxv_kernels: needed must have 5 elements, got ", needed.size());
+  cxv::check_needed(needed, 5);
   STD_TORCH_CHECK(!needed[2] || bias.has_value(), "cxv_kernels: a gradient of bias is needed, but bias is None");
   for (auto [name, t] : {std::pair("grad_out", &grad_out), {"out", &out}})
     cxv::check(name, *t, x, {p.batch, p.channels, x.size(2), x.size(3)}, x.scalar_type());

@@ -156,12 +156,17 @@ class LinearAttentionPass {
     const FeatureMap map = p_.feature_map;
     const int64_t Mp = Mp_;
     const V constant = splat<A>(features_.constant());
+    // dz is of grad_k alone, and the softmax has none here.
+    const bool of_queries = p_.grad_q.data != nullptr, of_keys = has_key_gradients(p_);
+    const bool with_G = of_queries || (p_.grad_k.data != nullptr && map != FeatureMap::kSoftmax);
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
-        load_state(S, p_.state, head);
-        transpose(St, S);
+        if (with_G) {
+          load_state(S, p_.state, head);
+          transpose(St, S);
+        }
         load_statistic(z, head);
         loaded = head;
       }
@@ -174,11 +179,12 @@ class LinearAttentionPass {
         features_.queries(phi, bias(z), rows);
         int64_t ld;
         const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
-        product<A>(G, Mp_, dO, ld, 1, St, Mp_, round_up(rows), Mp_, E_, false);
+        if (with_G) product<A>(G, Mp_, dO, ld, 1, St, Mp_, round_up(rows), Mp_, E_, false);
         for (int64_t r = 0; r < rows; ++r) {
           A* e = phi + r * Mp;
           A* g = G + r * Mp;
           if (features_.normalised()) {
+            if (!with_G) break;
             const V c = splat<A>(features_.dot(e, g, Mp));
             for (int64_t d = 0; d < Mp; d += W) {
               const V y = load<A>(e + d) * (load<A>(g + d) - c);
@@ -199,14 +205,16 @@ class LinearAttentionPass {
           const V c = splat<A>(den == 0 ? A(0) : reduce_add<A>(phi_G) * inv), vinv = splat<A>(inv);
           for (int64_t d = 0; d < Mp; d += W) {
             const V y = load<A>(e + d), phi_over_den = (y + constant) * vinv;
-            store<A>(g + d, (load<A>(g + d) - c * load<A>(z + d)) * vinv * Features<A>::derivative(map, y));
             store<A>(e + d, phi_over_den);
+            if (!with_G) continue;
+            store<A>(g + d, (load<A>(g + d) - c * load<A>(z + d)) * vinv * Features<A>::derivative(map, y));
             store<A>(dz + d, load<A>(dz + d) - c * phi_over_den);
           }
         }
-        product<A>(dS, Ep_, phi, 1, Mp_, dO, ld, Mp_, Ep_, rows, true);
-        features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, false);
+        if (of_keys) product<A>(dS, Ep_, phi, 1, Mp_, dO, ld, Mp_, Ep_, rows, true);
+        if (of_queries) features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, false);
       }
+      if (!of_keys) continue;
       A* partial = static_cast<A*>(p_.partial) + (item - p_.wave_begin) * query_partial(p_);
       copy(partial, dz, M_);
       for (int64_t m = 0; m < M_; ++m) copy(partial + M_ + m * E_, dS + m * Ep_, E_);
@@ -254,12 +262,13 @@ class LinearAttentionPass {
     const FeatureMap map = p_.feature_map;
     const int64_t Mp = Mp_;
     const V constant = splat<A>(features_.constant());
+    const bool of_keys = p_.grad_k.data != nullptr, of_values = p_.grad_v.data != nullptr;
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.key_splits;
       if (head != loaded) {
         load_state(dS, p_.grad_state, head);
-        transpose(dSt, dS);
+        if (of_keys) transpose(dSt, dS);
         copy(dz, static_cast<const A*>(p_.grad_z) + head * M_, M_);
         if (p_.feature_map == FeatureMap::kFavor)
           fill(shift, M_, static_cast<const A*>(p_.key_max)[head]);
@@ -273,21 +282,27 @@ class LinearAttentionPass {
         load_tile(phi, p_.k, head, n, rows);
         features_.key_exponents(phi, rows);
         features_.keys(phi, shift, rows);
-        int64_t ld;
-        const A* y = value_tile(values, &ld, p_.v, head, n, rows);
-        product<A>(G, Mp_, y, ld, 1, dSt, Mp_, round_up(rows), Mp_, E_, false);
+        if (of_keys) {
+          int64_t ld;
+          const A* y = value_tile(values, &ld, p_.v, head, n, rows);
+          product<A>(G, Mp_, y, ld, 1, dSt, Mp_, round_up(rows), Mp_, E_, false);
+        }
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t d = 0; d < Mp; d += W) {
             const int64_t i = r * Mp + d;
             const V e = load<A>(phi + i);
-            store<A>(G + i, (load<A>(G + i) + load<A>(dz + d)) * Features<A>::derivative(map, e));
+            if (of_keys) store<A>(G + i, (load<A>(G + i) + load<A>(dz + d)) * Features<A>::derivative(map, e));
             store<A>(phi + i, e + constant);
           }
-        hide(phi, head, n, rows);
-        hide(G, head, n, rows);
-        product<A>(gradient, Ep_, phi, Mp_, 1, dS, Ep_, round_up(rows), Ep_, M_, false);
-        store_tile(p_.grad_v, head, n, gradient, Ep_, rows, E_);
-        features_.store_gradient(row<T>(p_.grad_k, head, n), p_.grad_k.stride, G, rows, true);
+        if (of_values) {
+          hide(phi, head, n, rows);
+          product<A>(gradient, Ep_, phi, Mp_, 1, dS, Ep_, round_up(rows), Ep_, M_, false);
+          store_tile(p_.grad_v, head, n, gradient, Ep_, rows, E_);
+        }
+        if (of_keys) {
+          hide(G, head, n, rows);
+          features_.store_gradient(row<T>(p_.grad_k, head, n), p_.grad_k.stride, G, rows, true);
+        }
       }
     }
   }

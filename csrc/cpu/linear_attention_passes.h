@@ -55,9 +55,12 @@ inline Tensors run_forward(LinearAttention& p, const Tensor& q) {
 }
 
 inline Tensors run_backward(LinearAttention& p, const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                            const Tensor& v, const Tensor& state, const Tensor& key_stat) {
+                            const Tensor& v, const Tensor& state, const Tensor& key_stat,
+                            const std::vector<bool>& needed) {
   const auto& table = kernels().linear_attention;
-  return backward(p, grad_out, q, k, v, state, key_stat, wave(heads(p) * p.query_splits), table.query_partial(p), [&] {
+  const int64_t items = heads(p) * p.query_splits;
+  return backward(p, grad_out, q, k, v, state, key_stat, needed, wave(items), table.query_partial(p), [&] {
+    if (!has_key_gradients(p)) return run(table.query_backward, p, 0, items);
     run_folded(table.query_backward, table.query_backward_fold, p, p.query_splits);
     run(table.key_backward, p, 0, heads(p) * p.key_splits);
   });

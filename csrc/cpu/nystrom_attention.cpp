@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../tensor.h"
 #include "kernels.h"
@@ -93,19 +94,20 @@ Tensor readout(Tensor q, Tensor k_means, Tensor mixed) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> readout_backward(Tensor grad_out, Tensor q, Tensor k_means, Tensor mixed) {
+std::tuple<Tensor, Tensor, Tensor> readout_backward(Tensor grad_out, Tensor q, Tensor k_means, Tensor mixed,
+                                                    std::vector<bool> needed) {
+  cxv::check_needed(needed, 3);
   check_four("mixed", mixed);
   auto p = describe_tokens(q, k_means, mixed.size(3));
   p.landmark_values = checked("mixed", mixed, q, p, p.landmarks);
   p.grad_token_values = checked("grad_out", grad_out, q, p, p.tokens);
-  Tensor grad_q = cxv::new_like(q, {p.batch, p.heads, p.tokens, p.dim});
-  Tensor grad_k_means = cxv::new_like(k_means, {p.batch, p.heads, p.landmarks, p.dim});
-  Tensor grad_mixed = cxv::new_like(mixed, {p.batch, p.heads, p.landmarks, p.value_dim});
-  p.grad_x = cxv::view(grad_q);
-  p.grad_means = cxv::view(grad_k_means);
-  p.grad_landmark_values = cxv::view(grad_mixed);
+  const auto grad_q = cxv::new_gradient(q, needed[0]), grad_k_means = cxv::new_gradient(k_means, needed[1]);
+  const auto grad_mixed = cxv::new_gradient(mixed, needed[2]);
+  p.grad_x = grad_q.view;
+  p.grad_means = grad_k_means.view;
+  p.grad_landmark_values = grad_mixed.view;
   run(passes().readout_backward, p, p.batch * p.heads);
-  return {grad_q, grad_k_means, grad_mixed};
+  return {grad_q.tensor, grad_k_means.tensor, grad_mixed.tensor};
 }
 
 std::tuple<Tensor, Tensor> summary(Tensor q_means, Tensor k, Tensor v) {
@@ -121,7 +123,8 @@ std::tuple<Tensor, Tensor> summary(Tensor q_means, Tensor k, Tensor v) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> summary_backward(Tensor grad_summary, Tensor q_means, Tensor k, Tensor v,
-                                                    Tensor summary, Tensor log_sums) {
+                                                    Tensor summary, Tensor log_sums, std::vector<bool> needed) {
+  cxv::check_needed(needed, 3);
   check_four("v", v);
   auto p = describe_tokens(k, q_means, v.size(3));
   p.token_values = checked("v", v, k, p, p.tokens);
@@ -130,14 +133,13 @@ std::tuple<Tensor, Tensor, Tensor> summary_backward(Tensor grad_summary, Tensor 
   cxv::check_accumulator("log_sums", log_sums, k, {p.batch, p.heads, p.landmarks});
   STD_TORCH_CHECK(log_sums.is_contiguous(), "cxv_kernels: log_sums must be contiguous");
   p.log_sums = log_sums.data_ptr();
-  Tensor grad_q_means = cxv::new_like(q_means, {p.batch, p.heads, p.landmarks, p.dim});
-  Tensor grad_k = cxv::new_like(k, {p.batch, p.heads, p.tokens, p.dim});
-  Tensor grad_v = cxv::new_like(v, {p.batch, p.heads, p.tokens, p.value_dim});
-  p.grad_means = cxv::view(grad_q_means);
-  p.grad_x = cxv::view(grad_k);
-  p.grad_token_values = cxv::view(grad_v);
+  const auto grad_q_means = cxv::new_gradient(q_means, needed[0]);
+  const auto grad_k = cxv::new_gradient(k, needed[1]), grad_v = cxv::new_gradient(v, needed[2]);
+  p.grad_means = grad_q_means.view;
+  p.grad_x = grad_k.view;
+  p.grad_token_values = grad_v.view;
   run(passes().summary_backward, p, p.batch * p.heads);
-  return {grad_q_means, grad_k, grad_v};
+  return {grad_q_means.tensor, grad_k.tensor, grad_v.tensor};
 }
 
 cxv::NystromMix describe_mix(const Tensor& q_means, const Tensor& k_means, const Tensor& summary) {
@@ -168,18 +170,19 @@ Tensor mix(Tensor q_means, Tensor k_means, Tensor summary) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary) {
+std::tuple<Tensor, Tensor, Tensor> mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary,
+                                                std::vector<bool> needed) {
+  cxv::check_needed(needed, 3);
   auto p = describe_mix(q_means, k_means, summary);
   check("grad_mixed", grad_mixed, summary, {p.batch, p.heads, p.landmarks, p.value_dim}, summary.scalar_type());
-  Tensor grad_q = cxv::new_like(q_means, {p.batch, p.heads, p.landmarks, p.dim});
-  Tensor grad_k = cxv::new_like(k_means, {p.batch, p.heads, p.landmarks, p.dim});
-  Tensor grad_summary = cxv::new_like(summary, {p.batch, p.heads, p.landmarks, p.value_dim});
+  const auto grad_q = cxv::new_gradient(q_means, needed[0]), grad_k = cxv::new_gradient(k_means, needed[1]);
+  const auto grad_summary = cxv::new_gradient(summary, needed[2]);
   p.grad_x = cxv::view(grad_mixed);
-  p.grad_q = cxv::view(grad_q);
-  p.grad_k = cxv::view(grad_k);
-  p.grad_y = cxv::view(grad_summary);
+  p.grad_q = grad_q.view;
+  p.grad_k = grad_k.view;
+  p.grad_y = grad_summary.view;
   run(passes().mix_backward, p, p.batch * p.heads);
-  return {grad_q, grad_k, grad_summary};
+  return {grad_q.tensor, grad_k.tensor, grad_summary.tensor};
 }
 
 cxv::NystromResidual describe_residual(const Tensor& v, const Tensor& weight) {
@@ -210,19 +213,19 @@ Tensor residual(Tensor attention, Tensor v, Tensor weight) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> residual_backward(Tensor grad_out, Tensor v, Tensor weight) {
+std::tuple<Tensor, Tensor> residual_backward(Tensor grad_out, Tensor v, Tensor weight, std::vector<bool> needed) {
+  cxv::check_needed(needed, 2);
   auto p = describe_residual(v, weight);
   check("grad_out", grad_out, v, {p.batch, p.heads, p.tokens, p.value_dim}, v.scalar_type());
-  Tensor grad_v = cxv::new_like(v, {p.batch, p.heads, p.tokens, p.value_dim});
-  Tensor grad_weight = cxv::new_like(weight, {p.heads, 1, p.kernel, 1});
-  Tensor partial = cxv::new_accumulator(v, {p.batch * p.heads * p.tiles, p.kernel});
+  const auto grad_v = cxv::new_gradient(v, needed[0]), grad_weight = cxv::new_gradient(weight, needed[1]);
+  Tensor partial = cxv::new_accumulator(v, {needed[1] ? p.batch * p.heads * p.tiles : 0, p.kernel});
   p.grad_out = cxv::view(grad_out);
-  p.grad_v = cxv::view(grad_v);
-  p.grad_weight = cxv::view(grad_weight);
+  p.grad_v = grad_v.view;
+  p.grad_weight = grad_weight.view;
   p.partial = partial.data_ptr();
   run(passes().residual_backward, p, p.batch * p.heads * p.tiles);
-  run(passes().residual_weight_backward, p, p.heads);
-  return {grad_v, grad_weight};
+  if (needed[1]) run(passes().residual_weight_backward, p, p.heads);
+  return {grad_v.tensor, grad_weight.tensor};
 }
 
 }  // namespace

@@ -137,6 +137,7 @@ class NystromTokensPass {
     A* x_t = scratch_.take(Ep_ * mp_);
     A* dx = scratch_.take(mp_ * Ep_);
     Gradient g(*this);
+    const bool of_mixed = p_.grad_landmark_values.data != nullptr;
     for (int64_t head = begin; head < end; ++head) {
       load_means(head);
       load_landmarks_transposed(x_t, p_.landmark_values, head);
@@ -147,8 +148,9 @@ class NystromTokensPass {
         logits(t);
         softmax_rows(weights_, mp_, t.rows, m_);
         load_tile(values_, Ep_, p_.grad_token_values, t, E_);
+        if (of_mixed) product<A>(dx, Ep_, weights_, 1, mp_, values_, Ep_, landmark_rows_, Ep_, t.rows, true);
+        if (!g.needed) continue;
         product<A>(g.tile, mp_, values_, Ep_, 1, x_t, mp_, whole_blocks(t.rows), mp_, E_, false);
-        product<A>(dx, Ep_, weights_, 1, mp_, values_, Ep_, landmark_rows_, Ep_, t.rows, true);
         for (int64_t r = 0; r < t.rows; ++r) {
           A* row = g.tile + r * mp_;
           const A* weights = weights_ + r * mp_;
@@ -160,7 +162,7 @@ class NystromTokensPass {
         g.add(t);
       }
       g.finish(head);
-      store_landmarks(p_.grad_landmark_values, head, dx);
+      if (of_mixed) store_landmarks(p_.grad_landmark_values, head, dx);
     }
   }
 
@@ -226,17 +228,21 @@ class NystromTokensPass {
         const Tile t(p_, head, tile);
         const int64_t rows = whole_blocks(t.rows);
         logits(t);
-        load_tile(values_, Ep_, p_.token_values, t, E_);
-        product<A>(g.tile, mp_, values_, Ep_, 1, dy_t, mp_, rows, mp_, E_, false);
+        if (g.needed) {
+          load_tile(values_, Ep_, p_.token_values, t, E_);
+          product<A>(g.tile, mp_, values_, Ep_, 1, dy_t, mp_, rows, mp_, E_, false);
+        }
         for (int64_t r = 0; r < t.rows; ++r)
           for (int64_t j = 0; j < mp_; j += W) {
             const V weight = exp(load<A>(weights_ + r * mp_ + j) - load<A>(log_sums + j));
             A* d = g.tile + r * mp_ + j;
             store<A>(weights_ + r * mp_ + j, weight);
-            store<A>(d, weight * (load<A>(d) - load<A>(shift + j)));
+            if (g.needed) store<A>(d, weight * (load<A>(d) - load<A>(shift + j)));
           }
-        product<A>(dv, Ep_, weights_, mp_, 1, dy, Ep_, rows, Ep_, m_, false);
-        store_tile(p_.grad_token_values, t, dv, Ep_, E_);
+        if (p_.grad_token_values.data != nullptr) {
+          product<A>(dv, Ep_, weights_, mp_, 1, dy, Ep_, rows, Ep_, m_, false);
+          store_tile(p_.grad_token_values, t, dv, Ep_, E_);
+        }
         g.add(t);
       }
       g.finish(head);
@@ -253,8 +259,13 @@ class NystromTokensPass {
   // From the gradient of a tile's logits to those of its tokens, and of the landmarks over all tiles.
   struct Gradient {
     NystromTokensPass& pass;
+    const bool of_tokens, of_means, needed;
     A *tile, *dx, *dmeans;
-    explicit Gradient(NystromTokensPass& pass) : pass(pass) {
+    explicit Gradient(NystromTokensPass& pass)
+        : pass(pass),
+          of_tokens(pass.p_.grad_x.data != nullptr),
+          of_means(pass.p_.grad_means.data != nullptr),
+          needed(of_tokens || of_means) {
       tile = pass.scratch_.take(kTile * pass.mp_);
       dx = pass.scratch_.take(kTile * pass.Dp_);
       dmeans = pass.scratch_.take(pass.mp_ * pass.Dp_);
@@ -264,11 +275,14 @@ class NystromTokensPass {
     }
     void add(const Tile& t) {
       const int64_t mp = pass.mp_, Dp = pass.Dp_;
-      product<A>(dx, Dp, tile, mp, 1, pass.means_, Dp, whole_blocks(t.rows), Dp, pass.m_, false);
-      pass.store_tile(pass.p_.grad_x, t, dx, Dp, pass.D_);
-      product<A>(dmeans, Dp, tile, 1, mp, pass.x_, Dp, pass.landmark_rows_, Dp, t.rows, true);
+      if (of_tokens) {
+        product<A>(dx, Dp, tile, mp, 1, pass.means_, Dp, whole_blocks(t.rows), Dp, pass.m_, false);
+        pass.store_tile(pass.p_.grad_x, t, dx, Dp, pass.D_);
+      }
+      if (of_means) product<A>(dmeans, Dp, tile, 1, mp, pass.x_, Dp, pass.landmark_rows_, Dp, t.rows, true);
     }
     void finish(int64_t head) {
+      if (!of_means) return;
       const View& view = pass.p_.grad_means;
       unpack(pass.row<A>(view, head, 0), view.stride[2], view.stride[3], dmeans, pass.Dp_, pass.m_, pass.D_,
              pass.scale_);
@@ -373,13 +387,17 @@ class NystromMixPass {
     A* r = matrix();
     A* s = matrix();
     A* dw = matrix();
+    const bool of_q = p_.grad_q.data != nullptr, of_k = p_.grad_k.data != nullptr;
     for (int64_t head = begin; head < end; ++head) {
       const A top = invert(head);
+      if (p_.grad_y.data != nullptr) {
+        load_tile<T>(dx, Ep_, p_.grad_x, head, E_);
+        product<A>(x_, Ep_, z_[kIterations], 1, mp_, dx, Ep_, rows_, Ep_, m_, false);
+        store_tile<T>(p_.grad_y, head, x_, Ep_, E_);
+      }
+      if (!of_q && !of_k) continue;
       load_tile<T>(y_, Ep_, p_.y, head, E_);
-      load_tile<T>(dx, Ep_, p_.grad_x, head, E_);
       load_transposed<T>(dxt, p_.grad_x, head, E_);
-      product<A>(x_, Ep_, z_[kIterations], 1, mp_, dx, Ep_, rows_, Ep_, m_, false);
-      store_tile<T>(p_.grad_y, head, x_, Ep_, E_);
       product<A>(dz, mp_, y_, Ep_, 1, dxt, mp_, rows_, mp_, E_, false);
       for (int64_t i = 0; i < rows_ * mp_; ++i) da[i] = 0;
       for (int i = kIterations - 1; i >= 0; --i) {
@@ -414,11 +432,15 @@ class NystromMixPass {
         for (int64_t j = 0; j < mp_; j += W) store<A>(row + j, load<A>(weights + j) * (load<A>(row + j) - shift));
       }
       for (int64_t i = m_ * mp_; i < rows_ * mp_; ++i) s[i] = 0;
-      load_tile<A>(k, Dp_, p_.k, head, D_, scale_);
-      product<A>(dqk, Dp_, s, mp_, 1, k, Dp_, rows_, Dp_, m_, false);
-      store_tile<A>(p_.grad_q, head, dqk, Dp_, D_);
-      product<A>(dqk, Dp_, s, 1, mp_, q_, Dp_, rows_, Dp_, m_, false);
-      store_tile<A>(p_.grad_k, head, dqk, Dp_, D_);
+      if (of_q) {
+        load_tile<A>(k, Dp_, p_.k, head, D_, scale_);
+        product<A>(dqk, Dp_, s, mp_, 1, k, Dp_, rows_, Dp_, m_, false);
+        store_tile<A>(p_.grad_q, head, dqk, Dp_, D_);
+      }
+      if (of_k) {
+        product<A>(dqk, Dp_, s, 1, mp_, q_, Dp_, rows_, Dp_, m_, false);
+        store_tile<A>(p_.grad_k, head, dqk, Dp_, D_);
+      }
     }
   }
 
@@ -531,9 +553,12 @@ class NystromResidualPass {
       const Tile t(p_, item);
       load_weight(t.head, true);
       load_near(near_, p_.grad_out, t);
-      convolve(t.rows, false);
       const View& dv = p_.grad_v;
-      unpack(at<T>(dv, t.image, t.head, t.first), dv.stride[2], dv.stride[3], tile_, Ep_, t.rows, E_);
+      if (dv.data != nullptr) {
+        convolve(t.rows, false);
+        unpack(at<T>(dv, t.image, t.head, t.first), dv.stride[2], dv.stride[3], tile_, Ep_, t.rows, E_);
+      }
+      if (p_.grad_weight.data == nullptr) continue;
       load_near(values, p_.v, t);
       A* partial = static_cast<A*>(p_.partial) + item * K_;
       for (int64_t tap = 0; tap < K_; tap += kRows) {

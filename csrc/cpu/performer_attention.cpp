@@ -40,12 +40,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
 }
 
 cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection, std::optional<Tensor> key_mask,
-                      Tensor state, Tensor key_stat, Tensor key_max, std::string kernel, double eps) {
+                      Tensor state, Tensor key_stat, Tensor key_max, std::string kernel, double eps,
+                      std::vector<bool> needed) {
   auto p = describe(q, k, v, projection, key_mask, kernel, eps);
   cxv::check_accumulator("key_max", key_max, q, {p.batch, p.heads});
   key_max = torch::stable::contiguous(key_max);
   p.key_max = key_max.data_ptr();
-  return cxv::run_backward(p, grad_out, q, k, v, state, key_stat);
+  return cxv::run_backward(p, grad_out, q, k, v, state, key_stat, needed);
 }
 
 LinearAttention describe_features(const Tensor& x, Tensor& projection, const std::string& kernel, double eps) {

@@ -64,10 +64,13 @@ inline Tensors attention_forward(LinearAttention& p, const Tensor& q) {
                  [&] { kernels.forward(p, static_cast<float*>(p.partial), stream_of(q)); });
 }
 inline Tensors attention_backward(LinearAttention& p, const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                  const Tensor& v, const Tensor& state, const Tensor& key_stat) {
+                                  const Tensor& v, const Tensor& state, const Tensor& key_stat,
+                                  const std::vector<bool>& needed) {
   const auto& kernels = attention_kernels(p, q);
-  return backward(p, grad_out, q, k, v, state, key_stat, 1, scratch_size(p, true),
-                  [&] { kernels.backward(p, static_cast<float*>(p.partial), stream_of(q)); });
+  return backward(p, grad_out, q, k, v, state, key_stat, needed, 0, 0, [&] {
+    Tensor scratch = new_accumulator(q, {scratch_size(p, true)});
+    kernels.backward(p, static_cast<float*>(scratch.data_ptr()), stream_of(q));
+  });
 }
 
 }  // namespace cuda

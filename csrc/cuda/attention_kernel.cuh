@@ -39,7 +39,7 @@ struct Work {
   float* weight;   // (M'): what a feature's e is weighed by: its logarithm or factor
   float* offset;   // (M'): what is added to R·v
   float* vector;   // (P + 2): c̄ or, for the keys' gradients, c Σ R/z; `scale`; c Σ z
-  float* token;    // (3, queries): log₂ of Σ e or 1/Σ e, −δ, 1/den
+  float* token;    // (3, queries): log₂ of Σ e or 1/Σ e, −δ, 1/den; null if the keys have no gradient
 };
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
@@ -1057,7 +1057,8 @@ struct InputGradient {
   }
 };
 
-// block = head · blocks + block. Queries: grad_q, and `token` for fold. Keys: grad_k and grad_v.
+// block = head · blocks + block. Queries: grad_q, and `token` for fold. Keys: grad_k and grad_v. Where a gradient's view
+// has no data, nothing is computed for it.
 template <class T, int P, Map map, bool queries>
 __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1)
     grad(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
@@ -1070,13 +1071,14 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
     const float* vector = work.vector + r.head * (P + 2);
     const float scale = vector[P];
     const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + r.head / p.heads * p.mask_stride[0];
+    const bool of_x = side.out_x.data != nullptr, of_y = side.out_y.data != nullptr;
     const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
     for (int64_t tile = range.begin; tile < range.end; ++tile) {
       Pair<T> y[K][4];
       r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), mask);
       r.load(y, side.y, tile * R::Rows, side.tokens, int(p.value_dim), mask);
       const int64_t row[2] = {tile * R::Rows + 16 * r.warp + r.g, tile * R::Rows + 16 * r.warp + r.g + 8};
-      float h[2] = {0, 0}, a[2][4], G[2][4];
+      float h[2] = {0, 0}, a[2][4], G[2][4] = {};
       if (map == Map::kFavor) r.half_norms(h);
 
       // Per token: what is subtracted from exponents; what multiplies its gradient; δ; of keys whether it is seen.
@@ -1099,19 +1101,20 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
             const int channel = i / 4 * 16 + i / 2 % 2 * 8 + r.t;
             along[i % 2] = fmaf(z.x, vector[channel], fmaf(z.y, vector[channel + 1], along[i % 2]));
           }
-        float* token = work.token + r.head * 3 * side.tokens;
+        float* token = work.token == nullptr ? nullptr : work.token + r.head * 3 * side.tokens;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           shift[i] = exponents ? Online<map>::Relative::base(online.top[i]) : 0.f;
           factor[i] = exponents ? online.plain[i] : online.unit[i];
           delta[i] = online.plain[i] * row_sum(delta[i]);
           if (map == Map::kRectifier) delta[i] += (online.share[i] - 1) * row_sum(along[i]) / scale;
-          if (r.t == 0 && row[i] < side.tokens) {
+          if (token != nullptr && r.t == 0 && row[i] < side.tokens) {
             token[row[i]] = exponents ? online.log[i] : online.unit[i];
             token[side.tokens + row[i]] = -scale * delta[i];
             token[2 * side.tokens + row[i]] = online.unit[i];
           }
         }
+        if (!of_x) continue;
       } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -1128,7 +1131,8 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
           r.scores(a, feature, k, [&](int i) { return r.weight_of(feature, i) - shift[i / 2 % 2]; });
         else
           r.scores(a, feature, k);
-        r.products(G, y, feature, [&](int i) { return queries ? -delta[i / 2 % 2] : r.offset_of(feature, i); });
+        if (of_x)
+          r.products(G, y, feature, [&](int i) { return queries ? -delta[i / 2 % 2] : r.offset_of(feature, i); });
         float da[2][4];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -1140,7 +1144,9 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
           da[i / 4][i % 4] = d;
           total[i / 2 % 2] += d;
         }
-        if constexpr (!queries) r.accumulate(dy, a, r.rows, feature);
+        if constexpr (!queries)
+          if (of_y) r.accumulate(dy, a, r.rows, feature);
+        if (!of_x) return;
         if constexpr (kProjected<map>) {
           dx.add(r, da, feature);
         } else {
@@ -1150,24 +1156,25 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
       });
 
       // Exponents carry log₂e, and the softmax pair's input D^-¼ too.
-      const float of_x = scale * (map == Map::kSoftmax ? r.scale * kLn2 : exponents ? kLn2 : 1.f);
+      const float of_features = scale * (map == Map::kSoftmax ? r.scale * kLn2 : exponents ? kLn2 : 1.f);
       const float of_norm = map == Map::kFavor && !(queries && normalised<map>(p)) ? scale * rsqrtf(float(p.dim)) : 0.f;
 #pragma unroll
       for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
-      r.store(side.out_x, tile * R::Rows, side.tokens, int(p.dim), [&](int k, int half, int i) {
-        float d = of_x * (kProjected<map> ? dx.top[i / 2] : 1.f) * dx.sum[k][half][i];
-        if (map == Map::kFavor) {
-          const float2 x = unpack(r.x[k][2 * half + i / 2]);
-          d -= of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
-        }
-        return factor[i / 2] * d;
-      });
-      if constexpr (!queries) {
-        r.store(side.out_y, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
-          const float plain = kProjected<map> ? seen[i / 2] * vector[16 * k + 8 * half + r.t + i % 2] : 0.f;
-          return fmaf(scale * factor[i / 2], dy[k][half][i], plain);
+      if (of_x)
+        r.store(side.out_x, tile * R::Rows, side.tokens, int(p.dim), [&](int k, int half, int i) {
+          float d = of_features * (kProjected<map> ? dx.top[i / 2] : 1.f) * dx.sum[k][half][i];
+          if (map == Map::kFavor) {
+            const float2 x = unpack(r.x[k][2 * half + i / 2]);
+            d -= of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
+          }
+          return factor[i / 2] * d;
         });
-      }
+      if constexpr (!queries)
+        if (of_y)
+          r.store(side.out_y, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
+            const float plain = kProjected<map> ? seen[i / 2] * vector[16 * k + 8 * half + r.t + i % 2] : 0.f;
+            return fmaf(scale * factor[i / 2], dy[k][half][i], plain);
+          });
     }
   }
 }
@@ -1294,12 +1301,13 @@ inline int64_t carve(const LinearAttention& p, int P, bool backward, float* base
     used += (count + 63) / 64 * 64;
     return at;
   };
-  work->partial = take(heads * splits * (p.features + 1) * (p.value_dim + 3));
+  const bool folded = !backward || has_key_gradients(p);
+  work->partial = take(folded ? heads * splits * (p.features + 1) * (p.value_dim + 3) : 0);
   work->rows = take(heads * padded * P);  // as if floats
   work->weight = take(heads * padded);
   work->offset = take(heads * padded);
   work->vector = take(heads * (P + 2));
-  work->token = take(backward ? heads * 3 * p.queries : 0);
+  work->token = backward && folded ? take(heads * 3 * p.queries) : nullptr;
   return used;
 }
 
@@ -1333,6 +1341,7 @@ struct Passes {
     launch(prepare<T, P, map>, heads(p), Prepare::kThreads, Prepare::kBytes, Preparation{Role::kQueries, 0});
     const ReadSide side = {p.q, p.grad_out, p.grad_q, {}, p.queries, Grad::blocks(p, p.queries), 1};
     launch(grad<T, P, map, true>, heads(p) * side.blocks, Grad::kThreads, Grad::bytes(p), side);
+    if (!has_key_gradients(p)) return;
     fold_and_reduce<true>(p, work, {p.q, p.grad_out, p.queries, p.query_splits}, launch);
     key_gradients(p, work, Role::kKeys, launch);
   }

@@ -65,13 +65,13 @@ cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mas
 }
 
 cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, Tensor state,
-                      Tensor key_stat, std::string feature_map, double eps) {
+                      Tensor key_stat, std::string feature_map, double eps, std::vector<bool> needed) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   auto p = describe(q, k, v, key_mask, feature_map, eps);
-  if (on_tensor_cores(p)) return cxv::cuda::attention_backward(p, grad_out, q, k, v, state, key_stat);
+  if (on_tensor_cores(p)) return cxv::cuda::attention_backward(p, grad_out, q, k, v, state, key_stat, needed);
   return on_cuda_cores(p, q, /*forward=*/false, [&](const auto& plan, const auto& launch) {
     const int64_t partials = p.batch * p.heads * p.query_splits, partial_size = p.dim + p.dim * p.value_dim;
-    return cxv::backward(p, grad_out, q, k, v, state, key_stat, partials, partial_size, [&] {
+    return cxv::backward(p, grad_out, q, k, v, state, key_stat, needed, partials, partial_size, [&] {
       cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::backward<decltype(x)>(p, plan, launch); });
     });
   });
@@ -100,19 +100,20 @@ std::tuple<Tensor, Tensor> kv_state_forward(Tensor k, Tensor v, std::optional<Te
 }
 
 std::tuple<Tensor, Tensor> kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v,
-                                             std::optional<Tensor> key_mask, Tensor key_stat, std::string feature_map) {
+                                             std::optional<Tensor> key_mask, Tensor key_stat, std::string feature_map,
+                                             std::vector<bool> needed) {
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   auto p = describe(k, k, v, key_mask, feature_map, 0);
+  cxv::check_needed(needed, 2);
   cxv::check_accumulator("grad_state", grad_state, k, {p.batch, p.heads, p.dim, p.value_dim});
   cxv::check_accumulator("grad_z", grad_z, k, {p.batch, p.heads, p.dim});
   cxv::check_accumulator("key_stat", key_stat, k, {p.batch, p.heads, p.dim});
   grad_state = torch::stable::contiguous(grad_state);
   grad_z = torch::stable::contiguous(grad_z);
   key_stat = torch::stable::contiguous(key_stat);
-  Tensor grad_k = cxv::new_like(k, {p.batch, p.heads, p.keys, p.dim});
-  Tensor grad_v = cxv::new_like(v, {p.batch, p.heads, p.keys, p.value_dim});
-  p.grad_k = cxv::view(grad_k);
-  p.grad_v = cxv::view(grad_v);
+  const auto grad_k = cxv::new_gradient(k, needed[0]), grad_v = cxv::new_gradient(v, needed[1]);
+  p.grad_k = grad_k.view;
+  p.grad_v = grad_v.view;
   p.grad_state = grad_state.data_ptr();
   p.grad_z = grad_z.data_ptr();
   p.key_stat = key_stat.data_ptr();
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor> kv_state_backward(Tensor grad_state, Tensor grad_z, T
       cxv::cuda::for_dtype(p.dtype, [&](auto x) { cxv::cuda::key_gradients<decltype(x)>(p, plan, launch); });
     });
   }
-  return {grad_k, grad_v};
+  return {grad_k.tensor, grad_v.tensor};
 }
 
 }  // namespace

@@ -497,6 +497,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   using A = typename Block<T>::A;
   A *z = b.channel[0], *dz = b.channel[1], *c = b.token[0], *inverse = b.token[1];
   const int D = b.D, ld = plan.ld_dim;
+  // dz is of grad_k alone, and the softmax has none here.
+  const bool of_queries = p.grad_q.data != nullptr, of_keys = p.grad_k.data != nullptr || p.grad_v.data != nullptr;
+  const bool with_G = of_queries || (p.grad_k.data != nullptr && !b.softmax);
   State<A> dS;
   b.load_z(z);
   b.each_channel([&](int d) { dz[d] = 0; });
@@ -504,18 +507,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
     b.load_queries(n, rows, b.token[0]);
     b.load_values(p.grad_out, n, rows, nullptr);
-    b.read_back(p.state, rows);
+    if (with_G) b.read_back(p.state, rows);
     __syncthreads();
     for (int t = threadIdx.x; t < rows; t += blockDim.x) {
       inverse[t] = b.inverse_denominator(t, z);
-      c[t] = b.row_dot(b.phi + t * ld, b.gradient + t * ld) * inverse[t];
+      c[t] = with_G ? b.row_dot(b.phi + t * ld, b.gradient + t * ld) * inverse[t] : A(0);
     }
     __syncthreads();
     b.each_element(p.grad_q, n, rows, plan.dim, [&](T* grad_q, int t, int d) {
       A& f = b.phi[t * ld + d];
-      if (d < D) narrow((b.gradient[t * ld + d] - c[t] * z[d]) * inverse[t] * b.derivative(f), grad_q);
+      if (of_queries && d < D) narrow((b.gradient[t * ld + d] - c[t] * z[d]) * inverse[t] * b.derivative(f), grad_q);
       f *= inverse[t];
     });
+    if (!of_keys) return;
     __syncthreads();
     dS.fold(plan, b.phi, b.values, rows);
     b.each_channel([&](int d) {
@@ -524,6 +528,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       dz[d] = sum;
     });
   });
+  if (!of_keys) return;
   A* partial = static_cast<A*>(p.partial) + blockIdx.x * (p.dim + p.dim * p.value_dim);
   b.each_channel([&](int d) {
     if (d < D) partial[d] = dz[d];
@@ -563,6 +568,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   using A = typename Block<T>::A;
   A *stat = b.channel[0], *dz = b.channel[1], *seen = b.token[0];
   const int D = b.D, ld = plan.ld_dim;
+  const bool of_keys = p.grad_k.data != nullptr;
   b.each_channel([&](int d) {
     stat[d] = d < D ? static_cast<const A*>(p.key_stat)[b.head * D + d] : A(0);
     dz[d] = d < D ? static_cast<const A*>(p.grad_z)[b.head * D + d] : A(0);
@@ -572,12 +578,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
     b.load(b.phi, ld, p.k, n, rows, D, seen, A(0),
            [&](A x, int d) { return b.softmax ? exponential(b.scale * x - stat[d]) : b.feature(x); });
-    b.load_values(p.v, n, rows, seen);
-    b.read_back(p.grad_state, rows);
-    __syncthreads();
-    b.each_element(p.grad_k, n, rows, plan.dim, [&](T* grad_k, int t, int d) {
-      if (d < D) narrow((b.gradient[t * ld + d] + dz[d]) * b.derivative(b.phi[t * ld + d]), grad_k);
-    });
+    if (of_keys) {
+      b.load_values(p.v, n, rows, seen);
+      b.read_back(p.grad_state, rows);
+      __syncthreads();
+      b.each_element(p.grad_k, n, rows, plan.dim, [&](T* grad_k, int t, int d) {
+        if (d < D) narrow((b.gradient[t * ld + d] + dz[d]) * b.derivative(b.phi[t * ld + d]), grad_k);
+      });
+    }
+    if (p.grad_v.data == nullptr) return;
     b.read_out(p.grad_state, rows);
     __syncthreads();
     b.each_element(p.grad_v, n, rows, plan.value_dim, [&](T* grad_v, int t, int e) {
@@ -617,6 +626,7 @@ void backward(const LinearAttention& p, const Plan& plan, Launch&& launch) {
   const int64_t heads = p.batch * p.heads;
   const int bytes = plan.backward_count() * sizeof(A);
   launch(query_backward<T>, heads * p.query_splits, plan.threads, bytes);
+  if (!has_key_gradients(p)) return;
   launch(query_backward_reduce<A>, heads * p.dim, round_up(plan.value_dim, 32), int(plan.value_dim * sizeof(A)));
   key_gradients<T>(p, plan, launch);
 }

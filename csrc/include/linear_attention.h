@@ -25,7 +25,7 @@ struct LinearAttention {
   void* state;     // acc (B, H, M, E): S; for softmax and exact FAVOR+ divided by z
   void* key_stat;  // acc (B, H, M): z; for softmax and exact FAVOR+ log Σ exp
 
-  // Backward.
+  // Backward. A gradient whose view has no data is not computed, and without grad_k and grad_v neither are dS and dz.
   View grad_out, grad_q, grad_k, grad_v;
   void* grad_state;  // acc (B, H, M, E): dS
   void* grad_z;      // acc (B, H, M): what is added to v·dSᵀ in dφ(k): dz; where S is normalised dL − Σ dS·S
@@ -41,6 +41,11 @@ struct LinearAttention {
   int64_t resident_blocks = 1;
 };
 
+// Whether a gradient of the keys or their values is computed. Static, so that no instruction set's file shares its code.
+static inline bool has_key_gradients(const LinearAttention& p) {
+  return p.grad_k.data != nullptr || p.grad_v.data != nullptr;
+}
+
 // One instruction set's kernels. Each does the items [begin, end) of its pass; items are independent, and what one
 // computes depends on nothing but its own head, so neither threads nor batch change a bit.
 struct LinearAttentionKernels {
@@ -48,7 +53,7 @@ struct LinearAttentionKernels {
   Pass key_pass;             // item = head · key_splits + split; writes a partial state
   Pass key_fold;             // item = head; adds the wave's partial states
   Pass query_pass;           // item = head · query_splits + split
-  Pass query_backward;       // item = head · query_splits + split; writes grad_q and a partial (dz, dS)
+  Pass query_backward;       // item = head · query_splits + split; writes grad_q and, for the keys, a partial (dz, dS)
   Pass query_backward_fold;  // item = head
   Pass key_backward;         // item = head · key_splits + split
   Pass features_max;         // item = head · query_splits + split of q; writes the largest exponent

@@ -1,5 +1,5 @@
 // What nystrom_attention's kernels are told: plain pointers and strides. Torch-free. "acc" is double for double and
-// float otherwise.
+// float otherwise. A gradient whose view has no data is not computed.
 #pragma once
 
 #include "view.h"

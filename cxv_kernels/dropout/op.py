@@ -43,8 +43,7 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, residual, seed, ctx.p, ctx.offset, ctx.backend = inputs
-        ctx.has_residual = residual is not None
+        _, _, seed, ctx.p, ctx.offset, ctx.backend = inputs
         ctx.seed = seed  # not "saved": a checkpoint that needs no more of what it recomputes stops before this op
 
     @staticmethod
@@ -52,7 +51,7 @@ class Dropout(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = Dropout.apply(grad.contiguous(), None, ctx.seed, ctx.p, ctx.offset, ctx.backend)
-        return grad_x, grad if ctx.has_residual else None, None, None, None, None
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 class GeluDropout(torch.autograd.Function):

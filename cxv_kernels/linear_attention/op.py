@@ -8,7 +8,16 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import NAMESPACE, define, serves_triton
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu, serves_cuda
+from ..autograd import (
+    double_backward,
+    kernels,
+    like_layout,
+    new_gradients,
+    only_needed,
+    register_fake,
+    serves_cpu,
+    serves_cuda,
+)
 from ..validation import FLOAT_DTYPES, accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
@@ -20,7 +29,8 @@ define(
 )
 define(
     "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
-    " Tensor key_stat, str feature_map, float eps) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    " Tensor key_stat, str feature_map, float eps, bool[3] needed)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _TRITON,
 )
 define(
@@ -29,7 +39,7 @@ define(
 )
 define(
     "kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v, Tensor? key_mask, Tensor key_stat,"
-    " str feature_map) -> (Tensor grad_k, Tensor grad_v)",
+    " str feature_map, bool[2] needed) -> (Tensor grad_k, Tensor grad_v)",
     _TRITON,
 )
 
@@ -54,8 +64,8 @@ def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tens
 
 
 @register_fake("linear_attention_backward")
-def _(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
-    return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
+def _(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, needed):
+    return new_gradients((q, k, v), needed)
 
 
 @register_fake("kv_state_forward")
@@ -65,8 +75,8 @@ def _(k, v, key_mask, feature_map):
 
 
 @register_fake("kv_state_backward")
-def _(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
-    return tuple(like_layout(t, tuple(t.shape)) for t in (k, v))
+def _(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed):
+    return new_gradients((k, v), needed)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -89,7 +99,8 @@ class LinearAttention(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 7
         q, k, v, key_mask, state, key_stat = ctx.saved_tensors
-        arguments = (grad_out, q, k, v, key_mask, state, key_stat, ctx.feature_map, ctx.eps, ctx.backend)
+        needed = list(ctx.needs_input_grad[:3])
+        arguments = (grad_out, q, k, v, key_mask, state, key_stat, ctx.feature_map, ctx.eps, needed, ctx.backend)
         return (*LinearAttentionBackward.apply(*arguments), *(None,) * 4)
 
 
@@ -97,14 +108,15 @@ class LinearAttentionBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, backend):
-        return kernels(backend).linear_attention_backward(
-            grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps
+    def forward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, needed, backend):
+        grads = kernels(backend).linear_attention_backward(
+            grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, needed
         )
+        return only_needed(grads, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_out, q, k, v, key_mask, _, _, ctx.feature_map, ctx.eps, _ = inputs
+        grad_out, q, k, v, key_mask, _, _, ctx.feature_map, ctx.eps, *_ = inputs
         ctx.save_for_backward(grad_out, q, k, v, key_mask)
 
     @staticmethod
@@ -113,7 +125,7 @@ class LinearAttentionBackward(torch.autograd.Function):
         grad_out, *inputs = differentiable
         reference = partial(linear_attention_reference, feature_map=ctx.feature_map, eps=ctx.eps, key_mask=key_mask)
         second = double_backward(reference, inputs, [grad_out], grads)
-        return (*second[0], *second[1], *(None,) * 6)
+        return (*second[0], *second[1], *(None,) * 7)
 
 
 class KvState(torch.autograd.Function):
@@ -134,7 +146,8 @@ class KvState(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_state: Tensor, grad_z: Tensor, _: Tensor):
-        grads = KvStateBackward.apply(grad_state, grad_z, *ctx.saved_tensors, ctx.feature_map, ctx.backend)
+        needed = list(ctx.needs_input_grad[:2])
+        grads = KvStateBackward.apply(grad_state, grad_z, *ctx.saved_tensors, ctx.feature_map, needed, ctx.backend)
         return (*grads, *(None,) * 3)
 
 
@@ -142,14 +155,15 @@ class KvStateBackward(torch.autograd.Function):
     """The fused backward of kv_state, itself differentiable."""
 
     @staticmethod
-    def forward(grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, backend):
+    def forward(grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, needed, backend):
         if feature_map == "softmax":  # S is normalised, and z is 1: what S's gradient does to the normalisation
             grad_z = -(grad_state * state).sum(dim=-1)
-        return kernels(backend).kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map)
+        grads = kernels(backend).kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed)
+        return only_needed(grads, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_state, grad_z, k, v, key_mask, _, _, ctx.feature_map, _ = inputs
+        grad_state, grad_z, k, v, key_mask, _, _, ctx.feature_map, *_ = inputs
         ctx.save_for_backward(grad_state, grad_z, k, v, key_mask)
 
     @staticmethod
@@ -157,7 +171,7 @@ class KvStateBackward(torch.autograd.Function):
         grad_state, grad_z, k, v, key_mask = ctx.saved_tensors
         reference = partial(kv_state_reference, feature_map=ctx.feature_map, key_mask=key_mask)
         second = double_backward(reference, [k, v], [grad_state, grad_z], grads)
-        return (*second[0], *second[1], *(None,) * 5)
+        return (*second[0], *second[1], *(None,) * 6)
 
 
 def serves_attention(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import configs
 from .._triton import launch
-from ..autograd import like_layout
+from ..autograd import like_layout, new_gradients
 from ..validation import accumulate_dtype
 from .op import triton_state
 
@@ -648,9 +648,9 @@ def query_backward_kernel(
     p_state,
     p_stat,
     p_u,  # as query_kernel's
-    p_dq,  # (B, H, N, D)
-    p_rows,  # (B·H, 3, N): what query_state_kernel reads, or None: this kernel does its work
-    p_sums,  # (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den
+    p_dq,  # (B, H, N, D), or None: not needed
+    p_rows,  # (B·H, 3, N): what query_state_kernel reads, or None
+    p_sums,  # (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den. None: query_state_kernel makes them, or nobody needs them
     p_stats,  # (B·H, SPLITS, F + 1): Σ p δ; Σ δ/den
     s_do,
     s_q,
@@ -676,11 +676,16 @@ def query_backward_kernel(
     BLOCKS: tl.constexpr,
 ):
     """A run of queries: their gradient, and either what query_state_kernel needs of a row or, where all features fit
-    one block, what the run adds to the state's gradient: half the traffic, but more registers."""
+    one block, what the run adds to the state's gradient: half the traffic, but more registers.
+
+    The compiler removes what only a gradient without a pointer would read.
+    """
     ACC: tl.constexpr = p_stat.dtype.element_ty
     T: tl.constexpr = p_q.dtype.element_ty
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    p_q, p_do, p_dq = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H), of_head(p_dq, s_dq, i_bh, H)
+    p_q, p_do = of_head(p_q, s_q, i_bh, H), of_head(p_do, s_do, i_bh, H)
+    if p_dq is not None:
+        p_dq = of_head(p_dq, s_dq, i_bh, H)
     p_state += i_bh.to(tl.int64) * (F + 2) * E
     p_stat += i_bh.to(tl.int64) * (2 * F + 1)
     if p_u is not None:
@@ -690,7 +695,7 @@ def query_backward_kernel(
     b_c = tl.load(p_state + F * E + o_e, mask=o_e < E, other=0)
     unit = state_unit(p_state, E, F, BLOCK_E)
     WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and p_w is not None else 1
-    if p_rows is None:
+    if p_sums is not None:
         # relu's δ has a part of c̄ instead of U: no bound in units of U holds, and it stays in ACC
         COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and MAP != "relu"
         b_r_sum, b_rho, b_r1, b_rho1 = no_sums(BLOCK_N, BLOCK_E, BLOCK_F, COLUMNS, ACC)
@@ -781,9 +786,9 @@ def query_backward_kernel(
                 b_da *= slope(b_e, MAP)
             if p_w is not None:
                 b_dq = tl.dot(b_da.to(T), b_w, b_dq, input_precision=PRECISION, out_dtype=ACC)
-            else:
+            elif p_dq is not None:
                 store_tokens(p_dq, s_dq, o_n, m_n, b_da * (b_outer * SCALE)[:, None], o_i, D)
-        if p_w is not None:
+        if p_w is not None and p_dq is not None:
             if MAP == "favor":  # less the sum of da; exact's is 0
                 b_dq -= (2 * HALF * (b_eg - b_delta * b_den1))[:, None] * b_q.to(ACC)
             store_tokens(p_dq, s_dq, o_n, m_n, b_dq * b_outer[:, None], o_d, D)
@@ -793,7 +798,7 @@ def query_backward_kernel(
             tl.store(p_row, row_of_state(b_top, b_r, EXP), mask=m_n)
             tl.store(p_row + N, b_inverse, mask=m_n)
             tl.store(p_row + 2 * N, b_delta, mask=m_n)
-        else:
+        if p_sums is not None:
             b_p = b_e * (b_r * HALF_RANGE)[:, None]
             if MAP != "exact" and MAP != "softmax":
                 b_p *= b_z[None, :]
@@ -801,7 +806,7 @@ def query_backward_kernel(
             b_r_sum, b_rho, b_r1, b_rho1 = add_queries(
                 b_r_sum, b_rho, b_r1, b_rho1, b_p, b_do, b_delta, b_inverse, m_n, MAP, PRECISION
             )
-    if p_rows is None:
+    if p_sums is not None:
         i_part = tl.program_id(0).to(tl.int64) * (F + 1)
         store_sums(p_sums, p_stats, i_part, o_f, True, unit, b_r_sum, b_rho, b_r1, b_rho1, E, F, MAP)
 
@@ -1146,7 +1151,7 @@ def key_backward_kernel(
     p_grads,
     p_packed,  # pack_gradient_kernel's, if there are several blocks of features, or None
     p_rho,
-    p_dk,
+    p_dk,  # None: not needed; so p_dv
     p_dv,
     s_k,
     s_v,
@@ -1176,12 +1181,18 @@ def key_backward_kernel(
     BLOCKS: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):
-    """dφ_m = (R_m·(v − c̄) + ρ_m) / z_m and dv = Σ φ_m/z_m R_m for a run of keys."""
+    """dφ_m = (R_m·(v − c̄) + ρ_m) / z_m and dv = Σ φ_m/z_m R_m for a run of keys.
+
+    The compiler removes what only a gradient without a pointer would read.
+    """
     ACC: tl.constexpr = p_stat.dtype.element_ty
     T: tl.constexpr = p_k.dtype.element_ty
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     p_k, p_v = of_head(p_k, s_k, i_bh, H), of_head(p_v, s_v, i_bh, H)
-    p_dk, p_dv = of_head(p_dk, s_dk, i_bh, H), of_head(p_dv, s_dv, i_bh, H)
+    if p_dk is not None:
+        p_dk = of_head(p_dk, s_dk, i_bh, H)
+    if p_dv is not None:
+        p_dv = of_head(p_dv, s_dv, i_bh, H)
     p_stat += i_bh.to(tl.int64) * s_stat
     p_grad += i_bh.to(tl.int64) * F * E
     p_grads += i_bh.to(tl.int64) * 3 * F
@@ -1272,17 +1283,18 @@ def key_backward_kernel(
                 b_da *= (b_inverse * reciprocal(top))[None, :] * slope(b_x, MAP)
             if p_w is not None:
                 b_dk = tl.dot(b_da.to(T), b_w, b_dk, input_precision=PRECISION, out_dtype=ACC)
-            else:
+            elif p_dk is not None:
                 b_da = tl.where(m_n[:, None], b_da * (b_outer * SCALE)[:, None], 0)
                 store_tokens(p_dk, s_dk, o_n, m_all, b_da, o_i, D)
-        if p_w is not None:
+        if p_w is not None and p_dk is not None:
             if MAP != "favor_relu":
                 b_dk -= (2 * HALF / 16 * tl.sum(b_da1, 1))[:, None] * b_k.to(ACC)
             store_tokens(p_dk, s_dk, o_n, m_all, tl.where(m_n[:, None], b_dk * b_outer[:, None], 0), o_d, D)
-        if EPS != 0:
-            b_dv += b_r1[None, :] * gain
-        b_dv = tl.where(m_n[:, None], b_dv * (unit / gain), 0)
-        store_tokens(p_dv, s_dv, o_n, m_all, b_dv, o_e, E)
+        if p_dv is not None:
+            if EPS != 0:
+                b_dv += b_r1[None, :] * gain
+            b_dv = tl.where(m_n[:, None], b_dv * (unit / gain), 0)
+            store_tokens(p_dv, s_dv, o_n, m_all, b_dv, o_e, E)
 
 
 MAX_SPLITS = 128  # of a head's tokens: the second stage folds them one after another
@@ -1499,17 +1511,38 @@ class Skeleton:
         )
         return out
 
-    def query_backward(self, grad_out: Tensor, q: Tensor, state: Tensor, stat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq and the state's gradient: R (B, H, F, E), and ρ, the largest |R| and 1/z of the features (B, H, 3, F)."""
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        state: Tensor,
+        stat: Tensor,
+        top: Tensor,
+        needed: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv as far as needed, else empty (0)."""
+        grad_q, *grad = self.query_backward(grad_out, q, state, stat, needed[0], any(needed[1:]))
+        if not any(needed[1:]):
+            return grad_q, *new_gradients((k, v), needed[1:])
+        return grad_q, *self.key_backward(k, v, key_mask, state[:, :, -2], stat, top, *grad, needed[1:])
+
+    def query_backward(
+        self, grad_out: Tensor, q: Tensor, state: Tensor, stat: Tensor, of_queries: bool, of_keys: bool
+    ) -> tuple[Tensor, ...]:
+        """dq if needed, else empty (0); and where the keys need it the state's gradient: R (B, H, F, E), and ρ, the
+        largest |R| and 1/z of the features (B, H, 3, F)."""
         options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=True)
         blocks, heads = self.blocks(options), q.shape[0] * q.shape[1]
         separate = options["SEPARATE"] or blocks > 1
-        if separate:
+        if separate or not of_keys:
             options, run, runs = self.tiles(query_backward_kernel, q.shape[2], partial=False)
         del options["SEPARATE"]
-        grad_q = like_layout(q, tuple(q.shape))
-        rows = state.new_empty((heads, 3, q.shape[2])) if separate else None
-        sums, stats = (None, None) if separate else self._query_sums(state, heads, runs)
+        [grad_q] = new_gradients((q,), [of_queries])
+        rows = state.new_empty((heads, 3, q.shape[2])) if separate and of_keys else None
+        sums, stats = self._query_sums(state, heads, runs) if of_keys and not separate else (None, None)
         projection, strides = self._split(blocks)
         sizes = (q.shape[1], q.shape[2])
         launch(
@@ -1522,20 +1555,22 @@ class Skeleton:
             state,
             stat,
             self._pack_state(state, stat, blocks),
-            grad_q,
+            grad_q if of_queries else None,
             rows,
             sums,
             stats,
             grad_out.stride(),
             q.stride(),
             strides,
-            grad_q.stride(),
+            grad_q.stride() if of_queries else (0,) * 4,
             *sizes,
             run,
             runs,
             BLOCKS=blocks,
             **(options | {"EPS": self.eps}),
         )
+        if not of_keys:
+            return (grad_q,)
         if separate:
             options, run, runs = self.tiles(query_state_kernel, q.shape[2], partial=True)
             sums, stats = self._query_sums(state, heads, runs)
@@ -1629,10 +1664,12 @@ class Skeleton:
         top: Tensor,
         grad: Tensor,
         grads: Tensor,
+        needed: list[bool],
     ) -> tuple[Tensor, Tensor]:
-        """dk and dv. ``mean``: c̄ (B, H, E), or None for 0."""
+        """dk and dv as far as needed, else empty (0). ``mean``: c̄ (B, H, E), or None for 0."""
         options, run, runs = self.tiles(key_backward_kernel, k.shape[2], partial=False)
-        grad_k, grad_v = like_layout(k, tuple(k.shape)), like_layout(v, tuple(v.shape))
+        grad_k, grad_v = new_gradients((k, v), needed)
+        of_keys, of_values = needed
         blocks = self.blocks(options)
         projection, strides = self._split(blocks)
         packed, rho = self._pack_gradient(grad, grads, stat, top, options) if blocks > 1 else (None, None)
@@ -1651,16 +1688,16 @@ class Skeleton:
             grads,
             packed,
             rho,
-            grad_k,
-            grad_v,
+            grad_k if of_keys else None,
+            grad_v if of_values else None,
             k.stride(),
             v.stride(),
             strides,
             (0, 0) if key_mask is None else key_mask.stride(),
             0 if mean is None else mean.stride(1),
             stat.stride(1),
-            grad_k.stride(),
-            grad_v.stride(),
+            grad_k.stride() if of_keys else (0,) * 4,
+            grad_v.stride() if of_values else (0,) * 4,
             k.shape[1],
             k.shape[2],
             run,
@@ -1678,20 +1715,19 @@ def linear_attention_forward(q, k, v, key_mask, feature_map, eps):
     return skeleton.query_pass(q, state, stat), state, stat
 
 
-def linear_attention_backward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps):
+def linear_attention_backward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, needed):
     skeleton = Skeleton("linear_attention", feature_map, q, v.shape[3], eps=eps)
-    grad_q, grad, grads = skeleton.query_backward(grad_out, q, state, key_stat)
-    return grad_q, *skeleton.key_backward(k, v, key_mask, state[:, :, -2], key_stat, key_stat, grad, grads)
+    return skeleton.backward(grad_out, q, k, v, key_mask, state, key_stat, key_stat, needed)
 
 
 def kv_state_forward(k, v, key_mask, feature_map):
     return Skeleton("kv_state", feature_map, k, v.shape[3]).key_pass(k, v, key_mask, raw=True)[:2]
 
 
-def kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map):
+def kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed):
     if feature_map != "softmax":  # the kernel divides by z, so that its weights are at most 1
         grad_state, grad_z = grad_state * key_stat[..., None], grad_z * key_stat
     inverse = torch.where(key_stat > TINY.value, key_stat.reciprocal(), 0)
     grads = torch.stack([grad_z, grad_state.abs().amax(dim=-1), inverse], dim=2)
     skeleton = Skeleton("kv_state", feature_map, k, v.shape[3])
-    return skeleton.key_backward(k, v, key_mask, None, key_stat, key_stat, grad_state.contiguous(), grads)
+    return skeleton.key_backward(k, v, key_mask, None, key_stat, key_stat, grad_state.contiguous(), grads, needed)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import define, serves_triton
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu
+from ..autograd import double_backward, kernels, like_layout, new_gradients, only_needed, register_fake, serves_cpu
 from ..validation import accumulate_dtype
 from .reference import attend_reference, mix_reference, residual_reference
 
@@ -18,10 +18,11 @@ for schema in (
     "nystrom_means(Tensor x, int landmarks) -> Tensor means",
     "nystrom_means_backward(Tensor grad_means, Tensor x) -> Tensor grad_x",
     "nystrom_mix(Tensor q_means, Tensor k_means, Tensor summary) -> Tensor mixed",
-    "nystrom_mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary)"
+    "nystrom_mix_backward(Tensor grad_mixed, Tensor q_means, Tensor k_means, Tensor summary, bool[3] needed)"
     " -> (Tensor grad_q_means, Tensor grad_k_means, Tensor grad_summary)",
     "nystrom_residual(Tensor attention, Tensor v, Tensor weight) -> Tensor out",
-    "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight) -> (Tensor grad_v, Tensor grad_weight)",
+    "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight, bool[2] needed)"
+    " -> (Tensor grad_v, Tensor grad_weight)",
 ):
     define(schema, "cxv_kernels.nystrom_attention.triton")
 
@@ -37,8 +38,8 @@ def _(q_means, k, v):
 
 
 @register_fake("nystrom_summary_backward", "cxv_kernels")
-def _(grad_summary, q_means, k, v, summary, log_sums):
-    return _like(q_means), _like(k), _like(v)
+def _(grad_summary, q_means, k, v, summary, log_sums, needed):
+    return new_gradients((q_means, k, v), needed)
 
 
 @register_fake("nystrom_readout", "cxv_kernels")
@@ -47,8 +48,8 @@ def _(q, k_means, mixed):
 
 
 @register_fake("nystrom_readout_backward", "cxv_kernels")
-def _(grad_out, q, k_means, mixed):
-    return _like(q), _like(k_means), _like(mixed)
+def _(grad_out, q, k_means, mixed, needed):
+    return new_gradients((q, k_means, mixed), needed)
 
 
 @register_fake("nystrom_means")
@@ -67,8 +68,8 @@ def _(q_means, k_means, summary):
 
 
 @register_fake("nystrom_mix_backward")
-def _(grad_mixed, q_means, k_means, summary):
-    return _like(q_means), _like(k_means), _like(summary)
+def _(grad_mixed, q_means, k_means, summary, needed):
+    return new_gradients((q_means, k_means, summary), needed)
 
 
 @register_fake("nystrom_residual")
@@ -77,8 +78,8 @@ def _(attention, v, weight):
 
 
 @register_fake("nystrom_residual_backward")
-def _(grad_out, v, weight):
-    return _like(v), _like(weight)
+def _(grad_out, v, weight, needed):
+    return new_gradients((v, weight), needed)
 
 
 class Means(torch.autograd.Function):
@@ -128,15 +129,16 @@ class Summary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _):
-        return SummaryBackward.apply(grad, *ctx.saved_tensors)
+        return SummaryBackward.apply(grad, *ctx.saved_tensors, list(ctx.needs_input_grad))
 
 
 class SummaryBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad, q_means, k, v, summary, log_sums):
-        return torch.ops.cxv_kernels.nystrom_summary_backward(grad, q_means, k, v, summary, log_sums)
+    def forward(grad, q_means, k, v, summary, log_sums, needed):
+        grads = torch.ops.cxv_kernels.nystrom_summary_backward(grad, q_means, k, v, summary, log_sums, needed)
+        return only_needed(grads, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -146,7 +148,7 @@ class SummaryBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         grad, *inputs = ctx.saved_tensors
         second = double_backward(attend_reference, inputs, [grad], grads)
-        return (*second[0], *second[1], None, None)
+        return (*second[0], *second[1], None, None, None)
 
 
 class Readout(torch.autograd.Function):
@@ -162,25 +164,26 @@ class Readout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return ReadoutBackward.apply(grad, *ctx.saved_tensors)
+        return ReadoutBackward.apply(grad, *ctx.saved_tensors, list(ctx.needs_input_grad))
 
 
 class ReadoutBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad, q, k_means, mixed):
-        return torch.ops.cxv_kernels.nystrom_readout_backward(grad, q, k_means, mixed)
+    def forward(grad, q, k_means, mixed, needed):
+        grads = torch.ops.cxv_kernels.nystrom_readout_backward(grad, q, k_means, mixed, needed)
+        return only_needed(grads, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         grad, *inputs = ctx.saved_tensors
         second = double_backward(attend_reference, inputs, [grad], grads)
-        return (*second[0], *second[1])
+        return (*second[0], *second[1], None)
 
 
 class Mix(torch.autograd.Function):
@@ -197,25 +200,25 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return *MixBackward.apply(grad, *ctx.saved_tensors, ctx.backend), None
+        return *MixBackward.apply(grad, *ctx.saved_tensors, list(ctx.needs_input_grad[:3]), ctx.backend), None
 
 
 class MixBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad, q_means, k_means, summary, backend):
-        return kernels(backend).nystrom_mix_backward(grad, q_means, k_means, summary)
+    def forward(grad, q_means, k_means, summary, needed, backend):
+        return only_needed(kernels(backend).nystrom_mix_backward(grad, q_means, k_means, summary, needed), needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs[:-1])
+        ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         grad, *inputs = ctx.saved_tensors
         second = double_backward(mix_reference, inputs, [grad], grads)
-        return *second[0], *second[1], None
+        return *second[0], *second[1], None, None
 
 
 class Residual(torch.autograd.Function):
@@ -232,25 +235,29 @@ class Residual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return grad, *ResidualBackward.apply(grad, *ctx.saved_tensors, ctx.backend), None
+        of_attention, *needed, _ = ctx.needs_input_grad
+        grads = (None, None)
+        if any(needed):
+            grads = ResidualBackward.apply(grad, *ctx.saved_tensors, needed, ctx.backend)
+        return grad if of_attention else None, *grads, None
 
 
 class ResidualBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad, v, weight, backend):
-        return kernels(backend).nystrom_residual_backward(grad, v, weight)
+    def forward(grad, v, weight, needed, backend):
+        return only_needed(kernels(backend).nystrom_residual_backward(grad, v, weight, needed), needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs[:-1])
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         grad, *inputs = ctx.saved_tensors
         second = double_backward(residual_reference, inputs, [grad], grads)
-        return *second[0], *second[1], None
+        return *second[0], *second[1], None, None
 
 
 def nystrom_attention_fused(

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch
-from ..autograd import like_layout
+from ..autograd import like_layout, new_gradients
 from ..validation import accumulate_dtype
 
 
@@ -105,7 +105,7 @@ def _residual_backward(
     grad_ptr,  # (B, H, N, E)
     v_ptr,
     weight_ptr,  # (H, K), dense
-    grad_v_ptr,
+    grad_v_ptr,  # None: not needed; so partial_ptr
     partial_ptr,  # (B, H, tiles, K): the tiles' shares of the weight's gradient
     heads,
     tokens,
@@ -145,8 +145,10 @@ def _residual_backward(
         near = n + (tap - taps // 2)
         near_inside = ((near >= 0) & (near < tokens))[:, None] & (d < dim)
         v = tl.load(v_ptr + near[:, None] * v_token + d * v_dim, mask=near_inside, other=0).to(ACC)
-        tl.store(partial_ptr + item.to(tl.int64) * taps + tap, tl.sum(tl.sum(grad * v, 1), 0))
-    tl.store(grad_v_ptr + image * o_batch + head * o_head + n[:, None] * o_token + d * o_dim, grad_v, mask=inside)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + item.to(tl.int64) * taps + tap, tl.sum(tl.sum(grad * v, 1), 0))
+    if grad_v_ptr is not None:
+        tl.store(grad_v_ptr + image * o_batch + head * o_head + n[:, None] * o_token + d * o_dim, grad_v, mask=inside)
 
 
 def _acc(x: Tensor) -> Any:
@@ -210,12 +212,16 @@ def nystrom_mix(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
 
 
 def nystrom_mix_backward(
-    grad_mixed: Tensor, q_means: Tensor, k_means: Tensor, summary: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_mixed: Tensor, q_means: Tensor, k_means: Tensor, summary: Tensor, needed: list[bool]
+) -> tuple[Tensor, ...]:
     q_rows, k_rows, y = (t.flatten(0, 1) for t in (q_means, k_means, summary))
     a, sums, steps, z = _inverse(q_rows, k_rows)
     grad = grad_mixed.flatten(0, 1).to(z.dtype)
-    grad_summary = z.mT @ grad
+    grad_q, grad_k, grad_summary = grads = new_gradients((q_means, k_means, summary), needed)
+    if needed[2]:
+        grad_summary.copy_((z.mT @ grad).view(summary.shape))
+    if not any(needed[:2]):
+        return grads
     grad_z, grad_a = grad @ y.to(z.dtype).mT, torch.zeros_like(a)
     for z, w, p, q in reversed(steps):
         r = torch.baddbmm(z, z.mT, grad_z, beta=0, alpha=-1 / 4)  # of Q
@@ -230,8 +236,11 @@ def nystrom_mix_backward(
     of_top = -(grad_z.mT * a).sum((-2, -1), keepdim=True) / (top * top * is_top.sum(-1, keepdim=True))
     grad_a += grad_z.mT / top + of_top * is_top
     scores = q_rows.shape[2] ** -0.5 * a * (grad_a - (a * grad_a).sum(-1, keepdim=True))
-    found = ((q_means, scores @ k_rows), (k_means, scores.mT @ q_rows), (summary, grad_summary))
-    return tuple(_like(like).copy_(grad.view(like.shape)) for like, grad in found)
+    if needed[0]:
+        grad_q.copy_((scores @ k_rows).view(q_means.shape))
+    if needed[1]:
+        grad_k.copy_((scores.mT @ q_rows).view(k_means.shape))
+    return grads
 
 
 def _residual_tiles(v: Tensor, weight: Tensor) -> tuple[int, int, dict[str, Any]]:
@@ -258,11 +267,15 @@ def nystrom_residual(attention: Tensor, v: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def nystrom_residual_backward(grad_out: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    grad_v, grad_weight = _like(v), _like(weight)
+def nystrom_residual_backward(grad_out: Tensor, v: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
+    grad_v, grad_weight = grads = new_gradients((v, weight), needed)
     tiles, programs, arguments = _residual_tiles(v, weight)
-    partial = v.new_empty((*v.shape[:2], tiles, weight.shape[2]), dtype=accumulate_dtype(v.dtype))
-    tensors = (grad_out, v, weight.contiguous(), grad_v, partial)
-    strides = _strides(g=grad_out, v=v, o=grad_v)
+    partial = None
+    if needed[1]:
+        partial = v.new_empty((*v.shape[:2], tiles, weight.shape[2]), dtype=accumulate_dtype(v.dtype))
+    tensors = (grad_out, v, weight.contiguous(), grad_v if needed[0] else None, partial)
+    strides = _strides(g=grad_out, v=v, o=grad_v if needed[0] else v)
     launch("nystrom_attention", _residual_backward, (programs,), *tensors, **arguments, **strides)
-    return grad_v, grad_weight.copy_(partial.sum((0, 2)).view(weight.shape))
+    if needed[1]:
+        grad_weight.copy_(partial.sum((0, 2)).view(weight.shape))
+    return grads

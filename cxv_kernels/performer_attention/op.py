@@ -8,7 +8,16 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import NAMESPACE, define
-from ..autograd import double_backward, kernels, like_layout, register_fake, serves_cpu, serves_cuda
+from ..autograd import (
+    double_backward,
+    kernels,
+    like_layout,
+    new_gradients,
+    only_needed,
+    register_fake,
+    serves_cpu,
+    serves_cuda,
+)
 from ..linear_attention.op import serves_attention, triton_state
 from ..validation import accumulate_dtype
 from .reference import performer_attention_reference, performer_features_reference
@@ -21,7 +30,7 @@ define(
 )
 define(
     "performer_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection,"
-    " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps)"
+    " Tensor? key_mask, Tensor state, Tensor key_stat, Tensor key_max, str kernel, float eps, bool[3] needed)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _TRITON,
 )
@@ -52,8 +61,8 @@ def _(q, k, v, projection, key_mask, kernel, eps):
 
 
 @register_fake("performer_attention_backward")
-def _(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
-    return tuple(like_layout(t, tuple(t.shape)) for t in (q, k, v))
+def _(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, needed):
+    return new_gradients((q, k, v), needed)
 
 
 @register_fake("performer_features_forward")
@@ -95,7 +104,9 @@ class PerformerAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None):
         if grad_out is None:
             return (None,) * 8
-        grads = PerformerAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.kernel, ctx.eps, ctx.backend)
+        needed = list(ctx.needs_input_grad[:3])
+        arguments = (grad_out, *ctx.saved_tensors, ctx.kernel, ctx.eps, needed, ctx.backend)
+        grads = PerformerAttentionBackward.apply(*arguments)
         return (*grads, *(None,) * 5)
 
 
@@ -103,14 +114,15 @@ class PerformerAttentionBackward(torch.autograd.Function):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
-    def forward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, backend):
-        return kernels(backend).performer_attention_backward(
-            grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps
+    def forward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, needed, backend):
+        grads = kernels(backend).performer_attention_backward(
+            grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, needed
         )
+        return only_needed(grads, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.kernel, ctx.eps, _ = inputs[-3:]
+        ctx.kernel, ctx.eps, *_ = inputs[-4:]
         ctx.save_for_backward(*inputs[:6])
 
     @staticmethod
@@ -120,7 +132,7 @@ class PerformerAttentionBackward(torch.autograd.Function):
             performer_attention_reference, projection=projection, kernel=ctx.kernel, eps=ctx.eps, key_mask=key_mask
         )
         second = double_backward(reference, [q, k, v], [grad_out], grads)
-        return (*second[0], *second[1], *(None,) * 8)
+        return (*second[0], *second[1], *(None,) * 9)
 
 
 class PerformerFeatures(torch.autograd.Function):

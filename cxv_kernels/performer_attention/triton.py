@@ -108,10 +108,11 @@ def performer_attention_forward(q, k, v, projection, key_mask, kernel, eps):
     return skeleton.query_pass(q, state, stat), state, stat, top
 
 
-def performer_attention_backward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps):
+def performer_attention_backward(
+    grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, needed
+):
     skeleton = _skeleton("performer_attention", kernel, q, v.shape[3], projection, eps)
-    grad_q, grad, grads = skeleton.query_backward(grad_out, q, state, key_stat)
-    return grad_q, *skeleton.key_backward(k, v, key_mask, state[:, :, -2], key_stat, key_max, grad, grads)
+    return skeleton.backward(grad_out, q, k, v, key_mask, state, key_stat, key_max, needed)
 
 
 def _features(x: Tensor, phi: Tensor, projection: Tensor, key_max: Tensor | None, grad_x: Tensor | None, kernel, eps):

@@ -233,13 +233,17 @@ def test_opcheck():
     w, mask = torch.randn(9, 4), torch.rand(1, 6) > 0.3
     out, *kept = ops.linear_attention_forward(q, k, v, mask, "elu", 0.0)
     opcheck(ops.linear_attention_forward, (q, k, v, mask, "elu", 0.0))
-    opcheck(ops.linear_attention_backward, (out, q, k, v, mask, *kept, "elu", 0.0))
+    some = ([True] * 3, [True, False, False], [False, True, False], [False, False, True])
+    for needed in some:
+        opcheck(ops.linear_attention_backward, (out, q, k, v, mask, *kept, "elu", 0.0, needed))
     state, stat = ops.kv_state_forward(k, v, None, "softmax")
     opcheck(ops.kv_state_forward, (k, v, None, "softmax"))
-    opcheck(ops.kv_state_backward, (state, stat, k, v, None, stat, "softmax"))
+    for _, *needed in some:
+        opcheck(ops.kv_state_backward, (state, stat, k, v, None, stat, "softmax", needed))
     out, *kept = ops.performer_attention_forward(q, k, v, w, None, "softmax", 1e-4)
     opcheck(ops.performer_attention_forward, (q, k, v, w, None, "softmax", 1e-4))
-    opcheck(ops.performer_attention_backward, (out, q, k, v, w, None, *kept, "softmax", 1e-4))
+    for needed in some:
+        opcheck(ops.performer_attention_backward, (out, q, k, v, w, None, *kept, "softmax", 1e-4, needed))
     phi, top = ops.performer_features_forward(k, w, False, "softmax", 1e-4)
     opcheck(ops.performer_features_forward, (k, w, False, "softmax", 1e-4))
     opcheck(ops.performer_features_backward, (phi, k, w, top, False, "softmax", 1e-4))

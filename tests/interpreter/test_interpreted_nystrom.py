@@ -135,9 +135,11 @@ def test_opcheck():
     opcheck(OPS.nystrom_means, (q, 3))
     opcheck(OPS.nystrom_means_backward, (means[0], q))
     opcheck(OPS.nystrom_mix, (*means, summary))
-    opcheck(OPS.nystrom_mix_backward, (summary, *means, summary))
+    for needed in ([True] * 3, [True, False, False], [False, True, False], [False, False, True]):
+        opcheck(OPS.nystrom_mix_backward, (summary, *means, summary, needed))
     opcheck(OPS.nystrom_residual, (q, v, weight))
-    opcheck(OPS.nystrom_residual_backward, (q, v, weight))
+    for needed in ([True, True], [True, False], [False, True]):
+        opcheck(OPS.nystrom_residual_backward, (q, v, weight, needed))
 
 
 def test_declines_what_does_not_fit():

@@ -90,7 +90,8 @@ const char* simt_attention(LinearAttention* in, Call call, unsigned seed) {
 
 // The threads and shared memory of each launch of forward and backward, which are not run; how many they are.
 int simt_launches(const LinearAttention* in, int* threads, int* shared) {
-  const LinearAttention p = fitted(*in);
+  LinearAttention p = fitted(*in);
+  for (View* grad : {&p.grad_q, &p.grad_k, &p.grad_v}) grad->data = grad;  // all are needed
   int count = 0;
   for_passes(p, [&](auto passes) {
     const auto launch = [&](auto, int64_t, int block, int bytes, const auto&) {
