@@ -104,6 +104,33 @@ def test_one_key(dtype):
     matches((q, k, v), "relu")
 
 
+@pytest.mark.parametrize("separate", [True, False])
+@every_variant
+def test_needed_gradients_alone_have_the_same_bits(variant, separate):
+    """Of some inputs alone, where query_state_kernel does a part of the work and where it does not."""
+    entry = configs.lookup("query_backward_kernel", 0, 32, None, torch.float32) | {"SEPARATE": separate}
+    inputs = qkv(1, 1, 20, 18, 12, 9)
+    with configs.override({"query_backward_kernel": {"default": {"default": {"default": entry}}}}):
+        _, *every = out_and_gradients(ATTENTION[variant], inputs)
+        for needed in ((0,), (1,), (2,), (0, 2)):
+            leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+            out = ATTENTION[variant](*leaves, backend="triton")
+            out.backward(torch.linspace(-1, 1, out.shape[-1]).to(out.dtype).expand_as(out))
+            for i, (leaf, want) in enumerate(zip(leaves, every, strict=True)):
+                assert torch.equal(leaf.grad, want) if i in needed else leaf.grad is None
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu"])
+def test_needed_gradients_of_the_state_alone_have_the_same_bits(feature_map):
+    inputs = [t.requires_grad_() for t in qkv(1, 1, 1, 20, 12, 9)[1:]]
+    outs = cxv_kernels.kv_state(k, v, feature_map=feature_map, backend="triton")
+    every = torch.autograd.grad(outs, inputs, [o.detach().cos() for o in outs])
+    for i in range(2):
+        some = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        outs = cxv_kernels.kv_state(*some, feature_map=feature_map, backend="triton")
+        assert torch.equal(torch.autograd.grad(outs, some[i], [o.detach().cos() for o in outs])[0], every[i])
+
+
 @every_variant
 def test_bits_depend_on_the_head_alone(variant):
     """Alone or in a batch, in whatever layout, again and again."""

@@ -72,6 +72,22 @@ def pieces(dtype=torch.float64):
     }
 
 
+@pytest.mark.parametrize("piece", ["mix", "residual"])
+def test_needed_gradients_alone_have_the_same_bits(piece):
+    function, _, inputs = pieces()[piece]
+
+    def gradients(needed):
+        leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+        out = function(*leaves)
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+        return [t.grad for t in leaves]
+
+    every = gradients((0, 1, 2))
+    for needed in ((0,), (1,), (2,), (0, 2), (1, 2)):
+        for i, (got, want) in enumerate(zip(gradients(needed), every, strict=True)):
+            assert torch.equal(got, want) if i in needed else got is None
+
+
 @pytest.mark.parametrize("piece", ["means", "mix", "residual"])
 def test_gradcheck_of_the_pieces(piece):
     function, reference, inputs = pieces()[piece]
