@@ -10,6 +10,7 @@ from torch import Tensor
 from ._extension import CPP_MISSING, CUDA_MISSING
 from ._triton import NAMESPACE
 from .backends import FP16_OPERANDS, FP16_OPS
+from .validation import without_autocast
 
 # The arguments' names of the ops that allow_fp16_operands() is about, and which of them it rounds.
 _ARGUMENTS = {
@@ -22,6 +23,12 @@ _OPERANDS = ("q", "k", "v", "x", "grad_out", "grad_phi")
 
 def kernels(backend: str) -> Any:
     """The namespace of a backend's ops: ``kernels(backend).linear_attention_forward(…)``."""
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # Dynamo would differentiate the kernels themselves there, which PyTorch takes for constants.
+        raise NotImplementedError(
+            "the fused kernels do not support torch.func transforms inside torch.compile: compile less, pass "
+            'backend="reference" to the op, or use_fused=False to the model'
+        )
     if backend == FP16_OPERANDS:
         return _Fp16Operands()
     return torch.ops.cxv_kernels_triton if backend == "triton" else torch.ops.cxv_kernels
@@ -143,6 +150,38 @@ def only_needed(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor
     return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
+class FusedFunction(torch.autograd.Function):
+    """A Function of fused kernels; call it by :func:`apply_fused`."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple, *args: Any) -> Any:
+        raise _unsupported(cls, "torch.func.vmap, which torch.func.jacrev uses as well")
+
+
+def apply_fused(function: type[FusedFunction], *args: Any) -> Any:
+    """``function.apply(*args)``, with an error that says what to use for forward-mode AD.
+
+    A ``jvp`` of its own, which would raise that error, breaks ``torch.compile(fullgraph=True)``, and so does ``apply``.
+
+    Raises:
+        NotImplementedError: an input has a tangent.
+    """
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        raise _unsupported(function, "forward-mode AD, as in torch.func.jvp, jacfwd and hessian") from error
+
+
+def _unsupported(function: type, transform: str) -> NotImplementedError:
+    op = function.__module__.rpartition(".")[0]
+    return NotImplementedError(
+        f'the fused kernels of {op} do not support {transform}: pass backend="reference" to the op, '
+        "or use_fused=False to the model"
+    )
+
+
 def double_backward(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
@@ -151,6 +190,9 @@ def double_backward(
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     """The gradient of a fused backward pass, by differentiating that of ``reference(*inputs)``.
 
+    The results are differentiable in all arguments where a graph is wanted (``create_graph=True``), so that
+    derivatives of any order are the reference's.
+
     Args:
         grad_outputs: what the backward pass was given, one per output; grads: one per input, for the gradients that it
             returned.
@@ -158,11 +200,37 @@ def double_backward(
     Returns:
         The gradients of ``grad_outputs`` and those of ``inputs``.
     """
-    with torch.enable_grad():
-        inputs, grad_outputs = ([t.detach().requires_grad_() for t in group] for group in (inputs, grad_outputs))
-        out = reference(*inputs)
-        first = torch.autograd.grad(out, inputs, grad_outputs, create_graph=True)
-        used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
-        wanted = (*grad_outputs, *inputs)
-        second = torch.autograd.grad([f for f, _ in used], wanted, [g for _, g in used], allow_unused=True)
-    return tuple(second[: len(grad_outputs)]), tuple(second[len(grad_outputs) :])
+    with without_autocast(inputs[0]):
+        if torch._C._are_functorch_transforms_active():  # nobody may call requires_grad_() there
+            return _double_backward_in_transform(reference, inputs, grad_outputs, grads)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs, grad_outputs = ([_own_view(t) for t in group] for group in (inputs, grad_outputs))
+            out = reference(*inputs)
+            first = torch.autograd.grad(out, inputs, grad_outputs, create_graph=True)
+            used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
+            outputs, cotangents = zip(*used, strict=True) if used else ((), ())
+            wanted = (*grad_outputs, *inputs)
+            second = torch.autograd.grad(outputs, wanted, cotangents, create_graph=create_graph, allow_unused=True)
+    return second[: len(grad_outputs)], second[len(grad_outputs) :]
+
+
+def _own_view(x: Tensor) -> Tensor:
+    """x as a tensor of its own, so that two arguments that are one tensor have separate gradients; with x's history."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _double_backward_in_transform(
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """:func:`double_backward` by torch.func, whose levels compose; saved tensor hooks do not work with it."""
+
+    def backward(grad_outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        out, pull = torch.func.vjp(reference, *inputs)
+        return pull(grad_outputs if isinstance(out, tuple) else grad_outputs[0])
+
+    first, pull = torch.func.vjp(backward, tuple(grad_outputs), tuple(inputs))
+    return pull(tuple(torch.zeros_like(f) if g is None else g for f, g in zip(first, grads, strict=True)))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .. import backends
+from ..autograd import apply_fused
 from ..validation import (
     accumulate_dtype,
     autocast_enabled,
@@ -44,8 +45,8 @@ def conv_norm(
         (B, C_out, H, W) in x's dtype (autocast's under autocast). In memory it lies as the convolution's own output,
         channels_last if x or weight does, else NCHW; from the reference always channels_last.
 
-    Saved for backward: x, the output (so it must not be changed in place) and one number per pixel. Double backward
-    goes through the reference; forward-mode AD needs ``backend="reference"``.
+    Saved for backward: x, the output (so it must not be changed in place) and one number per pixel. Second and
+    higher derivatives go through the reference; forward-mode AD and vmap need ``backend="reference"``.
 
     Raises:
         ValueError: a wrong rank, shape, device, eps or backend; TypeError: a wrong or mixed dtype;
@@ -81,4 +82,4 @@ def conv_norm(
             bias = None if bias is None else bias.to(x.dtype)
             return conv_norm_reference(x, weight.to(x.dtype), bias, gamma, beta, eps)
         dtype = accumulate_dtype(x.dtype)
-        return ConvNorm.apply(x, weight, bias, gamma.to(dtype), beta.to(dtype), eps, serving)[0]
+        return apply_fused(ConvNorm, x, weight, bias, gamma.to(dtype), beta.to(dtype), eps, serving)[0]

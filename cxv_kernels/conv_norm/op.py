@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import define, serves_triton
-from ..autograd import double_backward, kernels, register_fake, serves_cpu, serves_cuda
+from ..autograd import FusedFunction, double_backward, kernels, register_fake, serves_cpu, serves_cuda
 from ..validation import accumulate_dtype, without_autocast
 from .reference import conv_norm_reference
 
@@ -55,7 +55,7 @@ def _as(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(x.dtype) for t in parameters)
 
 
-class ConvNorm(torch.autograd.Function):
+class ConvNorm(FusedFunction):
     """(x, weight, bias, gamma, beta, eps, backend) → (out, rstd); rstd carries no gradient."""
 
     @staticmethod
@@ -82,7 +82,7 @@ class ConvNorm(torch.autograd.Function):
         return (*grads, None, None)
 
 
-class ConvNormBackward(torch.autograd.Function):
+class ConvNormBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod

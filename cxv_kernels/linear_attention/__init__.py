@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .. import backends
+from ..autograd import apply_fused
 from ..validation import (
     autocast_inputs,
     check_attention,
@@ -46,8 +47,8 @@ def linear_attention(
         (B, H, N_q, E) in q's dtype, its dimensions laid out in memory in q's order. State, statistics and the
         division are float32 (float64 for float64).
 
-    Saved for backward: q, k, v and the state, O(D·E) per head. Double backward goes through the reference;
-    forward-mode AD needs ``backend="reference"``.
+    Saved for backward: q, k, v and the state, O(D·E) per head. Second and higher derivatives go
+    through the reference; forward-mode AD and vmap need ``backend="reference"``.
 
     Raises:
         ValueError: a wrong rank, shape, device, feature map, eps or backend; TypeError: a wrong or mixed dtype;
@@ -62,7 +63,7 @@ def linear_attention(
         serving = backends.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1]))
         if serving == "reference":
             return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
-        return LinearAttention.apply(q, k, v, key_mask, feature_map, eps, serving)[0]
+        return apply_fused(LinearAttention, q, k, v, key_mask, feature_map, eps, serving)[0]
 
 
 def kv_state(
@@ -96,4 +97,4 @@ def kv_state(
         serving = backends.resolve("kv_state", k, backend, max(k.shape[-1], v.shape[-1]))
         if serving == "reference":
             return kv_state_reference(k, v, feature_map, key_mask)
-        return KvState.apply(k, v, key_mask, feature_map, serving)[:2]
+        return apply_fused(KvState, k, v, key_mask, feature_map, serving)[:2]

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import backends
 from .._triton import NAMESPACE, define, serves_triton
 from ..autograd import (
+    FusedFunction,
     double_backward,
     kernels,
     like_layout,
@@ -79,7 +80,7 @@ def _(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed):
     return new_gradients((k, v), needed)
 
 
-class LinearAttention(torch.autograd.Function):
+class LinearAttention(FusedFunction):
     """(q, k, v, key_mask, feature_map, eps, backend) → (out, state, key_stat); the last two carry no gradient."""
 
     @staticmethod
@@ -104,7 +105,7 @@ class LinearAttention(torch.autograd.Function):
         return (*LinearAttentionBackward.apply(*arguments), *(None,) * 4)
 
 
-class LinearAttentionBackward(torch.autograd.Function):
+class LinearAttentionBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -128,7 +129,7 @@ class LinearAttentionBackward(torch.autograd.Function):
         return (*second[0], *second[1], *(None,) * 7)
 
 
-class KvState(torch.autograd.Function):
+class KvState(FusedFunction):
     """(k, v, key_mask, feature_map, backend) → (S, z, key_stat); the last carries no gradient."""
 
     @staticmethod
@@ -151,7 +152,7 @@ class KvState(torch.autograd.Function):
         return (*grads, *(None,) * 3)
 
 
-class KvStateBackward(torch.autograd.Function):
+class KvStateBackward(FusedFunction):
     """The fused backward of kv_state, itself differentiable."""
 
     @staticmethod

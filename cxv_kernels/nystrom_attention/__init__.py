@@ -39,8 +39,9 @@ def nystrom_attention(
 
     Saved for backward by the fused op: q, k, v, O(m·(D + E)) per head for m landmarks, and what
     ``F.scaled_dot_product_attention`` keeps (its output and one number per query). On the CPU the fused op
-    differentiates twice. The reference and Triton, whose outer products are PyTorch's, need its ``SDPBackend.MATH``
-    for that, and so does forward-mode AD, which the reference alone has.
+    has derivatives of any order. The reference and Triton, whose outer products are PyTorch's, need
+    ``SDPBackend.MATH`` from the second order on. Forward-mode AD needs that too, and like vmap
+    ``backend="reference"``.
 
     Raises:
         ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1, an even K, a residual where

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import define, serves_triton
-from ..autograd import double_backward, kernels, like_layout, new_gradients, only_needed, register_fake, serves_cpu
+from ..autograd import (
+    FusedFunction,
+    apply_fused,
+    double_backward,
+    kernels,
+    like_layout,
+    new_gradients,
+    only_needed,
+    register_fake,
+    serves_cpu,
+)
 from ..validation import accumulate_dtype
 from .reference import attend_reference, mix_reference, residual_reference
 
@@ -82,7 +92,7 @@ def _(grad_out, v, weight, needed):
     return new_gradients((v, weight), needed)
 
 
-class Means(torch.autograd.Function):
+class Means(FusedFunction):
     """(x, landmarks, backend) → segment means; x is kept for its layout alone."""
 
     @staticmethod
@@ -99,7 +109,7 @@ class Means(torch.autograd.Function):
         return MeansBackward.apply(grad, *ctx.saved_tensors, ctx.backend), None, None
 
 
-class MeansBackward(torch.autograd.Function):
+class MeansBackward(FusedFunction):
     """The transpose of a linear map: its own backward is that map."""
 
     @staticmethod
@@ -115,7 +125,7 @@ class MeansBackward(torch.autograd.Function):
         return Means.apply(grad, ctx.landmarks, ctx.backend), None, None
 
 
-class Summary(torch.autograd.Function):
+class Summary(FusedFunction):
     """(q_means, k, v) → softmax(q_means kᵀ) v and each landmark's log Σ e^logit, which has no gradient."""
 
     @staticmethod
@@ -132,7 +142,7 @@ class Summary(torch.autograd.Function):
         return SummaryBackward.apply(grad, *ctx.saved_tensors, list(ctx.needs_input_grad))
 
 
-class SummaryBackward(torch.autograd.Function):
+class SummaryBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -151,7 +161,7 @@ class SummaryBackward(torch.autograd.Function):
         return (*second[0], *second[1], None, None, None)
 
 
-class Readout(torch.autograd.Function):
+class Readout(FusedFunction):
     """(q, k_means, mixed) → softmax(q k_meansᵀ) mixed."""
 
     @staticmethod
@@ -167,7 +177,7 @@ class Readout(torch.autograd.Function):
         return ReadoutBackward.apply(grad, *ctx.saved_tensors, list(ctx.needs_input_grad))
 
 
-class ReadoutBackward(torch.autograd.Function):
+class ReadoutBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -186,7 +196,7 @@ class ReadoutBackward(torch.autograd.Function):
         return (*second[0], *second[1], None)
 
 
-class Mix(torch.autograd.Function):
+class Mix(FusedFunction):
     """(q_means, k_means, summary, backend) → A⁺ summary; backward computes A and its inverse again."""
 
     @staticmethod
@@ -203,7 +213,7 @@ class Mix(torch.autograd.Function):
         return *MixBackward.apply(grad, *ctx.saved_tensors, list(ctx.needs_input_grad[:3]), ctx.backend), None
 
 
-class MixBackward(torch.autograd.Function):
+class MixBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -221,7 +231,7 @@ class MixBackward(torch.autograd.Function):
         return *second[0], *second[1], None, None
 
 
-class Residual(torch.autograd.Function):
+class Residual(FusedFunction):
     """(attention, v, weight, backend) → attention + the convolution of v."""
 
     @staticmethod
@@ -242,7 +252,7 @@ class Residual(torch.autograd.Function):
         return grad if of_attention else None, *grads, None
 
 
-class ResidualBackward(torch.autograd.Function):
+class ResidualBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -264,16 +274,16 @@ def nystrom_attention_fused(
     q: Tensor, k: Tensor, v: Tensor, landmarks: int, residual_weight: Tensor | None, backend: str
 ) -> Tensor:
     """See :func:`cxv_kernels.nystrom_attention`; 1 ≤ landmarks ≤ tokens."""
-    q_means, k_means = Means.apply(q, landmarks, backend), Means.apply(k, landmarks, backend)
+    q_means, k_means = apply_fused(Means, q, landmarks, backend), apply_fused(Means, k, landmarks, backend)
     if backend == "triton":  # a GPU's own attention kernels serve few keys well
         summary = F.scaled_dot_product_attention(q_means.to(q.dtype), k, v)
-        mixed = Mix.apply(q_means, k_means, summary, backend)
+        mixed = apply_fused(Mix, q_means, k_means, summary, backend)
         out = F.scaled_dot_product_attention(q, k_means.to(q.dtype), mixed)
     else:
-        summary, _ = Summary.apply(q_means, k, v)
-        mixed = Mix.apply(q_means, k_means, summary, backend)
-        out = Readout.apply(q, k_means, mixed)
-    return out if residual_weight is None else Residual.apply(out, v, residual_weight, backend)
+        summary, _ = apply_fused(Summary, q_means, k, v)
+        mixed = apply_fused(Mix, q_means, k_means, summary, backend)
+        out = apply_fused(Readout, q, k_means, mixed)
+    return out if residual_weight is None else apply_fused(Residual, out, v, residual_weight, backend)
 
 
 def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from .. import backends
+from ..autograd import apply_fused
 from ..validation import (
     accumulate_dtype,
     autocast_inputs,
@@ -80,7 +81,7 @@ def performer_attention(
         division are float32 (float64 for float64).
 
     Saved for backward: q, k, v and the state, O(M·E) per head. The fused kernels serve ``stabilizer="head"`` and a
-    projection without gradient; double backward goes through the reference, forward-mode AD needs
+    projection without gradient; second and higher derivatives go through the reference, forward-mode AD and vmap need
     ``backend="reference"``.
 
     Raises:
@@ -98,7 +99,7 @@ def performer_attention(
             return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
         eps = DEFAULT_EPS[kernel] if eps is None else eps
         projection = projection.to(accumulate_dtype(q.dtype))
-        return PerformerAttention.apply(q, k, v, projection, key_mask, kernel, eps, serving)[0]
+        return apply_fused(PerformerAttention, q, k, v, projection, key_mask, kernel, eps, serving)[0]
 
 
 def performer_features(
@@ -138,4 +139,4 @@ def performer_features(
             return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)
         eps = DEFAULT_EPS[kernel] if eps is None else eps
         projection = projection.to(accumulate_dtype(x.dtype))
-        return PerformerFeatures.apply(x, projection, is_query, kernel, eps, serving)[0]
+        return apply_fused(PerformerFeatures, x, projection, is_query, kernel, eps, serving)[0]

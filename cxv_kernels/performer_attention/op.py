@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import backends
 from .._triton import NAMESPACE, define
 from ..autograd import (
+    FusedFunction,
     double_backward,
     kernels,
     like_layout,
@@ -86,7 +87,7 @@ def declined(projection: Tensor, stabilizer: str, backend: str) -> str | None:
     return f"serves at most 512 features, not {features}" if backend == "triton" and features > 512 else None
 
 
-class PerformerAttention(torch.autograd.Function):
+class PerformerAttention(FusedFunction):
     """(q, k, v, projection, key_mask, kernel, eps, backend) → (out, state, key_stat, key_max), out differentiable."""
 
     @staticmethod
@@ -110,7 +111,7 @@ class PerformerAttention(torch.autograd.Function):
         return (*grads, *(None,) * 5)
 
 
-class PerformerAttentionBackward(torch.autograd.Function):
+class PerformerAttentionBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -135,7 +136,7 @@ class PerformerAttentionBackward(torch.autograd.Function):
         return (*second[0], *second[1], *(None,) * 9)
 
 
-class PerformerFeatures(torch.autograd.Function):
+class PerformerFeatures(FusedFunction):
     """(x, projection, is_query, kernel, eps, backend) → (φ, key_max); key_max carries no gradient."""
 
     @staticmethod
@@ -156,7 +157,7 @@ class PerformerFeatures(torch.autograd.Function):
         return (PerformerFeaturesBackward.apply(grad_phi, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
 
 
-class PerformerFeaturesBackward(torch.autograd.Function):
+class PerformerFeaturesBackward(FusedFunction):
     """The fused backward of performer_features, itself differentiable."""
 
     @staticmethod
