@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autograd import apply_fused
 from ..validation import autocast_inputs, check_same, check_tensor, without_autocast
 from .op import Dropout, GeluDropout
 from .reference import dropout_reference, gelu_dropout_reference, keep_mask, keep_threshold
@@ -20,7 +21,8 @@ def dropout_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
     """Which of the elements offset … offset + count − 1 :func:`dropout` keeps: bool (count,), on seed's device.
 
     Raises:
-        ValueError: p out of range, a seed that is not one int64; TypeError: a seed that is no tensor.
+        ValueError: p out of range, a seed that is not one int64; TypeError: a seed that is no tensor, a p that is no
+        number.
     """
     _check_seed(seed)
     return keep_mask(seed, count, _check_probability(p), offset)
@@ -34,6 +36,8 @@ def _check_seed(seed: Tensor) -> None:
 
 
 def _check_probability(p: float) -> float:
+    if not isinstance(p, int | float) or isinstance(p, bool):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
     if not 0 <= p < 1 or keep_threshold(p) == 0:
         raise ValueError(f"p must be in [0, 1 - 2^-17), got {p}")
     return p
@@ -42,6 +46,8 @@ def _check_probability(p: float) -> float:
 def _check(x: Tensor, p: float, seed: Tensor, offset: int) -> None:
     check_tensor("x", x, None)
     _check_probability(p)
+    if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
+        raise TypeError(f"offset must be an int, got {type(offset).__name__}")
     if offset < 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
     _check_seed(seed)
@@ -76,7 +82,8 @@ def dropout(
 
     Raises:
         ValueError: p or offset out of range, a residual of another shape, a seed that is not one int64, another device;
-        TypeError: dtypes that differ; RuntimeError: the named backend cannot serve.
+        TypeError: dtypes that differ, a p that is not a number, an offset that is not an int; RuntimeError: the named
+        backend cannot serve. Backward raises RuntimeError if the seed was changed in place since.
     """
     _check(x, p, seed, offset)
     if residual is not None:
@@ -90,7 +97,7 @@ def dropout(
     with without_autocast(x):
         if serving == "reference":
             return dropout_reference(x.contiguous(), p, seed, residual, offset)
-        return Dropout.apply(x.contiguous(), residual, seed, p, offset, serving)
+        return apply_fused(Dropout, x.contiguous(), residual, seed, p, offset, serving)
 
 
 def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend: str | None = None) -> Tensor:
@@ -106,12 +113,11 @@ def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend:
         x's shape and dtype, contiguous; rounded once from float32 (float64 for float64).
 
     Raises:
-        ValueError: p or offset out of range, a seed that is not one int64, another device; TypeError: not a float;
-        RuntimeError: the named backend cannot serve.
+        ValueError, TypeError, RuntimeError: as :func:`dropout`.
     """
     _check(x, p, seed, offset)
     serving = backends.resolve("gelu_dropout", x, backend)
     with without_autocast(x):
         if serving == "reference":
             return gelu_dropout_reference(x.contiguous(), p, seed, offset)
-        return GeluDropout.apply(x.contiguous(), seed, p, offset, serving)
+        return apply_fused(GeluDropout, x.contiguous(), seed, p, offset, serving)

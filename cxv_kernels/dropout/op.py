@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backends
 from .._triton import define, serves_triton
-from ..autograd import double_backward, kernels, register_fake, serves_cpu
+from ..autograd import FusedFunction, double_backward, kernels, register_fake, serves_cpu
 from .reference import gelu_dropout_reference
 
 for schema in (
@@ -34,7 +34,40 @@ def _(grad_out, x, seed, p, offset):
     return torch.empty_like(x)
 
 
-class Dropout(torch.autograd.Function):
+def _save(ctx: Any, seed: Tensor, *tensors: Tensor) -> None:
+    """Save the tensors for backward, and the seed without a saved tensor hook.
+
+    A checkpoint recomputes up to the last op that saves a tensor. With a saved seed it would run the dropout at the end
+    of a residual branch, and the linear map before it, once more.
+    """
+    if torch.compiler.is_compiling():  # the compiler decides what is recomputed
+        ctx.save_for_backward(*tensors, seed)
+        ctx.seed = None
+    else:
+        ctx.save_for_backward(*tensors)
+        # inference tensors have no version
+        ctx.seed, ctx.seed_version = seed, None if seed.is_inference() else seed._version
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The tensors, and the seed.
+
+    Raises:
+        RuntimeError: one of them was changed in place.
+    """
+    seed = ctx.seed
+    if seed is None:
+        return ctx.saved_tensors
+    if ctx.seed_version is not None and seed._version != ctx.seed_version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: the seed "
+            f"[{seed.type()} {list(seed.shape)}] is at version {seed._version}; expected version {ctx.seed_version} "
+            "instead"
+        )
+    return *ctx.saved_tensors, seed
+
+
+class Dropout(FusedFunction):
     """(x, residual, seed, p, offset, backend) → out. It is linear in x, so its gradient is itself, of any order."""
 
     @staticmethod
@@ -44,17 +77,18 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, _, seed, ctx.p, ctx.offset, ctx.backend = inputs
-        ctx.seed = seed  # not "saved": a checkpoint that needs no more of what it recomputes stops before this op
+        _save(ctx, seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = Dropout.apply(grad.contiguous(), None, ctx.seed, ctx.p, ctx.offset, ctx.backend)
+            (seed,) = _saved(ctx)
+            grad_x = Dropout.apply(grad.contiguous(), None, seed, ctx.p, ctx.offset, ctx.backend)
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-class GeluDropout(torch.autograd.Function):
+class GeluDropout(FusedFunction):
     """(x, seed, p, offset, backend) → out; x is kept, and what is between the two is not."""
 
     @staticmethod
@@ -63,16 +97,16 @@ class GeluDropout(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, ctx.seed, ctx.p, ctx.offset, ctx.backend = inputs
-        ctx.save_for_backward(x)
+        x, seed, ctx.p, ctx.offset, ctx.backend = inputs
+        _save(ctx, seed, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        return GeluDropoutBackward.apply(grad.contiguous(), x, ctx.seed, ctx.p, ctx.offset, ctx.backend), *(None,) * 4
+        x, seed = _saved(ctx)
+        return GeluDropoutBackward.apply(grad.contiguous(), x, seed, ctx.p, ctx.offset, ctx.backend), *(None,) * 4
 
 
-class GeluDropoutBackward(torch.autograd.Function):
+class GeluDropoutBackward(FusedFunction):
     """The fused backward, itself differentiable: its gradient is that of the reference's."""
 
     @staticmethod
@@ -81,13 +115,13 @@ class GeluDropoutBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        grad, x, ctx.seed, ctx.p, ctx.offset, _ = inputs
-        ctx.save_for_backward(grad, x)
+        grad, x, seed, ctx.p, ctx.offset, _ = inputs
+        _save(ctx, seed, grad, x)
 
     @staticmethod
     def backward(ctx: Any, second: Tensor):
-        grad, x = ctx.saved_tensors
-        reference = partial(gelu_dropout_reference, p=ctx.p, seed=ctx.seed, offset=ctx.offset)
+        grad, x, seed = _saved(ctx)
+        reference = partial(gelu_dropout_reference, p=ctx.p, seed=seed, offset=ctx.offset)
         of_grad, of_x = double_backward(reference, [x], [grad], [second])
         return *of_grad, *of_x, *(None,) * 4
 
