@@ -41,7 +41,7 @@ def _plain_drops(branch: ResidualBranch) -> Callable[..., Drop]:
         x = F.dropout(F.gelu(x) if gelu else x, branch.drop_rate, branch.training)
         return x if residual is None else x + residual
 
-    return lambda first_image, seed: drop
+    return lambda *_: drop
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -4,7 +4,7 @@ Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` 
 """
 
 from ._version import __version__
-from .backends import BACKENDS, OPS, allow_fp16_operands, explain_backend, get_backend, use_backend
+from .backends import BACKENDS, OPS, allow_fp16_operands, bind_backend, explain_backend, get_backend, use_backend
 from .checks import verify
 from .conv_norm import conv_norm
 from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
@@ -18,6 +18,7 @@ __all__ = [
     "OPS",
     "__version__",
     "allow_fp16_operands",
+    "bind_backend",
     "conv_norm",
     "dropout",
     "dropout_mask",

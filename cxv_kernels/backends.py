@@ -12,10 +12,12 @@ right on the very GPU.
 """
 
 import contextlib
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +38,7 @@ OPS = (
 
 FP16_OPS = ("linear_attention", "kv_state", "performer_attention", "performer_features")  # of allow_fp16_operands
 
+Result = TypeVar("Result")
 Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
@@ -93,6 +96,22 @@ def use_backend(name: str) -> Iterator[None]:
 def get_backend() -> str:
     """The name that :func:`use_backend` has set, ``"auto"`` outside any block."""
     return _active
+
+
+def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return ``function`` that always runs with the backend that :func:`use_backend` has set now.
+
+    ``torch.utils.checkpoint`` calls a function again in the backward pass, where another backend may be set:
+    ``checkpoint(bind_backend(function), x, use_reentrant=False)``.
+    """
+    name = get_backend()
+
+    @functools.wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> Result:
+        with use_backend(name):
+            return function(*args, **kwargs)
+
+    return bound
 
 
 @contextlib.contextmanager
@@ -234,6 +253,8 @@ def resolve(
     wanted = _active if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
     tried = _auto(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
+    if wanted == "auto" and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
+        tried = [(name, "is not available to TorchScript") for name, _ in tried]
     name, reasons = _first(op, tried, device, dtype, dim, declined)
     if name is not None:
         narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS

@@ -13,6 +13,7 @@ from cxv_kernels.validation import check_choice
 
 from .arguments import check_at_least, check_drop_rate, check_images, classifier, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
+from .recompute import ForwardState, records_or_transforms
 from .residual import Drop, ResidualBranch, convolve, is_plain, to_channels_last, to_pixels, to_tokens, watched
 
 NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm2d}
@@ -42,6 +43,10 @@ class ConvNorm(nn.Module):
         self.act = nn.GELU() if act else None
         self.residual = residual if in_chans == out_chans else None
         self.backend = None if use_fused else "reference"
+
+    def returns_new(self) -> bool:
+        """Return True if nobody else can hold the output: the layers are PyTorch's own."""
+        return is_plain(self.conv) and type(self.norm) in (*NORMS.values(), nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → (B, out_chans, H, W)."""
@@ -80,10 +85,11 @@ class Layer(nn.Module):
         self.conv_norm, self.attn, self.mlp = conv_norm, attn, mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        x, grad = self.conv_norm(x), torch.is_grad_enabled()
+        x = self.conv_norm(x)
         ours = isinstance(self.attn, ResidualBranch) and isinstance(self.mlp, ResidualBranch)
-        # without gradients what the norm returns is this layer's alone, unless a hook has seen it
-        if ours and isinstance(self.conv_norm, ConvNorm) and not (grad or watched(*self.modules())):
+        new = isinstance(self.conv_norm, ConvNorm) and self.conv_norm.returns_new()
+        # without gradients nothing else holds the norm's output, unless a hook has seen it
+        if ours and new and not (torch.is_grad_enabled() or watched(*self.modules())):
             return self.mlp(self.attn(x, True), True)
         return self.mlp(self.attn(x))
 
@@ -244,13 +250,19 @@ class CXV(nn.Module):
         for i, layer in enumerate(self.layers):
             if i == stop:
                 break
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            x = self._checkpointed(layer, x) if self.grad_checkpointing and torch.is_grad_enabled() else layer(x)
             if i in kept:
                 outputs[i] = x
         return x, outputs
+
+    def _checkpointed(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x), of which backward has x alone."""
+        if torch.compiler.is_compiling():
+            return checkpoint(layer, x, use_reentrant=False)
+        if records_or_transforms():
+            return layer(x)
+        changing = (m for m in layer.modules() if not isinstance(m, ResidualBranch))
+        return checkpoint(ForwardState(layer, changing).recomputable(layer), x, use_reentrant=False)
 
     def forward_intermediates(
         self,

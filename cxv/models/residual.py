@@ -1,12 +1,15 @@
 """Residual branches that keep their input alone for backward, and pixels as tokens."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cxv_kernels
+
+from .recompute import ForwardState, records_or_transforms
 
 # Tokens of a chunk: what backward recomputes at once is small. On a CPU its widest tensors stay in the last-level
 # cache; a GPU needs more work at a time to be full (how much, nobody has measured yet).
@@ -76,12 +79,18 @@ def is_plain(layer: nn.Module) -> bool:
     return (layer.stride, layer.dilation, layer.padding, layer.padding_mode) == ((1, 1), (1, 1), same, "zeros")
 
 
+# dropout draws from seeds, so there is no random state to restore
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class ResidualBranch(nn.Module):
     """x (B, C, H, W) → x + branch(x), dropout included.
 
-    With ``use_fused`` the images go through in chunks, and only x is kept for backward, which recomputes a chunk at a
-    time. Dropout's masks are functions of seeds, so what is recomputed drops the same elements. With a layer in it that
-    is not plain the branch runs whole, once: what that layer does may be random, or depend on the batch.
+    With ``use_fused`` the batch is split into chunks of images, and only x is saved for backward, which recomputes one
+    chunk at a time (see :class:`ForwardState`). Dropout masks are functions of seeds, so the recomputation drops the
+    same elements. A branch whose images depend on each other sets ``couples_images``: the whole batch is one chunk.
+    If a layer inside is not plain, or PyTorch records or transforms the branch (tracing, ``torch.func``), the branch
+    runs once on the whole batch and saves activations like ``use_fused=False``.
 
     Args:
         drop_rate: probability of a zero in training. use_fused: see above; False also pins the reference.
@@ -90,6 +99,7 @@ class ResidualBranch(nn.Module):
 
     num_drops = 1  # dropouts of the branch
     first_image = 0  # place of x's first image in the batch: given a part of a batch, dropout uses that part's masks
+    couples_images = False  # True if the result for an image depends on the other images of the batch
 
     def __init__(self, drop_rate: float, use_fused: bool, pre_norm: int | None = None):
         super().__init__()
@@ -99,49 +109,64 @@ class ResidualBranch(nn.Module):
         self.backend = None if use_fused else "reference"
 
     def branch(self, x: Tensor, drop: Drop, *more_drops: Drop) -> Tensor:
-        """x + the branch of x, for images that do not see one another."""
+        """x + the branch of x, for images that do not see one another unless ``couples_images``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """(B, C, H, W) → the same; ``inplace`` allows the result to be written into x where no gradient is wanted."""
         dropping = self.training and self.drop_rate > 0
         seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
-        if not self.use_fused or torch.compiler.is_exporting() or not all(map(is_plain, self.children())):
-            return self._run(x, self.first_image, *seeds)
+        first, drops = self.first_image, (self.drop_rate, *seeds)
         keep = torch.is_grad_enabled()
+        if not self.use_fused or not all(map(is_plain, self.children())):
+            return self._run(x, first, *drops)
         if torch.compiler.is_compiling():  # the compiler plans memory itself
-            run = self._checkpointed if keep else self._run
-            return run(x, self.first_image, *seeds)
-        tokens = CHUNK_TOKENS if x.device.type == "cpu" else DEVICE_CHUNK_TOKENS
-        images = max(1, tokens // max(1, x.shape[2] * x.shape[3]))
+            recompute = keep and not torch.compiler.is_exporting()
+            return _checkpoint(self._run, x, first, *drops) if recompute else self._run(x, first, *drops)
+        if records_or_transforms():
+            return self._run(x, first, *drops)
+        images = self._chunk_size(x)
         if keep:
-            firsts = range(self.first_image, self.first_image + max(1, x.shape[0]), images)
-            chunks = [self._checkpointed(part, i, *seeds) for i, part in zip(firsts, x.split(images), strict=True)]
-            return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        out = x if inplace else torch.empty_like(x)
-        for first in range(0, x.shape[0], images):
-            out[first : first + images] = self._run(x[first : first + images], self.first_image + first, *seeds)
+            state = ForwardState(self)
+            parts = enumerate(x.split(images))
+            chunks = [_checkpoint(state.recomputable(self._run), part, first + i * images, *drops) for i, part in parts]
+            # as tokens: torch.cat takes a channels_last image alone for a contiguous one
+            return chunks[0] if len(chunks) == 1 else to_pixels(torch.cat([to_tokens(y) for y in chunks]), x)
+        if x.shape[0] <= images:
+            return self._run(x, first, *drops)
+        out = None
+        for start in range(0, x.shape[0], images):
+            y = self._run(x[start : start + images], first + start, *drops)
+            if out is None:  # autocast may have changed the dtype
+                out = x if inplace and y.dtype == x.dtype else torch.empty_like(x, dtype=y.dtype)
+            out[start : start + images] = y
+            del y  # before the next chunk takes memory
         return out
 
     def entry(self, x: Tensor) -> Tensor:
         """What the branch computes on, (B, C, H, W): x, or its norm."""
         return x if self.pre_norm is None else to_pixels(self.pre_norm(to_tokens(x)), x)
 
-    def _checkpointed(self, x: Tensor, first_image: int, *seeds: Tensor) -> Tensor:
-        return checkpoint(self._run, x, first_image, *seeds, use_reentrant=False, preserve_rng_state=False)
+    def _chunk_size(self, x: Tensor) -> int:
+        """Images of a chunk, at least 1."""
+        if self.couples_images:
+            return max(1, x.shape[0])
+        tokens = CHUNK_TOKENS if x.device.type == "cpu" else DEVICE_CHUNK_TOKENS
+        return max(1, tokens // max(1, x.shape[2] * x.shape[3]))
 
-    def _run(self, x: Tensor, first_image: int, *seeds: Tensor) -> Tensor:
-        return self.branch(x, *(self._drop(first_image, seed) for seed in seeds or [None] * self.num_drops))
+    def _run(self, x: Tensor, first_image: int, drop_rate: float, *seeds: Tensor) -> Tensor:
+        drops = (self._drop(first_image, drop_rate, seed) for seed in seeds or [None] * self.num_drops)
+        return self.branch(x, *drops)
 
-    def _drop(self, first_image: int, seed: Tensor | None) -> Drop:
+    def _drop(self, first_image: int, drop_rate: float, seed: Tensor | None) -> Drop:
         def drop(x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
             if seed is None:
                 x = nn.functional.gelu(x) if gelu else x
                 return x if residual is None else x + residual
             options = {"offset": first_image * x.shape[1:].numel(), "backend": self.backend}
             if gelu:
-                return cxv_kernels.gelu_dropout(x, self.drop_rate, seed, **options)
-            return cxv_kernels.dropout(x, self.drop_rate, seed, residual=residual, **options)
+                return cxv_kernels.gelu_dropout(x, drop_rate, seed, **options)
+            return cxv_kernels.dropout(x, drop_rate, seed, residual=residual, **options)
 
         return drop
 
