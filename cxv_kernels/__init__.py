@@ -3,6 +3,8 @@
 Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` unless told otherwise.
 """
 
+import torch
+
 from ._version import __version__
 from .backends import BACKENDS, OPS, allow_fp16_operands, bind_backend, explain_backend, get_backend, use_backend
 from .checks import verify
@@ -12,6 +14,9 @@ from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
 from .surgery import replace_attention
+
+for _op in OPS:
+    torch.fx.wrap(_op)  # torch.fx records a call of cxv_kernels.<op> as one node: its checks need real tensors
 
 __all__ = [
     "BACKENDS",

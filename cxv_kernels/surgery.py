@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .linear_attention import linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention
+from .tracing import record_call, refuse_torchscript
 from .validation import check_choice
 
 MECHANISMS: dict[str, tuple[str, ...]] = {
@@ -34,6 +36,8 @@ class ReplacedAttention(nn.Module):
         attention: a module as ``timm.layers.Attention``; its parts are shared, not copied.
         mechanism, backend, **options: see :func:`replace_attention`.
     """
+
+    __prepare_scriptable__ = refuse_torchscript
 
     def __init__(self, attention: nn.Module, mechanism: str, backend: str | None = None, **options: Any):
         super().__init__()
@@ -57,6 +61,8 @@ class ReplacedAttention(nn.Module):
         Raises:
             ValueError: a mask, which no linear mechanism can apply to pairs of tokens; x of another rank.
         """
+        if isinstance(x, Proxy):
+            return record_call(self, x, attn_mask=attn_mask, is_causal=is_causal)
         if attn_mask is not None or is_causal:
             name = "is_causal" if attn_mask is None else "attn_mask"
             raise ValueError(f"{name}: {self.mechanism} attention has no map of pairs of tokens to mask")
@@ -65,7 +71,7 @@ class ReplacedAttention(nn.Module):
         return self._around(self._attend, x)
 
     def _around(self, attend: Any, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         y = attend(q if self.gain is None else q * self.gain, k, v).transpose(1, 2).flatten(2)

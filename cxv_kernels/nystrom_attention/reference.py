@@ -45,7 +45,7 @@ def iterative_pinv(a: Tensor, iterations: int = 6) -> Tensor:
 def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(D^-½ q kᵀ) v in v's dtype, in a form that differentiates twice; q or k may be wider than v."""
     dtype = torch.promote_types(q.dtype, k.dtype)
-    weights = (q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    weights = (q.to(dtype) @ k.to(dtype).transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return (weights @ v.to(dtype)).to(v.dtype)
 
 
@@ -64,10 +64,10 @@ def residual_reference(v: Tensor, weight: Tensor) -> Tensor:
     """
     if v.numel() == 0:
         return v * weight.sum()
-    heads, channels = v.shape[1], v.shape[3]
+    heads, channels = v.shape[1], int(v.shape[3])  # int: torch.onnx.export(dynamo=False) needs the taps' shape
     taps = weight[:, :, :, 0].repeat_interleave(channels, dim=0)  # (H·E, 1, K)
-    out = F.conv1d(v.mT.flatten(1, 2), taps, padding=weight.shape[2] // 2, groups=heads * channels)
-    return out.unflatten(1, (heads, channels)).mT
+    out = F.conv1d(v.transpose(-2, -1).flatten(1, 2), taps, padding=weight.shape[2] // 2, groups=heads * channels)
+    return out.view(out.shape[0], heads, channels, -1).transpose(-2, -1)
 
 
 def nystrom_attention_reference(
