@@ -94,7 +94,7 @@ class _Attention(ResidualBranch):
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """(B, N, heads·D) → (B, heads, N, D), a view."""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return tokens.view(*tokens.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, heads, N, D) → (B, N, heads·D)."""

@@ -1,20 +1,21 @@
 """Convolutional X-formers for Vision: CPV, CNV and CLTV (paper section 3)."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.fx import Proxy
 
 import cxv_kernels
+from cxv_kernels.tracing import record_call, refuse_torchscript
 from cxv_kernels.validation import check_choice
 
-from .arguments import check_at_least, check_drop_rate, check_images, classifier, hidden_width, image_size
+from .arguments import check_at_least, check_drop_rate, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
-from .recompute import ForwardState, records_or_transforms
-from .residual import Drop, ResidualBranch, convolve, is_plain, to_channels_last, to_pixels, to_tokens, watched
+from .backbone import Backbone
+from .residual import Drop, ResidualBranch, convolve, is_plain, to_pixels, to_tokens, watched
 
 NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm2d}
 CONV_RESIDUALS = (None, "conv", "conv_norm")
@@ -27,6 +28,8 @@ class ConvNorm(nn.Module):
     layers that are not plain are called one by one: a norm gets tokens (B, N, C) where it is a LayerNorm, else pixels.
     A residual needs as many channels out as in, and is left out elsewhere.
     """
+
+    __prepare_scriptable__ = refuse_torchscript
 
     def __init__(
         self,
@@ -50,6 +53,8 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → (B, out_chans, H, W)."""
+        if isinstance(x, Proxy):
+            return record_call(self, x)
         conv, norm = self.conv, self.norm
         one_op = type(norm) is nn.LayerNorm and self.act is None and self.residual != "conv"
         if one_op and is_plain(norm) and is_plain(conv) and conv.kernel_size == (3, 3) and conv.groups == 1:
@@ -94,7 +99,7 @@ class Layer(nn.Module):
         return self.mlp(self.attn(x))
 
 
-class CXV(nn.Module):
+class CXV(Backbone):
     """What CPV, CNV and CLTV share; the defaults are Table 1's rows. Input (B, in_chans, H, W) of any size, float.
 
     Args:
@@ -172,11 +177,8 @@ class CXV(nn.Module):
                 f"embed_dim must be a multiple of {halved} and of num_heads = {num_heads}, got {embed_dim}"
             )
         self.img_size, self.in_chans = img_size, in_chans
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": stem_stride, "module": f"layers.{i}"} for i in range(depth)
-        ]
-        self.grad_checkpointing = False
+        self.embed_dim = embed_dim
+        self._init_features(embed_dim, stem_stride, depth, "avg")
         stem: list[nn.Module] = []
         size = image_size(img_size)
         for i in reversed(range(stem_convs)):  # to C/8, C/4 and C/2 channels
@@ -208,123 +210,6 @@ class CXV(nn.Module):
             for i in range(depth)
         )
         self.reset_classifier(num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each layer's input for backward and recompute the rest."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one of ``num_classes`` (0: none), on the model's device and dtype.
-
-        Raises:
-            ValueError: fewer than 0 classes; another ``global_pool`` (None: as it is) than ``"avg"`` or, without
-                classes, ``""``.
-        """
-        check_at_least(0, num_classes=num_classes)
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool not in (("avg",) if num_classes else ("avg", "")):
-            raise ValueError(f"global_pool must be 'avg', or without classes '', got {pool!r}")
-        self.num_classes, self.global_pool = num_classes, pool
-        weight = self.stem[0].weight
-        self.head = classifier(self.embed_dim, num_classes).to(weight.device, weight.dtype)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """timm's: the parameters by depth, for a learning rate that decays by layer."""
-        return {"stem": r"^stem", "blocks": r"^layers\.(\d+)"}
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → (B, C, H/stem_stride, W/stem_stride), channels_last in memory."""
-        return self._run_layers(x, len(self.layers), ())[0]
-
-    def _run_layers(self, x: Tensor, stop: int, kept: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """The output of layer ``stop`` − 1, and those of the layers ``kept``."""
-        check_images(x, self.in_chans)
-        # channels_last from end to end: attention, MLP and norm read a pixel's channels together, and of all that could
-        # be converted the image is the smallest
-        x = self.stem(to_channels_last(x))
-        outputs = {}
-        for i, layer in enumerate(self.layers):
-            if i == stop:
-                break
-            x = self._checkpointed(layer, x) if self.grad_checkpointing and torch.is_grad_enabled() else layer(x)
-            if i in kept:
-                outputs[i] = x
-        return x, outputs
-
-    def _checkpointed(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """layer(x), of which backward has x alone."""
-        if torch.compiler.is_compiling():
-            return checkpoint(layer, x, use_reentrant=False)
-        if records_or_transforms():
-            return layer(x)
-        changing = (m for m in layer.modules() if not isinstance(m, ResidualBranch))
-        return checkpoint(ForwardState(layer, changing).recomputable(layer), x, use_reentrant=False)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of layers, as timm's models give them.
-
-        Args:
-            x: (B, in_chans, H, W). indices: layers, from the end if negative; an int takes the last so many, None all.
-            norm: no matter here, as no norm follows the last layer. stop_early: leave out the layers after the last of
-                ``indices``. output_fmt: ``"NCHW"``. intermediates_only: see below.
-
-        Returns:
-            The outputs (B, C, H/stem_stride, W/stem_stride) of the layers of ``indices``, first layer first; unless
-            ``intermediates_only``, after the output of :meth:`forward_features`.
-
-        Raises:
-            ValueError: an index out of range, another ``output_fmt``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        kept = self._feature_indices(indices)
-        x, outputs = self._run_layers(x, max(kept) + 1 if stop_early else len(self.layers), kept)
-        features = list(outputs.values())
-        return features if intermediates_only else (x, features)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the layers after the last of ``indices`` (as in :meth:`forward_intermediates`) and the classifier.
-
-        Returns:
-            ``indices`` from the first layer on.
-        """
-        kept = self._feature_indices(indices)
-        self.layers = self.layers[: max(kept) + 1]
-        if prune_head:
-            self.reset_classifier(0, "")
-        return kept
-
-    def _feature_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        depth = len(self.layers)
-        if indices is None or isinstance(indices, int):
-            indices = range(-(depth if indices is None else indices), 0)
-        if not indices or not all(-depth <= i < depth for i in indices):
-            raise ValueError(f"indices must be layers from {-depth} to {depth - 1}, got {list(indices)}")
-        return [i % depth for i in indices]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) → (B, num_classes); the pooled features (B, C) with ``pre_logits`` or without a classifier."""
-        if self.global_pool:
-            x = x.permute(0, 2, 3, 1).mean((1, 2))  # as AdaptiveAvgPool2d, but its gradient is channels_last too
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 class CPV(CXV):

@@ -4,15 +4,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .arguments import check_at_least, classifier, hidden_width, image_size
+from cxv_kernels.tracing import record_call, refuse_torchscript
+
+from .arguments import check_at_least, check_image_size, classifier, hidden_width, image_size
+
+torch.fx.wrap("check_image_size")  # its branches depend on the shape, so a graph calls it as it is
 
 
 class FourierMixing(nn.Module):
     """The real part of the Fourier transform over channels and tokens; float32 within autocast, which has none."""
 
+    __prepare_scriptable__ = refuse_torchscript
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) → the same shape and dtype."""
+        if isinstance(x, Proxy):
+            return record_call(self, x)
         wide = x if x.dtype == torch.float64 else x.float()
         return torch.fft.fft2(wide).real.to(x.dtype)
 
@@ -30,6 +39,8 @@ class FNet(nn.Module):
         ValueError: an argument out of range, an ``img_size`` that is no multiple of ``patch_size``; from ``forward``,
             another image size.
     """
+
+    __prepare_scriptable__ = refuse_torchscript
 
     def __init__(
         self,
@@ -70,11 +81,9 @@ class FNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → logits (B, num_classes)."""
-        height, width = image_size(self.img_size)
-        if x.shape[-2:] != (height, width):
-            raise ValueError(f"input must be {height}×{width} pixels, got {tuple(x.shape)}")
+        check_image_size(x, self.img_size)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
         for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
             x = x + mixer(x)
             x = x + mlp(x)

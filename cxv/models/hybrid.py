@@ -8,13 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_at_least, check_drop_rate, check_images, classifier, hidden_width, image_size
+from .arguments import check_at_least, check_drop_rate, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
+from .backbone import Backbone
 from .cxv import Mlp
-from .residual import to_channels_last, to_tokens
+from .residual import to_tokens
 
 
-class Hybrid(nn.Module):
+def add_class_token(tokens: Tensor, cls_token: Tensor, pos_embed: Tensor, img_size: int | Sequence[int]) -> Tensor:
+    """Put ``cls_token`` before ``tokens`` (B, N, C) and add ``pos_embed`` (1, 1 + N, C).
+
+    Raises:
+        ValueError: N is another number than that of ``img_size``, for which the positions are.
+    """
+    if tokens.shape[1] + 1 != pos_embed.shape[1]:
+        height, width = image_size(img_size)
+        raise ValueError(f"the model was made for images of {height}×{width} pixels")
+    return torch.cat((cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1) + pos_embed
+
+
+torch.fx.wrap("add_class_token")  # its branches depend on the shape, so a graph calls it as it is
+
+
+class Hybrid(Backbone):
     """What the hybrids share: three 3×3 convolutions, pre-norm layers of attention and MLP, and a linear classifier.
 
     Args:
@@ -27,6 +43,8 @@ class Hybrid(nn.Module):
         num_heads, head_dim: of the attention; their product need not be C.
         mlp_ratio: hidden width of the MLP over C. drop_rate: dropout in the MLP (the attention has none).
         stem_stride: of the first convolution (2 for 64×64 images).
+        global_pool: ``"token"`` with a class token, else ``"avg"``; ``""`` for none, where there is no classifier: the
+            output is that of ``forward_features`` then. None is ``"token"`` or ``"avg"``.
         use_fused: as in :class:`cxv.CXV`.
 
     Raises:
@@ -47,6 +65,7 @@ class Hybrid(nn.Module):
         mlp_ratio: float = 2.0,
         drop_rate: float = 0.5,
         stem_stride: int = 1,
+        global_pool: str | None = None,
         use_fused: bool = False,
     ):
         super().__init__()
@@ -56,7 +75,8 @@ class Hybrid(nn.Module):
         check_at_least(1, in_chans=in_chans, depth=depth, num_heads=num_heads, head_dim=head_dim)
         check_at_least(1, stem_stride=stem_stride)
         check_drop_rate(drop_rate)
-        self.img_size, self.in_chans, self.num_features = img_size, in_chans, embed_dim
+        self.img_size, self.in_chans = img_size, in_chans
+        self._init_features(embed_dim, stem_stride, depth, "token" if cls_token else "avg")
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, embed_dim // 4, 3, stride=stem_stride, padding=1),
             nn.Conv2d(embed_dim // 4, embed_dim // 2, 3, padding=1),
@@ -75,46 +95,23 @@ class Hybrid(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim) if cls_token else nn.Identity()
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
+    def _embed(self, x: Tensor) -> Tensor:
+        """The stem's pixels (B, C, H', W'); with a class token, which comes first, (B, C, 1 + H'·W', 1)."""
+        if self.cls_token is None:
+            return x
+        tokens = add_class_token(to_tokens(x), self.cls_token, self.pos_embed, self.img_size)
+        return tokens.transpose(1, 2).unsqueeze(-1)  # one column of pixels
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one of ``num_classes`` (0: none), on the model's device and dtype.
+    def _to_map(self, x: Tensor, size: Sequence[int], norm: bool) -> Tensor:
+        if self.cls_token is None:
+            return x
+        tokens = to_tokens(x)[:, 1:]
+        return (self.norm(tokens) if norm else tokens).transpose(1, 2).unflatten(2, size)
 
-        Raises:
-            ValueError: fewer than 0 classes.
-        """
-        check_at_least(0, num_classes=num_classes)
-        self.num_classes, weight = num_classes, self.stem[0].weight
-        self.head = classifier(self.num_features, num_classes).to(weight.device, weight.dtype)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → the last layer's output: (B, C, H/stem_stride, W/stem_stride), or with a class token,
-        which is the first, (B, C, 1 + tokens, 1)."""
-        check_images(x, self.in_chans)
-        x = self.stem(to_channels_last(x))
-        if self.cls_token is not None:
-            tokens = to_tokens(x)
-            if tokens.shape[1] + 1 != self.pos_embed.shape[1]:
-                height, width = image_size(self.img_size)
-                raise ValueError(f"the model was made for images of {height}×{width} pixels")
-            tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), tokens), dim=1) + self.pos_embed
-            x = tokens.transpose(1, 2).unsqueeze(-1)  # one column of pixels
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Of :meth:`forward_features`, (B, num_classes); (B, C) with ``pre_logits`` or without a classifier."""
-        x = x.mean((2, 3)) if self.cls_token is None else self.norm(to_tokens(x)[:, 0])
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def _pool(self, x: Tensor) -> Tensor:
+        return super()._pool(x) if self.cls_token is None else self.norm(to_tokens(x)[:, 0])
 
 
 class HybridViP(Hybrid):

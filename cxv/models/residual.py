@@ -5,9 +5,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 import cxv_kernels
+from cxv_kernels.tracing import record_call, refuse_torchscript
 
 from .recompute import ForwardState, records_or_transforms
 
@@ -27,12 +29,13 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
     """(B, H·W, C) → (B, C, H, W), channels_last in memory; a view."""
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    # no unflatten: torch.onnx.export(dynamo=False) takes the sizes of its result for constants
+    return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *like.shape[2:])
 
 
 def to_channels_last(x: Tensor) -> Tensor:
     """x (B, C, H, W), channels_last in memory; by what ``torch.func.vmap`` has a rule for."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +43,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # float32 on a CPU: oneDNN's convolution is up to twice as fast as the BLAS behind F.linear, and its backward is a
     # fifth faster where all tokens are one row of pixels
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and not torch.is_autocast_enabled("cpu"):
-        row = to_tokens(x).reshape(1, 1, -1, x.shape[1]).movedim(-1, 1)
+        row = to_tokens(x).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
         y = nn.functional.conv2d(row, weight[:, :, None, None], bias)
         return to_pixels(to_tokens(y).reshape(x.shape[0], -1, y.shape[1]), x)
     return to_pixels(nn.functional.linear(to_tokens(x), weight, bias), x)
@@ -100,6 +103,7 @@ class ResidualBranch(nn.Module):
     num_drops = 1  # dropouts of the branch
     first_image = 0  # place of x's first image in the batch: given a part of a batch, dropout uses that part's masks
     couples_images = False  # True if the result for an image depends on the other images of the batch
+    __prepare_scriptable__ = refuse_torchscript
 
     def __init__(self, drop_rate: float, use_fused: bool, pre_norm: int | None = None):
         super().__init__()
@@ -114,6 +118,8 @@ class ResidualBranch(nn.Module):
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """(B, C, H, W) → the same; ``inplace`` allows the result to be written into x where no gradient is wanted."""
+        if isinstance(x, Proxy):
+            return record_call(self, x)
         dropping = self.training and self.drop_rate > 0
         seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
         first, drops = self.first_image, (self.drop_rate, *seeds)

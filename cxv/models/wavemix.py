@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxv_kernels.tracing import refuse_torchscript
+
 from .arguments import check_at_least, classifier
 
 LEVELS = 4
@@ -63,6 +65,8 @@ class WaveMix(nn.Module):
     Raises:
         ValueError: an argument out of range.
     """
+
+    __prepare_scriptable__ = refuse_torchscript
 
     def __init__(
         self,
