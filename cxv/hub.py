@@ -4,6 +4,7 @@ What is shared is the file of :func:`cxv.save_safetensors`, a copy of its metada
 the Hub to read, and a model card. Only the safetensors file is read back, and it cannot run code.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,28 @@ except ImportError as error:
 from .models.arguments import image_size
 from .sharing import describe, save_safetensors
 from .training.checkpoint import SAFETENSORS, load_model
+from .training.errors import InputError
 
 PAPER = "https://arxiv.org/abs/2201.10271"
+# Jinja: the mixin's variables, and ``text``, the card below its header.
+CARD = "---\n{{ card_data }}\n---\n\n{{ text }}"
+# force_download, token, cache_dir …, whatever this version of huggingface_hub has
+_HUB_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(PyTorchModelHubMixin.from_pretrained).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
 
 
-class HubModel(nn.Module, PyTorchModelHubMixin, library_name="cxv", paper_url=PAPER):
+class HubModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="cxv",
+    paper_url=PAPER,
+    model_card_template=CARD,
+    pipeline_tag="image-classification",
+    tags=["cxv", "image-classification", "linear-attention"],
+):
     """A model with its metadata, and the mixin's ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
 
     ``HubModel.from_checkpoint("runs/digits-cpv-2-4").push_to_hub("me/cpv-digits")``, and elsewhere
@@ -56,6 +74,51 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="cxv", paper_url=PA
         save_safetensors(self.model, save_directory / SAFETENSORS, **self.metadata)
 
     @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str = "cpu",
+        use_fused: bool | None = None,
+        **kwargs: Any,
+    ) -> "HubModel":
+        """Load a model from the Hub or from a directory that ``save_pretrained`` wrote, in ``eval()`` mode.
+
+        Args:
+            pretrained_model_name_or_path: the repository's name, or the directory.
+            map_location: the device. use_fused: as in :func:`cxv.training.load_model`.
+            **kwargs: those of huggingface_hub's ``from_pretrained``. Metadata and arguments of the model are accepted
+                too if they are those of the file: they do not change the model.
+
+        Raises:
+            InputError: a damaged file or one of something else; a keyword that is not known, or that the file
+                contradicts.
+        """
+        described = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+        options = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+        model = super().from_pretrained(
+            pretrained_model_name_or_path, map_location=map_location, use_fused=use_fused, **options
+        )
+        model._check_described(described)
+        return model
+
+    def _check_described(self, described: dict[str, Any]) -> None:
+        """Raise ``InputError`` unless each of ``described`` is the model's metadata or argument of that name."""
+        arguments = {"num_classes": len(self.metadata["classes"])} | self.metadata["model_kwargs"]
+        for name, value in described.items():
+            if name not in arguments | self.metadata:
+                allowed = ", ".join((*_HUB_ARGUMENTS, "map_location", "use_fused"))
+                raise InputError(f"{name}: from_pretrained has no such keyword; allowed: {allowed}")
+            own = (arguments | self.metadata)[name]
+            if json.loads(json.dumps(value, default=str)) != json.loads(json.dumps(own)):
+                model_name = self.metadata["model_name"]
+                change = f"; cxv.create_model({model_name!r}, checkpoint=FILE, {name}={value!r}) changes it"
+                raise InputError(
+                    f"{name}: the file has {own!r}, got {value!r}, and from_pretrained does not change the model"
+                    f"{change if name in arguments else ''}"
+                )
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -84,20 +147,22 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="cxv", paper_url=PA
         return cls(model, **describe(checkpoint)).eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """What the model is, how it was trained and scored, and how to use it; from the metadata alone."""
-        m = self.metadata
+        """Describe the model, how it was trained and scored, and how to use it, from the metadata.
+
+        Args:
+            **kwargs: ``model_card_kwargs`` of ``save_pretrained`` and ``push_to_hub``: entries of the card's header in
+                place of ours, e.g. ``license="mit"``, and variables of a subclass's ``model_card_template``.
+        """
+        m, info = self.metadata, self._hub_mixin_info
         data = m["args"].get("data")
         top1 = m["metrics"].get("test_top1")
         scored = data is not None and top1 is not None
         results = EvalResult("image-classification", data, data, "accuracy", top1 / 100) if scored else None
-        header = ModelCardData(
-            model_name=m["model_name"] if scored else None,
-            eval_results=[results] if scored else None,
-            library_name="cxv",
-            pipeline_tag="image-classification",
-            tags=["cxv", "image-classification", "linear-attention", "model_hub_mixin", "pytorch_model_hub_mixin"],
-        )
-        return ModelCard(f"---\n{header}\n---\n\n{self._card_text()}")
+        score = {"model_name": m["model_name"], "eval_results": [results]} if scored else {}
+        header = ModelCardData(**info.model_card_data.to_dict() | score | kwargs)
+        variables = {"repo_url": info.repo_url, "paper_url": info.paper_url, "docs_url": info.docs_url}
+        variables |= {"text": self._card_text()} | kwargs
+        return ModelCard.from_template(header, template_str=info.model_card_template, **variables)
 
     def _card_text(self) -> str:
         m, pixels = self.metadata, self.metadata["normalisation"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .models import CXV
+from .models.backbone import Backbone
 from .training.checkpoint import (
     METADATA,
     METADATA_KEY,
@@ -52,6 +52,8 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
     if path.suffix != ".safetensors":
         raise InputError(f"path: expected a name that ends in .safetensors, got {path}")
     if isinstance(source, nn.Module):
+        if which != "best":
+            raise InputError(f"which: chooses among the weights of a run, and source is a model; got {which!r}")
         source = _unwrapped(source)
         weights = source.state_dict()
     else:
@@ -111,7 +113,7 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
     name, kwargs = getattr(model, "model_name", None), dict(getattr(model, "model_kwargs", {}))
     if hasattr(model, "num_classes"):  # reset_classifier changes it
         kwargs["num_classes"] = model.num_classes
-    if isinstance(model, CXV) and model.global_pool != kwargs.get("global_pool", "avg"):
+    if isinstance(model, Backbone) and model.global_pool != kwargs.get("global_pool", model.pool):
         kwargs["global_pool"] = model.global_pool
     return {"model_name": name, "model_kwargs": kwargs}
 

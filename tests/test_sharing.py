@@ -409,6 +409,100 @@ def test_model_card(run, tmp_path):
     assert "| trained on | not recorded |" in card.text
 
 
+def test_from_pretrained_takes_what_the_file_says(tmp_path):
+    """Keywords with the file's own values are fine, and an edited config.json changes nothing."""
+    from cxv.hub import HubModel
+
+    model = HubModel(cxv.create_model("cpv-1/2", **TINY | {"img_size": (8, 6)}), classes=CLASSES)
+    model.save_pretrained(tmp_path)
+    own = {"num_classes": 3, "embed_dim": 16, "img_size": (8, 6), "classes": CLASSES, "model_name": "cpv-1/2"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    edited = config | {"num_classes": 5, "use_fused": True, "map_location": "meta", "more": 1}
+    (tmp_path / "config.json").write_text(json.dumps(edited))
+    for keywords in ({}, own, {"local_files_only": True, "revision": None, "map_location": "cpu"}):
+        loaded = HubModel.from_pretrained(tmp_path, **keywords)
+        assert same_weights(model, loaded)
+        assert not loaded.model.layers[0].attn.use_fused
+        assert not loaded.training
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"typo": 1}, "typo: from_pretrained has no such keyword; allowed: force_download, .*map_location, use_fused"),
+        ({"mlp_ratio": 4}, "mlp_ratio: from_pretrained has no such keyword"),
+        (
+            {"num_classes": 5},
+            r"num_classes: the file has 3, got 5, .*; cxv.create_model\('cpv-1/2', checkpoint=FILE, num_classes=5\)",
+        ),
+        ({"embed_dim": 32}, "embed_dim: the file has 16, got 32, and from_pretrained does not change the model"),
+        ({"classes": ["a", "b", "c"]}, r"classes: the file has \['ant', .* does not change the model$"),
+        ({"model_name": "cnv-1/2"}, "model_name: the file has 'cpv-1/2', got 'cnv-1/2'"),
+    ],
+    ids=["typo", "not in the file", "num_classes", "another argument", "metadata", "another model"],
+)
+def test_from_pretrained_refuses_keywords(saved, keywords, message):
+    from cxv.hub import HubModel
+
+    with pytest.raises(InputError, match=message):
+        HubModel.from_pretrained(saved[1].parent, **keywords)
+
+
+def test_model_card_kwargs(hub, saved, tmp_path):
+    """Entries of the header, in place of ours, and the variables of a subclass's template."""
+    from huggingface_hub import ModelCard
+
+    from cxv.hub import HubModel
+
+    class Licensed(
+        HubModel, license="mit", tags=["ants"], model_card_template="---\n{{ card_data }}\n---\nBy {{ who }}"
+    ):
+        """A subclass with the mixin's own arguments."""
+
+    model = HubModel.from_checkpoint(saved[1])
+    model.save_pretrained(tmp_path / "a", model_card_kwargs={"license": "apache-2.0", "datasets": ["ants"]})
+    model.push_to_hub("me/ants", model_card_kwargs={"license": "apache-2.0", "pipeline_tag": "other"})
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    assert (card.data.license, card.data.datasets, card.data.library_name) == ("apache-2.0", ["ants"], "cxv")
+    assert "pytorch_model_hub_mixin" in card.data.tags
+    pushed = ModelCard.load(hub / "me/ants/README.md")
+    assert (pushed.data.license, pushed.data.pipeline_tag, pushed.text) == ("apache-2.0", "other", card.text)
+    Licensed.from_checkpoint(saved[1]).save_pretrained(tmp_path / "b", model_card_kwargs={"who": "me"})
+    card = ModelCard.load(tmp_path / "b" / "README.md")
+    assert (card.data.license, card.text.strip()) == ("mit", "By me")
+    assert {"ants", "cxv"} <= set(card.data.tags)
+
+
+def test_device_and_dtype(saved):
+    model, path = saved
+    loaded = cxv.create_model("cpv-1/2", checkpoint=path, device="cpu", dtype=torch.float64)
+    assert torch.equal(loaded.head.weight, model.head.weight.double())
+    fresh = cxv.create_model("resnet-18", device="meta", num_classes=3)
+    assert {p.device.type for p in fresh.parameters()} == {"meta"}
+    assert fresh.model_kwargs == {"num_classes": 3}  # where a model is says nothing of its weights
+
+
+def test_features_of_a_checkpoint(saved):
+    model, path = saved
+    features = cxv.create_model("cpv-1/2", checkpoint=path, num_classes=0, global_pool="").eval()
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(features(x), model.forward_features(x))
+
+
+def test_which_weights_of_a_model(saved, tmp_path):
+    with pytest.raises(InputError, match="which: chooses among the weights of a run"):
+        cxv.save_safetensors(saved[0], tmp_path / "a.safetensors", which="last")
+
+
+@pytest.mark.parametrize("name", ["cltv-1/2", "hybrid-vip-1/2"])
+def test_a_model_without_pooling(tmp_path, name):
+    model = cxv.create_model(name, embed_dim=16, img_size=8).eval()
+    model.reset_classifier(0, "")
+    cxv.save_safetensors(model, tmp_path / "a.safetensors")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(cxv.create_model(name, checkpoint=tmp_path / "a.safetensors").eval()(x), model(x))
+
+
 def test_the_documentation_runs(tmp_path, monkeypatch):
     page = Path(__file__).parent.parent / "docs" / "sharing.md"
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import baselines
@@ -69,7 +70,14 @@ def downsampling(name: str) -> str:
     return "stem_stride"
 
 
-def create_model(name: str, *, checkpoint: str | Path | None = None, **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """Build a model by name; with ``checkpoint`` a trained one.
 
     Args:
@@ -78,6 +86,8 @@ def create_model(name: str, *, checkpoint: str | Path | None = None, **kwargs: A
         checkpoint: the weights: a file of :func:`cxv.save_safetensors`, the ``--output`` of a run of ``cxv train`` (its
             best epoch), or a ``.pt`` of it. Its arguments are the defaults then. Another ``num_classes`` than its own
             makes a fresh classifier on the trained features.
+        device, dtype: of the model; None leaves parameters and buffers where and as they are made. The same seed gives
+            the same weights on every device.
         **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`.
             ``use_fused`` is accepted by all, and means nothing where the model has no op of ours.
 
@@ -91,14 +101,14 @@ def create_model(name: str, *, checkpoint: str | Path | None = None, **kwargs: A
     if twice:
         raise ValueError(f"{' and '.join(sorted(twice))} come from the name {name!r}: give them there")
     if checkpoint is not None:
-        return _create_trained(name, checkpoint, kwargs)
+        return _create_trained(name, checkpoint, kwargs).to(device=device, dtype=dtype)
     model = build(
         depth=depth,
         **({} if heads is None else {"num_heads": heads}),
         **{k: v for k, v in kwargs.items() if build in _FUSED or k != "use_fused"},
     )
     model.model_name, model.model_kwargs = name.lower(), kwargs  # what save_safetensors writes beside the weights
-    return model
+    return model.to(device=device, dtype=dtype)
 
 
 def _create_trained(name: str, path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
@@ -110,11 +120,13 @@ def _create_trained(name: str, path: str | Path, kwargs: dict[str, Any]) -> nn.M
         raise ValueError(f"{path}: a checkpoint of {checkpoint['model_name']}, and not of {name}")
     trained = len(checkpoint["classes"])
     num_classes = kwargs.pop("num_classes", trained)
+    fresh = num_classes != trained
+    pool = {"global_pool": kwargs.pop("global_pool")} if fresh and "global_pool" in kwargs else {}
     model = build_trained(checkpoint, path, kwargs)
-    if num_classes != trained:
+    if fresh:
         if not hasattr(model, "reset_classifier"):
             raise ValueError(f"num_classes of {name} must be {trained}, as in {path}, got {num_classes}")
-        model.reset_classifier(num_classes)
+        model.reset_classifier(num_classes, **pool)
     return model
 
 
