@@ -104,18 +104,17 @@ class HubModel(
 
     def _check_described(self, described: dict[str, Any]) -> None:
         """Raise ``InputError`` unless each of ``described`` is the model's metadata or argument of that name."""
-        arguments = {"num_classes": len(self.metadata["classes"])} | self.metadata["model_kwargs"]
+        own = {"num_classes": len(self.metadata["classes"])} | self.metadata["model_kwargs"] | self.metadata
         for name, value in described.items():
-            if name not in arguments | self.metadata:
+            if name not in own:
                 allowed = ", ".join((*_HUB_ARGUMENTS, "map_location", "use_fused"))
                 raise InputError(f"{name}: from_pretrained has no such keyword; allowed: {allowed}")
-            own = (arguments | self.metadata)[name]
-            if json.loads(json.dumps(value, default=str)) != json.loads(json.dumps(own)):
-                model_name = self.metadata["model_name"]
-                change = f"; cxv.create_model({model_name!r}, checkpoint=FILE, {name}={value!r}) changes it"
+            if json.loads(json.dumps(value, default=str)) != json.loads(json.dumps(own[name])):
+                create = f"cxv.create_model({own['model_name']!r}, checkpoint=FILE, num_classes={value!r})"
+                advice = f"; for a fresh classifier use {create}" if name == "num_classes" else ""
                 raise InputError(
-                    f"{name}: the file has {own!r}, got {value!r}, and from_pretrained does not change the model"
-                    f"{change if name in arguments else ''}"
+                    f"{name}: the file has {own[name]!r}, got {value!r}, and from_pretrained does not change the model"
+                    f"{advice}"
                 )
 
     @classmethod
