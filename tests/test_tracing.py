@@ -129,8 +129,8 @@ def test_onnx_by_tracing(tmp_path, name):
     x = torch.randn(2, 3, 16, 16)
     torch.onnx.export(model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes=axes, opset_version=18)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    sizes = [(2, 16, 16), (5, 16, 16), *([(3, 24, 20)] if any_size and name != "cnv-1/2" else [])]
-    for batch, height, width in sizes:  # CNV's segments of tokens are those of the traced size
+    sizes = [(2, 16, 16), (5, 16, 16), *([(3, 24, 20)] if any_size else [])]
+    for batch, height, width in sizes:
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), model(x))

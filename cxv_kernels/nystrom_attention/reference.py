@@ -15,7 +15,8 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
     """
     *lead, tokens, dim = x.shape
     size, longer = tokens // num_segments, tokens % num_segments
-    if torch.compiler.is_exporting() and not isinstance(tokens, int):  # one graph for every number of tokens
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if traced and not isinstance(tokens, int):  # one graph for every number of tokens
         i = torch.arange(num_segments + 1, device=x.device)
         starts = i * size + torch.where(i < longer, i, longer)
         n = torch.arange(tokens, device=x.device)
