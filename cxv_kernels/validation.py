@@ -4,9 +4,19 @@ import contextlib
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# the classes of tensors without a behavior of their own; the last two stand for them while torch.export traces
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """True if ``x`` is a dense tensor of PyTorch's own classes: no quantized or distributed one, no other subclass."""
+    return type(x) in _PLAIN_TENSORS and x.layout == torch.strided
 
 
 def check_tensor(name: str, x: Tensor, ndim: int | None, layout: str = "") -> None:

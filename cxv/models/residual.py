@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cxv_kernels
 from cxv_kernels.tracing import record_call, refuse_torchscript
+from cxv_kernels.validation import is_plain_tensor
 
 from .recompute import ForwardState, records_or_transforms
 
@@ -72,9 +73,12 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the weights say all that a call of the layer does: it is PyTorch's own, keeps the size of an image, and
-    has no hook. Any other is to be called: an adapter, a quantised or pruned layer, one that somebody looks into."""
+    """True if the layer is an unmodified nn.Linear, nn.Conv2d ("same" padding) or nn.LayerNorm without hooks, with plain
+    tensors as weights, so that they can go to a fused op. Every other layer must be called: an adapter, a pruned layer,
+    one with quantized or distributed weights (tensor subclasses), one that a hook observes."""
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.LayerNorm) or "forward" in layer.__dict__ or watched(layer):
+        return False
+    if not all(t is None or is_plain_tensor(t) for t in (layer.weight, layer.bias)):
         return False
     if type(layer) is not nn.Conv2d:
         return True
