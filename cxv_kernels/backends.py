@@ -16,6 +16,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,8 +47,50 @@ _MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _verified: dict[tuple[int, str, str], frozenset[str]] = {}  # (a GPU's index, op, dtype) → what verify() has found right
 _announced: set[str] = set()
-_active = "auto"
-_fp16_operands = False
+# Dynamo reads a ContextVar, and compiles again when its value changes, since PyTorch 2.14; it cannot set one.
+_DYNAMO_READS_CONTEXTVARS = torch.__version__ >= (2, 14)
+
+
+class _Setting:
+    """A value of the current context (a thread or an asynchronous task) that compiled code can use too."""
+
+    def __init__(self, name: str, default: Any):
+        self._context = ContextVar(name, default=default)
+        self._latest = default  # of any thread, for Dynamo before PyTorch 2.14
+        self._traced: Any = None  # in a block that is being traced
+
+    def get(self) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            if self._traced is not None:
+                return self._traced
+            if not _DYNAMO_READS_CONTEXTVARS:
+                return self._latest
+        return self._context.get()
+
+    @contextlib.contextmanager
+    def block(self, value: Any) -> Iterator[None]:
+        """Set the value in the block."""
+        if torch.compiler.is_dynamo_compiling():
+            outer, self._traced = self._traced, value
+            try:
+                yield
+            finally:
+                self._traced = outer
+            return
+        outer = self._context.get()
+        self._set(value)
+        try:
+            yield
+        finally:
+            self._set(outer)
+
+    def _set(self, value: Any) -> None:
+        self._context.set(value)
+        self._latest = value
+
+
+_active = _Setting("cxv_kernels backend", "auto")
+_fp16_operands = _Setting("cxv_kernels float16 operands", False)
 
 
 def gpu_order(arch: int) -> tuple[str, ...]:
@@ -71,8 +114,7 @@ def register(op: str, backend: str, check: Check) -> None:
     _checks[op][backend] = check
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Serve every op in the block from one backend.
 
     Args:
@@ -80,22 +122,20 @@ def use_backend(name: str) -> Iterator[None]:
             ``"cuda,triton"``: for each call the first that can. If none of the named can serve a call, it raises
             ``RuntimeError`` with their reasons; only ``"auto"`` falls back unasked.
 
-    The setting is the process's, not the thread's; the backward pass uses what its forward pass used.
+    The setting applies to the current context: the thread, or the asynchronous task. A new thread starts with
+    ``"auto"``, also a replica's of ``nn.DataParallel``; ``asyncio.to_thread`` copies the caller's context. The backward
+    pass uses the backend of its forward pass, in whatever thread it runs. A function of ``torch.compile`` is compiled
+    again when the setting changes (before PyTorch 2.14 it follows the setting made last in any thread).
 
     Raises:
         ValueError: unknown name.
     """
-    global _active
-    previous, _active = _active, _validate(name)
-    try:
-        yield
-    finally:
-        _active = previous
+    return _active.block(_validate(name))
 
 
 def get_backend() -> str:
     """The name that :func:`use_backend` has set, ``"auto"`` outside any block."""
-    return _active
+    return _active.get()
 
 
 def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -114,8 +154,7 @@ def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
     return bound
 
 
-@contextlib.contextmanager
-def allow_fp16_operands(allowed: bool = True) -> Iterator[None]:
+def allow_fp16_operands(allowed: bool = True) -> contextlib.AbstractContextManager[None]:
     """In the block the CUDA C++ kernels may round float32 tensors to float16, to multiply them on tensor cores.
 
     Off by default. It concerns float32 heads of at most 64 channels of ``linear_attention``, ``kv_state``,
@@ -123,14 +162,10 @@ def allow_fp16_operands(allowed: bool = True) -> Iterator[None]:
     float16's 11 bits and its range (65504), gradients its 11 bits relative to their largest. Inputs, results,
     state, statistics and sums stay float32, and so does what is kept for backward. Its speed is not yet measured.
 
-    The setting is the process's; a backward pass does what its forward pass did.
+    The setting applies to the current context, as :func:`use_backend`'s; a backward pass does what its forward pass
+    did.
     """
-    global _fp16_operands
-    previous, _fp16_operands = _fp16_operands, allowed
-    try:
-        yield
-    finally:
-        _fp16_operands = previous
+    return _fp16_operands.block(allowed)
 
 
 def _gpu_route(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
@@ -250,14 +285,14 @@ def resolve(
         ValueError: unknown backend.
         RuntimeError: a backend was named and cannot serve; the message gives its reason.
     """
-    wanted = _active if backend is None else _validate(backend)
+    wanted = _active.get() if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
     tried = _auto(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
     if wanted == "auto" and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
         tried = [(name, "is not available to TorchScript") for name, _ in tried]
     name, reasons = _first(op, tried, device, dtype, dim, declined)
     if name is not None:
-        narrow = _fp16_operands and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
+        narrow = _fp16_operands.get() and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
         if not narrow or name != "cuda" or op not in FP16_OPS:
             return name
         asked = wanted != "auto" or (name, None) in _auto(op, device, torch.float16)  # those are other kernels

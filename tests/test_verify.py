@@ -47,7 +47,7 @@ def card(monkeypatch):
     def run(case, backend, device, dtype):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
-        assert not backends._fp16_operands
+        assert not backends._fp16_operands.get()
         wrong = found.broken.get((case.op, backend), 0.5)
         if isinstance(wrong, Exception):
             raise wrong

@@ -73,9 +73,9 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """True if the layer is an unmodified nn.Linear, nn.Conv2d ("same" padding) or nn.LayerNorm without hooks, with plain
-    tensors as weights, so that they can go to a fused op. Every other layer must be called: an adapter, a pruned layer,
-    one with quantized or distributed weights (tensor subclasses), one that a hook observes."""
+    """True if the layer is an unmodified nn.Linear, nn.Conv2d ("same" padding) or nn.LayerNorm without hooks whose
+    weights are plain tensors, so that they can go to a fused op. Every other layer must be called: an adapter, a pruned
+    layer, one with quantized or distributed weights (tensor subclasses), one that a hook observes."""
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.LayerNorm) or "forward" in layer.__dict__ or watched(layer):
         return False
     if not all(t is None or is_plain_tensor(t) for t in (layer.weight, layer.bias)):

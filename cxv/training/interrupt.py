@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_waiting: int | None = None  # the signal that came
+_waiting: int | None = None  # the signal that came, for the main thread
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,19 +25,20 @@ def deferred_interrupts() -> Iterator[None]:
     acts at once.
 
     Raised anywhere else it can be lost in a callback or end the process inside autograd. Where another handler than
-    Python's own is set, or in another thread than the main one, nothing is changed.
+    Python's own is set, or in another thread than the main one, nothing is changed: only the main thread gets signals.
     """
     global _waiting
-    in_main = threading.current_thread() is threading.main_thread()
     own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    own = {number: handler for number, handler in own.items() if in_main and signal.getsignal(number) is handler}
+    own = {number: handler for number, handler in own.items() if _in_main() and signal.getsignal(number) is handler}
+    if not own:
+        yield
+        return
 
     def wait(number: int, _: object) -> None:
         global _waiting
         _waiting = number
         signal.signal(number, own[number])
 
-    _waiting = None
     for number in own:
         signal.signal(number, wait)
     try:
@@ -61,7 +62,11 @@ def interruptible(items: Iterable[T], agree: Callable[[int], int] = int) -> Iter
     _raise_if_waiting(agree)
 
 
+def _in_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def _raise_if_waiting(agree: Callable[[int], int] = int) -> None:
-    number = agree(_waiting or 0)
+    number = agree((_in_main() and _waiting) or 0)
     if number:
         raise Interrupted(number)

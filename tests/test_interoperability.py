@@ -1,0 +1,331 @@
+"""cxv next to other libraries: quantized weights, DTensor, NumPy's numbers, threads, tensors of other kinds."""
+
+import asyncio
+import signal
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+import cxv
+import cxv_kernels
+from cxv.models.residual import is_plain
+from cxv.training import interrupt
+
+MODELS = ("cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vip-1/2", "hybrid-vin-1/2", "hybrid-vilt-1/2")
+
+
+def small_model(name: str, use_fused: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model in eval mode for images of 8×8 pixels."""
+    torch.manual_seed(0)
+    return cxv.create_model(name, embed_dim=32, img_size=8, use_fused=use_fused).to(dtype).eval()
+
+
+def in_thread(function):
+    """What the function returns in a new thread."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+# --- weights that are tensor subclasses -------------------------------------------------------------------------------
+
+
+class QuantizedTensor(torch.Tensor):
+    """Weights in 8 bits that nn.functional.linear alone can read, as those of torchao."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def quantize(cls, weight):
+        scale = weight.abs().amax() / 127
+        return cls((weight / scale).round().to(torch.int8), scale)
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, context, outer_size, outer_stride):
+        return cls(parts["values"], parts["scale"])
+
+    def dequantize(self):
+        return self.values.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, bias = args if len(args) == 3 else (*args, None)
+            return F.linear(x, weight.dequantize(), bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args, kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            result = cls(*(function(t) for t in (args[0].values, args[0].scale)))
+            return return_and_correct_aliasing(function, args, kwargs, result)
+        raise NotImplementedError(f"QuantizedTensor: {function} is not implemented")
+
+
+def quantize_linears(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(QuantizedTensor.quantize(layer.weight.detach()), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("use_fused", [False, True], ids=["reference", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_quantized_weights_are_called(name, dtype, use_fused):
+    """A model with quantized weights equals one whose plain weights have the same values."""
+    model, expected = (small_model(name, use_fused, dtype) for _ in range(2))
+    quantize_linears(model)
+    quantized = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    for layer, plain in zip(quantized, (m for m in expected.modules() if isinstance(m, nn.Linear)), strict=True):
+        plain.weight.data = layer.weight.dequantize()
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(model(x), expected(x), rtol=tolerance, atol=tolerance)
+    assert all(type(layer.weight) is QuantizedTensor for layer in quantized)
+
+
+def test_quantized_weights_leave_the_rest_trainable():
+    """As in QLoRA: what is not quantized gets its gradient."""
+    model = quantize_linears(small_model("cpv-1/2")).train()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["cpv-1/2", "cnv-1/2", "cltv-1/2"])
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_torchao_quantizes_a_model(name, config):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = small_model(name)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    quantization.quantize_(model, getattr(quantization, config)())
+    assert any(type(p) is not nn.Parameter for p in model.parameters())
+    assert (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_dynamic_quantization_of_pytorch():
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("PyTorch has no quantized engine here")
+    model = small_model("cpv-1/2")
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    with pytest.warns(DeprecationWarning, match="torch.ao.quantization is deprecated"):
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert (quantized(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def _prune(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def _sparsify(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_prune, id="pruning"),
+        pytest.param(nn.utils.parametrizations.weight_norm, id="weight-norm"),
+        pytest.param(nn.utils.parametrizations.spectral_norm, id="spectral-norm"),
+        pytest.param(quantize_linears, id="subclass"),
+        pytest.param(_sparsify, id="sparse"),
+        pytest.param(lambda layer: layer.register_forward_hook(lambda *_: None), id="hook"),
+    ],
+)
+def test_changed_layers_are_not_plain(change):
+    layer = nn.Linear(8, 8)
+    assert is_plain(layer)
+    change(layer)
+    assert not is_plain(layer)
+
+
+SEEN: list[bool] = []
+
+
+class Spy(nn.Module):
+    """Records in SEEN whether its layer is plain where it runs; torch.export undoes changes of attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        SEEN.append(is_plain(self.layer))
+        return self.layer(x)
+
+
+def _export(model, x):
+    torch.export.export(model, (x,), strict=False)
+
+
+def _vmap(model, x):
+    weights = {name: torch.stack([p, p]) for name, p in model.named_parameters()}
+    torch.vmap(lambda w: torch.func.functional_call(model, w, x))(weights)
+
+
+def _grad(model, x):
+    torch.func.grad(lambda w: torch.func.functional_call(model, w, x).sum())(dict(model.named_parameters()))
+
+
+def _fake(model, x):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model.layer.weight = nn.Parameter(mode.from_tensor(model.layer.weight.detach()))
+        model(mode.from_tensor(x))
+
+
+def _flat(model, x):
+    """As FSDP1: a weight is a view into a flat parameter, and no parameter."""
+    weight = model.layer.weight.detach().flatten()
+    del model.layer.weight
+    model.layer.weight = weight.view(4, 4)
+    model(x)
+
+
+@pytest.mark.parametrize("use", [_export, _vmap, _grad, _fake, _flat], ids=lambda use: use.__name__.strip("_"))
+def test_transformed_weights_stay_plain(use):
+    SEEN.clear()
+    use(Spy(), torch.zeros(2, 4))
+    assert SEEN
+    assert all(SEEN)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["use_backend", "allow_fp16_operands"])
+def test_overlapping_threads_do_not_share_a_setting(name):
+    """Two blocks that overlap and end in the order in which they began."""
+    setting, value = {
+        "use_backend": (cxv_kernels.use_backend, "reference"),
+        "allow_fp16_operands": (cxv_kernels.allow_fp16_operands, True),
+    }[name]
+    current = {"use_backend": cxv_kernels.backends._active, "allow_fp16_operands": cxv_kernels.backends._fp16_operands}
+    default = current[name].get()
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with setting(value):
+            first_in.set()
+            second_in.wait(5)
+        first_out.set()
+        seen["first"] = current[name].get()
+
+    def second():
+        first_in.wait(5)
+        seen["second before"] = current[name].get()
+        with setting(value):
+            second_in.set()
+            first_out.wait(5)
+            seen["second within"] = current[name].get()
+        seen["second"] = current[name].get()
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": default, "second before": default, "second within": value, "second": default}
+    assert current[name].get() == default
+
+
+def test_a_setting_belongs_to_its_thread_and_task():
+    with cxv_kernels.use_backend("reference"):
+        assert in_thread(cxv_kernels.get_backend) == "auto"
+
+        async def task():
+            before = cxv_kernels.get_backend()
+            with cxv_kernels.use_backend("cpp"):
+                await asyncio.sleep(0)
+                return before, cxv_kernels.get_backend(), await asyncio.to_thread(cxv_kernels.get_backend)
+
+        async def tasks():
+            return await asyncio.gather(task(), task()), cxv_kernels.get_backend()
+
+        assert asyncio.run(tasks()) == ([("reference", "cpp", "cpp")] * 2, "reference")
+    assert cxv_kernels.get_backend() == "auto"
+
+
+def test_use_backend_decorates_a_function():
+    @cxv_kernels.use_backend("reference")
+    def inner():
+        return cxv_kernels.get_backend()
+
+    assert (inner(), cxv_kernels.get_backend()) == ("reference", "auto")
+
+
+def _inside(q):
+    with cxv_kernels.use_backend("reference"), cxv_kernels.allow_fp16_operands():
+        return cxv_kernels.linear_attention(q, q + 1, q + 2)
+
+
+def _outside(q):
+    return cxv_kernels.linear_attention(q, q + 1, q + 2)
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["this-dynamo", "dynamo-without-contextvars"])
+@pytest.mark.parametrize("function", [_outside, _inside], ids=["block-outside", "block-inside"])
+def test_compiled_code_follows_the_setting(function, reads, monkeypatch):
+    """It is compiled once for each backend, without a break, and a block inside it ends with it."""
+    if not reads:
+        monkeypatch.setattr(cxv_kernels.backends, "_DYNAMO_READS_CONTEXTVARS", False)
+    elif not cxv_kernels.backends._DYNAMO_READS_CONTEXTVARS:
+        pytest.skip("before PyTorch 2.14")
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(str(graph.code))
+        return graph
+
+    compiled = torch.compile(function, fullgraph=True, backend=count)
+    q = torch.randn(1, 2, 8, 4, dtype=torch.float64)
+    expected = function(q)
+    torch.testing.assert_close(compiled(q), expected)
+    with cxv_kernels.use_backend("reference"):
+        torch.testing.assert_close(compiled(q), expected)
+        torch.testing.assert_close(compiled(q), expected)
+    torch.testing.assert_close(compiled(q), expected)
+    fused = cxv_kernels.explain_backend("linear_attention")["auto"] == "cpp"
+    assert len(graphs) == (2 if function is _outside else 1)
+    assert ["linear_attention_forward" in graph for graph in graphs] == [fused, False][-len(graphs) :]
+    assert cxv_kernels.get_backend() == "auto"
+
+
+def test_a_signal_is_the_main_threads():
+    """Other threads neither take a signal that waits for the main thread nor lose it."""
+
+    def evaluate():
+        with interrupt.deferred_interrupts():
+            return list(interrupt.interruptible(range(3)))
+
+    seen = []
+
+    @interrupt.deferred_interrupts()
+    def train():
+        signal.raise_signal(signal.SIGINT)
+        seen.extend(in_thread(evaluate))
+        evaluate()
+
+    with pytest.raises(interrupt.Interrupted):
+        train()
+    assert seen == [0, 1, 2]
