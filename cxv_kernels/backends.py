@@ -299,7 +299,7 @@ def resolve(
         return FP16_OPERANDS if asked else name
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and device.type != "meta":  # nothing is computed there
         _announce(op, device, reasons)
     return "reference"
 

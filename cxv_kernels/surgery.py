@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 import warnings
 from typing import Any
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .backends import use_backend
 from .linear_attention import linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention
 from .tracing import record_call, refuse_torchscript
-from .validation import check_choice
+from .validation import check_choice, check_count, is_plain_tensor
 
 MECHANISMS: dict[str, tuple[str, ...]] = {
     "performer": ("num_features", "kernel", "eps", "stabilizer"),
@@ -51,9 +53,26 @@ class ReplacedAttention(nn.Module):
         self.mechanism, self.backend, self.options = mechanism, backend, dict(options)
         if mechanism == "performer":
             num_features = self.options.pop("num_features", num_random_features(self.head_dim))
-            projection = orthogonal_projection(num_features, self.head_dim, device=self.qkv.weight.device)
-            self.register_buffer("projection", projection)
+            check_count("num_features", num_features)
+            self.register_buffer(
+                "projection", self.qkv.weight.new_empty(num_features, self.head_dim, dtype=torch.float32)
+            )
+            self.redraw_projection_()
         self.train(attention.training)
+
+    @torch.no_grad()
+    def redraw_projection_(self, generator: torch.Generator | None = None) -> None:
+        """Draw new random features from a CPU ``generator``, or PyTorch's global one.
+
+        On the meta device nothing is drawn: call this after ``to_empty``, unless a ``state_dict`` has the projection.
+
+        Raises:
+            ValueError: the mechanism is not ``"performer"``.
+        """
+        if self.mechanism != "performer":
+            raise ValueError(f"redraw_projection_: {self.mechanism!r} has no random features, only 'performer' has")
+        if not self.projection.is_meta:
+            self.projection.copy_(orthogonal_projection(*self.projection.shape, generator=generator))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B, N, C), any N → (B, N, C_out).
@@ -103,8 +122,13 @@ def replace_attention(
     The outputs change: ``"performer"`` and ``"nystrom"`` approximate softmax attention, ``"linear"`` is another
     function. Fine-tune afterwards; examples/replace_attention.py measures what that brings.
 
+    On the meta device the structure of a module is compared, with random weights. Features are not drawn there: call
+    ``redraw_projection_`` of each replaced module once the model has memory (``to_empty``), unless a ``state_dict`` of
+    a converted model is loaded.
+
     Args:
-        model: the model; its modules are replaced where they are, so that an optimiser made before still fits.
+        model: the model; its modules are replaced where they are, so that an optimizer made before still fits. Replace
+            before quantizing or sharding: modules whose weights are quantized or distributed are left alone.
         mechanism: ``"performer"``, ``"linear"`` or ``"nystrom"``.
         backend: see :func:`cxv_kernels.use_backend`.
         **options: of the op: ``kernel``, ``eps``, ``stabilizer`` of :func:`performer_attention` and ``num_features``,
@@ -130,7 +154,9 @@ def replace_attention(
         (f"{path}.{name}".lstrip("."), parent, name, child)
         for path, parent in model.named_modules()
         for name, child in parent.named_children()
-        if isinstance(getattr(child, "qkv", None), nn.Linear) and hasattr(child, "num_heads") and hasattr(child, "proj")
+        if hasattr(getattr(child, "qkv", None), "in_features")
+        and hasattr(child, "num_heads")
+        and hasattr(child, "proj")
     ]
     reasons = {path: reason for path, _, _, child in found if (reason := _why_not(child)) is not None}
     declined = "; ".join(f"{path} {reason}" for path, reason in reasons.items())
@@ -157,14 +183,23 @@ def replace_attention(
 
 def _replacement(child: nn.Module, mechanism: str, backend: str | None, options: dict[str, Any]) -> ReplacedAttention:
     new = ReplacedAttention(child, mechanism, backend, **options)
+    weight = child.qkv.weight
+    if weight.is_meta:  # where the model will run is not known: only the options are checked
+        use_backend(backend or "auto")  # raises for an unknown name
+        new.backend = "reference"
     with torch.no_grad():  # what the op refuses it refuses now
-        head = child.qkv.weight.new_zeros(1, new.num_heads, 2, new.head_dim)
+        head = weight.new_zeros(1, new.num_heads, 2, new.head_dim)
         new._attend(head, head, head)
+    new.backend = backend
     return new
 
 
 def _why_not(attention: nn.Module) -> str | None:
     """Why a module cannot be replaced; None if it can."""
+    if not isinstance(attention.qkv, nn.Linear) or not all(map(is_plain_tensor, attention.parameters())):
+        odd = [type(t).__name__ for t in attention.parameters() if not is_plain_tensor(t)]
+        kind = odd[0] if odd else f"{type(attention.qkv).__module__}.{type(attention.qkv).__name__}"
+        return f"({kind}) is quantized, distributed or adapted: replace the attention before that"
     own = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in _PARTS]
     if own:
         return f"has parameters of its own: {', '.join(own)}"
@@ -172,13 +207,24 @@ def _why_not(attention: nn.Module) -> str | None:
     other = [name for name in arguments if name not in _ARGUMENTS]
     if other:
         return f"({type(attention).__name__}) takes {', '.join(other)} besides the tokens"
-    attention = copy.deepcopy(attention).to("cpu", torch.float64).eval()
-    x = torch.randn(2, 6, attention.qkv.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    attention = _materialize(copy.deepcopy(attention), generator).to("cpu", torch.float64).eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):  # whatever the default device
+            x = torch.randn(2, 6, attention.qkv.in_features, dtype=torch.float64, generator=generator)
             ours = ReplacedAttention(attention, "softmax")._around(F.scaled_dot_product_attention, x)
             same = torch.allclose(attention(x), ours, rtol=1e-6, atol=1e-9)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).split("\n")[0]
         return f"({type(attention).__name__}) does not take tokens (B, N, C): {reason}"
     return None if same else f"({type(attention).__name__}) is not softmax attention of its qkv"
+
+
+@torch.no_grad()
+def _materialize(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The module as it is, or from the meta device on the CPU with random weights."""
+    if any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers())):
+        module.to_empty(device="cpu")
+        for t in itertools.chain(module.parameters(), module.buffers()):
+            t.normal_(generator=generator) if t.is_floating_point() else t.zero_()
+    return module

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import threading
+import warnings
 
 import pytest
 import torch
@@ -206,6 +207,94 @@ def test_transformed_weights_stay_plain(use):
     use(Spy(), torch.zeros(2, 4))
     assert SEEN
     assert all(SEEN)
+
+
+# --- replace_attention ------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Softmax attention with timm's parts."""
+
+    def __init__(self, dim=32, num_heads=2):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = num_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class NoAttention(Attention):
+    """What has the same parts, and computes something else."""
+
+    def forward(self, x):
+        return self.proj(self.qkv(x)[..., : x.shape[-1]])
+
+
+@pytest.mark.parametrize("mechanism", ["performer", "linear", "nystrom"])
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_a_model_on_the_meta_device_is_converted(mechanism, backend):
+    """What it computes once it has memory equals a model that was converted there, for the same draw."""
+    with torch.device("meta"):
+        model = nn.Sequential(Attention(), Attention())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cxv_kernels.replace_attention(model, mechanism, backend=backend) == ["0", "1"]
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu")
+    expected = nn.Sequential(Attention(), Attention())
+    model.load_state_dict(expected.state_dict(), strict=False)
+    cxv_kernels.replace_attention(expected, mechanism)
+    for converted, layer in zip(model, expected, strict=True):
+        assert converted.backend == backend
+        converted.backend = None
+        for module in (converted, layer) if mechanism == "performer" else ():
+            module.redraw_projection_(torch.Generator().manual_seed(0))
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_the_meta_device_hides_no_mistake():
+    with torch.device("meta"):
+        model = nn.Sequential(NoAttention())
+        with pytest.raises(ValueError, match=r"0 \(NoAttention\) is not softmax attention of its qkv"):
+            cxv_kernels.replace_attention(model)
+        model.append(Attention())
+        for options in ({"num_features": 0}, {"kernel": "cosine"}, {"backend": "fast"}):
+            with (
+                pytest.raises(ValueError, match=f"{next(iter(options))} must be"),
+                pytest.warns(UserWarning, match="alone"),
+            ):
+                cxv_kernels.replace_attention(model, **options)
+
+
+def test_redraw_projection_needs_random_features():
+    model = nn.Sequential(Attention())
+    cxv_kernels.replace_attention(model, "linear")
+    with pytest.raises(ValueError, match="'linear' has no random features, only 'performer' has"):
+        model[0].redraw_projection_()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("way", ["subclass", "dynamic quantization"])
+def test_a_quantized_model_is_to_be_converted_first(way):
+    model = nn.Sequential(Attention())
+    if way == "subclass":
+        quantize_linears(model)
+    else:
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    kind = "QuantizedTensor" if way == "subclass" else r"torch.ao.nn.quantized.dynamic.*Linear"
+    with pytest.raises(ValueError, match=rf"0 \({kind}\) is quantized, .* replace the attention before that"):
+        cxv_kernels.replace_attention(model)
+
+
+@pytest.mark.parametrize("mechanism", ["performer", "linear", "nystrom"])
+def test_a_converted_model_can_be_quantized(mechanism):
+    model = nn.Sequential(Attention())
+    cxv_kernels.replace_attention(model, mechanism)
+    x = torch.randn(2, 7, 32)
+    expected = model(x)
+    assert (quantize_linears(model)(x) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
