@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import cxv_kernels
+from cxv_kernels.validation import python_numbers
 
 from .models.arguments import image_size
 from .training.errors import InputError
@@ -51,6 +52,7 @@ class Exported:
     any_size: bool
 
 
+@python_numbers
 def export_model(
     model: nn.Module,
     path: str | Path,
@@ -124,6 +126,7 @@ def export_model(
     return Exported(path, size, difference, agreement, any_size)
 
 
+@python_numbers
 def load_exported(path: str | Path, format: str, threads: int = 0) -> Run:
     """What a file of :func:`export_model` computes: normalised images (B, C, H, W) float32 → logits (B, classes).
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from cxv_kernels.validation import to_numbers
+
 from .models.backbone import Backbone
 from .training.checkpoint import (
     METADATA,
@@ -75,7 +77,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
     unknown = sorted(given.keys() - METADATA.keys())
     if unknown:
         raise InputError(f"{unknown[0]}: no such metadata; allowed: {', '.join(METADATA)}")
-    found = (_of_model(source) if isinstance(source, nn.Module) else _of_checkpoint(source)) | given
+    found = (_of_model(source) if isinstance(source, nn.Module) else _of_checkpoint(source)) | to_numbers(given)
     if found["model_name"] is None:
         raise InputError(
             "model_name and model_kwargs: give them, as cxv.create_model did not build this "

@@ -19,7 +19,7 @@ from .dropout import dropout, gelu_dropout
 from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
-from .validation import FLOAT_DTYPES, accumulate_dtype
+from .validation import FLOAT_DTYPES, accumulate_dtype, to_number
 
 
 @contextlib.contextmanager
@@ -228,6 +228,7 @@ def verify(
         device = torch.device("cuda", torch.cuda.current_device())
     if bad := [dtype for dtype in dtypes if dtype not in FLOAT_DTYPES]:
         raise ValueError(f"dtypes must be some of {', '.join(map(str, FLOAT_DTYPES))}, got {bad[0]}")
+    dims = [to_number(dim) for dim in dims]
     if bad := [dim for dim in dims if dim < 1]:
         raise ValueError(f"dims must be 1 or more, got {bad[0]}")
     if bad := [op for op in ops if op not in backends.OPS]:

@@ -17,7 +17,7 @@ from .linear_attention import linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention
 from .tracing import record_call, refuse_torchscript
-from .validation import check_choice, check_count, is_plain_tensor
+from .validation import check_choice, check_count, is_plain_tensor, to_numbers
 
 MECHANISMS: dict[str, tuple[str, ...]] = {
     "performer": ("num_features", "kernel", "eps", "stabilizer"),
@@ -50,10 +50,10 @@ class ReplacedAttention(nn.Module):
         self.scale = getattr(attention, "scale", self.head_dim**-0.5)
         gain = self.scale * self.head_dim**0.5  # the ops divide by √D themselves
         self.gain = None if math.isclose(gain, 1) else gain
-        self.mechanism, self.backend, self.options = mechanism, backend, dict(options)
+        self.mechanism, self.backend, self.options = mechanism, backend, to_numbers(options)
         if mechanism == "performer":
             num_features = self.options.pop("num_features", num_random_features(self.head_dim))
-            check_count("num_features", num_features)
+            num_features = check_count("num_features", num_features)
             self.register_buffer(
                 "projection", self.qkv.weight.new_empty(num_features, self.head_dim, dtype=torch.float32)
             )

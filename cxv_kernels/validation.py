@@ -1,12 +1,17 @@
 """Argument checks and autocast, shared by the ops."""
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,20 +40,57 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_eps(eps: float) -> None:
-    """Raise ``TypeError`` unless ``eps`` is a number, ``ValueError`` unless it is finite and not negative."""
-    if not isinstance(eps, int | float) or isinstance(eps, bool):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+def to_number(value: Any) -> Any:
+    """A number of NumPy, or an array or tensor without dimensions, as a Python number; everything else unchanged."""
+    if type(value) in (int, float, bool) or isinstance(value, torch.SymInt | torch.SymFloat):
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def to_numbers(value: Any) -> Any:
+    """:func:`to_number` of a value, and of those in a list, tuple or dict."""
+    if type(value) in (list, tuple):
+        return type(value)(map(to_numbers, value))
+    if type(value) is dict:
+        return {key: to_numbers(item) for key, item in value.items()}
+    return to_number(value)
+
+
+def python_numbers(function: F) -> F:
+    """Decorate a function whose arguments may be NumPy's numbers, or arrays and tensors without dimensions."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(to_numbers, args), **to_numbers(kwargs))
+
+    return call
+
+
+def check_number(name: str, value: float) -> float:
+    """The value as a Python number. Raise ``TypeError`` unless it is a number."""
+    number = to_number(value)
+    if not isinstance(number, int | float | torch.SymInt | torch.SymFloat) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return number
+
+
+def check_eps(eps: float) -> float:
+    """``eps`` as a Python number. Raise ``TypeError`` unless it is a number, ``ValueError`` unless it is finite and not
+    negative."""
+    eps = check_number("eps", eps)
     if not 0 <= eps < math.inf:  # false of NaN
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    return eps
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise ``TypeError`` unless ``value`` is an int, ``ValueError`` if it is below 1."""
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """The value as a Python int. Raise ``TypeError`` unless it is one, ``ValueError`` if it is below ``least``."""
+    number = to_number(value)
+    if not isinstance(number, int | torch.SymInt) or isinstance(number, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:

@@ -1,21 +1,32 @@
 """cxv next to other libraries: quantized weights, DTensor, NumPy's numbers, threads, tensors of other kinds."""
 
 import asyncio
+import copy
+import inspect
+import json
 import signal
 import threading
 import warnings
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves
 
 import cxv
 import cxv_kernels
+from cxv.export import export_model, load_exported
 from cxv.models.residual import is_plain
-from cxv.training import interrupt
+from cxv.training import InputError, TrainConfig, evaluate, interrupt, load_data
+from cxv.training.augment import RandAugment
+from cxv.training.config import resolve
+from cxv.training.data import balanced_subset, batches
+from cxv.training.loop import predict
 
 MODELS = ("cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vip-1/2", "hybrid-vin-1/2", "hybrid-vilt-1/2")
 
@@ -295,6 +306,199 @@ def test_a_converted_model_can_be_quantized(mechanism):
     x = torch.randn(2, 7, 32)
     expected = model(x)
     assert (quantize_linears(model)(x) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+NUMBERS = {
+    "NumPy": lambda x: np.float32(x) if isinstance(x, float) else np.int64(x),
+    "NumPy's doubles": lambda x: np.float64(x) if isinstance(x, float) else np.uint8(x),
+    "arrays": np.array,
+    "tensors": torch.tensor,
+}
+Q = torch.randn(1, 2, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+W = cxv_kernels.orthogonal_projection(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+IMAGE, KERNEL, CHANNELS = torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3), torch.ones(3)
+SEED = torch.tensor(7)
+
+
+def _dualopt(n):
+    parameter = nn.Parameter(torch.ones(2))
+    options = {"patience": n(1), "betas": (n(0.5), n(0.75)), "max_epochs": (n(1), n(1))}
+    rates = {name: n(0.5) for name in ("lr", "eps", "weight_decay", "sgd_lr", "momentum")}
+    groups = [{"params": parameter, "lr": n(0.25), "weight_decay": n(0.5)}]
+    optimizer = cxv.DualOpT(groups, **options, **rates)
+    while not optimizer.finished:
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+        optimizer.end_epoch(n(0.5))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {type(value) for value in optimizer.param_groups[0].values()} <= {list, float, int, bool, type(None)}
+    return parameter.detach()
+
+
+def _converted(n):
+    model = nn.Sequential(Attention())
+    cxv_kernels.replace_attention(model, num_features=n(5), eps=n(0.25))
+    return model[0].extra_repr(), model[0].projection
+
+
+def _state(model):
+    return repr(model), [tuple(p.shape) for p in model.state_dict().values()]
+
+
+def _model(cls, **options):
+    """A model in numbers of another library, and after it changes its classifier."""
+
+    def build(n):
+        counts = {"img_size": (n(8), n(8)), "in_chans": n(1), "num_classes": n(3), "embed_dim": n(16), "depth": n(1)}
+        rates = {"num_heads": n(2), "mlp_ratio": n(1.5), "drop_rate": n(0.25), "stem_stride": n(1)}
+        model = cls(**counts, **rates, **{name: n(value) for name, value in options.items()})
+        model.reset_classifier(n(4))
+        out = model(torch.zeros(1, 1, 8, 8))
+        if isinstance(model, cxv.CXV):
+            model.forward_intermediates(torch.zeros(1, 1, 8, 8), indices=n(1))
+        assert all(type(m.drop_rate) is float for m in model.modules() if hasattr(m, "drop_rate"))
+        return _state(model), tuple(out.shape), model.num_classes
+
+    return build
+
+
+def _create_model(n):
+    model = cxv.create_model("cpv-1/2", embed_dim=n(16), img_size=(n(8), n(8)), attn_eps=n(0.25), drop_rate=n(0.5))
+    return _state(model), json.dumps(model.model_kwargs)
+
+
+def _save_safetensors(n, tmp_path):
+    model = cxv.create_model("cpv-1/2", embed_dim=n(16), num_classes=n(3))
+    cxv.save_safetensors(model, tmp_path / "a.safetensors", seed=n(1), metrics={"test_top1": n(0.5)})
+    return _state(cxv.create_model("cpv-1/2", checkpoint=tmp_path / "a.safetensors"))
+
+
+def _load_data(n):
+    data = load_data("digits", img_size=n(6), limit_train=n(30), limit_test=n(20), validation=n(10), seed=n(1))
+    return data.train.images, data.test.labels, data.validation.labels
+
+
+def _batches(n):
+    data = load_data("digits", limit_train=7, limit_test=1)
+    augment = RandAugment(n(2), n(9), seed=n(1))
+    found = batches(data.train, n(3), augment=augment, epoch=n(1), skip=n(1))
+    return [*found], augment.draws(n(4), n(0)), balanced_subset(data.train.labels, n(2), n(1))
+
+
+def _evaluate(n):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    data = load_data("digits", limit_train=1, limit_test=7).test
+    return evaluate(model, data, batch_size=n(3)), predict(model, data, batch_size=n(3))
+
+
+def _export(n, tmp_path):
+    done = export_model(nn.Flatten(), tmp_path / "a.pt2", "torch", img_size=(n(4), n(4)), in_chans=n(1))
+    return load_exported(done.path, "torch", threads=n(1))(torch.ones(1, 1, 4, 4))
+
+
+def _train_config(n):
+    config = TrainConfig(epochs=n(3), lr=n(0.5), rand_augment=(n(1), n(2)), model_args={"attn_eps": n(0.5)})
+    return json.dumps(asdict(resolve(config)[0]))
+
+
+CALLS = {
+    "linear_attention": lambda n: cxv_kernels.linear_attention(Q, Q, Q, "relu", eps=n(0.5)),
+    "performer_attention": lambda n: cxv_kernels.performer_attention(Q, Q, Q, W, eps=n(0.5)),
+    "performer_features": lambda n: cxv_kernels.performer_features(Q, W, True, eps=n(0.5)),
+    "nystrom_attention": lambda n: cxv_kernels.nystrom_attention(Q, Q, Q, n(3)),
+    "conv_norm": lambda n: cxv_kernels.conv_norm(IMAGE, KERNEL, None, CHANNELS, CHANNELS, n(0.5)),
+    "dropout": lambda n: cxv_kernels.dropout(Q, n(0.5), SEED, offset=n(3)),
+    "gelu_dropout": lambda n: cxv_kernels.gelu_dropout(Q, n(0.5), SEED, offset=n(3)),
+    "dropout_mask": lambda n: cxv_kernels.dropout_mask(SEED, n(9), n(0.5), n(3)),
+    "num_random_features": lambda n: cxv_kernels.num_random_features(n(8)),
+    "orthogonal_projection": lambda n: cxv_kernels.orthogonal_projection(
+        n(5), n(4), generator=torch.Generator().manual_seed(0)
+    ),
+    "explain_backend": lambda n: cxv_kernels.explain_backend("kv_state", dim=n(8)),
+    "replace_attention": _converted,
+    "CPV": _model(cxv.CPV, attn_eps=0.25, local_heads=1, local_window=4, stem_convs=2, stem_padding=1, conv_every=1),
+    "CNV": _model(cxv.CNV, num_landmarks=4, residual_conv_kernel=3, norm_every=1),
+    "CLTV": _model(cxv.CLTV, attn_kernel_size=3),
+    "HybridViP": _model(cxv.HybridViP, attn_eps=0.25, head_dim=4),
+    "HybridViN": _model(cxv.HybridViN, num_landmarks=4, residual_conv_kernel=3, head_dim=4),
+    "HybridViLT": _model(cxv.HybridViLT, head_dim=4),
+    "create_model": _create_model,
+    "save_safetensors": _save_safetensors,
+    "DualOpT": _dualopt,
+    "TrainConfig": _train_config,
+    "load_data": _load_data,
+    "batches": _batches,
+    "evaluate": _evaluate,
+    "export_model": _export,
+}
+
+
+@pytest.mark.parametrize("kind", list(NUMBERS))
+@pytest.mark.parametrize("name", list(CALLS))
+def test_numbers_of_other_libraries_are_pythons(name, kind, tmp_path):
+    """NumPy's numbers, and arrays and tensors without dimensions, give the results of Python's."""
+    if name in ("load_data", "batches", "evaluate"):
+        pytest.importorskip("sklearn")
+    results = []
+    for n in (lambda x: x, NUMBERS[kind]):
+        torch.manual_seed(0)
+        paths = [tmp_path] if "tmp_path" in inspect.signature(CALLS[name]).parameters else []
+        results.append(CALLS[name](n, *paths))
+    leaves = [tree_leaves(result) for result in results]
+    for expected, got in zip(*leaves, strict=True):
+        assert type(got) is type(expected)
+        assert torch.equal(got, expected) if isinstance(got, torch.Tensor) else got == expected
+
+
+def test_every_public_function_with_numbers_is_called():
+    exempt = {"CXV", "verify"}  # CPV and the others call it; verify needs a GPU
+    for module in (cxv, cxv_kernels, cxv.training):
+        for name in module.__all__:
+            function = getattr(module, name)
+            if callable(function) and function is not InputError:
+                annotations = [str(p.annotation) for p in inspect.signature(function).parameters.values()]
+                takes_numbers = any("int" in text or "float" in text for text in annotations)
+                assert not takes_numbers or name in CALLS.keys() | exempt, name
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.True_, torch.tensor(True), 2.5, np.float32(2), "2", None, [2], torch.ones(1)]
+)
+def test_only_integers_are_counts(value):
+    cases = {
+        "num_landmarks": lambda: cxv_kernels.nystrom_attention(Q, Q, Q, value),
+        "dim": lambda: cxv_kernels.num_random_features(value),
+        "num_features": lambda: cxv_kernels.orthogonal_projection(value, 4),
+        "offset": lambda: cxv_kernels.dropout(Q, 0.5, SEED, offset=value),
+        "count": lambda: cxv_kernels.dropout_mask(SEED, value, 0.5),
+    }
+    for name, call in cases.items():
+        with pytest.raises(TypeError, match=f"{name} must be an int, got {type(value).__name__}"):
+            call()
+    with pytest.raises(ValueError, match=r"depth must be an integer of at least 1, got "):
+        cxv.CPV(depth=value)
+    with pytest.raises(ValueError, match=r"img_size must be an integer of at least 1, or two \(H, W\), got "):
+        cxv.CPV(img_size=value)
+    with pytest.raises(InputError, match="patience: expected a whole number of epochs"):
+        cxv.DualOpT([nn.Parameter(torch.ones(1))], patience=value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, "0.5", [0.5], torch.ones(1)])
+def test_only_numbers_are_numbers(value):
+    cases = {
+        "eps": lambda: cxv_kernels.linear_attention(Q, Q, Q, eps=value),
+        "p": lambda: cxv_kernels.dropout(Q, value, SEED),
+    }
+    for name, call in cases.items():
+        with pytest.raises(TypeError, match=f"{name} must be a number, got {type(value).__name__}"):
+            call()
+    with pytest.raises(ValueError, match="drop_rate must be in"):
+        cxv.CPV(drop_rate=value)
+    with pytest.raises(ValueError, match="mlp_ratio must be a number"):
+        cxv.CPV(mlp_ratio=value)
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

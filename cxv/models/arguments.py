@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cxv_kernels.validation import to_numbers
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
 
 def check_at_least(least: int, **values: Any) -> None:
     """Raise ``ValueError`` unless each of ``values`` is an integer of at least ``least``."""
     for name, value in values.items():
-        if not isinstance(value, Integral) or value < least:
+        if not _whole(value) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
@@ -25,7 +31,7 @@ def check_odd(**values: Any) -> None:
 
 def check_drop_rate(drop_rate: Any) -> None:
     """Raise ``ValueError`` unless ``drop_rate`` is a number in [0, 1)."""
-    if not isinstance(drop_rate, Real) or not 0 <= drop_rate < 1:
+    if not isinstance(drop_rate, Real) or isinstance(drop_rate, bool) or not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
 
 
@@ -48,7 +54,7 @@ def hidden_width(dim: int, mlp_ratio: float) -> int:
     Raises:
         ValueError: ``mlp_ratio`` is no number, or leaves no channel.
     """
-    if not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < math.inf:
+    if not isinstance(mlp_ratio, Real) or isinstance(mlp_ratio, bool) or not 1 <= dim * mlp_ratio < math.inf:
         raise ValueError(f"mlp_ratio must be a number, at least 1/{dim} for {dim} channels, got {mlp_ratio!r}")
     return int(dim * mlp_ratio)
 
@@ -59,8 +65,9 @@ def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: it is neither.
     """
-    size = (img_size, img_size) if isinstance(img_size, Integral) else img_size
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(s, Integral) and s >= 1 for s in size):
+    img_size = to_numbers(img_size)
+    size = (img_size, img_size) if _whole(img_size) else img_size
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(_whole(s) and s >= 1 for s in size):
         raise ValueError(f"img_size must be an integer of at least 1, or two (H, W), got {img_size!r}")
     return int(size[0]), int(size[1])
 

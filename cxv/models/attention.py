@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import cxv_kernels
 from cxv_kernels.linear_attention.reference import FEATURE_MAPS
 from cxv_kernels.performer_attention.reference import KERNELS, STABILIZERS
-from cxv_kernels.validation import check_choice, check_eps
+from cxv_kernels.validation import check_choice, check_eps, python_numbers
 
 from .arguments import check_at_least, check_odd
 from .residual import Drop, ResidualBranch, convolve, is_plain, linear, to_pixels, to_tokens
@@ -117,6 +117,7 @@ class PerformerAttention(_Attention):
 
     op = "performer_attention"
 
+    @python_numbers
     def __init__(
         self,
         dim: int,
@@ -188,6 +189,7 @@ class NystromAttention(_Attention):
 
     op = "nystrom_attention"
 
+    @python_numbers
     def __init__(
         self,
         dim: int,
@@ -236,6 +238,7 @@ class LinearAttention(_Attention):
 
     op = "linear_attention"
 
+    @python_numbers
     def __init__(
         self,
         dim: int,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cxv_kernels.tracing import refuse_torchscript
+from cxv_kernels.validation import python_numbers, to_numbers
 
 from .arguments import check_at_least, check_images, classifier
 from .recompute import ForwardState, records_or_transforms
@@ -46,6 +47,7 @@ class Backbone(nn.Module):
         """Return the last layer."""
         return self.head
 
+    @python_numbers
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one of ``num_classes`` (0: none), on the model's device and dtype.
 
@@ -159,7 +161,7 @@ class Backbone(nn.Module):
         return kept
 
     def _feature_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        depth = len(self.layers)
+        depth, indices = len(self.layers), to_numbers(indices)
         if indices is None or isinstance(indices, int):
             indices = range(-(depth if indices is None else indices), 0)
         if not indices or not all(-depth <= i < depth for i in indices):

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 import cxv_kernels
 from cxv_kernels.tracing import record_call, refuse_torchscript
-from cxv_kernels.validation import check_choice
+from cxv_kernels.validation import check_choice, python_numbers
 
 from .arguments import check_at_least, check_drop_rate, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
@@ -135,6 +135,7 @@ class CXV(Backbone):
         ValueError: an argument out of range; from ``forward``, an input of another rank or channel count.
     """
 
+    @python_numbers
     def __init__(
         self,
         make_attention: Callable[..., nn.Module],

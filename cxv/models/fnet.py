@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from cxv_kernels.tracing import record_call, refuse_torchscript
+from cxv_kernels.validation import python_numbers
 
 from .arguments import check_at_least, check_image_size, classifier, hidden_width, image_size
 
@@ -42,6 +43,7 @@ class FNet(nn.Module):
 
     __prepare_scriptable__ = refuse_torchscript
 
+    @python_numbers
     def __init__(
         self,
         depth: int = 10,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cxv_kernels.validation import python_numbers
+
 from .arguments import check_at_least, check_drop_rate, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .backbone import Backbone
@@ -51,6 +53,7 @@ class Hybrid(Backbone):
         ValueError: an argument out of range; from ``forward``, an image of another size or channel count.
     """
 
+    @python_numbers
     def __init__(
         self,
         make_attention: Callable[..., nn.Module],

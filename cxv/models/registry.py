@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cxv_kernels.validation import to_numbers
+
 from . import baselines
 from .cxv import CLTV, CNV, CPV
 from .fnet import FNet
@@ -96,6 +98,7 @@ def create_model(
             damaged, of another model, or whose weights do not fit;
         ImportError: a baseline's library is not installed.
     """
+    kwargs = to_numbers(kwargs)
     build, depth, heads = _parse(name)
     twice = {"depth", "num_heads"} & kwargs.keys()
     if twice:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cxv_kernels.tracing import refuse_torchscript
+from cxv_kernels.validation import python_numbers
 
 from .arguments import check_at_least, classifier
 
@@ -68,6 +69,7 @@ class WaveMix(nn.Module):
 
     __prepare_scriptable__ = refuse_torchscript
 
+    @python_numbers
     def __init__(
         self,
         depth: int = 5,

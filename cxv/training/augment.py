@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cxv_kernels.validation import python_numbers, to_number
+
 from .sources import need
 
 NUM_BINS = 31
@@ -28,6 +30,11 @@ class RandAugment:
     magnitude: int
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("num_ops", "magnitude", "seed"):
+            object.__setattr__(self, name, to_number(getattr(self, name)))
+
+    @python_numbers
     def draws(self, num_images: int, epoch: int) -> Tensor:
         """(num_images, num_ops) int64: twice the operation's number, plus 1 where its magnitude is negative."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"RandAugment {self.seed} {epoch}".encode()))

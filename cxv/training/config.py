@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cxv_kernels.validation import to_number
+
 from .augment import NUM_BINS
 from .checkpoint import BEST, LAST, PREVIOUS, read_last
 from .errors import InputError
@@ -203,7 +205,7 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
-    return value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy, or a tensor
+    return to_number(value)
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +256,8 @@ def _check(config: TrainConfig) -> None:
         ("threads", 1),
     ):
         value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise InputError(f"{flag(name)}: expected a whole number, got {value!r}")
         if value is not None and value < least:
             raise InputError(f"{flag(name)}: expected at least {least}, got {value}")
     for name in ("lr", "sgd_lr", "clip_grad"):

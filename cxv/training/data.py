@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cxv_kernels.validation import python_numbers
+
 from .cache import Decoded, cache_folder, check_memory, crc, decode
 from .errors import InputError
 from .sources import (
@@ -131,6 +133,7 @@ class Data:
         return self.splits.get(VALIDATION)
 
 
+@python_numbers
 def load_data(
     name: str,
     data_dir: str | Path | None = None,
@@ -181,7 +184,7 @@ def load_data(
         ("--limit-test", limit_test),
         ("--validation", validation),
     ):
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        if value is not None and not (isinstance(value, Integral) and value >= 1 and not isinstance(value, bool)):
             raise InputError(f"{arg}: expected a whole number, at least 1, got {value}")
     if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
         raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
@@ -218,6 +221,7 @@ def load_data(
     return data if validation is None else _hold_out(data, validation, seed)
 
 
+@python_numbers
 def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Indices, sorted, of at most ``limit`` items with the same number of each label, within one.
 
@@ -289,6 +293,7 @@ def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
         ) from error
 
 
+@python_numbers
 def batches(
     data: ImageSet,
     batch_size: int,
@@ -324,6 +329,7 @@ def batches(
                 yield normalise(batch[0], **data.normalisation), batch[1]
 
 
+@python_numbers
 def normalise(images: Tensor, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD) -> Tensor:
     """uint8 (…, C, H, W) to float32: [0, 255] to [0, 1], less mean, over std. The paper's 0.5 and 0.5 give [-1, 1]."""
 

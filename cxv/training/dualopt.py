@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cxv_kernels.validation import to_number, to_numbers
+
 from .errors import InputError
 
 PHASES = ("adamw", "sgd")
@@ -74,6 +76,8 @@ class DualOpT:
         for p in self._params:
             if not isinstance(p, Tensor):
                 raise InputError(f"params: expected tensors, groups of them or one nn.Module, got a {type(p).__name__}")
+        patience, max_epochs = to_numbers(patience), to_numbers(max_epochs)
+        lr, betas, eps, weight_decay, sgd_lr, momentum = to_numbers((lr, betas, eps, weight_decay, sgd_lr, momentum))
         _check("patience", patience, lambda n: _whole(n) and n >= 1, "a whole number of epochs, at least 1")
         for name, value in (("lr", lr), ("sgd_lr", sgd_lr), ("eps", eps)):
             _check(name, value, *_RATE)
@@ -270,7 +274,7 @@ def _groups(params: Any) -> list[dict[str, Any]]:
         raise InputError(
             f"params: expected an iterable of tensors or of groups, or one nn.Module, got a {type(params).__name__}"
         )
-    params = list(params)
+    params = [_numbers(group) for group in params]
     if not any(isinstance(group, dict) for group in params):
         return [{"params": params}]
     for group in params:
@@ -283,6 +287,13 @@ def _groups(params: Any) -> list[dict[str, Any]]:
         group | {"params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
         for group in params
     ]
+
+
+def _numbers(group: Any) -> Any:
+    """A group of parameters with Python's numbers; what is no group unchanged."""
+    if not isinstance(group, dict):
+        return group
+    return {name: value if name == "params" else to_number(value) for name, value in group.items()}
 
 
 def _whole(value: Any) -> bool:

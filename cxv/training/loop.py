@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxv_kernels.validation import to_number
+
 from ..models.registry import downsampling, has_fused_ops
 from ..models.residual import ResidualBranch
 from .augment import RandAugment
@@ -367,7 +369,7 @@ def _logits(
     world: World,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's logits in float32 and its labels, batch by batch."""
-    autocast = autocast or autocast_for("fp32", device)
+    autocast, batch_size = autocast or autocast_for("fp32", device), to_number(batch_size)
     own = isinstance(data, ImageSet)
     if own:
         share = None if world.size == 1 else partial(world.share, batch_size=batch_size)

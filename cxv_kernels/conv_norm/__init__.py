@@ -75,7 +75,7 @@ def conv_norm(
         check_same(name, t, "x", x, dtype=False)
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
-    check_eps(eps)
+    eps = check_eps(eps)
     with without_autocast(x):
         serving = backends.resolve("conv_norm", x, backend, weight.shape[0])
         if serving == "reference":

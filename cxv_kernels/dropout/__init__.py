@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import apply_fused
-from ..validation import autocast_inputs, check_same, check_tensor, without_autocast
+from ..validation import autocast_inputs, check_count, check_number, check_same, check_tensor, without_autocast
 from .op import Dropout, GeluDropout
 from .reference import dropout_reference, gelu_dropout_reference, keep_mask, keep_threshold
 
@@ -21,10 +21,11 @@ def dropout_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
     """Which of the elements offset … offset + count − 1 :func:`dropout` keeps: bool (count,), on seed's device.
 
     Raises:
-        ValueError: p out of range, a seed that is not one int64; TypeError: a seed that is no tensor, a p that is no
-        number.
+        ValueError: count, p or offset out of range, a seed that is not one int64; TypeError: a seed that is no tensor,
+            numbers of another type.
     """
     _check_seed(seed)
+    count, offset = check_count("count", count, 0), check_count("offset", offset, 0)
     return keep_mask(seed, count, _check_probability(p), offset)
 
 
@@ -36,22 +37,19 @@ def _check_seed(seed: Tensor) -> None:
 
 
 def _check_probability(p: float) -> float:
-    if not isinstance(p, int | float) or isinstance(p, bool):
-        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    p = check_number("p", p)
     if not 0 <= p < 1 or keep_threshold(p) == 0:
         raise ValueError(f"p must be in [0, 1 - 2^-17), got {p}")
     return p
 
 
-def _check(x: Tensor, p: float, seed: Tensor, offset: int) -> None:
+def _check(x: Tensor, p: float, seed: Tensor, offset: int) -> tuple[float, int]:
+    """p and offset as Python numbers."""
     check_tensor("x", x, None)
-    _check_probability(p)
-    if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
-        raise TypeError(f"offset must be an int, got {type(offset).__name__}")
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
+    p, offset = _check_probability(p), check_count("offset", offset, 0)
     _check_seed(seed)
     check_same("seed", seed, "x", x, dtype=False)
+    return p, offset
 
 
 def dropout(
@@ -85,7 +83,7 @@ def dropout(
         TypeError: dtypes that differ, a p that is not a number, an offset that is not an int; RuntimeError: the named
         backend cannot serve. Backward raises RuntimeError if the seed was changed in place since.
     """
-    _check(x, p, seed, offset)
+    p, offset = _check(x, p, seed, offset)
     if residual is not None:
         check_tensor("residual", residual, None)
         (x, residual) = autocast_inputs(x, residual)
@@ -115,7 +113,7 @@ def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend:
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`dropout`.
     """
-    _check(x, p, seed, offset)
+    p, offset = _check(x, p, seed, offset)
     serving = backends.resolve("gelu_dropout", x, backend)
     with without_autocast(x):
         if serving == "reference":

@@ -55,7 +55,7 @@ def linear_attention(
         RuntimeError: the named backend cannot serve.
     """
     check_choice("feature_map", feature_map, FEATURE_MAPS)
-    check_eps(eps)
+    eps = check_eps(eps)
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)

@@ -52,7 +52,7 @@ def nystrom_attention(
     else:
         q, k, v, residual_weight = autocast_inputs(q, k, v, residual_weight)
     check_attention(q, k, v)
-    check_count("num_landmarks", num_landmarks)
+    num_landmarks = check_count("num_landmarks", num_landmarks)
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])

@@ -15,6 +15,7 @@ from ..validation import (
     check_key_mask,
     check_same,
     check_tensor,
+    to_number,
     without_autocast,
 )
 from .op import PerformerAttention, PerformerFeatures, declined
@@ -31,11 +32,10 @@ from .reference import (
 __all__ = ["num_random_features", "orthogonal_projection", "performer_attention", "performer_features"]
 
 
-def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str) -> None:
+def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str) -> float | None:
+    """``eps`` as a Python number."""
     check_choice("kernel", kernel, KERNELS)
     check_choice("stabilizer", stabilizer, STABILIZERS)
-    if eps is not None:
-        check_eps(eps)
     check_tensor("projection", projection, 2, "(M, D)")
     check_same("projection", projection, "q", x, dtype=False)
     if projection.shape[0] == 0:
@@ -44,6 +44,7 @@ def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None
         raise ValueError("projection must have at least one column, got D = 0")
     if projection.shape[1] != x.shape[-1]:
         raise ValueError(f"projection has D = {projection.shape[1]}, the heads have D = {x.shape[-1]}: they must agree")
+    return None if eps is None else check_eps(eps)
 
 
 def performer_attention(
@@ -91,7 +92,7 @@ def performer_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
-    _check_options(q, projection, kernel, eps, stabilizer)
+    eps = _check_options(q, projection, kernel, eps, stabilizer)
     dim, decline = max(q.shape[-1], v.shape[-1]), partial(declined, projection, stabilizer)
     serving = backends.resolve("performer_attention", q, backend, dim, decline)
     with without_autocast(q):
@@ -129,9 +130,10 @@ def performer_features(
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, H, N, D)")
+    is_query = to_number(is_query)
     if not isinstance(is_query, bool):
         raise TypeError(f"is_query must be a bool, got {type(is_query).__name__}")
-    _check_options(x, projection, kernel, eps, stabilizer)
+    eps = _check_options(x, projection, kernel, eps, stabilizer)
     decline = partial(declined, projection, stabilizer)
     serving = backends.resolve("performer_features", x, backend, x.shape[-1], decline)
     with without_autocast(x):

@@ -20,7 +20,7 @@ def num_random_features(dim: int) -> int:
     Raises:
         TypeError: ``dim`` is no int; ValueError: it is below 1.
     """
-    check_count("dim", dim)
+    dim = check_count("dim", dim)
     return max(1, int(dim * math.log(dim)))
 
 
@@ -47,8 +47,7 @@ def orthogonal_projection(
     Raises:
         TypeError: ``num_features`` or ``dim`` is no int; ValueError: below 1.
     """
-    check_count("num_features", num_features)
-    check_count("dim", dim)
+    num_features, dim = check_count("num_features", num_features), check_count("dim", dim)
     draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}  # whatever the default device
     blocks = []
     for _ in range(math.ceil(num_features / dim)):
