@@ -3,13 +3,15 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .sharding import register_shardings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,10 +26,29 @@ def is_plain_tensor(x: Tensor) -> bool:
     return type(x) in _PLAIN_TENSORS and x.layout == torch.strided
 
 
-def check_tensor(name: str, x: Tensor, ndim: int | None, layout: str = "") -> None:
-    """Raise ``TypeError`` unless ``x`` is a floating tensor, ``ValueError`` unless of ``ndim`` dimensions."""
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise ``TypeError`` unless ``x`` is a tensor that is neither nested nor sparse."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor: pad it (torch.nested.to_padded_tensor), and where the op has a "
+            "key_mask hide the padding with it"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: give {name}.to_dense()")
+    if is_dtensor(x) and not torch.compiler.is_compiling():
+        register_shardings()
+
+
+def is_dtensor(x: Tensor) -> bool:
+    """True if ``x`` is a ``torch.distributed.tensor.DTensor``; does not import it."""
+    return type(x).__name__ == "DTensor"
+
+
+def check_tensor(name: str, x: Tensor, ndim: int | None, layout: str = "") -> None:
+    """Raise ``TypeError`` unless ``x`` is a dense floating tensor, ``ValueError`` unless of ``ndim`` dimensions."""
+    check_dense(name, x)
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions {layout}, got shape {tuple(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
@@ -134,6 +155,7 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise TypeError(f"key_mask must be a bool tensor (B, N_k), got {got}")
+    check_dense("key_mask", key_mask)
     if key_mask.shape != (k.shape[0], k.shape[2]):
         raise ValueError(f"key_mask must have shape {(k.shape[0], k.shape[2])} (B, N_k), got {tuple(key_mask.shape)}")
     check_same("key_mask", key_mask, "k", k, dtype=False)
@@ -164,6 +186,29 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
         return t.to(dtype) if eligible else t
 
     return tuple(map(cast, tensors))
+
+
+def computing(op: str, **tensors: Tensor | None) -> contextlib.AbstractContextManager:
+    """A block without autocast that computes ``op`` of these arguments. If one is of a tensor subclass that does not
+    support the op, the error names it."""
+    first = next(iter(tensors.values()))
+    subclasses = [name for name, t in tensors.items() if t is not None and not is_plain_tensor(t)]
+    if not subclasses or torch.compiler.is_compiling():
+        return without_autocast(first)
+    return _naming(op, subclasses[0], tensors[subclasses[0]], first)
+
+
+@contextlib.contextmanager
+def _naming(op: str, name: str, x: Tensor, first: Tensor) -> Iterator[None]:
+    try:
+        with without_autocast(first):
+            yield
+    except Exception as error:  # subclasses raise what they like
+        remedy = f"{name}.to_local()" if is_dtensor(x) else "plain tensors"
+        reason = str(error).split("\n")[0]
+        raise TypeError(
+            f"{op} does not support {name} of class {type(x).__name__}: give {remedy} ({reason})"
+        ) from error
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -2,9 +2,13 @@
 
 import asyncio
 import copy
+import functools
 import inspect
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from dataclasses import asdict
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_cpp
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -499,6 +504,207 @@ def test_only_numbers_are_numbers(value):
         cxv.CPV(drop_rate=value)
     with pytest.raises(ValueError, match="mlp_ratio must be a number"):
         cxv.CPV(mlp_ratio=value)
+
+
+# --- tensors of other kinds -------------------------------------------------------------------------------------------
+
+
+def _random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+_HEADS = {name: _random(2, 2, 6, 4) for name in "qkv"}
+_MASK = {"key_mask": torch.ones(2, 6, dtype=torch.bool)}
+OPS = {
+    "linear_attention": (cxv_kernels.linear_attention, _HEADS | _MASK),
+    "kv_state": (cxv_kernels.kv_state, {name: _HEADS[name] for name in "kv"} | _MASK),
+    "performer_attention": (cxv_kernels.performer_attention, _HEADS | {"projection": _random(5, 4)} | _MASK),
+    "performer_features": (
+        functools.partial(cxv_kernels.performer_features, is_query=True),
+        {"x": _HEADS["q"], "projection": _random(5, 4)},
+    ),
+    "nystrom_attention": (
+        functools.partial(cxv_kernels.nystrom_attention, num_landmarks=3),
+        _HEADS | {"residual_weight": _random(2, 1, 3, 1)},
+    ),
+    "conv_norm": (
+        cxv_kernels.conv_norm,
+        {"x": _random(2, 3, 4, 4), "weight": _random(5, 3, 3, 3), **{n: _random(5) for n in ("bias", "gamma", "beta")}},
+    ),
+    "dropout": (
+        functools.partial(cxv_kernels.dropout, p=0.5),
+        {"x": _HEADS["q"], "residual": _HEADS["k"], "seed": torch.tensor([7])},
+    ),
+    "gelu_dropout": (functools.partial(cxv_kernels.gelu_dropout, p=0.5), {"x": _HEADS["q"], "seed": torch.tensor([7])}),
+}
+ARGUMENTS = [(op, name) for op, (_, tensors) in OPS.items() for name in tensors]
+KINDS = {
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "{name} must not be a nested tensor: pad it .* key_mask"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x[0], x[1][:1]], layout=torch.jagged),
+        "{name} must not be a nested tensor: pad it .* key_mask",
+    ),
+    "sparse": (torch.Tensor.to_sparse, "{name} must be a dense tensor, got layout torch.sparse_coo: .*to_dense"),
+    "MKLDNN": (torch.Tensor.to_mkldnn, "{name} must be a dense tensor, got layout torch._mkldnn: .*to_dense"),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "{name} must be float64, .* got torch.qint8",
+    ),
+    "complex": (lambda x: x.to(torch.complex64), "{name} must be float64, .* got torch.complex64"),
+    "subclass": (
+        QuantizedTensor.quantize,
+        "{op} does not support {name} of class QuantizedTensor: give plain tensors ",
+    ),
+}
+
+
+def _kinds(op, name):
+    x = OPS[op][1][name]
+    return [
+        kind
+        for kind in KINDS
+        if (x.is_floating_point() or kind in ("nested", "jagged", "sparse"))
+        and (x.dim() >= 2 or kind not in ("nested", "jagged"))
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("op", "name", "kind"), [(*a, kind) for a in ARGUMENTS for kind in _kinds(*a)])
+def test_tensors_of_other_kinds_get_a_clear_error(op, name, kind, backend):
+    """It names the argument and the remedy."""
+    function, tensors = OPS[op]
+    make, message = KINDS[kind]
+    if kind in ("nested", "jagged") and tensors[name].shape[0] < 2:
+        pytest.skip("one component")
+    with pytest.raises(TypeError, match=message.format(op=op, name=name)):
+        function(**tensors | {name: make(tensors[name])}, backend=backend)
+
+
+class Named(torch.Tensor):
+    """A subclass without a behavior of its own, as torchvision's images."""
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_a_subclass_that_is_a_plain_tensor_gets_results(op, name, backend):
+    function, tensors = OPS[op]
+    expected = tree_leaves(function(**tensors, backend=backend))
+    got = tree_leaves(function(**tensors | {name: tensors[name].as_subclass(Named)}, backend=backend))
+    assert all(torch.equal(g.as_subclass(torch.Tensor), e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("op", OPS)
+def test_tensors_without_values_get_shapes(op, kind):
+    function, tensors = OPS[op]
+    expected = tree_leaves(function(**tensors))
+    if kind == "meta":
+        got = function(**{name: t.to("meta") for name, t in tensors.items()})
+    else:
+        with torch._subclasses.FakeTensorMode() as mode:
+            got = function(**{name: mode.from_tensor(t) for name, t in tensors.items()})
+    assert [(t.shape, t.dtype) for t in tree_leaves(got)] == [(t.shape, t.dtype) for t in expected]
+
+
+# What two processes do; in float64, with 3 images, which they share unevenly, and one head for each.
+_SHARDED = """
+import os, sys, torch, cxv_kernels
+assert "torch.distributed.tensor" not in sys.modules and "torch._dynamo" not in sys.modules
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+q, k, v, w, taps = random(3, 2, 5, 4), random(3, 2, 5, 4), random(3, 2, 5, 3), random(7, 4), random(2, 1, 3, 1)
+mask = torch.arange(15).view(3, 5) % 4 > 0
+
+def kv(k, v, key_mask):
+    return torch.cat([t.flatten(2) for t in cxv_kernels.kv_state(k, v, key_mask=key_mask)], dim=2)
+
+cases = {
+    "linear_attention": (cxv_kernels.linear_attention, (q, k, v)),
+    "with a mask": (lambda q, k, v, m: cxv_kernels.linear_attention(q, k, v, "elu", key_mask=m), (q, k, v, mask)),
+    "kv_state": (kv, (k, v, mask)),
+    "performer_attention": (cxv_kernels.performer_attention, (q, k, v, w)),
+    "performer_features": (lambda x, w: cxv_kernels.performer_features(x, w, False), (k, w)),
+    "nystrom_attention": (
+        lambda q, k, v, taps: cxv_kernels.nystrom_attention(q, k, v, 3, residual_weight=taps), (q, k, v, taps)
+    ),
+}
+
+def place(tensor, split):
+    if tensor is w:
+        return Replicate()
+    if tensor is mask:
+        return Shard(0) if split == Shard(0) else Replicate()
+    if tensor is taps:
+        return Shard(0) if split == Shard(1) else Replicate()
+    return split
+
+def results(op, tensors):
+    out = op(*tensors)
+    out.cos().sum().backward()
+    return [out, *(t.grad for t in tensors if t.requires_grad)]
+
+def work():
+    for split in (Shard(0), Shard(1), Shard(2)):
+        for name, (op, tensors) in cases.items():
+            trained = [t.is_floating_point() and t is not w for t in tensors]
+            whole = [t.clone().requires_grad_(grad) for t, grad in zip(tensors, trained)]
+            parts = [distribute_tensor(t, mesh, [place(t, split)]).requires_grad_(g) for t, g in zip(tensors, trained)]
+            out, *grads = results(op, parts)
+            for got, want in zip([out, *grads], results(op, whole), strict=True):
+                torch.testing.assert_close(got.full_tensor(), want)
+            # tokens see one another, so that what is split by tokens is gathered
+            assert out.placements == (Replicate() if split == Shard(2) else split,), (name, split, out.placements)
+    x, seed = distribute_tensor(q, mesh, [Shard(0)]), torch.tensor(7)
+    image, weight, channels = random(2, 3, 4, 4), random(5, 3, 3, 3), random(5)
+    image = distribute_tensor(image, mesh, [Shard(0)])
+    errors = {
+        "dropout": (lambda: cxv_kernels.dropout(x, 0.5, seed), "x"),
+        "gelu_dropout": (lambda: cxv_kernels.gelu_dropout(x, 0.5, seed), "x"),
+        "conv_norm": (lambda: cxv_kernels.conv_norm(image, weight, None, channels, channels), "x"),
+        "performer_attention": (lambda: cxv_kernels.performer_attention(x, x, x, w), "q"),
+    }
+    for name, (call, argument) in errors.items():
+        try:
+            call()
+        except TypeError as error:
+            remedy = f"{name} does not support {argument} of class DTensor: give {argument}.to_local() ("
+            assert str(error).startswith(remedy), error
+        else:
+            raise AssertionError(name)
+
+pids = []
+for rank in range(2):
+    pids.append(os.fork())
+    if pids[-1] == 0:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+"""
+
+
+@needs_cpp
+@pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_available(), reason="forks two processes")
+def test_attention_is_sharded_over_batch_and_heads(tmp_path):
+    """Two processes with DTensors give the outputs and gradients of one; other ops and mixtures raise a clear error."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", _SHARDED, str(tmp_path / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..validation import (
     check_eps,
     check_same,
     check_tensor,
-    without_autocast,
+    computing,
 )
 from .op import ConvNorm
 from .reference import conv_norm_reference
@@ -76,7 +76,7 @@ def conv_norm(
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     eps = check_eps(eps)
-    with without_autocast(x):
+    with computing("conv_norm", x=x, weight=weight, bias=bias, gamma=gamma, beta=beta):
         serving = backends.resolve("conv_norm", x, backend, weight.shape[0])
         if serving == "reference":
             bias = None if bias is None else bias.to(x.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import apply_fused
-from ..validation import autocast_inputs, check_count, check_number, check_same, check_tensor, without_autocast
+from ..validation import autocast_inputs, check_count, check_dense, check_number, check_same, check_tensor, computing
 from .op import Dropout, GeluDropout
 from .reference import dropout_reference, gelu_dropout_reference, keep_mask, keep_threshold
 
@@ -32,6 +32,7 @@ def dropout_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
 def _check_seed(seed: Tensor) -> None:
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be a torch.Tensor, see dropout_seed, got {type(seed).__name__}")
+    check_dense("seed", seed)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
 
@@ -90,11 +91,11 @@ def dropout(
         check_same("residual", residual, "x", x)
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree")
-        residual = residual.contiguous()
     serving = backends.resolve("dropout", x, backend)
-    with without_autocast(x):
+    with computing("dropout", x=x, residual=residual, seed=seed):
         if serving == "reference":
             return dropout_reference(x.contiguous(), p, seed, residual, offset)
+        residual = None if residual is None else residual.contiguous()
         return apply_fused(Dropout, x.contiguous(), residual, seed, p, offset, serving)
 
 
@@ -115,7 +116,7 @@ def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend:
     """
     p, offset = _check(x, p, seed, offset)
     serving = backends.resolve("gelu_dropout", x, backend)
-    with without_autocast(x):
+    with computing("gelu_dropout", x=x, seed=seed):
         if serving == "reference":
             return gelu_dropout_reference(x.contiguous(), p, seed, offset)
         return apply_fused(GeluDropout, x.contiguous(), seed, p, offset, serving)

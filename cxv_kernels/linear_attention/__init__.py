@@ -11,7 +11,7 @@ from ..validation import (
     check_eps,
     check_key_mask,
     check_keys_values,
-    without_autocast,
+    computing,
 )
 from .op import KvState, LinearAttention
 from .reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
@@ -59,7 +59,7 @@ def linear_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
-    with without_autocast(q):
+    with computing("linear_attention", q=q, k=k, v=v, key_mask=key_mask):
         serving = backends.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1]))
         if serving == "reference":
             return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
@@ -93,7 +93,7 @@ def kv_state(
     k, v = autocast_inputs(k, v)
     check_keys_values(k, v)
     check_key_mask(key_mask, k)
-    with without_autocast(k):
+    with computing("kv_state", k=k, v=v, key_mask=key_mask):
         serving = backends.resolve("kv_state", k, backend, max(k.shape[-1], v.shape[-1]))
         if serving == "reference":
             return kv_state_reference(k, v, feature_map, key_mask)

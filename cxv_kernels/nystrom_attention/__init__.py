@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_attention, check_count, check_same, check_tensor, without_autocast
+from ..validation import autocast_inputs, check_attention, check_count, check_same, check_tensor, computing
 from .op import nystrom_attention_fused
 from .reference import nystrom_attention_reference
 
@@ -56,7 +56,7 @@ def nystrom_attention(
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
-    with without_autocast(q):
+    with computing("nystrom_attention", q=q, k=k, v=v, residual_weight=residual_weight):
         serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
         if serving == "reference" or q.numel() == 0 or v.numel() == 0:
             return nystrom_attention_reference(q, k, v, landmarks, residual_weight)

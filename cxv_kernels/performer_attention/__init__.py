@@ -15,8 +15,8 @@ from ..validation import (
     check_key_mask,
     check_same,
     check_tensor,
+    computing,
     to_number,
-    without_autocast,
 )
 from .op import PerformerAttention, PerformerFeatures, declined
 from .reference import (
@@ -95,7 +95,7 @@ def performer_attention(
     eps = _check_options(q, projection, kernel, eps, stabilizer)
     dim, decline = max(q.shape[-1], v.shape[-1]), partial(declined, projection, stabilizer)
     serving = backends.resolve("performer_attention", q, backend, dim, decline)
-    with without_autocast(q):
+    with computing("performer_attention", q=q, k=k, v=v, projection=projection, key_mask=key_mask):
         if serving == "reference":
             return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)
         eps = DEFAULT_EPS[kernel] if eps is None else eps
@@ -136,7 +136,7 @@ def performer_features(
     eps = _check_options(x, projection, kernel, eps, stabilizer)
     decline = partial(declined, projection, stabilizer)
     serving = backends.resolve("performer_features", x, backend, x.shape[-1], decline)
-    with without_autocast(x):
+    with computing("performer_features", x=x, projection=projection):
         if serving == "reference":
             return performer_features_reference(x, projection, is_query, kernel, eps, stabilizer)
         eps = DEFAULT_EPS[kernel] if eps is None else eps

@@ -1,0 +1,51 @@
+"""How DTensor shards the attention ops: over the batch and the heads, as it does scaled_dot_product_attention."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._extension import _OPS
+from ._triton import NAMESPACE
+
+ATTENTION = ("linear_attention", "kv_state", "performer", "nystrom")  # what the names of its ops begin with
+
+
+@functools.cache
+def register_shardings() -> None:
+    """Tell DTensor how the attention ops can be sharded; called when an op gets the first one outside compiled code."""
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for namespace in (torch.ops.cxv_kernels, getattr(torch.ops, NAMESPACE)):
+        for name in _OPS:
+            if name.startswith(ATTENTION) and hasattr(namespace, name):
+                op = getattr(namespace, name).default
+                register_sharding(op)(functools.partial(_shardings, op._schema))
+
+
+def _shardings(schema: Any, *values: Any) -> Sequence[tuple[list[Any], list[Any]]]:
+    """The placements of an op's outputs and inputs: all whole, all split by batch, or all split by heads.
+
+    Every tensor is (batch, heads, …) but for the projection (M, D), a key mask (batch, tokens), and the weight of the
+    residual (heads, 1, K, 1), whose gradient is a sum over the batch.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole = Replicate()
+    splits = (
+        {None: whole},
+        {"projection": whole, "weight": whole, "grad_weight": Partial(), None: Shard(0)},
+        {"projection": whole, "key_mask": whole, "weight": Shard(0), "grad_weight": Shard(0), None: Shard(1)},
+    )
+    tensors = [
+        argument.name if isinstance(argument.type, torch.TensorType | torch.OptionalType) and value is not None else ""
+        for argument, value in zip(schema.arguments, values, strict=True)
+    ]
+    return [
+        (
+            [split.get(result.name, split[None]) for result in schema.returns],
+            [split.get(name, split[None]) if name else None for name in tensors],
+        )
+        for split in splits
+    ]
