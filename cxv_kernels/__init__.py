@@ -1,6 +1,8 @@
 """Linear attention and conv + norm for PyTorch: fused kernels, each beside a plain-PyTorch reference.
 
-Every op takes ``backend=None``: the one set by :func:`use_backend`, ``"auto"`` unless told otherwise.
+Every op takes ``backend=None``: the one set by :func:`use_backend`, by default ``"auto"``. Numbers may be Python's or
+NumPy's, or arrays and tensors without dimensions. The attention ops take DTensors and compute them split by batch or by
+heads. Nested tensors must be padded, with a ``key_mask``; sparse tensors must be made dense.
 """
 
 import torch

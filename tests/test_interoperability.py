@@ -118,7 +118,7 @@ def test_quantized_weights_are_called(name, dtype, use_fused):
 
 
 def test_quantized_weights_leave_the_rest_trainable():
-    """As in QLoRA: what is not quantized gets its gradient."""
+    """As in QLoRA: weights that are not quantized get their gradient."""
     model = quantize_linears(small_model("cpv-1/2")).train()
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -489,6 +489,16 @@ def test_only_integers_are_counts(value):
         cxv.CPV(img_size=value)
     with pytest.raises(InputError, match="patience: expected a whole number of epochs"):
         cxv.DualOpT([nn.Parameter(torch.ones(1))], patience=value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, "2", 2.0])
+def test_only_integers_are_counts_of_a_run(value):
+    with pytest.raises(InputError, match="--epochs: expected a whole number, got "):
+        TrainConfig(epochs=value)
+    with pytest.raises(InputError, match="--lr: expected a number, got "):
+        TrainConfig(lr=str(value) if value == 2 else value)
+    with pytest.raises(InputError, match="--limit-train: expected a whole number, at least 1, got "):
+        load_data("digits", limit_train=value)
 
 
 @pytest.mark.parametrize("value", [True, np.True_, "0.5", [0.5], torch.ones(1)])

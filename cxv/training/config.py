@@ -70,6 +70,9 @@ RESERVED = {
 }
 """Arguments of a model that ``model_args`` may not set, and why."""
 
+_NUMBERS = {int | None: (int, "a whole number"), float | None: (int | float, "a number")}
+"""For the type of an argument that is a number, the types that are allowed, in words too."""
+
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 _CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
 _CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
@@ -88,7 +91,7 @@ class TrainConfig:
     of a tensor are kept as ``str`` and numbers.
 
     Raises:
-        InputError: an argument that a run's files cannot hold.
+        InputError: an argument that a run's files cannot hold; something else where a number belongs.
     """
 
     model: str | None = None
@@ -136,6 +139,9 @@ class TrainConfig:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
                 raise InputError(f"{flag(f.name)}: expected numbers and strings, got {value!r} ({error})") from error
+            allowed, words = _NUMBERS.get(f.type, (object, ""))
+            if value is not None and (not isinstance(value, allowed) or (words and isinstance(value, bool))):
+                raise InputError(f"{flag(f.name)}: expected {words}, got {value!r}")
             setattr(self, f.name, value)
 
 
@@ -256,8 +262,6 @@ def _check(config: TrainConfig) -> None:
         ("threads", 1),
     ):
         value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise InputError(f"{flag(name)}: expected a whole number, got {value!r}")
         if value is not None and value < least:
             raise InputError(f"{flag(name)}: expected at least {least}, got {value}")
     for name in ("lr", "sgd_lr", "clip_grad"):

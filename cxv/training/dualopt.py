@@ -290,7 +290,7 @@ def _groups(params: Any) -> list[dict[str, Any]]:
 
 
 def _numbers(group: Any) -> Any:
-    """A group of parameters with Python's numbers; what is no group unchanged."""
+    """A group of parameters with Python's numbers; anything else unchanged."""
     if not isinstance(group, dict):
         return group
     return {name: value if name == "params" else to_number(value) for name, value in group.items()}
