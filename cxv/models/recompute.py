@@ -27,9 +27,9 @@ def records_or_transforms() -> bool:
 class ForwardState:
     """Hold what a forward pass reads, so that ``torch.utils.checkpoint`` can recompute it in the backward pass.
 
-    Create it right before the forward pass. The recomputation then has the backend of :func:`cxv_kernels.use_backend`,
-    the ``training`` and ``requires_grad`` flags, the submodules and the weights (``torch.func.functional_call`` may have
-    lent them) of the forward pass. Afterwards the module is as it was before the recomputation.
+    Create it right before the forward pass. The recomputation then uses the backend, the ``training`` and
+    ``requires_grad`` flags, the submodules and the weights of the forward pass (``torch.func.functional_call`` may have
+    lent them). Afterwards the module is as it was before the recomputation.
 
     Args:
         module: the module that is recomputed.
