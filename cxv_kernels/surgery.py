@@ -22,7 +22,7 @@ from .validation import check_choice, check_count, is_plain_tensor, to_numbers
 MECHANISMS: dict[str, tuple[str, ...]] = {
     "performer": ("num_features", "kernel", "eps", "stabilizer"),
     "linear": ("feature_map", "eps"),
-    "nystrom": ("num_landmarks",),
+    "nystrom": ("num_landmarks", "pinv_init"),
 }
 """The mechanisms and their options, which are those of the ops."""
 
@@ -133,7 +133,8 @@ def replace_attention(
         backend: see :func:`cxv_kernels.use_backend`.
         **options: of the op: ``kernel``, ``eps``, ``stabilizer`` of :func:`performer_attention` and ``num_features``,
             ⌊D ln D⌋ by default, drawn once from PyTorch's global generator and kept in the ``state_dict``;
-            ``feature_map``, ``eps`` of :func:`linear_attention`; ``num_landmarks`` of :func:`nystrom_attention`.
+            ``feature_map``, ``eps`` of :func:`linear_attention`; ``num_landmarks``, ``pinv_init`` of
+            :func:`nystrom_attention`.
 
     Returns:
         The names of the modules that were replaced, e.g. ``blocks.0.attn``.

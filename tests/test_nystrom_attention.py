@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import cxv
-from cxv_kernels import nystrom_attention
+from cxv_kernels import backends, nystrom_attention
 from cxv_kernels.checks import tolerance
 from cxv_kernels.nystrom_attention.op import Means, Mix, Residual
 from cxv_kernels.nystrom_attention.reference import (
@@ -49,14 +49,15 @@ def landmark_inputs(batch=1, num_heads=2, landmarks=5, dim=3, value_dim=4, dtype
     return [*means, heads(batch, num_heads, landmarks, value_dim, dtype=dtype, grad=grad)]
 
 
-def definition(q, k, v, landmarks, weight=None):
+def definition(q, k, v, landmarks, weight=None, one_scale=False):
     scale = q.shape[-1] ** -0.5
     q_means, k_means = (
         torch.stack([part.mean(dim=-2) for part in x.tensor_split(landmarks, dim=-2)], dim=-2) for x in (q, k)
     )
     inner = (q_means @ k_means.mT * scale).softmax(-1)
     left, right = (q @ k_means.mT * scale).softmax(-1), (q_means @ k.mT * scale).softmax(-1)
-    z = inner.mT / (inner.sum(-1).amax(-1) * inner.sum(-2).amax(-1))[..., None, None]
+    scales = (inner.sum(-1).amax(-1) * inner.sum(-2).amax(-1))[..., None, None]
+    z = inner.mT / (scales.amax() if one_scale else scales)
     eye = torch.eye(landmarks, dtype=q.dtype)
     for _ in range(6):
         az = inner @ z
@@ -103,6 +104,30 @@ def test_pinv_scale_is_per_head(backend):
         alone = nystrom_attention(q[part], k[part], v[part], 16, backend=backend)
         whole = nystrom_attention(q, k, v, 16, backend=backend)
         torch.testing.assert_close(alone, whole[part], rtol=1e-12, atol=1e-12)
+
+
+def test_pinv_init_of_the_batch_takes_one_scale_for_all():
+    """Its output is the definition's and its gradient that of finite differences; the default's output is another."""
+    q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
+    q[1] *= 5
+    options = {"pinv_init": "batch", "backend": "reference"}
+    got = nystrom_attention(q, k, v, 4, **options)
+    torch.testing.assert_close(got, definition(q, k, v, 4, one_scale=True))
+    assert (got - nystrom_attention(q, k, v, 4)).abs().max() > 1e-3
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: nystrom_attention(*x, 4, **options), inputs)
+
+
+@needs_cpp
+def test_pinv_init_of_the_batch_is_the_references(monkeypatch):
+    """A named fused backend refuses it; by default it falls back to the reference with a warning."""
+    monkeypatch.setattr(backends, "_announced", set())
+    q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
+    with pytest.raises(RuntimeError, match="cpp does not serve pinv_init='batch'"):
+        nystrom_attention(q, k, v, 4, pinv_init="batch", backend="cpp")
+    with pytest.warns(UserWarning, match="nystrom_attention on cpu .*pinv_init='batch'"):
+        out = nystrom_attention(q, k, v, 4, pinv_init="batch")
+    assert torch.equal(out, nystrom_attention(q, k, v, 4, pinv_init="batch", backend="reference"))
 
 
 def assert_fused_matches(inputs, landmarks, weight=None):
@@ -605,3 +630,5 @@ def test_bad_input(backend):
     ):
         with pytest.raises(error, match=match):
             nystrom_attention(*arguments, residual_weight=bad, backend=backend)
+    with pytest.raises(ValueError, match="pinv_init must be one of 'head', 'batch', got 'image'"):
+        nystrom_attention(q, k, v, pinv_init="image", backend=backend)

@@ -102,14 +102,26 @@ def test_head_stabilizer_is_batch_invariant_and_batch_stabilizer_is_the_released
     assert not torch.allclose(released[:1], performer_attention(q[:1], k[:1], v[:1], w, stabilizer="batch"), rtol=1e-3)
 
 
-@pytest.mark.parametrize(("kernel", "eps"), [("softmax", 0.0), ("relu", 1e-3)])
-def test_gradcheck(kernel, eps):
+@pytest.mark.parametrize(
+    ("kernel", "eps", "stabilizer"),
+    [("softmax", 0.0, "head"), ("softmax", 0.0, "batch"), ("softmax", 0.1, "batch"), ("relu", 1e-3, "head")],
+)
+def test_gradcheck(kernel, eps, stabilizer):
+    """Finite differences see the maxima: with eps > 0 only the batch stabilizer has its function's gradient."""
     q, k, v, w = setup(4, 5, 3, 2, features=6)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *t: performer_attention(*t, w, kernel, eps=eps), inputs)
+    options = {"eps": eps, "stabilizer": stabilizer, "backend": "reference"}
+    assert torch.autograd.gradcheck(lambda *t: performer_attention(*t, w, kernel, **options), inputs)
 
 
-def test_stabilisers_carry_no_gradient():
+@pytest.mark.parametrize("is_query", [True, False], ids=["queries", "keys"])
+def test_gradcheck_of_features_with_the_batch_stabilizer(is_query):
+    q, _, _, w = setup(4, 5, 3, 2, features=6)
+    options = {"eps": 0.1, "stabilizer": "batch", "backend": "reference"}
+    assert torch.autograd.gradcheck(lambda x: performer_features(x, w, is_query, **options), q.requires_grad_())
+
+
+def test_head_stabilizers_carry_no_gradient():
     """With eps > 0 a shift does not cancel, so finite differences see it and the gradient must not: the gradient is
     that of the same formula with the shifts held fixed."""
     q, k, v, w = setup(4, 5, 3, 2, features=6)

@@ -167,6 +167,7 @@ def test_what_is_wrong_with_the_arguments_changes_nothing():
         ({"kernel": "cosine"}, "kernel must be one of"),
         ({"mechanism": "linear", "feature_map": "cosine"}, "feature_map must be one of"),
         ({"mechanism": "nystrom", "num_landmarks": 0}, "num_landmarks must be at least 1"),
+        ({"mechanism": "nystrom", "pinv_init": "image"}, "pinv_init must be one of 'head', 'batch', got 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
             cxv_kernels.replace_attention(model, **options)

@@ -1,11 +1,21 @@
 """Nyström attention. README.md has the math."""
 
+from functools import partial
+
 from torch import Tensor
 
 from .. import backends
-from ..validation import autocast_inputs, check_attention, check_count, check_same, check_tensor, computing
-from .op import nystrom_attention_fused
-from .reference import nystrom_attention_reference
+from ..validation import (
+    autocast_inputs,
+    check_attention,
+    check_choice,
+    check_count,
+    check_same,
+    check_tensor,
+    computing,
+)
+from .op import declined, nystrom_attention_fused
+from .reference import PINV_INITS, nystrom_attention_reference
 
 __all__ = ["nystrom_attention"]
 
@@ -17,6 +27,7 @@ def nystrom_attention(
     num_landmarks: int = 64,
     *,
     residual_weight: Tensor | None = None,
+    pinv_init: str = "head",
     backend: str | None = None,
 ) -> Tensor:
     """Nyström approximation of softmax attention (Xiong et al. 2021, eq. 13; paper section 3.1).
@@ -32,6 +43,9 @@ def nystrom_attention(
         residual_weight: (H, 1, K, 1) in q's dtype (cast with it under autocast), K odd, as ``nn.Conv2d`` holds it. Each
             head of v, convolved along its tokens with its row and zeros beyond both ends, is added to the output;
             N_q = N_k then. With K = 33 it is the residual of the paper's CNV.
+        pinv_init: the scale of the first iterate Aᵀ / (largest row sum · largest column sum). ``"head"`` takes the
+            maxima of each matrix A, one per (batch, head). ``"batch"`` takes them over all matrices, as the paper's
+            released code does: six iterations do not converge, so one image changes another's output.
         backend: see :func:`cxv_kernels.use_backend`.
 
     Returns:
@@ -41,11 +55,11 @@ def nystrom_attention(
     ``F.scaled_dot_product_attention`` keeps (its output and one number per query). On the CPU the fused op
     has derivatives of any order. The reference and Triton, whose outer products are PyTorch's, need
     ``SDPBackend.MATH`` from the second order on. Forward-mode AD needs that too, and like vmap
-    ``backend="reference"``.
+    ``backend="reference"``. The fused op supports ``pinv_init="head"`` only.
 
     Raises:
-        ValueError: a wrong rank, shape, device or backend, ``num_landmarks`` below 1, an even K, a residual where
-        N_q ≠ N_k; TypeError: a wrong or mixed dtype; RuntimeError: the named backend cannot serve.
+        ValueError: a wrong rank, shape, device, option or backend, ``num_landmarks`` below 1, an even K, a residual
+        where N_q ≠ N_k; TypeError: a wrong or mixed dtype; RuntimeError: the named backend cannot serve.
     """
     if residual_weight is None:
         q, k, v = autocast_inputs(q, k, v)
@@ -53,13 +67,15 @@ def nystrom_attention(
         q, k, v, residual_weight = autocast_inputs(q, k, v, residual_weight)
     check_attention(q, k, v)
     num_landmarks = check_count("num_landmarks", num_landmarks)
+    check_choice("pinv_init", pinv_init, PINV_INITS)
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
     with computing("nystrom_attention", q=q, k=k, v=v, residual_weight=residual_weight):
-        serving = backends.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
+        dim, decline = max(q.shape[3], v.shape[3]), partial(declined, pinv_init)
+        serving = backends.resolve("nystrom_attention", q, backend, dim, decline)
         if serving == "reference" or q.numel() == 0 or v.numel() == 0:
-            return nystrom_attention_reference(q, k, v, landmarks, residual_weight)
+            return nystrom_attention_reference(q, k, v, landmarks, residual_weight, pinv_init)
         return nystrom_attention_fused(q, k, v, landmarks, residual_weight, serving)
 
 

@@ -286,6 +286,11 @@ def nystrom_attention_fused(
     return out if residual_weight is None else apply_fused(Residual, out, v, residual_weight, backend)
 
 
+def declined(pinv_init: str, backend: str) -> str | None:
+    """Why no fused backend takes these arguments, if so."""
+    return None if pinv_init == "head" else f"does not serve pinv_init={pinv_init!r}"
+
+
 def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if dim > _MAX_DIM:
         return f"serves heads of at most {_MAX_DIM} channels, not {dim}"

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..validation import accumulate_dtype
 
+PINV_INITS = ("head", "batch")
+
 
 def segment_means(x: Tensor, num_segments: int) -> Tensor:
     """Means (B, H, num_segments, D) of consecutive tokens of x (B, H, N, D), N ≥ num_segments.
@@ -29,13 +31,18 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
     return torch.cat(parts, dim=-2)
 
 
-def iterative_pinv(a: Tensor, iterations: int = 6) -> Tensor:
+def iterative_pinv(a: Tensor, iterations: int = 6, init: str = "head") -> Tensor:
     """Moore-Penrose inverse of each matrix of a (…, m, m) by cubic iterations (Xiong et al. 2021, eq. 11-14).
 
-    The initial scale is each matrix's own, so that the batch does not change the result.
+    The first iterate is aᵀ / (largest row sum · largest column sum): of each matrix with ``init="head"``, of all
+    matrices together with ``"batch"``.
     """
-    scale = a.abs().sum(dim=-1).amax(dim=-1) * a.abs().sum(dim=-2).amax(dim=-1)
-    z = a.transpose(-2, -1) / scale[..., None, None]
+    row_sums, column_sums = a.abs().sum(dim=-1), a.abs().sum(dim=-2)
+    if init == "batch":
+        scale = row_sums.amax() * column_sums.amax()
+    else:
+        scale = (row_sums.amax(dim=-1) * column_sums.amax(dim=-1))[..., None, None]
+    z = a.transpose(-2, -1) / scale
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         az = a @ z
@@ -50,9 +57,10 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v.to(dtype)).to(v.dtype)
 
 
-def mix_reference(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
+def mix_reference(q_means: Tensor, k_means: Tensor, summary: Tensor, pinv_init: str = "head") -> Tensor:
     """A⁺ summary (B, H, m, E) with A = softmax(D^-½ q_means k_meansᵀ); means (B, H, m, D) in float32 or float64."""
-    inverse = iterative_pinv((q_means * q_means.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1))
+    a = (q_means * q_means.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1)
+    inverse = iterative_pinv(a, init=pinv_init)
     return (inverse @ summary.to(inverse.dtype)).to(summary.dtype)
 
 
@@ -72,7 +80,12 @@ def residual_reference(v: Tensor, weight: Tensor) -> Tensor:
 
 
 def nystrom_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, landmarks: int = 64, residual_weight: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmarks: int = 64,
+    residual_weight: Tensor | None = None,
+    pinv_init: str = "head",
 ) -> Tensor:
     """See :func:`cxv_kernels.nystrom_attention`; no more landmarks than tokens are used."""
     landmarks = min(landmarks, q.shape[2], k.shape[2])
@@ -82,6 +95,6 @@ def nystrom_attention_reference(
         dtype = accumulate_dtype(q.dtype)
         q_means, k_means = segment_means(q.to(dtype), landmarks), segment_means(k.to(dtype), landmarks)
         summary = F.scaled_dot_product_attention(q_means.to(q.dtype), k, v)
-        mixed = mix_reference(q_means, k_means, summary)
+        mixed = mix_reference(q_means, k_means, summary, pinv_init)
         out = F.scaled_dot_product_attention(q, k_means.to(q.dtype), mixed)
     return out if residual_weight is None else out + residual_reference(v, residual_weight)

@@ -62,8 +62,8 @@ def performer_attention(
     """Non-causal Performer attention, O(N·M·(D + E)): out = φ(q) S / (φ(q)·z), S = Σ φ(k)ᵀv, z = Σ φ(k).
 
     ``"softmax"`` (FAVOR+, Choromanski et al. 2021, eq. 5 and 7): φ(x) = exp(D^-¼·x·Wᵀ − ‖x‖²/(2√D) − s) + eps,
-    with s the largest D^-¼·x·Wᵀ over a query's features, or over the features and keys of a head; s carries no
-    gradient. ``"relu"``: φ(x) = relu(D^-¼·x·Wᵀ) + eps. Paper section 3.1.
+    with s the largest D^-¼·x·Wᵀ over a query's features, or over the features and keys of a head. ``"relu"``:
+    φ(x) = relu(D^-¼·x·Wᵀ) + eps. Paper section 3.1.
 
     Args:
         q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
@@ -72,8 +72,9 @@ def performer_attention(
         kernel: ``"softmax"`` or ``"relu"``.
         eps: None is 1e-4 for softmax (the paper's) and 1e-3 for relu. With 0 the softmax kernel's maxima are taken
             over the whole exponent, so that no key is lost to underflow (FAVOR+ proper).
-        stabilizer: ``"head"`` takes the keys' maximum per (batch, head); ``"batch"`` over the whole batch, as the
-            paper's released code does: there one image changes another's output.
+        stabilizer: ``"head"`` takes the keys' maximum per (batch, head), and no gradient flows through the maxima.
+            ``"batch"`` is the paper's released code: the keys' maximum is that of the whole batch, so one image
+            changes another's output, and gradients flow through the maxima of queries and keys.
         key_mask: bool (B, N_k), True where a key is seen. A query that sees no key gets zeros.
         backend: see :func:`cxv_kernels.use_backend`; None takes the one set there.
 
@@ -118,9 +119,9 @@ def performer_features(
     Args:
         x: (B, H, N, D); dtypes and strides as in :func:`performer_attention`.
         projection: W (M, D).
-        is_query: queries are stabilised by their own maximum, keys by their head's (or, with
-            ``stabilizer="batch"``, by the batch's).
-        kernel, eps, backend: as in :func:`performer_attention`.
+        is_query: each query has its own maximum; the keys have that of their head or, with ``stabilizer="batch"``,
+            of the batch.
+        kernel, eps, stabilizer, backend: as in :func:`performer_attention`.
 
     Returns:
         (B, H, N, M) in x's dtype.

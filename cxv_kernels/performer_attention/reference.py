@@ -85,12 +85,13 @@ def favor_features(
     stabilizer: str = "head",
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """φ without the common factor M^-½, in x's dtype; the stabilisers are detached."""
+    """φ without the common factor M^-½, in x's dtype; the gradient skips the maxima unless they are the batch's."""
     z = _project(x, projection)
     if kernel == "relu":
         return F.relu(z) + eps
     half_norm = x.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
-    bounded = (z if eps else z - half_norm).detach()
+    bounded = z if eps else z - half_norm
+    bounded = bounded.detach() if stabilizer == "head" else bounded
     shift = bounded.amax(dim=-1, keepdim=True) if is_query else _key_maximum(bounded, stabilizer, key_mask)
     return (z - (half_norm + shift)).exp() + eps
 
@@ -142,7 +143,7 @@ def performer_attention_reference(
         return nothing.expand(*q.shape[:3], v.shape[3]).to(out_dtype)
     if kernel == "softmax" and eps == 0:
         return _exact_exponents(q, k, v, projection, key_mask).to(out_dtype)
-    phi_q = favor_features(q, projection, True, kernel, eps)
+    phi_q = favor_features(q, projection, True, kernel, eps, stabilizer)
     phi_k = _hide(favor_features(k, projection, False, kernel, eps, stabilizer, key_mask), key_mask)
     state, z = phi_k.transpose(-2, -1) @ v, phi_k.sum(dim=-2)
     return divide(phi_q @ state, phi_q @ z.unsqueeze(-1)).to(out_dtype)
