@@ -481,6 +481,7 @@ def test_bad_input():
         ("attn_kernel_size must be odd, got 2", lambda: cxv.CLTV(attn_kernel_size=2)),
         ("attn_kernel must be one of 'softmax', 'relu', got 'nope'", lambda: cxv.CPV(attn_kernel="nope")),
         ("stabilizer must be one of 'head', 'batch', got 'nope'", lambda: cxv.CPV(stabilizer="nope")),
+        ("pinv_init must be one of 'head', 'batch', got 'nope'", lambda: cxv.CNV(pinv_init="nope")),
         ("eps must be a finite number of at least 0, got -1", lambda: cxv.CPV(attn_eps=-1)),
         ("feature_map must be one of .* got 'nope'", lambda: cxv.CLTV(feature_map="nope")),
         ("num_landmarks must be an integer of at least 1, got 0", lambda: cxv.CNV(num_landmarks=0)),

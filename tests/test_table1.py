@@ -141,6 +141,7 @@ VARIANTS = {
     "learned positions": {"positions": "learned"},
     "rotary positions": {"positions": "rotary"},
     "batch norm": {"norm": "batch"},
+    "eps on σ": {"norm": "layer_std"},
     "norm in every second layer": {"norm_every": 2},
     "pre-norm": {"pre_norm": True},
 }
@@ -196,7 +197,7 @@ def test_table_2_counts(convs, macs, count):
 def test_variants_refuse_what_is_not_allowed():
     for options, message in (
         ({"stem_convs": 4}, "stem_convs must be one of 1, 2, 3, got 4"),
-        ({"norm": "group"}, "norm must be one of 'layer', 'batch', got 'group'"),
+        ({"norm": "group"}, "norm must be one of 'layer', 'layer_std', 'batch', got 'group'"),
         ({"conv_residual": "all"}, "conv_residual must be one of None, 'conv', 'conv_norm', got 'all'"),
         ({"positions": "sine"}, "positions must be one of None, 'learned', 'rotary', got 'sine'"),
         ({"local_heads": 5}, r"local_heads must be in \[0, 4\], got 5"),

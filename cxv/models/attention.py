@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import cxv_kernels
 from cxv_kernels.linear_attention.reference import FEATURE_MAPS
+from cxv_kernels.nystrom_attention.reference import PINV_INITS
 from cxv_kernels.performer_attention.reference import KERNELS, STABILIZERS
 from cxv_kernels.validation import check_choice, check_eps, python_numbers
 
@@ -140,6 +141,7 @@ class PerformerAttention(_Attention):
             raise ValueError(f"local_heads must be in [0, {num_heads}], got {local_heads}")
         check_at_least(1, local_window=local_window)
         self.kernel, self.eps, self.stabilizer = kernel, eps, stabilizer
+        self.couples_images = stabilizer != "head"
         self.local_heads, self.local_window = local_heads, local_window
         self.q, self.k, self.v = (nn.Linear(dim, self.inner_dim) for _ in range(3))
         self.proj = nn.Linear(self.inner_dim, dim)
@@ -184,7 +186,7 @@ class NystromAttention(_Attention):
     """CNV's mixer: a bias-free qkv map, Nyström attention, and a 33×1 convolution of v along the tokens.
 
     ``front_pad`` puts zeros before the tokens up to a multiple of the landmarks, as the released code does; without it
-    the first segments are a token longer.
+    the first segments are a token longer. ``pinv_init`` is that of :func:`cxv_kernels.nystrom_attention`.
     """
 
     op = "nystrom_attention"
@@ -198,13 +200,16 @@ class NystromAttention(_Attention):
         num_landmarks: int = 64,
         residual_conv_kernel: int = 33,
         front_pad: bool = False,
+        pinv_init: str = "head",
         use_fused: bool = False,
         **kwargs: Any,
     ):
         super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
         check_at_least(1, num_landmarks=num_landmarks)
         check_odd(residual_conv_kernel=residual_conv_kernel)
-        self.num_landmarks, self.front_pad = num_landmarks, front_pad
+        check_choice("pinv_init", pinv_init, PINV_INITS)
+        self.num_landmarks, self.front_pad, self.pinv_init = num_landmarks, front_pad, pinv_init
+        self.couples_images = pinv_init == "batch"
         self.qkv = nn.Linear(dim, 3 * self.inner_dim, bias=False)
         self.res_conv = nn.Conv2d(
             num_heads,
@@ -225,7 +230,8 @@ class NystromAttention(_Attention):
         q, k = self.place(q, k)
         fused = is_plain(self.res_conv) and self.res_conv.bias is None
         taps = self.res_conv.weight if fused else None
-        out = cxv_kernels.nystrom_attention(q, k, v, self.num_landmarks, residual_weight=taps, backend=self.backend)
+        options = {"residual_weight": taps, "pinv_init": self.pinv_init, "backend": self.backend}
+        out = cxv_kernels.nystrom_attention(q, k, v, self.num_landmarks, **options)
         out = out if fused else out + self.res_conv(v)
         return self.project(out[:, :, pad:], drop, x)
 

@@ -17,7 +17,20 @@ from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .backbone import Backbone
 from .residual import Drop, ResidualBranch, convolve, is_plain, to_pixels, to_tokens, watched
 
-NORMS = {"layer": nn.LayerNorm, "batch": nn.BatchNorm2d}
+
+class StdLayerNorm(nn.LayerNorm):
+    """The released code's LayerNorm: (x − μ) / (σ + eps) instead of (x − μ) / √(σ² + eps).
+
+    Its gradient is NaN where all channels are equal.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) → the same."""
+        std = x.var(dim=-1, correction=0, keepdim=True).sqrt()
+        return (x - x.mean(dim=-1, keepdim=True)) / (std + self.eps) * self.weight + self.bias
+
+
+NORMS = {"layer": nn.LayerNorm, "layer_std": StdLayerNorm, "batch": nn.BatchNorm2d}
 CONV_RESIDUALS = (None, "conv", "conv_norm")
 
 
@@ -127,8 +140,9 @@ class CXV(Backbone):
         conv_residual: a residual around the ``"conv"`` or the ``"conv_norm"`` of a layer, where the channels agree, so
             not in layer 0 ("no gain").
         positions: ``"learned"``, a vector per token at the entry of each attention, or ``"rotary"`` ("no gain").
-        norm: ``"layer"``, or ``"batch"`` (over 4 points lost). norm_every: 2 leaves it to layers 0, 2, 4 … ("the loss
-            does not converge").
+        norm: ``"layer"``, ``"layer_std"`` (the released code's, whose eps is added to the standard deviation; its
+            gradient is NaN where a pixel's channels are equal) or ``"batch"`` (over 4 points lost).
+        norm_every: 2 leaves the norm to layers 0, 2, 4 … ("the loss does not converge").
         pre_norm: a LayerNorm inside each residual branch, besides the others ("degraded considerably").
 
     Raises:
@@ -220,6 +234,7 @@ class CPV(CXV):
         attn_kernel: ``"softmax"`` (what the released code runs) or ``"relu"`` (what the text says).
         attn_eps, stabilizer: as in :func:`cxv_kernels.performer_attention`. ``attn_eps=0`` is FAVOR+ proper; the
             default's 1e-4 comes to outweigh the keys in training, so that heads mostly average.
+            ``stabilizer="batch"`` is the released code.
         local_heads, local_window: heads that attend to windows of so many tokens and their neighbours instead (the
             text's window is 256; the released code has no local heads).
         **kwargs: see :class:`CXV`.
@@ -248,13 +263,20 @@ class CNV(CXV):
         residual_conv_kernel: taps of the convolution of v along the tokens.
         front_pad: zeros before the tokens up to a multiple of the landmarks, as in the released code, rather than
             segments of unequal length.
+        pinv_init: as in :func:`cxv_kernels.nystrom_attention`; ``"batch"`` is the released code.
         **kwargs: see :class:`CXV`.
     """
 
     def __init__(
-        self, *, num_landmarks: int = 64, residual_conv_kernel: int = 33, front_pad: bool = False, **kwargs: Any
+        self,
+        *,
+        num_landmarks: int = 64,
+        residual_conv_kernel: int = 33,
+        front_pad: bool = False,
+        pinv_init: str = "head",
+        **kwargs: Any,
     ):
-        options = {"num_landmarks": num_landmarks, "residual_conv_kernel": residual_conv_kernel}
+        options = {"num_landmarks": num_landmarks, "residual_conv_kernel": residual_conv_kernel, "pinv_init": pinv_init}
         super().__init__(partial(NystromAttention, front_pad=front_pad, **options), **kwargs)
 
 

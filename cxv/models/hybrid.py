@@ -144,15 +144,15 @@ class HybridViN(Hybrid):
     count them.
 
     Args:
-        num_landmarks, residual_conv_kernel: as in :class:`cxv.CNV`.
+        num_landmarks, residual_conv_kernel, pinv_init: as in :class:`cxv.CNV`.
         **kwargs: see :class:`Hybrid`.
     """
 
-    def __init__(self, *, num_landmarks: int = 64, residual_conv_kernel: int = 33, **kwargs: Any):
-        attention = partial(
-            NystromAttention, num_landmarks=num_landmarks, residual_conv_kernel=residual_conv_kernel, front_pad=True
-        )
-        super().__init__(attention, cls_token=True, **kwargs)
+    def __init__(
+        self, *, num_landmarks: int = 64, residual_conv_kernel: int = 33, pinv_init: str = "head", **kwargs: Any
+    ):
+        options = {"num_landmarks": num_landmarks, "residual_conv_kernel": residual_conv_kernel, "pinv_init": pinv_init}
+        super().__init__(partial(NystromAttention, front_pad=True, **options), cls_token=True, **kwargs)
 
 
 class HybridViLT(Hybrid):
