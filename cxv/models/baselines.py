@@ -22,6 +22,14 @@ def _library(name: str, model: str) -> ModuleType:
         ) from error
 
 
+def _reset_parameters(model: nn.Module) -> nn.Module:
+    """Draw the weights as PyTorch's layers do by default, as the authors' models are, instead of timm's way."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.reset_parameters()
+    return model
+
+
 def resnet(
     depth: int,
     img_size: int | Sequence[int] = 32,
@@ -56,8 +64,11 @@ def vit(
     drop_rate: float = 0.5,
     patch_size: int = 1,
 ) -> nn.Module:
-    """timm's ViT (Dosovitskiy et al. 2021) on pixels: no bias in qkv, dropout after the projections and in the MLP."""
-    return _library("timm.models.vision_transformer", "vit").VisionTransformer(
+    """timm's ViT (Dosovitskiy et al. 2021) on pixels, with the authors' dropout, norms and initialization.
+
+    qkv has no bias; dropout follows the attention's projection and both layers of the MLP.
+    """
+    model = _library("timm.models.vision_transformer", "vit").VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
         in_chans=in_chans,
@@ -68,7 +79,11 @@ def vit(
         mlp_ratio=mlp_ratio,
         qkv_bias=False,
         proj_drop_rate=drop_rate,
+        norm_layer=nn.LayerNorm,
     )
+    nn.init.normal_(model.cls_token)
+    nn.init.normal_(model.pos_embed)
+    return _reset_parameters(model)
 
 
 def mlp_mixer(
@@ -81,13 +96,14 @@ def mlp_mixer(
     drop_rate: float = 0.5,
     patch_size: int = 1,
 ) -> nn.Module:
-    """timm's MLP-Mixer (Tolstikhin et al. 2021) on pixels; both MLPs widen by ``mlp_ratio``.
+    """timm's MLP-Mixer (Tolstikhin et al. 2021) on pixels, with the authors' dropout, norms and initialization.
 
-    128 channels: with the text's 256 neither the parameters nor the MACs are Table 1's.
+    Both MLPs widen by ``mlp_ratio``. 128 channels: with the text's 256 neither the parameters nor the MACs are
+    Table 1's.
     """
     height, width = image_size(img_size)
     tokens = (height // patch_size) * (width // patch_size)
-    return _library("timm.models.mlp_mixer", "mlp-mixer").MlpMixer(
+    model = _library("timm.models.mlp_mixer", "mlp-mixer").MlpMixer(
         num_classes=num_classes,
         img_size=img_size,
         in_chans=in_chans,
@@ -96,7 +112,9 @@ def mlp_mixer(
         embed_dim=embed_dim,
         mlp_ratio=(mlp_ratio * tokens / embed_dim, mlp_ratio),
         proj_drop_rate=drop_rate,
+        norm_layer=nn.LayerNorm,
     )
+    return _reset_parameters(model)
 
 
 def convmixer(
@@ -174,6 +192,8 @@ def cvt(
 ) -> nn.Module:
     """vit-pytorch's CvT (Wu et al. 2021) in three stages of one width, heads of 64 channels; any image size.
 
+    The attention map has no dropout, as in vit-pytorch at the time of the paper; it was added in March 2022.
+
     Raises:
         ValueError: ``depth`` below 3.
     """
@@ -187,6 +207,9 @@ def cvt(
     model = _library("vit_pytorch.cvt", "cvt").CvT(
         num_classes=num_classes or 1, channels=in_chans, dropout=drop_rate, **stages
     )
+    for module in model.modules():
+        if hasattr(module, "attend"):  # an attention, whose own dropout is that of its map
+            module.dropout = nn.Identity()
     if not num_classes:
         model.to_logits[-1] = nn.Identity()
     return model

@@ -37,7 +37,11 @@ class WaveMixBlock(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop_rate: float):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Conv2d(4 * dim, hidden_dim, 1), nn.GELU(), nn.Dropout(drop_rate), nn.Conv2d(hidden_dim, hidden_dim, 1)
+            nn.Conv2d(4 * dim, hidden_dim, 1),
+            nn.GELU(),
+            nn.Dropout(drop_rate),
+            nn.Conv2d(hidden_dim, hidden_dim, 1),
+            nn.Dropout(drop_rate),
         )
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(hidden_dim, dim // LEVELS, 2**level + 2, stride=2**level, padding=1)
