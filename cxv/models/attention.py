@@ -149,11 +149,6 @@ class PerformerAttention(_Attention):
         self.register_buffer("projection", torch.empty(features, self.head_dim))
         self.redraw_projection_()
 
-    @property
-    def couples_images(self) -> bool:
-        """True with a maximum over the batch."""
-        return self.stabilizer == "batch"
-
     @torch.no_grad()
     def redraw_projection_(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features, from a CPU ``generator`` or, with None, one seeded by the global state; none on
