@@ -123,7 +123,7 @@ def test_needed_gradients_alone_have_the_same_bits(variant, separate):
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 def test_needed_gradients_of_the_state_alone_have_the_same_bits(feature_map):
     inputs = [t.requires_grad_() for t in qkv(1, 1, 1, 20, 12, 9)[1:]]
-    outs = cxv_kernels.kv_state(k, v, feature_map=feature_map, backend="triton")
+    outs = cxv_kernels.kv_state(*inputs, feature_map=feature_map, backend="triton")
     every = torch.autograd.grad(outs, inputs, [o.detach().cos() for o in outs])
     for i in range(2):
         some = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
