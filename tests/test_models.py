@@ -111,6 +111,35 @@ def test_dropout_drops_the_same_fused_or_not(name, mode, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-2/2", "hybrid-vin-2/2", "hybrid-vilt-2/2"])
+def test_recompute_changes_memory_alone(name, monkeypatch):
+    """With ``recompute=False`` outputs and gradients are the same, with dropout too, and autograd keeps more bytes."""
+    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)  # chunks of two images, the last of one
+    lean, fast = (small(name, img_size=9, use_fused=True, recompute=r).double().train() for r in (True, False))
+    fast.load_state_dict(lean.state_dict())
+    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    results, saved_bytes = [], []
+    for model in (lean, fast):
+        storages = {}
+
+        def pack(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
+        saved_bytes.append(sum(storages.values()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert saved_bytes[1] > 1.5 * saved_bytes[0]
+
+
+def test_recompute_is_accepted_by_models_without_fused_ops():
+    assert not hasattr(cxv.create_model("fnet-2", embed_dim=16, recompute=False), "recompute")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hundred_steps_fused_and_not(name):

@@ -55,6 +55,7 @@ class _Attention(ResidualBranch):
         pre_norm: a LayerNorm at the branch's entry.
         positions: None, ``"learned"`` (a vector per token, added at the entry) or ``"rotary"`` (of q and k).
         num_tokens: H·W, for learned positions.
+        recompute: see ``ResidualBranch``.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class _Attention(ResidualBranch):
         pre_norm: bool = False,
         positions: str | None = None,
         num_tokens: int = 0,
+        recompute: bool = True,
     ):
-        super().__init__(drop_rate, use_fused, dim if pre_norm else None)
+        super().__init__(drop_rate, use_fused, dim if pre_norm else None, recompute)
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads must divide the embedding dimension {dim}, got {num_heads}")
         check_choice("positions", positions, POSITIONS)

@@ -85,8 +85,16 @@ class Mlp(ResidualBranch):
 
     num_drops = 2
 
-    def __init__(self, dim: int, hidden_dim: int, drop_rate: float, use_fused: bool = False, pre_norm: bool = False):
-        super().__init__(drop_rate, use_fused, dim if pre_norm else None)
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop_rate: float,
+        use_fused: bool = False,
+        pre_norm: bool = False,
+        recompute: bool = True,
+    ):
+        super().__init__(drop_rate, use_fused, dim if pre_norm else None, recompute)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
@@ -116,8 +124,8 @@ class CXV(Backbone):
     """What CPV, CNV and CLTV share; the defaults are Table 1's rows. Input (B, in_chans, H, W) of any size, float.
 
     Args:
-        make_attention: (dim, num_heads=…, drop_rate=…, use_fused=…, pre_norm=…, positions=…, num_tokens=…) → a module
-            (B, C, H, W) → (B, C, H, W).
+        make_attention: (dim, num_heads=…, drop_rate=…, use_fused=…, pre_norm=…, positions=…, num_tokens=…,
+            recompute=…) → a module (B, C, H, W) → (B, C, H, W).
         img_size: pixels a side, or (H, W); kept as ``model.img_size`` for data pipelines. Without learned positions the
             model takes any size.
         in_chans: input channels. num_classes: classes; 0 leaves out the classifier.
@@ -130,6 +138,8 @@ class CXV(Backbone):
         global_pool: ``"avg"``, or ``""`` for none, where there is no classifier: the output is (B, C, H, W) then.
         use_fused: serve the ops from the fastest backend (see ``cxv_kernels.use_backend``) instead of the reference;
             parameters, ``state_dict`` and outputs are the same.
+        recompute: False keeps the activations of attention and MLP for the backward pass instead of recomputing them.
+            Training steps are faster and need more memory; outputs and gradients are the same. Only for ``use_fused``.
         stem_convs: 1 to 3 convolutions in the stem, to C/2 channels, halved towards the image (Table 2, CNV on
             CIFAR-10: 89.45, 89.93 and 89.56 %).
         stem_padding: 0 lets the stem shrink the image (17 % less memory, under 2 points lost).
@@ -164,6 +174,7 @@ class CXV(Backbone):
         stem_stride: int = 1,
         global_pool: str = "avg",
         use_fused: bool = False,
+        recompute: bool = True,
         stem_convs: int = 2,
         stem_padding: int = 1,
         stem_act: bool = False,
@@ -205,7 +216,7 @@ class CXV(Backbone):
             stem += [nn.MaxPool2d(3, stride=1, padding=1)] if stem_pool else []
         self.stem = nn.Sequential(*stem)
         attention = {"num_heads": num_heads, "drop_rate": drop_rate, "use_fused": use_fused, "pre_norm": pre_norm}
-        attention |= {"positions": positions, "num_tokens": size[0] * size[1]}
+        attention |= {"positions": positions, "num_tokens": size[0] * size[1], "recompute": recompute}
 
         hidden = hidden_width(embed_dim, mlp_ratio)
 
@@ -220,7 +231,7 @@ class CXV(Backbone):
             Layer(
                 conv_norm(i),
                 make_attention(embed_dim, **attention),
-                Mlp(embed_dim, hidden, drop_rate, use_fused, pre_norm),
+                Mlp(embed_dim, hidden, drop_rate, use_fused, pre_norm, recompute),
             )
             for i in range(depth)
         )

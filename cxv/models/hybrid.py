@@ -36,7 +36,8 @@ class Hybrid(Backbone):
     """What the hybrids share: three 3×3 convolutions, pre-norm layers of attention and MLP, and a linear classifier.
 
     Args:
-        make_attention: (dim, num_heads=…, head_dim=…, drop_rate=…, use_fused=…, pre_norm=…) → a residual branch.
+        make_attention: (dim, num_heads=…, head_dim=…, drop_rate=…, use_fused=…, recompute=…, pre_norm=…) → a residual
+            branch.
         cls_token: a class token and learned positions, the class token being what is classified after a LayerNorm;
             without them (Hybrid ViLT) the average over the pixels is.
         img_size: pixels a side, or (H, W); without ``cls_token`` any size is taken.
@@ -47,7 +48,7 @@ class Hybrid(Backbone):
         stem_stride: of the first convolution (2 for 64×64 images).
         global_pool: ``"token"`` with a class token, else ``"avg"``; ``""`` for none, where there is no classifier: the
             output is that of ``forward_features`` then. None is ``"token"`` or ``"avg"``.
-        use_fused: as in :class:`cxv.CXV`.
+        use_fused, recompute: as in :class:`cxv.CXV`.
 
     Raises:
         ValueError: an argument out of range; from ``forward``, an image of another size or channel count.
@@ -70,6 +71,7 @@ class Hybrid(Backbone):
         stem_stride: int = 1,
         global_pool: str | None = None,
         use_fused: bool = False,
+        recompute: bool = True,
     ):
         super().__init__()
         check_at_least(4, embed_dim=embed_dim)
@@ -88,12 +90,13 @@ class Hybrid(Backbone):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)) if cls_token else None
         height, width = (-(-side // stem_stride) for side in image_size(img_size))
         self.pos_embed = nn.Parameter(torch.randn(1, height * width + 1, embed_dim)) if cls_token else None
-        options = {"num_heads": num_heads, "head_dim": head_dim, "drop_rate": 0.0, "use_fused": use_fused}
+        options = {"num_heads": num_heads, "head_dim": head_dim, "drop_rate": 0.0}
+        options |= {"use_fused": use_fused, "recompute": recompute}
         hidden = hidden_width(embed_dim, mlp_ratio)
         self.layers = nn.ModuleList(
             nn.Sequential(
                 make_attention(embed_dim, **options, pre_norm=True),
-                Mlp(embed_dim, hidden, drop_rate, use_fused, pre_norm=True),
+                Mlp(embed_dim, hidden, drop_rate, use_fused, pre_norm=True, recompute=recompute),
             )
             for _ in range(depth)
         )

@@ -91,7 +91,7 @@ def create_model(
         device, dtype: of the model; None leaves parameters and buffers where and as they are made. The same seed gives
             the same weights on every device.
         **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`.
-            ``use_fused`` is accepted by all, and means nothing where the model has no op of ours.
+            ``use_fused`` and ``recompute`` are accepted by all models; those without fused ops ignore them.
 
     Raises:
         ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name; a checkpoint that is missing,
@@ -108,7 +108,7 @@ def create_model(
     model = build(
         depth=depth,
         **({} if heads is None else {"num_heads": heads}),
-        **{k: v for k, v in kwargs.items() if build in _FUSED or k != "use_fused"},
+        **{k: v for k, v in kwargs.items() if build in _FUSED or k not in ("use_fused", "recompute")},
     )
     model.model_name, model.model_kwargs = name.lower(), kwargs  # what save_safetensors writes beside the weights
     return model.to(device=device, dtype=dtype)

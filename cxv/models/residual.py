@@ -102,6 +102,7 @@ class ResidualBranch(nn.Module):
     Args:
         drop_rate: probability of a zero in training. use_fused: see above; False also pins the reference.
         pre_norm: channels of a LayerNorm at the branch's entry; None for none.
+        recompute: False keeps the activations for backward instead, on the whole batch: faster, with more memory.
     """
 
     num_drops = 1  # dropouts of the branch
@@ -109,11 +110,12 @@ class ResidualBranch(nn.Module):
     couples_images = False  # True if the result for an image depends on the other images of the batch
     __prepare_scriptable__ = refuse_torchscript
 
-    def __init__(self, drop_rate: float, use_fused: bool, pre_norm: int | None = None):
+    def __init__(self, drop_rate: float, use_fused: bool, pre_norm: int | None = None, recompute: bool = True):
         super().__init__()
         self.pre_norm = None if pre_norm is None else nn.LayerNorm(pre_norm)
         self.drop_rate = drop_rate
         self.use_fused = use_fused
+        self.recompute = recompute
         self.backend = None if use_fused else "reference"
 
     def branch(self, x: Tensor, drop: Drop, *more_drops: Drop) -> Tensor:
@@ -128,7 +130,7 @@ class ResidualBranch(nn.Module):
         seeds = [cxv_kernels.dropout_seed(x.device) for _ in range(self.num_drops)] if dropping else []
         first, drops = self.first_image, (self.drop_rate, *seeds)
         keep = torch.is_grad_enabled()
-        if not self.use_fused or not all(map(is_plain, self.children())):
+        if not self.use_fused or not all(map(is_plain, self.children())) or (keep and not self.recompute):
             return self._run(x, first, *drops)
         if torch.compiler.is_compiling():  # the compiler plans memory itself
             recompute = keep and not torch.compiler.is_exporting()
