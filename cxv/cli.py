@@ -23,6 +23,7 @@ from .training.data import DATASETS, load_data, normalise
 from .training.distributed import PeerError, World, process_group
 from .training.errors import InputError
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, predict, train
+from .training.optim import SCHEDULES
 from .training.report import Report, check_suffix
 from .training.seeds import has_seeds, train_seeds
 from .training.sources import decode_image
@@ -270,6 +271,12 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="fused kernels or plain PyTorch (default: --fused)",
     )
+    g.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help="with --fused: recompute activations in the backward pass to save memory, or keep them, which is faster "
+        "(default: --recompute)",
+    )
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="NAME", help=f"{', '.join(DATASETS)} (default: digits)")
     g.add_argument(
@@ -307,7 +314,9 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         choices=RECIPES,
         help="the paper's: DualOpT, caps of 300 and 100 epochs, patience 20, batches of 128, both rates 0.001, fp32; "
-        "paper-augmented adds RandAugment (cnv, cpv: 1,1; cltv: 3,3) and --post-train; arguments given besides win",
+        "paper-augmented adds RandAugment (cnv, cpv: 1,1; cltv: 3,3) and --post-train; modern is for few epochs (30): "
+        "AdamW with a one-cycle rate, flips and crops, label smoothing, EMA, no dropout, bf16, and images that grow "
+        "from half their size; arguments given besides win",
     )
     g.add_argument(
         "--optimizer",
@@ -315,10 +324,21 @@ def _parser() -> argparse.ArgumentParser:
         help="DualOpT, or AdamW or SGD alone, by the same rule of --patience (default: dualopt)",
     )
     g.add_argument(
+        "--hflip",
+        action=argparse.BooleanOptionalAction,
+        help="flip every second training image, at random (default: no)",
+    )
+    g.add_argument(
+        "--random-crop",
+        type=_at_least(1),
+        metavar="PIXELS",
+        help="pad training images by so many black pixels a side and crop them at random to their size (default: no)",
+    )
+    g.add_argument(
         "--rand-augment",
         type=_numbers(2, "OPS,MAGNITUDE"),
         metavar="OPS,MAGNITUDE",
-        help="RandAugment: operations an image, magnitude from 0 to 30; no flips or crops (default: no augmentation)",
+        help="RandAugment: operations an image, magnitude from 0 to 30 (default: none)",
     )
     g.add_argument(
         "--post-train",
@@ -355,6 +375,40 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of a gradient (default: no limit)")
     g.add_argument("--lr", type=float, help="of AdamW, or of the only optimiser (default: 0.001)")
     g.add_argument("--sgd-lr", type=float, metavar="LR", help="of DualOpT's SGD (default: 0.001)")
+    g.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="how the rate changes over --epochs: not at all, by a cosine to 0, or PyTorch's OneCycleLR; --lr is the "
+        "peak; cosine and onecycle need --optimizer adamw or sgd (default: constant)",
+    )
+    g.add_argument(
+        "--warmup-epochs",
+        type=float,
+        metavar="N",
+        help="epochs until the peak of the schedule, a fraction too (default: none for cosine, 30 %% for onecycle)",
+    )
+    g.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="DECAY",
+        help="AdamW's, of matrices and convolutions, not of norms, biases and positions (default: 0.01 of everything)",
+    )
+    g.add_argument(
+        "--label-smoothing", type=float, metavar="P", help="of the training loss, from 0 to less than 1 (default: 0)"
+    )
+    g.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="DECAY",
+        help="average the weights over the steps with this decay, e.g. 0.999; the average is evaluated and used "
+        "(default: no average)",
+    )
+    g.add_argument(
+        "--progressive",
+        type=_stages,
+        metavar="SIZE:EPOCHS,…",
+        help="train at growing image sizes, e.g. 16:10,24:4,32:6, with a model that takes any size (default: one size)",
+    )
     g = p.add_argument_group("training")
     g.add_argument(
         "--precision",
@@ -492,6 +546,13 @@ def name_value(text: str) -> tuple[str, int | float | bool | str | None]:
         with suppress(ValueError):
             return name, number(value)
     return name, value
+
+
+def _stages(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((int(size), int(epochs)) for size, epochs in (stage.split(":") for stage in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected SIZE:EPOCHS,… like 16:10,24:4,32:6, got {text!r}") from error
 
 
 def _numbers(count: int | None, example: str):

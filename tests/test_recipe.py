@@ -187,7 +187,7 @@ def test_bad_model_args_are_named(tmp_path, model_args, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"recipe": "papr"}, "--recipe: expected one of paper, paper-augmented, got 'papr'"),
+        ({"recipe": "papr"}, "--recipe: expected one of paper, paper-augmented, modern, got 'papr'"),
         (
             {"recipe": "paper-augmented", "model": "vit-10/4"},
             "--recipe paper-augmented: .* vit-10/4: give --rand",

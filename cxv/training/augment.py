@@ -1,12 +1,14 @@
-"""RandAugment of whole batches, on any device, by torchvision's operations."""
+"""Augmentation of whole batches of uint8 images, on any device."""
 
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cxv_kernels.validation import python_numbers, to_number
@@ -15,6 +17,68 @@ from .sources import need
 
 NUM_BINS = 31
 """The magnitudes that RandAugment knows: 0 to 30."""
+
+
+class Augmentation(Protocol):
+    """Draws for every image of an epoch, and the operation on a batch of images by their rows of these draws."""
+
+    @property
+    def columns(self) -> int:
+        """Numbers drawn for an image."""
+        ...
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """(num_images, columns) int64, a function of the seed and the epoch alone."""
+        ...
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augment ``images`` (B, C, S, S), uint8, by their rows of :meth:`draws` (B, columns)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlipCrop:
+    """A horizontal flip of every second image on average, then a crop of the image's size from the image with
+    ``padding`` black pixels on each side, uniform over the (2·padding + 1)² places.
+
+    torchvision's RandomHorizontalFlip and RandomCrop draw once for a whole batch; here every image has its own draws.
+    """
+
+    hflip: bool
+    padding: int = 0
+    seed: int = 0
+    columns = 3
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """(num_images, 3) int64: whether to flip, then the crop's top and left in the padded image."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"FlipCrop {self.seed} {epoch}".encode()))
+        flip = torch.randint(1 + self.hflip, (num_images, 1), generator=generator)
+        return torch.cat((flip, torch.randint(2 * self.padding + 1, (num_images, 2), generator=generator)), dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        flip, top, left = draws.to(images.device)[:, :, None, None].unbind(1)  # (B, 1, 1) each
+        images = torch.where(flip[:, None].bool(), images.flip(-1), images)
+        if not self.padding:
+            return images
+        place = torch.arange(images.shape[-1], device=images.device)
+        image = torch.arange(len(images), device=images.device)[:, None, None]
+        padded = F.pad(images, (self.padding,) * 4)
+        return padded[image, :, top + place[:, None], left + place].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Augmentations one after the other."""
+
+    steps: tuple[Augmentation, ...]
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        return torch.cat([step.draws(num_images, epoch) for step in self.steps], dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        for step, own in zip(self.steps, draws.split([step.columns for step in self.steps], dim=1), strict=True):
+            images = step(images, own)
+        return images
 
 
 @dataclass(frozen=True)
@@ -33,6 +97,10 @@ class RandAugment:
     def __post_init__(self) -> None:
         for name in ("num_ops", "magnitude", "seed"):
             object.__setattr__(self, name, to_number(getattr(self, name)))
+
+    @property
+    def columns(self) -> int:
+        return self.num_ops
 
     @python_numbers
     def draws(self, num_images: int, epoch: int) -> Tensor:

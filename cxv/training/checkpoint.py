@@ -85,15 +85,18 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def check_space(output: Path, model: nn.Module) -> None:
+def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
     """See that a run's checkpoints find room on the disk, before an epoch is spent on them: by what the disk has free,
     and, as quotas and limits do not show there, by taking the room of one for a moment.
+
+    Args:
+        copies: of the weights in a checkpoint; by default the weights, the best, and two moments.
 
     Raises:
         InputError: they do not, or ``output`` cannot be written to.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    size = 4 * sum(t.numel() * t.element_size() for t in tensors) + 2**18  # the weights, the best, two moments
+    size = copies * sum(t.numel() * t.element_size() for t in tensors) + 2**18
     needed = size * (1 + sum(not (output / name).exists() for name in (LAST, PREVIOUS, BEST)))
     free = shutil.disk_usage(output).free
     if free < needed:

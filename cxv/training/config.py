@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 
 from cxv_kernels.validation import to_number
 
+from ..models.registry import has_fused_ops
 from .augment import NUM_BINS
 from .checkpoint import BEST, LAST, PREVIOUS, read_last
 from .errors import InputError
+from .optim import SCHEDULES
 
 METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
 TENSORBOARD = "tensorboard"
@@ -27,9 +30,13 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 128,
     "accumulate": 1,
     "lr": 1e-3,
+    "schedule": "constant",
+    "label_smoothing": 0.0,
+    "hflip": False,
     "precision": "fp32",
     "compile": False,
     "fused": True,
+    "recompute": True,
     "seed": 0,
     "device": "auto",
     "on_corrupt": "error",
@@ -54,8 +61,26 @@ _PAPER = {
     "sgd_lr": 1e-3,
     "precision": "fp32",
 }
-RECIPES: dict[str, dict[str, Any]] = {"paper": _PAPER, "paper-augmented": _PAPER | {"post_train": True}}
-"""Section 4's recipe, and section 5's with RandAugment and post-training (Table 4)."""
+_MODERN = {
+    "optimizer": "adamw",
+    "epochs": 30,
+    "batch_size": 64,
+    "lr": 2e-3,
+    "schedule": "onecycle",
+    "weight_decay": 0.05,
+    "label_smoothing": 0.1,
+    "ema_decay": 0.999,
+    "hflip": True,
+    "random_crop": 4,
+    "precision": "bf16",
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "paper-augmented": _PAPER | {"post_train": True},
+    "modern": _MODERN,
+}
+"""Section 4's recipe; section 5's with RandAugment and post-training (Table 4); one for few epochs, without dropout, at
+growing image sizes."""
 RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 """Table 4's operations and magnitude, by the family of the model."""
 
@@ -67,6 +92,7 @@ RESERVED = {
     "checkpoint": "a run begins with fresh weights",
     **{name: f"give --{name.replace('_', '-')}" for name in ("img_size", "embed_dim", "drop_rate")},
     "use_fused": "give --fused or --no-fused",
+    "recompute": "give --recompute or --no-recompute",
 }
 """Arguments of a model that ``model_args`` may not set, and why."""
 
@@ -76,6 +102,7 @@ _NUMBERS = {int | None: (int, "a whole number"), float | None: (int | float, "a 
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 _CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
 _CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
+_ONE_PHASE = ("schedule", "warmup_epochs", "ema_decay", "progressive")  # arguments that need a known number of epochs
 
 
 @dataclass
@@ -85,6 +112,10 @@ class TrainConfig:
     Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
     ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the processes of
     a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
+    ``weight_decay`` is that of matrices and convolutions, and given it nothing else decays (None: AdamW's 0.01 of all);
+    ``schedule`` changes the rate after every step, over all epochs, with ``warmup_epochs`` (may be a fraction) to the
+    peak ``lr``; ``ema_decay`` averages the weights over the steps, and the averages are evaluated and saved;
+    ``progressive`` is (image side, epochs) by stage; ``random_crop`` the padding of random crops in pixels;
     ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by;
     ``model_args`` the model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
     :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and the numbers of NumPy or
@@ -101,6 +132,8 @@ class TrainConfig:
     data_on_device: bool | None = None
     recipe: str | None = None
     optimizer: str | None = None
+    hflip: bool | None = None
+    random_crop: int | None = None
     rand_augment: tuple[int, int] | None = None
     post_train: bool | None = None
     validation: int | None = None
@@ -112,6 +145,12 @@ class TrainConfig:
     clip_grad: float | None = None
     lr: float | None = None
     sgd_lr: float | None = None
+    schedule: str | None = None
+    warmup_epochs: float | None = None
+    weight_decay: float | None = None
+    label_smoothing: float | None = None
+    ema_decay: float | None = None
+    progressive: tuple[tuple[int, int], ...] | None = None
     embed_dim: int | None = None
     drop_rate: float | None = None
     stem_stride: int | None = None
@@ -119,6 +158,7 @@ class TrainConfig:
     img_size: int | None = None
     precision: str | None = None
     fused: bool | None = None
+    recompute: bool | None = None
     compile: bool | None = None
     limit_train: int | None = None
     limit_test: int | None = None
@@ -165,10 +205,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
         saved, fallback = read_last(output)
         run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
         full = run | given | {"output": full["output"]}
+        changeable = _CHANGEABLE - ({"epochs"} if run["schedule"] != "constant" or run.get("progressive") else set())
         changed = [
             f"{flag(k)} ({run.get(k)} in the run, {v} now)"
             for k, v in given.items()
-            if k not in _CHANGEABLE and run.get(k) != v
+            if k not in changeable and run.get(k) != v
         ]
         if changed:
             raise InputError(f"--resume: the run in {output} has other arguments: {', '.join(changed)}")
@@ -225,7 +266,13 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         if recipe not in RECIPES:
             raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
         defaults |= RECIPES[recipe]
+    if "progressive" in given:
+        defaults["epochs"] = sum(epochs for _, epochs in given["progressive"])
     full = defaults | given
+    if recipe == "modern" and _is_fused(full["model"]):
+        full.setdefault("drop_rate", 0.0)
+    if full["schedule"] != "constant" and "patience" not in given:
+        full["patience"] = max(1, full["epochs"])  # the schedule ends the run
     if full["optimizer"] == "dualopt":
         full.setdefault("sgd_epochs", -(-full["epochs"] // 3))
         full.setdefault("sgd_lr", 1e-3)
@@ -252,6 +299,7 @@ def _check(config: TrainConfig) -> None:
                 f"{flag(name)}: of DualOpT's second phase, and --optimizer is {config.optimizer}, which has one phase: "
                 f"give {flag(name.removeprefix('sgd_'))}"
             )
+    _check_one_phase(config)
     for name, least in (
         ("epochs", 0),
         ("sgd_epochs", 0),
@@ -259,6 +307,7 @@ def _check(config: TrainConfig) -> None:
         ("batch_size", 1),
         ("accumulate", 1),
         ("stem_stride", 1),
+        ("random_crop", 1),
         ("threads", 1),
     ):
         value = getattr(config, name)
@@ -268,8 +317,17 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(f"{flag(name)}: expected a finite number above 0, got {value}")
-    if config.drop_rate is not None and not 0 <= config.drop_rate < 1:
-        raise InputError(f"--drop-rate: expected at least 0 and less than 1, got {config.drop_rate}")
+    for name in ("drop_rate", "label_smoothing"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise InputError(f"{flag(name)}: expected at least 0 and less than 1, got {value}")
+    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
+        raise InputError(f"--ema-decay: expected more than 0 and less than 1, got {config.ema_decay}")
+    if config.weight_decay is not None:
+        if config.optimizer == "sgd":
+            raise InputError("--weight-decay: AdamW's, and --optimizer is sgd")
+        if not 0 <= config.weight_decay < math.inf:
+            raise InputError(f"--weight-decay: expected a finite number, at least 0, got {config.weight_decay}")
     for name in sorted(RESERVED.keys() & (config.model_args or {}).keys()):
         raise InputError(f"--model-arg {name}: {RESERVED[name]}")
     for name in sorted({"stem_stride", "patch_size"} & (config.model_args or {}).keys()):
@@ -287,6 +345,41 @@ def _check(config: TrainConfig) -> None:
             )
     elif config.post_train:
         raise InputError("--post-train: it follows training on augmented images: give --rand-augment too")
+
+
+def _check_one_phase(config: TrainConfig) -> None:
+    """Check what fits a single phase of training alone: the schedule, the average of weights, growing images."""
+    if config.schedule not in SCHEDULES:
+        raise InputError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {config.schedule!r}")
+    for name in _ONE_PHASE:
+        value = getattr(config, name)
+        if value in (None, "constant"):
+            continue
+        if config.optimizer == "dualopt":
+            raise InputError(f"{flag(name)}: needs a single phase, and --optimizer is dualopt: give adamw or sgd")
+        if config.post_train:
+            raise InputError(f"{flag(name)}: needs a single phase, and --post-train adds one: leave one of them out")
+    if config.warmup_epochs is not None:
+        if config.schedule == "constant":
+            raise InputError("--warmup-epochs: part of a schedule: give --schedule cosine or onecycle too")
+        if not 0 <= config.warmup_epochs < config.epochs:
+            raise InputError(
+                f"--warmup-epochs: expected at least 0 and less than --epochs {config.epochs}, "
+                f"got {config.warmup_epochs}"
+            )
+    if config.progressive is not None:
+        stages = config.progressive
+        if not stages or not all(len(stage) == 2 and min(stage) >= 1 for stage in stages):
+            raise InputError(f"--progressive: expected pairs of a size and epochs, at least 1 each, got {stages}")
+        total = sum(epochs for _, epochs in stages)
+        if total != config.epochs:
+            raise InputError(f"--progressive: its {total} epochs are not --epochs {config.epochs}: leave that out")
+
+
+def _is_fused(model: str) -> bool:
+    with suppress(ValueError):  # an unknown name is reported when the model is built
+        return has_fused_ops(model)
+    return False
 
 
 def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from .sources import (
 )
 
 if TYPE_CHECKING:
-    from .augment import RandAugment
+    from .augment import Augmentation
 
 DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
@@ -300,7 +300,7 @@ def batches(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
     *,
-    augment: "RandAugment | None" = None,
+    augment: "Augmentation | None" = None,
     epoch: int = 0,
     skip: int = 0,
     share: Callable[[Tensor], Tensor] | None = None,

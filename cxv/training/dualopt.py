@@ -48,6 +48,7 @@ class DualOpT:
         sgd_lr, momentum: SGD's. It has no weight decay and no Nesterov momentum.
         max_epochs: the most epochs of the AdamW and of the SGD phase. ``None`` is no cap; 0 leaves that
             phase out.
+        module: the module that owns ``params``, where those are groups: its buffers are kept and reloaded too.
 
     Raises:
         InputError: (a ``ValueError``) an argument is out of its range.
@@ -67,8 +68,9 @@ class DualOpT:
         sgd_lr: float = 1e-3,
         momentum: float = 0.9,
         max_epochs: tuple[int | None, int | None] = (300, 100),
+        module: nn.Module | None = None,
     ):
-        self._module = params if isinstance(params, nn.Module) else None
+        self._module = params if isinstance(params, nn.Module) else module
         self._groups = _groups(params)
         self._params = [p for group in self._groups for p in group["params"]]
         if not self._params:

@@ -16,12 +16,14 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from cxv_kernels.validation import to_number
 
 from ..models.registry import downsampling, has_fused_ops
 from ..models.residual import ResidualBranch
-from .augment import RandAugment
+from .augment import Augmentation, Chain, FlipCrop, RandAugment
 from .checkpoint import (
     BEST,
     LAST,
@@ -31,7 +33,6 @@ from .checkpoint import (
     build_model,
     check_space,
     first_line,
-    load_weights,
     pack_checkpoint,
     read_last,
     rng_state,
@@ -44,7 +45,16 @@ from .distributed import PeerError, World
 from .dualopt import DualOpT
 from .errors import InputError, out_of_memory
 from .interrupt import Interrupted, deferred_interrupts, interruptible
+from .optim import (
+    load_scheduler,
+    load_weights_state,
+    make_average,
+    make_scheduler,
+    weight_decay_groups,
+    weights_state,
+)
 from .progress import Progress
+from .progressive import image_size_of, resize_batch, set_progressive
 from .summary import summarise, summary_line
 from .tensorboard import TensorBoard
 from .verify import verify_kernels
@@ -111,6 +121,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         )
     )
     config.img_size = data.img_size
+    set_progressive(config)
     fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
     theirs = world.from_main(lambda: fingerprint)
     with world.together():
@@ -130,15 +141,18 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
     if config.stem_stride is not None:
         kwargs[downsampling(config.model)] = config.stem_stride
-    kwargs |= config.model_args or {}
+    kwargs |= ({} if config.recompute else {"recompute": False}) | (config.model_args or {})
     with world.together():
         model = build_model(config.model, kwargs).to(device)
         checked = verify_kernels(model, device, PRECISIONS[config.precision])
-        _try_model(model, config.model, (data.in_chans, data.img_size, data.img_size), device, autocast)
+        for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
+            _try_model(model, config.model, (data.in_chans, size, size), device, autocast)
     if config.compile:
         model.compile()  # in place: the same parameters by the same names
     opt = _optimiser(model, config)
-    augment = None if config.rand_augment is None else RandAugment(*config.rand_augment, seed=config.seed)
+    average = make_average(model, config.ema_decay)
+    copies = 4 if average is None else 5  # of the weights in a checkpoint: these, the best, two moments
+    augment = _augmentation(config)
     selection = "test" if data.validation is None else "validation"
     post_training, position = False, None
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -147,7 +161,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
 
     if saved is not None:
         with world.together():
-            load_weights(model, saved, output / (LAST if fallback is None else PREVIOUS))
+            load_weights_state(model, average, saved, output / (LAST if fallback is None else PREVIOUS))
         opt.load_state_dict(saved["optimiser"])
         scaler.load_state_dict(saved["scaler"])
         sampler.set_state(saved["sampler"])
@@ -156,6 +170,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         post_training = saved.get("post_training", False)
         # of another phase, where a changed cap ended that one
         position = saved.get("position") if opt.phase == saved["optimiser"]["phase"] else None
+    scheduler = _scheduler(opt, config, len(data.train), saved)
 
     def post_train_if_due() -> None:
         nonlocal post_training, position
@@ -176,7 +191,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     def write(best: bool, position: dict[str, Any] | None, keep: bool) -> None:
         content = pack_checkpoint(
             {
-                "model": model.state_dict(),
+                **weights_state(model, average),
                 "model_name": config.model,
                 "model_kwargs": kwargs,
                 "classes": data.classes,
@@ -186,6 +201,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "data_fingerprint": fingerprint,
                 "optimiser": opt.state_dict(),
                 "post_training": post_training,
+                "scheduler": None if scheduler is None else scheduler.state_dict(),
                 "scaler": scaler.state_dict(),
                 "sampler": sampler.get_state() if position is None else position.pop("sampler"),
                 "position": position,
@@ -228,7 +244,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         with world.together():
             if world.is_main:
                 _make_output(output, config.overwrite)
-                check_space(output, model)
+                check_space(output, model, copies)
         save()  # so that a run killed in its first epoch can be resumed too
     else:
         if fallback is not None:
@@ -248,13 +264,13 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             atomic_write(output / ARGS, (json.dumps(arguments(config), indent=2) + "\n").encode())
             board = TensorBoard(output / TENSORBOARD, history) if config.tensorboard else None
 
-    epoch = _Epoch(model, data, opt, scaler, sampler, config, device, autocast, output, world)
+    epoch = _Epoch(model, data, opt, scaler, sampler, config, device, autocast, output, world, scheduler, average)
     try:
         with deferred_interrupts():
             while not opt.finished:
                 with world.together():
                     if world.is_main:
-                        check_space(output, model)
+                        check_space(output, model, copies)
                 epoch.augment = None if post_training else augment
                 row = epoch(position)
                 position = None
@@ -439,11 +455,14 @@ class _Epoch:
     autocast: Callable[[], AbstractContextManager]
     output: Path
     world: World
-    augment: RandAugment | None = None
+    scheduler: LRScheduler | None = None
+    average: AveragedModel | None = None
+    augment: Augmentation | None = None
 
     def __post_init__(self) -> None:
         self._parallel = self.world.wrap(self.model)
         self._branches = [module for module in self.model.modules() if isinstance(module, ResidualBranch)]
+        self._evaluated = self.model if self.average is None else self.average.module
         self._start: Tensor | None = None  # the sampler's state before the epoch; None when none is running
 
     @property
@@ -457,15 +476,16 @@ class _Epoch:
     def __call__(self, position: dict[str, Any] | None = None) -> dict[str, Any]:
         opt, config = self.opt, self.config
         self._number, start = opt.epoch + 1, time.perf_counter()
-        phase, lr = opt.phase, opt.param_groups[0]["lr"]
+        size = image_size_of(config.progressive, self._number)
+        phase = opt.phase
         total = len(self.data.train)
         batch_size = config.batch_size * config.accumulate
         self._steps = math.ceil(total / batch_size)
         # (this process's loss and hits, every process's images) of the batches since the last look
         self._pending: list[tuple[Tensor, Tensor, int]] = []
         self._start = self.sampler.get_state()
-        position = position or dict.fromkeys(_POSITION, 0)
-        self._step, self._loss_sum, self._hits, self._seen, self._skipped = (position[k] for k in _POSITION)
+        position = dict.fromkeys(_POSITION, 0) | {"lr": opt.param_groups[0]["lr"]} | (position or {})
+        self._step, self._loss_sum, self._hits, self._seen, self._skipped, self._lr = (position[k] for k in _POSITION)
         done = self._seen
         self.model.train()
         source = batches(
@@ -482,7 +502,7 @@ class _Epoch:
             progress.update(done)
             for x, y in interruptible(source, self.world.max):
                 images = min(batch_size, total - self._step * batch_size)
-                self._train_step(x, y, images)
+                self._train_step(x if size is None else resize_batch(x, size), y, images)
                 self._step += 1
                 shown = {}
                 if self._step % _CHECK_EVERY == 0 or self._step == self._steps:
@@ -491,14 +511,16 @@ class _Epoch:
                     shown = {"loss": f"{mean:.4f}", "top-1": f"{100 * self._hits / self._seen:.1f} %"}
                 progress.update(images, **shown)
         train_seconds = time.perf_counter() - start
-        self.world.broadcast_buffers(self.model)
+        for model in dict.fromkeys((self.model, self._evaluated)):
+            self.world.broadcast_buffers(model)
         scores = self._evaluate()
         self._start = None
         return {
             "epoch": self._number,
             "phase": phase,
-            "augmented": self.augment is not None,
-            "lr": lr,
+            "augmented": self.augment is not None and config.rand_augment is not None,
+            **({} if size is None else {"img_size": size}),
+            "lr": self._lr,
             "train_loss": self._loss_sum / total,
             "train_top1": 100 * self._hits / total,
             **scores,
@@ -522,7 +544,7 @@ class _Epoch:
             with self._parallel.no_sync() if more else nullcontext():  # gradients are averaged once
                 with self.autocast():
                     logits = self._parallel(x)
-                loss = F.cross_entropy(logits.float(), y)
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
                 mine = len(parts[i])
                 # the mean over all images of all processes, whose mean DistributedDataParallel takes
                 self.scaler.scale(loss * (world.size * mine / total)).backward()
@@ -535,6 +557,10 @@ class _Epoch:
         scale = self.scaler.get_scale()
         self.scaler.update()
         self._skipped += self.scaler.get_scale() < scale  # a gradient overflowed, and the step was not made
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def _seed_dropout(self) -> None:
         """See that the processes do not drop the same elements of different images.
@@ -561,10 +587,11 @@ class _Epoch:
 
     def _evaluate(self) -> dict[str, float]:
         scores: dict[str, float] = {}
+        model = self._evaluated
         for name, split in self.data.splits.items():
             if name == "train":
                 continue
-            loss, top1 = evaluate(self.model, split, self.config.batch_size, self.device, self.autocast, self.world)
+            loss, top1 = evaluate(model, split, self.config.batch_size, self.device, self.autocast, self.world)
             # the last step of the epoch can break weights whose loss was still finite
             if not math.isfinite(loss):
                 where = f"at epoch {self._number}, after batch {self._steps} of {self._steps}"
@@ -579,7 +606,7 @@ class _Epoch:
         )
 
 
-_POSITION = ("step", "loss_sum", "hits", "seen", "skipped")
+_POSITION = ("step", "loss_sum", "hits", "seen", "skipped", "lr")  # "lr": that of the epoch's first step
 
 
 def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
@@ -625,11 +652,12 @@ def _make_output(output: Path, overwrite: bool) -> None:
 
 def _epoch_line(row: dict[str, Any], best: bool) -> str:
     held = ""
+    size = f"at {row['img_size']} px  " if "img_size" in row else ""
     if "validation_top1" in row:
         held = f"validation loss {row['validation_loss']:.4f} top-1 {row['validation_top1']:6.2f} %  "
     return (
         f"epoch {row['epoch']:3d} {phase_name(row):5s} lr {row['lr']:g}  loss {row['train_loss']:.4f} "
-        f"top-1 {row['train_top1']:6.2f} %  {held}"
+        f"top-1 {row['train_top1']:6.2f} %  {size}{held}"
         f"test loss {row['test_loss']:.4f} top-1 {row['test_top1']:6.2f} %  "
         f"{row['images_per_second']:.0f} images/s {row['seconds']:.1f} s"
         + (f"  {row['skipped_steps']} steps skipped (fp16 overflow)" if row["skipped_steps"] else "")
@@ -659,6 +687,7 @@ def _recipe_line(config: TrainConfig, selection: str) -> str:
     parts = ["DualOpT" if config.optimizer == "dualopt" else f"{NAMES[config.optimizer]} alone"]
     if config.rand_augment is not None:
         parts[0] += " with RandAugment {},{}".format(*config.rand_augment)
+    parts[0] += "".join(f", {extra}" for extra in _extras(config))
     if config.post_train:
         parts.append("post-training on clean images")
     by = (
@@ -669,16 +698,49 @@ def _recipe_line(config: TrainConfig, selection: str) -> str:
     return f"{', then '.join(parts)}; the best epoch by {by}"
 
 
+def _extras(config: TrainConfig) -> list[str]:
+    """The parts of a recipe that the paper's does not have, for the log."""
+    extras = (
+        ("horizontal flips", config.hflip),
+        (f"random crops with {config.random_crop} pixels of padding", config.random_crop),
+        (f"{config.schedule} learning rate", config.schedule != "constant"),
+        (f"weight decay {config.weight_decay} of matrices", config.weight_decay is not None),
+        (f"label smoothing {config.label_smoothing}", config.label_smoothing),
+        (f"EMA {config.ema_decay}", config.ema_decay),
+    )
+    stages = (f"{epochs} epochs at {size} px" for size, epochs in config.progressive or ())
+    return [text for text, on in extras if on] + list(stages)
+
+
 def _optimiser(model: nn.Module, config: TrainConfig) -> DualOpT:
     if config.optimizer == "sgd":
         return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
     return DualOpT(
-        model,
+        model if config.weight_decay is None else weight_decay_groups(model, config.weight_decay),
         patience=config.patience,
         lr=config.lr,
         sgd_lr=1e-3 if config.sgd_lr is None else config.sgd_lr,
         max_epochs=(config.epochs, config.sgd_epochs or 0),
+        module=model,
     )
+
+
+def _scheduler(opt: DualOpT, config: TrainConfig, num_images: int, saved: dict[str, Any] | None) -> LRScheduler | None:
+    steps = math.ceil(num_images / (config.batch_size * config.accumulate))
+    warmup = None if config.warmup_epochs is None else round(config.warmup_epochs * steps)
+    scheduler = make_scheduler(opt.optimizer, config.schedule, config.lr, config.epochs * steps, warmup)
+    if scheduler is not None and saved is not None:
+        load_scheduler(scheduler, saved["scheduler"], saved["optimiser"]["optimizer"])
+    return scheduler
+
+
+def _augmentation(config: TrainConfig) -> Augmentation | None:
+    steps: list[Augmentation] = []
+    if config.hflip or config.random_crop:
+        steps.append(FlipCrop(config.hflip, config.random_crop or 0, seed=config.seed))
+    if config.rand_augment is not None:
+        steps.append(RandAugment(*config.rand_augment, seed=config.seed))
+    return Chain(tuple(steps)) if len(steps) > 1 else next(iter(steps), None)
 
 
 def _check_same_data(saved: dict[str, Any], data: Data, fingerprint: dict[str, int], output: Path) -> None:
