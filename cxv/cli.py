@@ -247,6 +247,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="see `cxv models` (default: cpv-5/4; for digits cpv-2/4 with --embed-dim 64)",
     )
+    g.add_argument(
+        "--init",
+        metavar="PATH",
+        help="start with the weights of this run, .pt or .safetensors file, with a new classifier if the number of "
+        "classes differs (default: random weights)",
+    )
     g.add_argument("--embed-dim", type=_at_least(1), metavar="N", help="channels (default: the model's own, 128)")
     g.add_argument(
         "--drop-rate", type=float, metavar="P", help="dropout (default: the model's own; the paper's is 0.5)"

@@ -24,7 +24,7 @@ from .training.checkpoint import (
 from .training.data import MEAN, STD
 from .training.errors import InputError
 
-_PRIVATE = ("data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
+_PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
 """A run's arguments that are nobody else's business."""
 
 

@@ -17,7 +17,7 @@ from cxv.training import InputError, TrainConfig, load_model, train
 from cxv.training import loop as loop_module
 from cxv.training.augment import Chain, FlipCrop, RandAugment
 from cxv.training.checkpoint import read_checkpoint
-from cxv.training.config import resolve
+from cxv.training.config import fit_to_data, resolve
 from cxv.training.optim import make_average, make_scheduler, weight_decay_groups
 from cxv.training.progressive import default_stages, image_size_of, resize_batch
 
@@ -25,6 +25,8 @@ SGD = {"optimizer": "sgd", "sgd_epochs": None, "epochs": 3, "schedule": "cosine"
 MODERN = {
     "recipe": "modern",
     "sgd_epochs": None,
+    "hflip": True,
+    "random_crop": 2,
     "limit_test": 40,
     "validation": 40,
     "precision": "fp32",
@@ -146,6 +148,7 @@ def test_average_is_the_exponential_moving_average_and_copies_buffers():
 
 def test_stages_cover_the_epochs():
     assert default_stages(32, 30) == ((16, 15), (24, 6), (32, 9))
+    assert default_stages(8, 3) == ((4, 1), (8, 2))
     assert default_stages(8, 1) == ((8, 1),)
     assert [image_size_of(((4, 1), (8, 2)), epoch) for epoch in (1, 2, 3)] == [4, 8, 8]
     assert image_size_of(None, 1) is None
@@ -237,8 +240,27 @@ def test_resume_is_bit_exact_after_an_interrupt_between_two_steps(whole, tmp_pat
     assert_same_run(output, whole[0])
 
 
+def test_init_starts_from_the_weights_of_a_file(tmp_path, monkeypatch):
+    """The arguments of the file's model hold where none are given, also after ``--resume`` without the file."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer, closure=None: None)
+    one = {"optimizer": "adamw", "epochs": 1, "sgd_epochs": None, "seed": 5}
+    run(tmp_path / "a", **one, model_args={"attn_eps": 0.0}, recompute=False)
+    first = tmp_path / "first.safetensors"
+    cxv.save_safetensors(tmp_path / "a", first)
+    run(tmp_path / "b", **one | {"seed": 6}, embed_dim=None, init=first)
+    first.unlink()
+    train(TrainConfig(output=str(tmp_path / "b"), resume=True, epochs=2), log=str)
+    a, b = (read_checkpoint(tmp_path / name / "last.pt") for name in "ab")
+    assert all(torch.equal(b["model"][k], a["model"][k]) for k in a["model"])
+    assert b["model_kwargs"] == a["model_kwargs"] | {"recompute": True}
+    with pytest.raises(InputError, match=r"--init: .*first\.safetensors: no such file or directory"):
+        run(tmp_path / "c", **one, init=first)
+    with pytest.raises(InputError, match=r"--init: .*a checkpoint of cpv-1/2, and not of cltv-1/2"):
+        run(tmp_path / "c", **one, init=tmp_path / "a", model="cltv-1/2")
+
+
 def test_resume_refuses_other_arguments(whole):
-    given = {"epochs": 9, "ema_decay": 0.5, "weight_decay": 0.5, "hflip": not whole[1].get("recipe"), "random_crop": 2}
+    given = {"epochs": 9, "ema_decay": 0.5, "weight_decay": 0.5, "hflip": not whole[1].get("hflip"), "random_crop": 1}
     for name, value in (given | {"label_smoothing": 0.5, "progressive": ((8, 3),), "warmup_epochs": 1.0}).items():
         with pytest.raises(InputError, match=f"other arguments: --{name.replace('_', '-')} "):
             train(TrainConfig(output=str(whole[0]), resume=True, **{name: value}))
@@ -251,8 +273,14 @@ def test_modern_recipe_is_a_preset():
     config = resolved(recipe="modern", data="cifar10", model="cltv-5/4")
     assert (config.optimizer, config.schedule, config.drop_rate) == ("adamw", "onecycle", 0.0)
     assert (config.epochs, config.patience) == (30, 30)
-    assert (config.hflip, config.random_crop, config.precision) == (True, 4, "bf16")
+    assert (config.hflip, config.precision) == (True, "bf16")
+    fit_to_data(config, 32, 45000)
+    assert (config.random_crop, config.ema_decay) == (4, 0.999)
+    assert config.progressive == ((16, 15), (24, 6), (32, 9))
     assert resolved(recipe="modern", model="resnet-18").drop_rate is None
+    digits = resolved(recipe="modern", data="digits", epochs=10)
+    fit_to_data(digits, 8, 640)
+    assert (digits.hflip, digits.random_crop, digits.ema_decay) == (False, 1, pytest.approx(0.8))
     assert resolved(recipe="modern", progressive=((8, 4), (16, 3))).epochs == 7
     assert resolved(recipe="modern", epochs=12, lr=0.1, patience=3).patience == 3
 
@@ -302,9 +330,16 @@ def test_command_line_gives_every_argument(tmp_path, monkeypatch, capsys):
     configs = []
     monkeypatch.setattr("cxv.cli.train", configs.append)
     words = "train --recipe modern --hflip --random-crop 2 --schedule cosine --warmup-epochs 0.5 --weight-decay 0.1"
-    words += " --label-smoothing 0.2 --ema-decay 0.99 --progressive 4:1,8:2 --no-recompute"
+    words += " --init a.pt --label-smoothing 0.2 --ema-decay 0.99 --progressive 4:1,8:2 --no-recompute"
     assert main([*words.split(), "--output", str(tmp_path)]) == 0
-    expected = {"hflip": True, "random_crop": 2, "schedule": "cosine", "warmup_epochs": 0.5, "weight_decay": 0.1}
+    expected = {
+        "init": "a.pt",
+        "hflip": True,
+        "random_crop": 2,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "weight_decay": 0.1,
+    }
     expected |= {"label_smoothing": 0.2, "ema_decay": 0.99, "progressive": ((4, 1), (8, 2)), "recompute": False}
     assert {name: getattr(configs[0], name) for name in expected} == expected
     assert main(["train", "--progressive", "16-4"]) == 2

@@ -17,6 +17,7 @@ from .augment import NUM_BINS
 from .checkpoint import BEST, LAST, PREVIOUS, read_last
 from .errors import InputError
 from .optim import SCHEDULES
+from .progressive import default_stages
 
 METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
 TENSORBOARD = "tensorboard"
@@ -69,9 +70,7 @@ _MODERN = {
     "schedule": "onecycle",
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
-    "ema_decay": 0.999,
     "hflip": True,
-    "random_crop": 4,
     "precision": "bf16",
 }
 RECIPES: dict[str, dict[str, Any]] = {
@@ -80,7 +79,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "modern": _MODERN,
 }
 """Section 4's recipe; section 5's with RandAugment and post-training (Table 4); one for few epochs, without dropout, at
-growing image sizes."""
+growing image sizes, the rest of which :func:`fit_to_data` sets."""
 RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 """Table 4's operations and magnitude, by the family of the model."""
 
@@ -89,7 +88,7 @@ RESERVED = {
     "in_chans": "it comes from the data",
     "depth": "it comes from the model's name",
     "num_heads": "it comes from the model's name",
-    "checkpoint": "a run begins with fresh weights",
+    "checkpoint": "give --init",
     **{name: f"give --{name.replace('_', '-')}" for name in ("img_size", "embed_dim", "drop_rate")},
     "use_fused": "give --fused or --no-fused",
     "recompute": "give --recompute or --no-recompute",
@@ -109,23 +108,25 @@ _ONE_PHASE = ("schedule", "warmup_epochs", "ema_decay", "progressive")  # argume
 class TrainConfig:
     """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
 
-    Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's first,
-    ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the processes of
-    a data-parallel run share among them, make one step, whose gradient has a norm of at most ``clip_grad``;
-    ``weight_decay`` is that of matrices and convolutions, and given it nothing else decays (None: AdamW's 0.01 of all);
-    ``schedule`` changes the rate after every step, over all epochs, with ``warmup_epochs`` (may be a fraction) to the
-    peak ``lr``; ``ema_decay`` averages the weights over the steps, and the averages are evaluated and saved;
-    ``progressive`` is (image side, epochs) by stage; ``random_crop`` the padding of random crops in pixels;
-    ``rand_augment`` is (operations, magnitude); ``validation`` the number of training images held out to select by;
-    ``model_args`` the model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
-    :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and the numbers of NumPy or
-    of a tensor are kept as ``str`` and numbers.
+    ``init`` is a file or a run whose weights the model starts with, a new classifier where the classes are others in
+    number. Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's
+    first, ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the
+    processes of a data-parallel run share among them, make one step, whose gradient has a norm of at most
+    ``clip_grad``. ``schedule`` changes the rate after every step, over all epochs, with ``warmup_epochs`` (may be a
+    fraction) up to the peak ``lr``. ``weight_decay`` is AdamW's of matrices and convolutions, and 0 of the rest; None
+    is 0.01 of everything. ``ema_decay`` averages the weights over the steps; the average is evaluated and saved.
+    ``progressive`` is (image side, epochs) by stage; ``random_crop`` the padding of random crops; ``rand_augment`` is
+    (operations, magnitude); ``validation`` the number of training images held out to select by; ``model_args`` the
+    model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
+    :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and the numbers of NumPy or of a tensor are kept as
+    ``str`` and numbers.
 
     Raises:
         InputError: an argument that a run's files cannot hold; something else where a number belongs.
     """
 
     model: str | None = None
+    init: str | None = None
     data: str | None = None
     data_dir: str | None = None
     cache_dir: str | None = None
@@ -229,6 +230,28 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
     return config, saved, fallback
 
 
+def fit_to_data(config: TrainConfig, img_size: int, num_images: int) -> None:
+    """Set what depends on the data: the image size, and what the recipe ``"modern"`` makes of it and of the images.
+
+    Raises:
+        InputError: a stage of ``progressive`` has larger images than the data.
+    """
+    config.img_size = img_size
+    if config.recipe == "modern":
+        steps = config.epochs * math.ceil(num_images / (config.batch_size * config.accumulate))
+        derived = {
+            "progressive": default_stages(img_size, config.epochs),
+            "random_crop": max(1, img_size // 8),
+            "ema_decay": min(0.999, max(0.5, 1 - 20 / steps)),
+        }
+        for name, value in derived.items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
+    too_large = [size for size, _ in config.progressive or () if size > img_size]
+    if too_large:
+        raise InputError(f"--progressive: {too_large[0]} pixels, and the images have {img_size} (--img-size)")
+
+
 def default_output(config: TrainConfig) -> str:
     """Where a run goes without ``output``."""
     return _with_defaults({k: v for k, v in asdict(config).items() if v is not None})["output"]
@@ -269,8 +292,8 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     if "progressive" in given:
         defaults["epochs"] = sum(epochs for _, epochs in given["progressive"])
     full = defaults | given
-    if recipe == "modern" and _is_fused(full["model"]):
-        full.setdefault("drop_rate", 0.0)
+    if recipe == "modern":
+        full |= _modern_defaults(full, given)
     if full["schedule"] != "constant" and "patience" not in given:
         full["patience"] = max(1, full["epochs"])  # the schedule ends the run
     if full["optimizer"] == "dualopt":
@@ -376,10 +399,13 @@ def _check_one_phase(config: TrainConfig) -> None:
             raise InputError(f"--progressive: its {total} epochs are not --epochs {config.epochs}: leave that out")
 
 
-def _is_fused(model: str) -> bool:
+def _modern_defaults(full: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's defaults that depend on the model and the dataset."""
+    defaults: dict[str, Any] = {"hflip": False} if full["data"] == "digits" else {}  # a digit has no mirror image
     with suppress(ValueError):  # an unknown name is reported when the model is built
-        return has_fused_ops(model)
-    return False
+        if has_fused_ops(full["model"]):
+            defaults["drop_rate"] = 0.0
+    return {name: value for name, value in defaults.items() if name not in given}
 
 
 def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:

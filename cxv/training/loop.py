@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from cxv_kernels.validation import to_number
 
-from ..models.registry import downsampling, has_fused_ops
+from ..models.registry import create_model, downsampling, has_fused_ops
 from ..models.residual import ResidualBranch
 from .augment import Augmentation, Chain, FlipCrop, RandAugment
 from .checkpoint import (
@@ -38,7 +38,19 @@ from .checkpoint import (
     rng_state,
     set_rng_state,
 )
-from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TENSORBOARD, TrainConfig, arguments, flag, resolve
+from .config import (
+    ARGS,
+    CURVES,
+    METRICS,
+    NAMES,
+    SUMMARY,
+    TENSORBOARD,
+    TrainConfig,
+    arguments,
+    fit_to_data,
+    flag,
+    resolve,
+)
 from .curves import phase_name, plot_curves
 from .data import Data, ImageSet, batches, load_data, to_device
 from .distributed import PeerError, World
@@ -54,7 +66,7 @@ from .optim import (
     weights_state,
 )
 from .progress import Progress
-from .progressive import image_size_of, resize_batch, set_progressive
+from .progressive import image_size_of, resize_batch
 from .summary import summarise, summary_line
 from .tensorboard import TensorBoard
 from .verify import verify_kernels
@@ -120,8 +132,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             log=log,
         )
     )
-    config.img_size = data.img_size
-    set_progressive(config)
+    with world.together():
+        fit_to_data(config, data.img_size, len(data.train))
     fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
     theirs = world.from_main(lambda: fingerprint)
     with world.together():
@@ -141,9 +153,12 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
     if config.stem_stride is not None:
         kwargs[downsampling(config.model)] = config.stem_stride
-    kwargs |= ({} if config.recompute else {"recompute": False}) | (config.model_args or {})
+    if not config.recompute or config.init is not None:  # of the file with the first weights, or the default
+        kwargs["recompute"] = config.recompute
+    kwargs |= config.model_args or {}
     with world.together():
-        model = build_model(config.model, kwargs).to(device)
+        model, kwargs = _build_model(config, kwargs, saved)
+        model.to(device)
         checked = verify_kernels(model, device, PRECISIONS[config.precision])
         for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
             _try_model(model, config.model, (data.in_chans, size, size), device, autocast)
@@ -616,6 +631,24 @@ def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, 
             f"--batch-size: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
         )
     return resolved
+
+
+def _build_model(
+    config: TrainConfig, kwargs: dict[str, Any], saved: dict[str, Any] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, with the weights of ``config.init`` if a run begins with those, and all of its arguments.
+
+    Raises:
+        InputError: the model cannot be built, or the weights are not of this model.
+    """
+    if saved is None and config.init is not None:
+        try:
+            model = create_model(config.model, checkpoint=config.init, **kwargs)
+        except REFUSALS as error:
+            raise InputError(f"--init: {first_line(error)}") from error
+        return model, model.model_kwargs | kwargs
+    kwargs = kwargs if saved is None else saved["model_kwargs"] | kwargs
+    return build_model(config.model, kwargs), kwargs
 
 
 def _try_model(

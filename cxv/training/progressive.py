@@ -3,9 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import TrainConfig
-from .errors import InputError
-
 Stages = tuple[tuple[int, int], ...]
 """(side in pixels, epochs), in order."""
 
@@ -15,22 +12,9 @@ SHARES = (0.5, 0.2)
 """The epochs of a recipe's first stages, over all; the last stage has the rest."""
 
 
-def set_progressive(config: TrainConfig) -> None:
-    """Give the configuration its recipe's stages, if it has none of its own, now that the images' size is known.
-
-    Raises:
-        InputError: a stage has larger images than the data.
-    """
-    if config.progressive is None and config.recipe == "modern":
-        config.progressive = default_stages(config.img_size, config.epochs)
-    too_large = [size for size, _ in config.progressive or () if size > config.img_size]
-    if too_large:
-        raise InputError(f"--progressive: {too_large[0]} pixels, and the images have {config.img_size} (--img-size)")
-
-
 def default_stages(img_size: int, epochs: int) -> Stages:
     """Half of the epochs at half the side, a fifth at three quarters, the rest at the full size."""
-    first, second = (round(share * epochs) for share in SHARES)
+    first, second = (int(share * epochs) for share in SHARES)
     counts = (first, second, epochs - first - second)
     sizes = (max(1, round(side * img_size)) for side in SIDES)
     return tuple((size, count) for size, count in zip(sizes, counts, strict=True) if count)
