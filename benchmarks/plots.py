@@ -1,142 +1,191 @@
-"""Redraws every picture of the README from the JSON files beside it. ``python benchmarks/plots.py [FOLDER]``"""
+"""Redraw every picture of the benchmarks from their CSV files.
 
+python benchmarks/plots.py
+"""
+
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import attn_mem_plot
-import gpu_report
-import model_mem_plot
-import table1_plot
-from common import Parser
+from _harness import RESULTS, TABLE1_GB, Row, read_rows
+from _report import BUDGET_BYTES, by_host, latest
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-OPS = {"performer_attention": ("Performer", "#d1495b"), "linear_attention": ("linear", "#1b7f9e")}
-STYLES = {"triton": "-", "cuda": "--", "cpp": "-", "sdpa": ":"}
-GREY = "#5a5a5a"
+COLORS = {"performer": "#d1495b", "linear": "#1b7f9e", "nystrom": "#e0a100", "sdpa": "#5a5a5a"}
+LABELS = {"performer": "Performer", "linear": "linear", "nystrom": "Nyström", "sdpa": "softmax (SDPA)"}
+MODEL_COLORS = {"cpv": COLORS["performer"], "cnv": COLORS["nystrom"], "cltv": COLORS["linear"]}
+MODE_COLORS = {"eager": "#5a5a5a", "fused": "#1b7f9e", "checkpointed": "#d1495b"}
+STYLES = {"torch": "-", "reference": "--", "fused": "-"}
+GRAY = "#444444"
+FONTS = {"font.size": 12, "axes.titlesize": 12.5, "legend.fontsize": 11, "legend.frameon": False}
 
 
-def draw_gpu(results: dict[str, Any], path: Path) -> None:
-    """Up to three panels into a PNG: time over N, the rivals at the paper's size, a training step of the models."""
-    panels = [panel for panel in (_sweep, _rivals, _training) if panel(results, None)]
-    with rc_context({"font.size": 11.5, "axes.titlesize": 12, "legend.fontsize": 10.5, "legend.frameon": False}):
-        figure = Figure(figsize=(5.6 * max(len(panels), 1), 4.8), dpi=150, layout="constrained")
-        for i, panel in enumerate(panels):
+def draw_memory(rows: Sequence[Row], path: Path) -> None:
+    """Two panels: peak memory of attention against N, and of a training step per model."""
+    dtype = rows[0].dtype
+    rows = [row for row in rows if row.dtype == dtype]
+    panels = [
+        (panel, mine)
+        for panel, section in ((_attention, "attention"), (_models, "model"))
+        if (mine := [row for row in rows if row.section == section])
+    ]
+    with rc_context(FONTS):
+        figure = Figure(figsize=(6 * len(panels), 5), dpi=160, layout="constrained")
+        for i, (panel, mine) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), i + 1)
-            panel(results, axes)
-            axes.grid(alpha=0.25, axis="both" if panel is _sweep else "x")
-            axes.set_axisbelow(True)
+            panel(mine, axes)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"On {results['environment'].get('device_name')}", fontweight="bold")
+        name = rows[0].environment["device_name"]
+        figure.suptitle(f"Peak memory, {dtype}, on {name}", fontweight="bold")
         figure.savefig(path)
 
 
-def _measured(results: dict[str, Any], *sections: str) -> list[dict[str, Any]]:
-    return [row for row in gpu_report.rows_of(results, *sections) if row["status"] == "ok"]
-
-
-def _sweep(results: dict[str, Any], axes: Axes | None) -> bool:
-    """Forward + backward against N."""
+def _attention(rows: Sequence[Row], axes: Axes) -> None:
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in _measured(results, "sweep"):
-        if row["implementation"] in STYLES:
-            point = (row["tokens"], 1e3 * gpu_report.seconds(row, "forward_backward"))
-            # softmax attention is the same beside either op
-            lines.setdefault(("" if row["implementation"] == "sdpa" else row["op"], row["implementation"]), []).append(
-                point
-            )
-    if axes is None or not lines:
-        return bool(lines)
-    for (op, implementation), points in lines.items():
-        name, colour = OPS.get(op, ("softmax (SDPA)", GREY))
-        label = f"{name}, {implementation}" if op else name
-        axes.plot(
-            *zip(*sorted(dict(points).items()), strict=True),
-            STYLES[implementation],
-            color=colour,
-            lw=2.2,
-            marker="o",
-            label=label,
-        )
+    for row in rows:
+        if row.status == "ok":
+            lines.setdefault((row.name, row.implementation), []).append((row.size, row.peak_bytes / 1e6))
+    for (name, implementation), points in sorted(lines.items(), key=lambda item: item[0][0] != "sdpa"):
+        axes.plot(*zip(*points, strict=True), STYLES[implementation], ms=5, **_line(name))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xticks(sorted({row.size for row in rows}))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}"))
-    batch, heads, _, dim = _measured(results, "sweep")[0]["shape"]
-    axes.set_title(f"Forward + backward, batch {batch}, {heads} heads of {dim}")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n % 1024 == 0 else f"{n:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda megabytes, _: f"{megabytes:g}"))
     axes.set_xlabel("tokens N")
-    axes.set_ylabel("ms")
-    axes.legend(loc="upper left")
-    return True
+    axes.set_ylabel("MB")
+    axes.set_title(f"Attention, forward + backward\nbatch {rows[0].batch}, 4 heads of 32 channels")
+    axes.grid(alpha=0.25)
+    names = [name for name in COLORS if any(name == measured for measured, _ in lines)]
+    handles = [Line2D([], [], label=LABELS[name], **_line(name) | {"marker": ""}) for name in names]
+    for implementation in ("reference", "fused"):
+        if any(implementation == measured for _, measured in lines):
+            handles.append(Line2D([], [], color=GRAY, ls=STYLES[implementation], lw=2.2, label=implementation))
+    axes.legend(handles=handles, loc="upper left")
 
 
-def _rivals(results: dict[str, Any], axes: Axes | None) -> bool:
-    """Forward + backward of every implementation at the first size of the run."""
-    rows = _measured(results, "attention")
-    same = ("op", "variant", "shape", "dtype")
-    rows = [row for row in rows if all(row[key] == rows[0][key] for key in same)]
-    rows = list({row["implementation"]: row for row in reversed(rows)}.values())[::-1]  # measured twice: the first
-    if axes is None or not rows:
-        return bool(rows)
-    fused = ("triton", "cuda", "cpp")
-    name, colour = OPS[rows[0]["op"]]
-    times = [1e3 * gpu_report.seconds(row, "forward_backward") for row in rows]
-    colours = [colour if row["implementation"] in fused else GREY for row in rows]
-    _bars(axes, [row["implementation"] for row in rows], times, colours, "ms", "{:.3g}")
-    shape, dtype = ", ".join(f"{n:,}" for n in rows[0]["shape"]), rows[0]["dtype"]
-    axes.set_title(f"{name}, forward + backward\n({shape}), {dtype}")
-    return True
+def _line(name: str) -> dict:
+    """Softmax attention is a broad band under the other lines, which it may hide otherwise."""
+    if name == "sdpa":
+        return {"color": COLORS[name], "lw": 8, "alpha": 0.3, "solid_capstyle": "butt"}
+    return {"color": COLORS[name], "lw": 2.2, "marker": "o"}
 
 
-def _training(results: dict[str, Any], axes: Axes | None) -> bool:
-    """Images per second of the first model's modes, with the peak beside each bar."""
-    rows = [row for row in gpu_report.model_rows(results) if row["status"] == "ok"]
-    rows = [row for row in rows if all(row[key] == rows[0][key] for key in ("model", "dtype", "batch"))]
-    if axes is None or not rows:
-        return bool(rows)
-    colours = [GREY if row["mode"].startswith("eager") else OPS["performer_attention"][1] for row in rows]
-    labels = [f"{row['mode']}\n{row['train_peak_bytes'] / 1e9:.3g} GB" for row in rows]
-    _bars(axes, labels, [row["train_images_per_s"] for row in rows], colours, "images/s", "{:,.0f}")
-    axes.set_title(f"Training {rows[0]['model'].upper()}, batch {rows[0]['batch']}, {rows[0]['dtype']}; with its peak")
-    return True
+def _models(rows: Sequence[Row], axes: Axes) -> None:
+    names = list(dict.fromkeys(row.name for row in rows))
+    comparable = rows[0].batch == 32 and rows[0].size == 32
+    top = max([*((row.peak_bytes or 0) / 1e9 for row in rows), *(TABLE1_GB.values() if comparable else (1e-9,))])
+    for row in rows:
+        fused = row.implementation == "fused"
+        x = names.index(row.name) + (0.2 if fused else -0.2)
+        color = MODEL_COLORS[row.name.partition("-")[0]]
+        if comparable and not fused:
+            paper = TABLE1_GB[row.name]
+            axes.plot([x - 0.2, x + 0.6], [paper] * 2, color="black", lw=2.5)
+            axes.text(x + 0.6, paper + 0.012 * top, f"{paper}", ha="right", va="bottom")
+        if row.peak_bytes is None:
+            axes.text(x, 0.02 * top, row.status, rotation=90, ha="center", va="bottom", color=GRAY)
+            continue
+        height = row.peak_bytes / 1e9
+        style = {"color": color} if fused else {"facecolor": "none", "edgecolor": color, "hatch": "//", "ls": "--"}
+        axes.bar(x, height, 0.36, lw=1.5, **style)
+        axes.text(x, height + 0.012 * top, f"{height:.2f}", ha="center", va="bottom")
+    axes.set_xticks(range(len(names)), [name.upper() for name in names])
+    axes.set_ylim(0, 1.4 * top)
+    axes.set_ylabel("GB")
+    axes.set_title(f"Training step with AdamW\nbatch {rows[0].batch}, 3×{rows[0].size}×{rows[0].size}")
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    handles = [Patch(facecolor="none", edgecolor=GRAY, hatch="//", ls="--", label="reference")]
+    if any(row.implementation == "fused" and row.peak_bytes for row in rows):
+        handles.append(Patch(color=GRAY, label="fused"))
+    if comparable:
+        handles.append(Line2D([], [], color="black", lw=2.5, label="paper, Table 1 (float32)"))
+    axes.legend(handles=handles, loc="upper right")
 
 
-def _bars(
-    axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], unit: str, form: str
-) -> None:
-    places = range(len(labels))
-    bars = axes.barh(places, values, color=colours, height=0.66)
-    axes.bar_label(bars, [form.format(value) for value in values], padding=3)
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    axes.margins(x=0.16)
-    axes.set_xlabel(unit)
+def draw_steps(rows: Sequence[Row], path: Path) -> None:
+    """A panel per model and dtype: the peak of a training step against the batch, up to 16 GB."""
+    rows = [row for row in rows if row.section == "memory" and row.implementation in MODE_COLORS]
+    names, dtypes = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("name", "dtype"))
+    with rc_context(FONTS):
+        size = (4.4 * len(names), 3.9 * len(dtypes) + 0.9)
+        figure = Figure(figsize=size, dpi=140, layout="constrained")
+        panels = figure.subplots(len(dtypes), len(names), sharex=True, sharey=True, squeeze=False)
+        for dtype, line in zip(dtypes, panels, strict=True):
+            for name, axes in zip(names, line, strict=True):
+                _steps(axes, name, dtype, [row for row in rows if (row.name, row.dtype) == (name, dtype)])
+        for axes in panels[-1]:
+            axes.set_xlabel("batch")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("GB")
+        figure.legend(handles=_step_legend(rows), loc="outside lower center", ncols=3)
+        side, name = rows[0].size, rows[0].environment["device_name"]
+        figure.suptitle(f"Peak of a training step, 3×{side}×{side}, on {name}", fontweight="bold")
+        figure.savefig(path)
 
 
-DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "attn_mem": attn_mem_plot.draw,
-    "model_mem": model_mem_plot.draw,
-    "table1": table1_plot.draw,
-    "gpu_suite": draw_gpu,
-}
+def _steps(axes: Axes, name: str, dtype: str, rows: Sequence[Row]) -> None:
+    budget = BUDGET_BYTES / 1e9
+    for mode, color in MODE_COLORS.items():
+        points = [(row.batch, row.peak_bytes / 1e9) for row in rows if row.implementation == mode and row.peak_bytes]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), color=color, lw=2.2, marker="o", ms=4.5)
+        (b0, m0), (b1, m1) = points[0], points[-1]
+        if b1 > b0 and m1 > m0:
+            largest = b1 + (budget - m1) * (b1 - b0) / (m1 - m0)
+            axes.plot([b1, largest], [m1, budget], ":", color=color, lw=2)
+            offset = (0, 16 if mode == "checkpointed" else 4)
+            axes.annotate(
+                f"{largest:,.0f}", (largest, budget), offset, textcoords="offset points", ha="center", color=color
+            )
+    axes.axhline(budget, color="black", lw=1)
+    if rows and rows[0].size == 32:
+        axes.plot([32], [TABLE1_GB[name]], "*", color="black", ms=12)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([8 * 4**n for n in range(6)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(f"{name.upper()}, {dtype}")
+    axes.margins(x=0.09, y=0.16)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _step_legend(rows: Sequence[Row]) -> list[Line2D]:
+    handles = [Line2D([], [], color=color, lw=2.2, marker="o", label=mode) for mode, color in MODE_COLORS.items()]
+    handles.append(Line2D([], [], color=GRAY, ls=":", lw=2, label="predicted, up to the largest batch"))
+    handles.append(Line2D([], [], color="black", lw=1, label=f"{BUDGET_BYTES / 1e9:g} GB"))
+    if rows and rows[0].size == 32:
+        handles.append(Line2D([], [], color="black", ls="", marker="*", ms=12, label="paper, Table 1 (float32, GPU)"))
+    return handles
+
+
+DRAW = {"attn_mem": draw_memory, "model_step": draw_steps}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw; 0, or 2 if there is nothing to draw from."""
-    parser = Parser("plots", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "results")
+    """Draw a picture for each CSV file in the folder, from its newest run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="folder of the CSV files")
     folder = parser.parse_args(argv).folder
-    found = {path: gpu_report.read(path) for path in sorted(folder.glob("*.json"))}
-    pictures = {path: results for path, results in found.items() if results.get("benchmark") in DRAW}
-    if not pictures:
-        parser.error(f"no results of {', '.join(DRAW)} in {folder}")
-    for path, results in pictures.items():
-        DRAW[results["benchmark"]](results, path.with_suffix(".png"))
-        print(path.with_suffix(".png"))
+    paths = [path for path in sorted(folder.glob("*.csv")) if path.stem.partition("-")[0] in DRAW]
+    if not paths:
+        parser.error(f"folder: no results of {', '.join(DRAW)} in {folder}")
+    for path in paths:
+        rows = read_rows(path)
+        DRAW[path.stem.partition("-")[0]](latest(rows), path.with_suffix(".png"))
+        print(path.with_suffix(".png"), f"({len(by_host(rows))} runs in {path.name})")
     return 0
 
 

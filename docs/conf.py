@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import tables  # noqa: E402
+import docs_tables  # noqa: E402
 from sphinx.application import Sphinx  # noqa: E402
 
 from cxv_kernels import __version__  # noqa: E402
@@ -38,8 +38,8 @@ python_maximum_signature_line_length = 100
 
 
 def draw_tables(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Tables as they are in the JSON now."""
-    source[0] = tables.redrawn(source[0])
+    """Draw the tables from the CSV files."""
+    source[0] = docs_tables.redrawn(source[0])
 
 
 def point_to_pages(app: Sphinx, path: Path, docname: str, content: list[str]) -> None:

@@ -13,7 +13,7 @@ from cxv_kernels import OPS, configs, explain_backend
 from cxv_kernels._triton import TRITON_MISSING
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 import triton_compile  # noqa: E402
 import tune  # noqa: E402
@@ -39,7 +39,7 @@ def compiled(folder, *calls):
     calls = [["--json", str(folder / f"{i}.json"), *call] for i, call in enumerate(calls)]
     code = f"import compile_report\nfor call in {calls!r}: compile_report.main(call)"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=folder
     )
@@ -144,23 +144,23 @@ def test_the_floor_is_that_of_the_bytes(rows):
     ("arguments", "words"),
     [
         (["--arch", "70"], "argument --arch: invalid choice"),
-        (["--dtype", "float64"], "argument --dtype: must be some of"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice"),
     ],
 )
 def test_bad_values(arguments, words):
-    command = [sys.executable, str(ROOT / "benchmarks" / "compile_report.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "compile_report.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("compile_report: error: ")
 
 
 @pytest.mark.slow
 def test_the_tuner_drops_what_does_not_fit(tmp_path):
     """Without a GPU; and the table that it writes is what configs.py reads."""
     table, tried = tmp_path / "table.json", tmp_path / "tried.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
+    command = [sys.executable, str(ROOT / "tools" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
     command += ["--dims", "32", "--dtype", "float16", "--kernels", "state_kernel", "--candidates", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

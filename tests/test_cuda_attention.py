@@ -18,7 +18,7 @@ from cxv_kernels.performer_attention.reference import (
     performer_features_reference,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import cuda_report
 

@@ -1,6 +1,6 @@
 """What README.md and docs say is so: their Python runs, their commands exist, their tables are the committed ones."""
 
-import importlib
+import functools
 import re
 import shlex
 import subprocess
@@ -17,9 +17,9 @@ import cxv_kernels
 from cxv import cli
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tools"))
 
-import tables  # noqa: E402
+import docs_tables  # noqa: E402
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -48,7 +48,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def commands(page: Path) -> list[list[str]]:
     """The words of every command in the page's blocks of sh, and of those of ours in its sentences."""
     lines = "\n".join(blocks(page, "sh", "")).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:cxv |python benchmarks/)[^`\n]+)`", page.read_text())
+    lines += re.findall(r"`((?:cxv |python (?:benchmarks|tools|examples)/)[^`\n]+)`", page.read_text())
     found = []
     for line in lines:
         words = shlex.shlex(line, posix=True, punctuation_chars=";&|")
@@ -68,6 +68,12 @@ def help_of(main, argv: list[str], capsys, monkeypatch) -> str:
         main()
     assert stopped.value.code == 0
     return capsys.readouterr().out
+
+
+@functools.cache
+def script_help(script: str) -> str:
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 # --- what runs ---
@@ -109,9 +115,9 @@ def test_commands_are_what_the_programs_take(page, capsys, monkeypatch):
         elif words[:2] == ["python", "-m"]:
             assert words[2] in ("cxv_kernels", "cxv", "build"), words
             continue
-        elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        elif words[0] == "python" and words[1].startswith(("benchmarks/", "tools/", "examples/")):
             assert (ROOT / words[1]).is_file(), words
-            known = help_of(importlib.import_module(Path(words[1]).stem).main, [], capsys, monkeypatch) if flags else ""
+            known = script_help(words[1]) if flags else ""
         elif words[0] == "pip":
             for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
                 assert all(f"\n{name} = [" in pyproject for name in extra.split(",")), words
@@ -139,21 +145,24 @@ def test_the_tour_s_commands_run(tmp_path, monkeypatch, capsys):
 
 @each_page
 def test_tables_are_the_committed_numbers(page):
-    """`python benchmarks/tables.py` redraws them."""
+    """`python tools/docs_tables.py` redraws them."""
     text = page.read_text()
-    assert text == tables.redrawn(text)
+    assert text == docs_tables.redrawn(text)
 
 
 def test_tables_are_drawn_between_their_marks():
-    assert tables.redrawn("a\n<!-- model_mem headline -->\nold\n<!-- /model_mem headline -->\nb").count("cpv-5/4") == 2
-    assert tables.redrawn("<!-- another -->\n<!-- /another -->") == "<!-- another -->\n<!-- /another -->"
+    assert (
+        docs_tables.redrawn("a\n<!-- model_step headline -->\nold\n<!-- /model_step headline -->\nb").count("cpv-5/4")
+        == 2
+    )
+    assert docs_tables.redrawn("<!-- another -->\n<!-- /another -->") == "<!-- another -->\n<!-- /another -->"
     with pytest.raises(ValueError, match="has no end"):
-        tables.redrawn("<!-- model_mem -->\n")
+        docs_tables.redrawn("<!-- model_step -->\n")
 
 
 def test_every_table_is_on_a_page():
     text = "".join(page.read_text() for page in PAGES)
-    assert [name for name in tables.TABLES if f"<!-- {name} -->" not in text] == []
+    assert [name for name in docs_tables.TABLES if f"<!-- {name} -->" not in text] == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])

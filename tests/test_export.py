@@ -1,5 +1,6 @@
 """torch.compile, torch.export, ONNX and AOTInductor of every model, and ``cxv export``."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -17,10 +18,6 @@ from cxv import cli
 from cxv.export import export_model
 from cxv.training.errors import InputError
 from cxv_kernels import _extension
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import deploy
 
 ANY_SIZE = ["cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vilt-1/2"]
 FIXED_SIZE = ["hybrid-vip-1/2", "hybrid-vin-1/2"]
@@ -222,16 +219,14 @@ def test_a_cpp_program_runs_the_aoti_package(program, tmp_path):
 
 @needs_cpp
 @slow
-def test_deploy_measures_what_it_exports(capsys, run, tmp_path):
-    deploy.main(["--checkpoint", str(run), "--limit-test", "20", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "deploy-cpu.json").read_text())
-    names = ["eager, reference", "eager, fused", "ONNX, float32", "ONNX, int8", "AOTInductor, fused"]
-    assert [row["name"] for row in results["rows"]] == names
-    assert (results["model"], results["data"], results["images"]) == ("cpv-1/2", "digits", 20)
-    exact = {row["name"]: row["top1"] for row in results["rows"] if "int8" not in row["name"]}
-    assert len(set(exact.values())) == 1
-    assert results["rows"][3]["bytes"] < results["rows"][2]["bytes"]
-    assert all(set(row["times"]) == {"1", "32"} for row in results["rows"])
-    table = capsys.readouterr().out
-    assert all(name in table for name in names)
-    assert deploy.report(None) == "Not yet measured."
+def test_deploy_benchmark_compares_exports(run, tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "deploy_benchmark.py"
+    options = ["--checkpoint", str(run), "--limit-test", "20", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=True)
+    with (tmp_path / "deploy-cpu.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["eager, reference", "eager, fused", "ONNX, float32", "ONNX, int8", "AOTInductor, fused"]
+    assert len({row["top1"] for name, row in rows.items() if "int8" not in name}) == 1
+    assert int(rows["ONNX, int8"]["bytes"]) < int(rows["ONNX, float32"]["bytes"])
+    assert all(float(row["batch_1_ms"]) > 0 and float(row["batch_32_ms"]) > 0 for row in rows.values())
+    assert all(name in done.stdout for name in rows)

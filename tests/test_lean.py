@@ -1,26 +1,19 @@
 """What training keeps and needs, as a contract: bytes kept for backward, peaks, and no copies between the ops."""
 
 import gc
-import sys
-from functools import partial
-from pathlib import Path
 
+import memory_breakdown
 import pytest
 import torch
 from conftest import needs_cpp
+from memory_breakdown import LOW, autocast, build, loss_of, random_batch
 from torch.profiler import ProfilerActivity, profile
 
 import cxv
 from cxv.models.residual import CHUNK_TOKENS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import memory
-import model_ledger
-import training
+from cxv_kernels.testing import peak_memory
 
 pytestmark = needs_cpp
-CPU = torch.device("cpu")
 NAMES = ("cpv-5/4", "cnv-5/4", "cltv-5/4")
 MODES = ("fused", "checkpointed")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -37,11 +30,11 @@ PEAK_GB = {
 
 def ledger(name, mode, dtype, batch=2, side=32):
     """The measured ledger and the predicted sum."""
-    model = training.build(name, mode).train()
-    images, labels = training.random_batch(batch, side, CPU, dtype)
-    training.loss_of(model, images[:1], labels[:1], dtype)
-    found = model_ledger.measured(model, images, labels, dtype)
-    return found, model_ledger.predicted(model, images, dtype)
+    model = build(name, mode).train()
+    images, labels = random_batch(batch, side, dtype)
+    loss_of(model, images[:1], labels[:1], dtype)
+    found = memory_breakdown.measured(model, images, labels, dtype)
+    return found, memory_breakdown.predicted(model, images, dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -58,8 +51,8 @@ def test_bytes_kept_for_backward(name, mode):
 def test_kept_is_what_the_shapes_foretell(name, mode, dtype):
     found, foretold = ledger(name, mode, dtype)
     assert sum(foretold.values()) == pytest.approx(found.allocated, rel=0.02)
-    exact = {kind: nbytes for kind, nbytes in foretold.items() if kind != model_ledger.OTHER}
-    assert exact == {kind: nbytes for kind, nbytes in found.kinds.items() if kind != model_ledger.OTHER}
+    exact = {kind: nbytes for kind, nbytes in foretold.items() if kind != memory_breakdown.OTHER}
+    assert exact == {kind: nbytes for kind, nbytes in found.kinds.items() if kind != memory_breakdown.OTHER}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -69,12 +62,23 @@ def test_kept_is_linear_in_pixels(name, mode):
     assert (wide - one) / 3 == pytest.approx(two - one, rel=0.02)
 
 
+def two_steps(name, mode, dtype):
+    """Two training steps of batch 32 with AdamW, which allocates its state in the first, with one image."""
+    images, labels = random_batch(32, 32, dtype)
+    model = build(name, mode).to(images.dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for count in (1, 32):
+        optimizer.zero_grad()
+        loss_of(model, images[:count], labels[:count], dtype).backward()
+        optimizer.step()
+    return model, optimizer, images, labels
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "mode"), PEAK_GB, ids=str)
 def test_peak_of_a_training_step(dtype, mode):
     gc.collect()
-    step = partial(training.train_two_steps, partial(training.build, "cpv-5/4", mode), 32, 32, CPU, dtype)
-    assert memory.allocated(step).peak <= PEAK_GB[dtype, mode] * 1e9
+    assert peak_memory(lambda: two_steps("cpv-5/4", mode, dtype)).peak <= PEAK_GB[dtype, mode] * 1e9
 
 
 def copies(run, least):
@@ -109,27 +113,27 @@ def test_no_activation_is_copied(name, dtype):
     What PyTorch's linear maps do is no such copy: some begin with the bias, broadcast into the result.
     """
     model = cxv.create_model(name, use_fused=True).train()
-    images, labels = training.random_batch(16, 32, CPU, dtype)
+    images, labels = random_batch(16, 32, dtype)
     images = images.contiguous(memory_format=torch.channels_last)
-    run = lambda: training.loss_of(model, images, labels, dtype).backward()  # noqa: E731
+    run = lambda: loss_of(model, images, labels, dtype).backward()  # noqa: E731
     assert copies(run, CHUNK_TOKENS * CHANNELS // 2) == []
 
 
 def inference(name, dtype, batch=32):
     """The peak beyond weights and images, what tensors (B, C, H, W) take, and a chunk's worth, in bytes."""
-    model = training.build(name, "fused").eval()
-    images, _ = training.random_batch(batch, 32, CPU, dtype)
+    model = build(name, "fused").eval()
+    images, _ = random_batch(batch, 32, dtype)
 
     def run():
-        with torch.no_grad(), training.autocast(CPU, dtype):
+        with torch.no_grad(), autocast(dtype):
             return model(images)
 
     run()
     pixel = CHANNELS * dtype.itemsize
     # the MLP's hidden layer, twice as wide, before and after GELU; its output, and that with x added
     chunk = 6 * CHUNK_TOKENS * pixel
-    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if dtype in training.LOW else 0
-    return memory.allocated(run).peak, batch * 32 * 32 * pixel, chunk + weights
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if dtype in LOW else 0
+    return peak_memory(run).peak, batch * 32 * 32 * pixel, chunk + weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,7 @@ from cxv_kernels import _triton
 from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import TRITON_MISSING
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 from triton_compile import MODELS, recording
 

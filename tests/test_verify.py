@@ -4,7 +4,6 @@ import contextlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +14,6 @@ import cxv_kernels
 from cxv.training.errors import InputError
 from cxv.training.verify import verify_kernels
 from cxv_kernels import backends, checks
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import common
 
 HALF, WIDE = torch.float16, torch.float32
 PERFORMER = "performer_attention"
@@ -183,14 +178,6 @@ def test_before_a_run(card):
         for op in ("linear_attention", "conv_norm", "dropout", "gelu_dropout")
         for dtype in ("float16", "float32")
     }
-
-
-def test_before_a_benchmark(card, capsys):
-    common.verify(torch.device("cpu"), [HALF])
-    assert not backends._verified
-    common.verify(torch.device("cuda", 0), [HALF])
-    assert "triton is right for linear_attention, kv_state, performer_attention" in capsys.readouterr().out
-    assert serving() == serving(dtype=WIDE) == "triton"
 
 
 def test_not_before_a_run_that_asks_for_none(card):

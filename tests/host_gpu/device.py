@@ -116,8 +116,8 @@ class HostGPU:
 
 def build(folder: Path, arch: int) -> HostGPU:
     """Compile all of it into ``folder``."""
-    for name in ("benchmarks", "cxv", "cxv_kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__", "results"))
+    for name in ("cxv", "cxv_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(part) for part in (_aten, _runtime, emulator)]
         for job in jobs:

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,7 @@ import cxv_kernels
 from cxv.training import TrainConfig, train
 from cxv_kernels import backends, checks
 from cxv_kernels._triton import TRITON_MISSING
-
-sys.path.insert(0, str(Path(cxv_kernels.__file__).parent.parent / "benchmarks"))
-
-import memory
+from cxv_kernels.testing import peak_memory
 
 ARCH = int(os.environ["HOST_GPU_ARCH"])
 LOW = torch.float16 if ARCH < 80 else torch.bfloat16
@@ -243,5 +239,5 @@ def test_peak_of_the_allocator():
         return torch.empty(4 << 20, dtype=torch.uint8, device="cuda")
 
     older = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    assert memory.allocated(run, "cuda") == (8 << 20, 4 << 20)
+    assert peak_memory(run, "cuda") == (8 << 20, 4 << 20)
     del older

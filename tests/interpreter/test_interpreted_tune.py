@@ -9,7 +9,7 @@ import torch
 
 from cxv_kernels import _triton, configs
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_takes_what_is_right(monkeypatch):
 
     monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
     table = json.loads(tune.TABLE.read_text())
-    arguments = (table, torch.device("cpu"), None, 0.0)
+    arguments = (table, torch.device("cpu"), 0.0)
     mine = entry(tune, BLOCK_N=32)
     tune.time_candidates(mine, *arguments)
     assert mine.notes == ["", ""]
@@ -49,7 +49,7 @@ def test_what_cannot_be_launched_is_out(monkeypatch):
 
     monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
     mine = entry(tune, BLOCK_N="many")
-    tune.time_candidates(mine, json.loads(tune.TABLE.read_text()), torch.device("cpu"), None, 0.0)
+    tune.time_candidates(mine, json.loads(tune.TABLE.read_text()), torch.device("cpu"), 0.0)
     assert mine.notes[0] == ""
     assert mine.notes[1]
     assert mine.chosen == mine.packaged

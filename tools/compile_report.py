@@ -6,7 +6,7 @@ the time that the compiled loop over tokens takes to issue, which no floor of by
 """
 
 import argparse
-import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cuda_report
 import torch
-from attn_speed_report import Table
-from common import DTYPES, Parser, environment, positive, some_of, write_json
+from _harness import DTYPES, positive
+from _report import Table
 
 from cxv_kernels import _triton
 
@@ -65,21 +68,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         line += [f"{floor['bytes_per_unit']:.0f}", f"{floor['exps_per_unit']:.0f}", f"{floor['ns_per_unit']:.3f}"]
         line.append(f"{floor['issue_ns_per_unit']:.3f}" if row["issued"] else "—")
         cells.append(line)
-    title = [
-        "Triton kernels as the compiler leaves them; spills are the loads and stores of local memory. A unit is a",
-        "token and head, a pixel or an element of the case; its floor, on a card's datasheet rates, is a prediction;",
-        "so is what the instructions of the loop over tokens take if every multiprocessor issues four a clock.",
-        "* ptxas has each of these wait for the one before.",
-    ]
-    return Table(title, header, cells, left=3)
+    return Table(header, cells, left=3)
 
 
 def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], list[str]]:
     """What nvcc made of the CUDA library, if it was built: a row per kernel, and the report in words."""
-    if importlib.util.find_spec("cuda_report") is None:
-        return [], []
-    import cuda_report
-
     rows, words = [], []
     for arch in architectures:
         try:
@@ -95,21 +88,23 @@ def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], li
     return rows, words
 
 
+NOTES = """\
+Spills are loads and stores of local memory. A unit is a token of a head, a pixel or an element. "floor" and "issue" are
+predictions from the datasheet of a card: the time of the bytes and exponentials, and of the instructions in the loop
+over tokens. * ptxas serializes these products."""
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 and one line on a bad value."""
-    parser = Parser("compile_report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    """The command line; a mistake exits with status 2."""
+    parser = argparse.ArgumentParser("compile_report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE, too")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument(
-        "--dtype",
-        type=some_of(tuple(DTYPES)[1:]),
-        default=("float32", "float16", "bfloat16"),
-        help="comma-separated",
-    )
+    dtypes = tuple(DTYPES)[1:]
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="one or more")
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
-    parser.add_argument("--features", type=positive, help="the Performer's; unset: ⌊D ln D⌋ of each head")
-    parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only what these ops or cases launch")
-    parser.add_argument("--ragged", action="store_true", help="also for sizes that divide by nothing, as in the checks")
+    parser.add_argument("--features", type=positive, help="random features of the Performer; default: ⌊D ln D⌋")
+    parser.add_argument("--cases", nargs="+", metavar="LABEL", help="only these ops or cases")
+    parser.add_argument("--ragged", action="store_true", help="also sizes that are no powers of two")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args(argv)
     if _triton.TRITON_MISSING:
@@ -120,26 +115,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print, write the JSON; 0, or 1 if a kernel does not compile."""
+    """Compile, print, write the JSON; 1 if a kernel does not compile."""
     arguments = parse(argv)
     start = time.perf_counter()
     rows, (cuda, words) = compile_kernels(arguments), cuda_kernels(() if arguments.cases else arguments.arch)
-    results = {
-        "benchmark": "compile_report",
-        "environment": environment(torch.device("cpu"), torch.float16) | {"dtype": ", ".join(arguments.dtype)},
-        "rows": rows,
-        "cuda_rows": cuda,
-        "wall_s": round(time.perf_counter() - start, 1),
-    }
+    seconds = time.perf_counter() - start
     if arguments.json:
-        write_json(arguments.json, results)
-    print("\n\n".join([table(rows).text(), *words]))
+        results = {"torch": torch.__version__, "rows": rows, "cuda_rows": cuda}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n\n".join([table(rows).text(), NOTES, *words]))
     failed = [row for row in rows if row["error"]]
     faulty = [row for row in rows if row["fault"] and not row["error"]]
     for row in faulty:
         print(f"{row['kernel']} of {row['case']}, {row['dtype']}, sm_{row['arch']}: {row['fault']}")
     counts = f"{len(failed)} do not compile, {len(faulty)} with a fault"
-    print(f"{len(rows)} Triton kernels, {counts}, {results['wall_s']:.0f} s")
+    print(f"{len(rows)} Triton kernels, {counts}, {seconds:.0f} s")
     return 1 if failed else 0
 
 

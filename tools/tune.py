@@ -24,9 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
 import torch
-from common import DTYPES, TOLERANCE, Parser, environment, gpu_facts, positive, relative_error, some_of, write_json
-from memory import Queue, interleaved
+from _harness import DTYPES, TOLERANCE, environment, interleaved, positive, relative_error
 from triton_compile import CARDS, Compiled, compile_all, launches
 
 from cxv_kernels import _triton, checks, configs
@@ -171,9 +172,7 @@ def _cheapest(left: Sequence[int], costs: Sequence[float | None]) -> int:
     return min(known, key=lambda i: costs[i] * (0.98 if i == 0 else 1), default=left[0] if left else 0)
 
 
-def time_candidates(
-    entry: Entry, table: configs.Table, device: torch.device, queue: Queue | None, budget: float
-) -> None:
+def time_candidates(entry: Entry, table: configs.Table, device: torch.device, budget: float) -> None:
     """Time each that is left in its op, forward and backward, once it has computed what the reference does."""
     kind = DTYPES[entry.dtype]
     case = next(
@@ -204,7 +203,7 @@ def time_candidates(
         else:
             entry.notes[i] = f"wrong: {error:.1e}"
     runs = [partial(run, entry.candidates[i]) for i in ready]
-    timings = interleaved(runs, device, budget=budget, min_repeats=7, max_repeats=50, queue=queue)
+    timings = interleaved(runs, device, budget=budget, min_repeats=7, max_repeats=50)
     for i, timing in zip(ready, timings, strict=True):
         entry.seconds[i] = timing and timing.median
     entry.chosen = entry.candidates[_cheapest([i for i in ready if entry.seconds[i] is not None], entry.seconds)]
@@ -240,10 +239,9 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         entry.candidates = candidates(entry, arguments.candidates)
     compile_candidates(found, table, arguments.jobs)
     device = torch.device("cuda")
-    queue = Queue(device) if arguments.rank_by == "time" else None
     for entry in found:
-        if queue is not None:
-            time_candidates(entry, table, device, queue, arguments.budget)
+        if arguments.rank_by == "time":
+            time_candidates(entry, table, device, arguments.budget)
         table = entry.put(table, entry.chosen)
         print(line(entry), flush=True)
     return {"table": table, "tried": [asdict(entry) for entry in found]}
@@ -251,7 +249,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a bad value."""
-    parser = Parser("tune", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--rank-by", choices=("time", "compile"), default="time", help="compile: without a GPU")
     parser.add_argument("--arch", type=int, nargs="+", choices=TUNABLE, help="unset: the GPU's, or 80 and 90")
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
@@ -259,7 +257,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--features", type=positive, nargs="+", default=[None], help="the Performer's; unset: ⌊D ln D⌋ of each head"
     )
     dtypes = tuple(DTYPES)[1:]
-    parser.add_argument("--dtype", type=some_of(dtypes), default=("float32", "float16"), help="comma-separated")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=("float32", "float16"), help="one or more")
     parser.add_argument("--kernels", nargs="+", help="only these functions")
     parser.add_argument("--candidates", type=positive, default=24, help="at most, for each entry")
     parser.add_argument("--budget", type=float, default=0.02, help="seconds of timing per candidate")
@@ -288,14 +286,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune; write the table and what was tried; 0."""
     arguments = parse(argv)
     results = tune(arguments)
-    write_json(arguments.table, results["table"])
+    _write(arguments.table, results["table"])
     if arguments.json:
-        device = torch.device("cuda" if arguments.rank_by == "time" else "cpu")
-        facts = environment(device, torch.float16) | gpu_facts(device)
-        write_json(
-            arguments.json, {"benchmark": "tune", "ranked_by": arguments.rank_by, "environment": facts} | results
-        )
+        facts = environment(torch.device("cuda" if arguments.rank_by == "time" else "cpu"))
+        _write(arguments.json, {"ranked_by": arguments.rank_by, "environment": facts} | results)
     return 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

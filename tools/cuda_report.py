@@ -1,6 +1,6 @@
 """What nvcc made of the CUDA kernels, and what a T4 should do with them: no GPU is needed, and nothing is measured.
 
-    python benchmarks/cuda_report.py [--arch 75]
+    python tools/cuda_report.py [--arch 75]
 
 Reads the built library (cxv_kernels/_cuda*.so) with cuobjdump: registers, spills, shared memory, resident warps and
 tensor-core instructions of each kernel, and a prediction of the time per token and head on a T4 (sm_75).

@@ -5,6 +5,7 @@ the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes 
 """
 
 import hashlib
+import importlib
 import math
 import multiprocessing
 import os
@@ -20,11 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpu_speed
 import torch
-from common import name_of
+import torch.nn.functional as F
 from torch import Tensor
-from training import loss_of, random_batch, weights_dtype
 
 import cxv
 import cxv_kernels
@@ -136,6 +135,7 @@ def launches(
     def wanted(label: str) -> bool:
         return only is None or label in only or label.partition(" ")[0] in only
 
+    name = str(dtype).removeprefix("torch.")
     with recording(lambda *_: None, arch):
         served = {op for op in backends.OPS if backends.explain_backend(op, dtype=dtype)["triton"] == "serves"}
 
@@ -144,7 +144,7 @@ def launches(
             tensors = {a.data_ptr(): a for a in arguments if isinstance(a, Tensor)}
             total = sum(a.untyped_storage().nbytes() for a in tensors.values())
             reads = any(a.numel() >= units * dim for a in tensors.values())
-            mine = Launch(case, kernel, name_of(dtype), grid, arguments, options, total, units, exps if reads else 0)
+            mine = Launch(case, kernel, name, grid, arguments, options, total, units, exps if reads else 0)
             found.append(mine)
 
         try:
@@ -152,7 +152,7 @@ def launches(
                 run()
         except Exception as error:  # the report goes on without what it would have launched, and says so
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
-            found.append(Launch(case, None, name_of(dtype), (), (), {}, 0, units, exps, words[:300]))
+            found.append(Launch(case, None, name, (), (), {}, 0, units, exps, words[:300]))
 
     for case in checks.cases(batch, heads, tokens, dim, ragged, features=features):
         if case.op in served and wanted(f"{case.op} {case.label}"):
@@ -169,14 +169,33 @@ def launches(
     if "conv_norm" in served and wanted(IMPLICIT_GEMM) and arch >= 80 and not ragged:
         x = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
         weight, norm = torch.randn(128, 128, 3, 3).to(dtype), (torch.ones(128), torch.zeros(128))
-        with gpu_speed.convolving(gpu_speed.IMPLICIT_GEMM):
+        with implicit_gemm():
             during(IMPLICIT_GEMM, 1024, 0, lambda: cxv_kernels.conv_norm(x, weight, None, *norm))
-    for name, attention in MODELS.items() if dim == 32 and not ragged else ():
-        if {attention, "conv_norm", "dropout", "gelu_dropout"} <= served and wanted(name):
-            images, labels = random_batch(1, 32, torch.device("cpu"), dtype)
-            model = cxv.create_model(name, use_fused=True).to(weights_dtype(dtype)).train()
-            during(name, 4 * 1024, 0, lambda m=model, i=images, t=labels: loss_of(m, i, t, dtype).backward())
+    for model_name, attention in MODELS.items() if dim == 32 and not ragged else ():
+        if {attention, "conv_norm", "dropout", "gelu_dropout"} <= served and wanted(model_name):
+            during(model_name, 4 * 1024, 0, lambda m=model_name: _training_step(m, dtype))
     return found
+
+
+def _training_step(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward of a model for one image, under autocast in 16 bits."""
+    low = dtype in (torch.float16, torch.bfloat16)
+    stored = torch.float32 if low else dtype
+    model = cxv.create_model(name, use_fused=True).to(stored).train()
+    with torch.autocast("cpu", dtype, enabled=low):
+        loss = F.cross_entropy(model(torch.randn(1, 3, 32, 32).to(stored)), torch.tensor([1]))
+    loss.backward()
+
+
+@contextmanager
+def implicit_gemm() -> Iterator[None]:
+    """In the block, Triton's conv_norm uses its own convolution."""
+    module = importlib.import_module("cxv_kernels.conv_norm.triton")
+    before, module.implicit_gemm = module.implicit_gemm, True
+    try:
+        yield
+    finally:
+        module.implicit_gemm = before
 
 
 def _exps(case: checks.Case, dim: int, features: int | None) -> float:

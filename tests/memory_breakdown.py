@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from memory import allocated
+import torch.nn.functional as F
 from torch import Tensor, nn
-from training import LOW, loss_of
 
 import cxv
 from cxv_kernels import backends
+from cxv_kernels.testing import peak_memory
+
+LOW = (torch.float16, torch.bfloat16)  # under autocast, with the weights in float32
 
 LAYER_INPUT = "layers: input"
 CONV_INPUT, CONV_OUTPUT, CONV_PIXELS = "conv + norm: input", "conv + norm: outputs", "conv + norm: rstd"
@@ -22,6 +24,33 @@ KINDS = (
     *(STEM, HEAD, WEIGHTS, OTHER),
 )
 RNG_STATE = 5056  # bytes: the CPU generator's, which a checkpoint that preserves it keeps
+
+
+def build(name: str, mode: str) -> nn.Module:
+    """The fused model, or the fused model with gradient checkpointing (``"checkpointed"``)."""
+    torch.manual_seed(0)
+    model = cxv.create_model(name, use_fused=True)
+    model.set_grad_checkpointing(mode == "checkpointed")
+    return model
+
+
+def random_batch(batch: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Images (batch, 3, side, side) and labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, side, side, generator=generator)
+    labels = torch.randint(10, (batch,), generator=generator)
+    return images.to(torch.float32 if dtype in LOW else dtype), labels
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Autocast to ``dtype`` if it has 16 bits."""
+    return torch.autocast("cpu", dtype, enabled=dtype in LOW)
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The forward pass of a training step."""
+    with autocast(dtype):
+        return F.cross_entropy(model(images), labels)
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,7 @@ def measured(model: cxv.CXV, images: Tensor, labels: Tensor, dtype: torch.dtype)
         return loss
 
     try:
-        kept = allocated(run, images.device).kept
+        kept = peak_memory(run, images.device).kept
     finally:
         walk.close()
     return Ledger(kinds, kept)
