@@ -3,10 +3,8 @@
 tests/test_conv_norm.py has that of conv_norm.
 """
 
-import sys
 from functools import partial
 from itertools import chain, combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,7 @@ from conftest import heads, needs_cpp, qkv
 
 import cxv_kernels
 from cxv_kernels.nystrom_attention.op import Mix, Readout, Residual, Summary
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from memory import allocated
+from cxv_kernels.testing import peak_memory
 
 pytestmark = needs_cpp
 OPS = torch.ops.cxv_kernels
@@ -147,9 +142,9 @@ def test_op_allocates_nothing_for_the_rest(name):
     """Less at the end by the gradients that are left out, and never more on the way."""
     op, arguments, inputs = direct(name, torch.float32)
     every = [True] * len(inputs)
-    most = allocated(lambda: op(*arguments, every))
+    most = peak_memory(lambda: op(*arguments, every))
     for needed in subsets(len(inputs)):
-        found = allocated(lambda: op(*arguments, [i in needed for i in range(len(inputs))]))  # noqa: B023
+        found = peak_memory(lambda: op(*arguments, [i in needed for i in range(len(inputs))]))  # noqa: B023
         unneeded = sum(t.numel() * t.itemsize for i, t in enumerate(inputs) if i not in needed)
         assert found.kept == most.kept - unneeded, needed
         assert found.peak <= most.peak - unneeded, needed
@@ -159,7 +154,7 @@ def test_op_allocates_nothing_for_the_rest(name):
 def test_queries_alone_need_no_state_gradient(name):
     """Without a gradient of k or v the workspace is gone: the queries' partial sums, and the gradient of the state."""
     op, arguments, inputs = direct(name, torch.float32)
-    found = allocated(lambda: op(*arguments, [True, False, False]))
+    found = peak_memory(lambda: op(*arguments, [True, False, False]))
     assert found.peak == inputs[0].numel() * inputs[0].itemsize
 
 
