@@ -123,7 +123,7 @@ def test_pinv_init_of_the_batch_is_the_references(monkeypatch):
     """A named fused backend refuses it; by default it falls back to the reference with a warning."""
     monkeypatch.setattr(backends, "_announced", set())
     q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
-    with pytest.raises(RuntimeError, match="cpp does not serve pinv_init='batch'"):
+    with pytest.raises(RuntimeError, match="cpp does not support pinv_init='batch'"):
         nystrom_attention(q, k, v, 4, pinv_init="batch", backend="cpp")
     with pytest.warns(UserWarning, match="nystrom_attention on cpu .*pinv_init='batch'"):
         out = nystrom_attention(q, k, v, 4, pinv_init="batch")

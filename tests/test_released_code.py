@@ -5,6 +5,7 @@ The modules keep the released parameter names, so the conversion in docs/evidenc
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 import cxv
 
 PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "released_code.md"
-FORMS = {  # name → the released form of our model
-    "cpv": {"stabilizer": "batch"},
-    "cnv": {"pinv_init": "batch", "num_landmarks": 16},
-    "cltv": {"attn_kernel_size": 3},
+FORMS = {  # family → the released form of our model
+    "cpv": {"stabilizer": "batch", "norm": "layer_std"},
+    "cnv": {"pinv_init": "batch", "num_landmarks": 16, "norm": "layer_std"},
+    "cltv": {"attn_kernel_size": 3, "norm": "layer_std"},
+    "hybrid-vip": {"stabilizer": "batch", "head_dim": 12},
+    "hybrid-vin": {"pinv_init": "batch", "num_landmarks": 16, "head_dim": 12},
 }
 
 
@@ -36,9 +39,9 @@ class ReleasedNorm(nn.Module):
 
 
 class ReleasedAttention(nn.Module):
-    """Attention of the tokens of an image, in raster order: (B, C, H, W) → the same, without dropout."""
+    """Attention of pixels (B, C, H, W), as tokens in raster order, or of tokens (B, N, C); without dropout."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, width: int):
         super().__init__()
         self.heads = heads
 
@@ -46,17 +49,16 @@ class ReleasedAttention(nn.Module):
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.attend(x.flatten(2).mT)
-        return y.mT.reshape(x.shape)
+        return self.attend(x) if x.dim() == 3 else self.attend(x.flatten(2).mT).mT.reshape(x.shape)
 
 
 class ReleasedPerformer(ReleasedAttention):
     """FAVOR+ with one key maximum for the whole batch; autograd sees both maxima."""
 
-    def __init__(self, dim: int, heads: int):
-        super().__init__(dim, heads)
-        width = dim // heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
+    def __init__(self, dim: int, heads: int, width: int):
+        super().__init__(dim, heads, width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, heads * width) for _ in range(3))
+        self.to_out = nn.Linear(heads * width, dim)
         self.fast_attention = nn.Module()
         self.fast_attention.register_buffer("projection_matrix", torch.randn(int(width * math.log(width)), width))
 
@@ -77,16 +79,17 @@ class ReleasedPerformer(ReleasedAttention):
 
 
 class ReleasedNystrom(ReleasedAttention):
-    """Nyström attention whose pseudo-inverses start from one scale; the tokens divide into the 16 landmarks."""
+    """Nyström attention with 16 landmarks, zeros before the tokens, and pseudo-inverses that start from one scale."""
 
-    def __init__(self, dim: int, heads: int):
-        super().__init__(dim, heads)
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0))
+    def __init__(self, dim: int, heads: int, width: int):
+        super().__init__(dim, heads, width)
+        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * width, dim), nn.Dropout(0))
         self.res_conv = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
 
     def attend(self, tokens: Tensor) -> Tensor:
-        q, k, v = map(self.split, self.to_qkv(tokens).chunk(3, dim=-1))
+        padded = F.pad(tokens, (0, 0, -tokens.shape[1] % 16, 0))
+        q, k, v = map(self.split, self.to_qkv(padded).chunk(3, dim=-1))
         q = q * q.shape[-1] ** -0.5
         q_means, k_means = (x.unflatten(2, (16, -1)).sum(dim=3) / (x.shape[2] // 16) for x in (q, k))
         first, inner, last = ((a @ b.mT).softmax(dim=-1) for a, b in ((q, k_means), (q_means, k_means), (q_means, k)))
@@ -96,14 +99,14 @@ class ReleasedNystrom(ReleasedAttention):
             product = inner @ z
             z = 0.25 * z @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
         out = (first @ z) @ (last @ v) + self.res_conv(v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(out.transpose(1, 2).flatten(2))[:, -tokens.shape[1] :]
 
 
 class ReleasedLinear(ReleasedAttention):
     """Linear attention of 3×3 convolutions: softmax of k over the pixels, of q over a head's channels."""
 
-    def __init__(self, dim: int, heads: int):
-        super().__init__(dim, heads)
+    def __init__(self, dim: int, heads: int, width: int):
+        super().__init__(dim, heads, width)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(dim, dim, 3, padding=1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,10 +116,14 @@ class ReleasedLinear(ReleasedAttention):
 
 
 class ReleasedMlp(nn.Module):
-    def __init__(self, dim: int):
+    """Of pixels, by 1×1 convolutions, or of tokens, by linear layers."""
+
+    def __init__(self, dim: int, of_tokens: bool = False):
         super().__init__()
-        layers = nn.Conv2d(dim, 2 * dim, 1), nn.GELU(), nn.Dropout(0), nn.Conv2d(2 * dim, dim, 1), nn.Dropout(0)
-        self.net = nn.Sequential(*layers)
+        widen, narrow = (
+            nn.Linear(*widths) if of_tokens else nn.Conv2d(*widths, 1) for widths in ((dim, 2 * dim), (2 * dim, dim))
+        )
+        self.net = nn.Sequential(widen, nn.GELU(), nn.Dropout(0), narrow, nn.Dropout(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -127,7 +134,7 @@ class ReleasedTransformer(nn.Module):
 
     def __init__(self, attention: type, dim: int, heads: int):
         super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleList([attention(dim, heads), ReleasedMlp(dim)])])
+        self.layers = nn.ModuleList([nn.ModuleList([attention(dim, heads, dim // heads), ReleasedMlp(dim)])])
 
     def forward(self, x: Tensor) -> Tensor:
         ((attention, mlp),) = self.layers
@@ -158,8 +165,48 @@ class Released(nn.Module):
         return self.head(x)
 
 
+class PreNorm(nn.Module):
+    def __init__(self, dim: int, fn: nn.Module):
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(dim), fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.norm(x))
+
+
+class ReleasedHybrid(nn.Module):
+    """Three stem convolutions, a class token and positions, pre-norm layers, norm and linear layer on the token."""
+
+    def __init__(self, attention: type, dim: int = 16, heads: int = 2, depth: int = 2, classes: int = 4):
+        super().__init__()
+        widths = (3, dim // 4, dim // 2, dim)
+        self.to_patch_embedding = nn.Sequential(*(nn.Conv2d(*widths[i : i + 2], 3, 1, 1) for i in range(3)))
+        self.pos_embedding = nn.Parameter(torch.randn(1, 65, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.transformer = nn.Module()
+        self.transformer.layers = nn.ModuleList(
+            nn.ModuleList([PreNorm(dim, attention(dim, heads, 12)), PreNorm(dim, ReleasedMlp(dim, of_tokens=True))])
+            for _ in range(depth)
+        )
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.to_patch_embedding(x).flatten(2).mT
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1) + self.pos_embedding
+        for attention, mlp in self.transformer.layers:
+            x = attention(x) + x
+            x = mlp(x) + x
+        return self.mlp_head(x[:, 0])
+
+
 ATTENTIONS = (cxv.models.attention.PerformerAttention, cxv.models.attention.NystromAttention)
-ATTENTION = {"cpv": ReleasedPerformer, "cnv": ReleasedNystrom, "cltv": ReleasedLinear}
+RELEASED = {
+    "cpv": partial(Released, ReleasedPerformer),
+    "cnv": partial(Released, ReleasedNystrom),
+    "cltv": partial(Released, ReleasedLinear),
+    "hybrid-vip": partial(ReleasedHybrid, ReleasedPerformer),
+    "hybrid-vin": partial(ReleasedHybrid, ReleasedNystrom),
+}
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +219,15 @@ def from_released():
 
 
 def make_ours(name: str, **options) -> nn.Module:
-    """Our model of the size of ``Released``, without dropout."""
-    return cxv.create_model(f"{name}-2/2", embed_dim=16, num_classes=4, drop_rate=0.0, **options).double()
+    """Our model in the size of the released ones here, without dropout."""
+    return cxv.create_model(f"{name}-2/2", embed_dim=16, img_size=8, num_classes=4, drop_rate=0.0, **options).double()
+
+
+def words(value: str | dict | bool) -> str:
+    """A parameter in a test's id."""
+    if isinstance(value, dict):
+        return "-".join(f"{k}={v}" for k, v in value.items()) or "default"
+    return value if isinstance(value, str) else "coupled" if value else "independent"
 
 
 @torch.no_grad()
@@ -201,10 +255,11 @@ def steps(model: nn.Module, count: int) -> Tensor:
 @pytest.mark.parametrize("name", FORMS)
 def test_released_form_trains_as_the_released_code(name, from_released):
     """Ten AdamW steps in float64 give the same losses and parameters to 1e-10: forward and backward are the same."""
-    released, ours = Released(ATTENTION[name]).double(), make_ours(name, norm="layer_std", **FORMS[name])
+    released, ours = RELEASED[name]().double(), make_ours(name, **FORMS[name])
     ours.load_state_dict(from_released(released.state_dict()))
     torch.testing.assert_close(steps(ours, 10), steps(released, 10), rtol=0, atol=1e-10)
     expected = from_released(released.state_dict())
+    assert sum(t.numel() for t in expected.values()) == sum(t.numel() for t in released.state_dict().values())
     for key, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
 
@@ -217,14 +272,16 @@ def test_released_form_trains_as_the_released_code(name, from_released):
         ("cnv", {"pinv_init": "head"}),
         ("cnv", {"norm": "layer"}),
         ("cltv", {"norm": "layer"}),
+        ("hybrid-vip", {"stabilizer": "head"}),
+        ("hybrid-vin", {"pinv_init": "head"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(next(iter(value.items()))),
+    ids=words,
 )
 def test_each_default_differs_from_the_released_code(name, default, from_released):
     """The same weights give other logits as soon as one argument of the released form is left at its default."""
-    released = Released(ATTENTION[name]).double()
+    released = RELEASED[name]().double()
     sharpen(released)
-    ours = make_ours(name, **{"norm": "layer_std", **FORMS[name], **default})
+    ours = make_ours(name, **FORMS[name] | default)
     ours.load_state_dict(from_released(released.state_dict()))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     assert (released(x) - ours(x)).abs().max() > 1e-6
@@ -243,17 +300,18 @@ def test_std_norm_adds_eps_to_the_standard_deviation():
 @pytest.mark.parametrize(
     ("name", "options", "coupled"),
     [
-        ("cpv-2/2", {}, False),
-        ("cpv-2/2", {"stabilizer": "batch"}, True),
-        ("hybrid-vip-2/2", {"stabilizer": "batch"}, True),
-        ("cnv-2/2", {}, False),
-        ("cnv-2/2", {"pinv_init": "batch"}, True),
-        ("hybrid-vin-2/2", {"pinv_init": "batch"}, True),
+        ("cpv", {}, False),
+        ("cpv", {"stabilizer": "batch"}, True),
+        ("hybrid-vip", {"stabilizer": "batch"}, True),
+        ("cnv", {}, False),
+        ("cnv", {"pinv_init": "batch"}, True),
+        ("hybrid-vin", {"pinv_init": "batch"}, True),
     ],
+    ids=words,
 )
 def test_batch_forms_couple_images(name, options, coupled):
     """``couples_images`` tells whether the logits of an image depend on the other images of its batch."""
-    model = cxv.create_model(name, embed_dim=16, img_size=8, num_classes=4, **options).double().eval()
+    model = make_ours(name, **options)
     sharpen(model)
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     alone = torch.cat([model(x[i : i + 1]) for i in range(3)])

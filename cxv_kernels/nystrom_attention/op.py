@@ -287,8 +287,8 @@ def nystrom_attention_fused(
 
 
 def declined(pinv_init: str, backend: str) -> str | None:
-    """Why no fused backend takes these arguments, if so."""
-    return None if pinv_init == "head" else f"does not serve pinv_init={pinv_init!r}"
+    """Return why the fused backends do not support these arguments; None if they do."""
+    return None if pinv_init == "head" else f"does not support pinv_init={pinv_init!r}"
 
 
 def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
