@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from cxv_kernels.validation import to_numbers
+from cxv_kernels.validation import is_plain_tensor, to_numbers
 
 from .models.backbone import Backbone
 from .training.checkpoint import (
@@ -45,8 +45,8 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
             :func:`cxv.create_model` did not build, ``model_name`` and ``model_kwargs``.
 
     Raises:
-        InputError: no such checkpoint, or a damaged one; metadata that are unknown or do not fit the model; a file that
-            cannot be written.
+        InputError: no such checkpoint, or a damaged one; metadata that are unknown or do not fit the model;
+            weights that are quantized or sharded; a file that cannot be written.
     """
     from safetensors.torch import save
 
@@ -62,6 +62,12 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
         source = read_checkpoint(find_checkpoint(source, which))
         weights = source["model"]
     metadata = describe(source, **metadata)
+    for name, t in weights.items():
+        if not isinstance(t, torch.Tensor) or not is_plain_tensor(t):
+            raise InputError(
+                f"{name}: expected a plain tensor, got {type(t).__name__}: save the model before it is quantized, and "
+                "gather sharded weights"
+            )
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     with torch.random.fork_rng(devices=[]):  # the fresh model's initial weights are not the caller's draws
         build_trained({**metadata, "model": weights}, f"{path} (not written)", {})

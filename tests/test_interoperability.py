@@ -117,6 +117,13 @@ def test_quantized_weights_are_called(name, dtype, use_fused):
     assert all(type(layer.weight) is QuantizedTensor for layer in quantized)
 
 
+def test_quantized_weights_are_not_saved(tmp_path):
+    model = quantize_linears(small_model("cpv-1/2"))
+    message = r"layers\.0\.attn\.q\.weight: expected a plain tensor, got QuantizedTensor: save the model before it is"
+    with pytest.raises(InputError, match=message):
+        cxv.save_safetensors(model, tmp_path / "a.safetensors")
+
+
 def test_quantized_weights_leave_the_rest_trainable():
     """As in QLoRA: weights that are not quantized get their gradient."""
     model = quantize_linears(small_model("cpv-1/2")).train()
@@ -622,7 +629,8 @@ _SHARDED = """
 import os, sys, torch, cxv_kernels
 assert "torch.distributed.tensor" not in sys.modules and "torch._dynamo" not in sys.modules
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 def random(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
