@@ -216,8 +216,9 @@ def test_a_run_from_before_these_arguments_goes_on(augmented, tmp_path):
     output = tmp_path / "a"
     run(output, epochs=2, sgd_epochs=0)
     checkpoint = torch.load(output / "last.pt", weights_only=True)
-    del checkpoint["post_training"]
-    new = ("recipe", "optimizer", "rand_augment", "post_train", "validation", "seeds")
+    del checkpoint["post_training"], checkpoint["scheduler"]
+    new = ("recipe", "optimizer", "rand_augment", "post_train", "validation", "seeds", "init", "hflip", "random_crop")
+    new += ("schedule", "warmup_epochs", "weight_decay", "label_smoothing", "ema_decay", "progressive", "recompute")
     checkpoint["args"] = {k: v for k, v in checkpoint["args"].items() if k not in new}
     checkpoint["history"] = [{k: v for k, v in row.items() if k != "augmented"} for row in checkpoint["history"]]
     torch.save(checkpoint, output / "last.pt")
