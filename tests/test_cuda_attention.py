@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt.host import Arena, Arguments, View, build, call, make, needs_cxx
+from simt.host import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
+from test_extreme_values import ATTENTION, NAMED_VALUES, PROJECTION, check_with, draw
 
 from cxv_kernels.autograd import through_float16
 from cxv_kernels.linear_attention.reference import kv_state_reference, linear_attention_reference
@@ -25,7 +26,7 @@ import cuda_report
 pytestmark = needs_cxx
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LINEAR, FAVOR = ("softmax", "elu", "relu"), ("favor", "favor_exact", "favor_relu")
-MAPS = (*LINEAR, *FAVOR)  # cxv::FeatureMap
+MAPS = (*LINEAR, *FAVOR)
 EPS = {"relu": 1e-6, "favor": 1e-4, "favor_relu": 1e-3}
 FORWARD, BACKWARD, STATE, STATE_GRADIENTS = range(4)
 
@@ -46,11 +47,11 @@ def projection_for(feature_map, dim, features=None):
     return orthogonal_projection(features or 2 * dim + 3, dim, generator=torch.Generator().manual_seed(5))
 
 
-def describe(arena, feature_map, q, k, v, projection=None, key_mask=None):
+def describe(arena, feature_map, q, k, v, projection=None, key_mask=None, eps=None):
     """cxv::LinearAttention with its inputs, state and statistics, and the last two as tensors."""
     batch, heads, queries, dim = q.shape
     features = dim if projection is None else projection.shape[0]
-    a = Arguments(DTYPES.index(q.dtype), MAPS.index(feature_map), EPS.get(feature_map, 0))
+    a = Arguments(DTYPES.index(q.dtype), NUMBERS[feature_map], EPS.get(feature_map, 0) if eps is None else eps)
     a.batch, a.heads, a.queries, a.keys, a.dim, a.value_dim = batch, heads, queries, k.shape[2], dim, v.shape[3]
     a.features = features
     a.q, a.k, a.v = (View(arena.put(t)) for t in (q, k, v))
@@ -76,13 +77,14 @@ def run(
     seed=0,
     between=lambda *_: None,
     needed=(1, 1, 1),
+    eps=None,
 ):
     """out, grad_q, grad_k, grad_v, state, key_stat, key_max, as the kernels write them into NaNs.
 
     between: is given state and key_stat, before the backward pass reads them. needed: the gradients that are written.
     """
     with Arena(simt) as arena:
-        a, results = describe(arena, feature_map, q, k, v, projection, key_mask)
+        a, results = describe(arena, feature_map, q, k, v, projection, key_mask, eps)
         out, *grads = (arena.result(t.shape, t.dtype, t.stride()) for t in (grad_out, q, k, v))
         a.grad_out, a.out = View(arena.put(grad_out)), View(out)
         a.grad_q, a.grad_k, a.grad_v = (View(t if need else None) for t, need in zip(grads, needed, strict=True))
@@ -211,6 +213,8 @@ def test_kv_state(sm75, feature_map):
             grad_z = -(grad_state * state_.detach()).sum(-1).float()
         a.grad_state, a.grad_z = (arena.put(t).data_ptr() for t in (grad_state, grad_z))
         a.grad_k, a.grad_v = map(View, grads)
+        if feature_map == "elu":
+            a.feature_map = NUMBERS["kv_state elu"]
         call(sm75.simt_attention, ctypes.byref(a), STATE, 1)
         call(sm75.simt_attention, ctypes.byref(a), STATE_GRADIENTS, 2)
     assert_close("state", state, state_, torch.float16)
@@ -299,7 +303,7 @@ class TestNumerics:
         projection = projection_for(feature_map, 16)
 
         def repeated(state, key_stat):
-            if feature_map in ("softmax", "favor_exact"):
+            if feature_map in ("softmax", "elu", "favor_exact"):
                 key_stat += math.log(times)
             else:
                 state *= times
@@ -373,13 +377,32 @@ def test_float32_through_float16_operands(sm75, feature_map, loss_scale):
 def test_the_report_knows_the_launches(sm75):
     """cuda_report.launch repeats what FoldShape and ReadShape say in C++."""
     threads, shared = (ctypes.c_int * 16)(), (ctypes.c_int * 16)()
-    maps = {"favor": "favor", "favor_relu": "favor_relu", "softmax": "softmax", "rectifier": "elu"}
+    maps = {"favor": "favor", "favor_relu": "favor_relu", "softmax": "softmax", "rectifier": "relu", "elu": "elu"}
     for dtype, number, size in (("__half", 2, 16), ("__half", 2, 32), ("__half", 2, 64), ("float", 1, 16)):
         for name, feature_map in maps.items():
             projected = name in cuda_report.PROJECTED
             for features in (110, 266) if projected else () if dtype == "float" else (size,):
-                a = Arguments(number, MAPS.index(feature_map), 1e-4, 1, 1, 100, 100, size, size)
+                a = Arguments(number, NUMBERS[feature_map], 1e-4, 1, 1, 100, 100, size, size)
                 a.features = features
                 assert sm75.simt_launches(ctypes.byref(a), threads, shared) == 10
                 for i, kernel in {0: "fold", 3: "read", 5: "grad", 6: "fold", 9: "grad"}.items():
                     assert (threads[i], shared[i]) == cuda_report.launch(kernel, dtype, size, name, features)
+
+
+@pytest.mark.parametrize(("name", "means", "scales"), [v for v in NAMED_VALUES if "1e-40" not in v[0]], ids=str)
+def test_extreme_values(sm75, sm80, name, means, scales):
+    """Where float32 underflows and float64 does not; tests/test_extreme_values.py has the oracle."""
+    keywords = ATTENTION[name][0].keywords
+    kernel, eps = keywords.get("kernel", "softmax"), keywords.get("eps", 1e-6)
+    if name.startswith("favor"):
+        feature_map = "favor_relu" if kernel == "relu" else "favor" if eps else "favor_exact"
+        cases = [(sm75, torch.float16), (sm75, torch.float32), (sm80, torch.bfloat16)]
+    else:
+        feature_map, cases = keywords["feature_map"], [(sm75, torch.float16), (sm80, torch.bfloat16)]
+    projection = PROJECTION.float() if name.startswith("favor") else None
+    for simt, dtype in cases:
+
+        def with_gradients(q, k, v, grad, simt=simt):
+            return run(simt, feature_map, q, k, v, grad, projection, eps=eps)[:4]
+
+        check_with(with_gradients, name, draw(0, dtype, means, scales))

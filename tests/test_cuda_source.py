@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from simt.host import Arena, Arguments, View, build, call, make, needs_cxx
+from simt.host import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
+from test_extreme_values import NAMED_VALUES, check_with, draw
 
 from cxv_kernels.linear_attention.reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
 
@@ -26,7 +27,7 @@ def run(simt, q, k, v, grad_out, feature_map, eps=1e-6, key_mask=None, threads=6
         out, *grads = (arena.result(t.shape, t.dtype, t.stride()) for t in (grad_out, q, k, v))
         state, stat = (arena.result((batch, heads, *s), wide) for s in ((dim, value_dim), (dim,)))
         sizes = batch, heads, queries, keys, dim, value_dim
-        a = Arguments(DTYPES.index(q.dtype), FEATURE_MAPS.index(feature_map), eps, *sizes)
+        a = Arguments(DTYPES.index(q.dtype), NUMBERS[feature_map], eps, *sizes)
         a.q, a.k, a.v, a.grad_out = (View(arena.put(t)) for t in (q, k, v, grad_out))
         a.out = View(out)
         a.grad_q, a.grad_k, a.grad_v = (View(t if need else None) for t, need in zip(grads, needed, strict=True))
@@ -45,7 +46,9 @@ def check(simt, dtype, feature_map, queries, keys, dim, value_dim, *, batch=1, h
     grad_out = make((batch, heads, queries, value_dim), dtype, 3, layout)
     out, state, _, *grads = run(simt, q, k, v, grad_out, feature_map, key_mask=mask, **kw)
     inputs = [t.double().requires_grad_() for t in (q, k, v)]
-    expected_state, _ = kv_state_reference(*inputs[1:], feature_map, mask)
+    expected_state, z = kv_state_reference(*inputs[1:], feature_map, mask)
+    if feature_map == "elu":
+        expected_state = (expected_state / z.unsqueeze(-1)).nan_to_num()
     expected = linear_attention_reference(*inputs, feature_map, 1e-6, mask)
     expected_grads = torch.autograd.grad(expected, inputs, grad_out.double())
     # One rounding to the storage type, and sums of N or D terms of size 1 in the accumulator, which grow as a random
@@ -173,3 +176,17 @@ class TestNumerics:
                     shared = simt.simt_linear_attention_plan(dim, value_dim, size, ctypes.byref(fits))
                     assert fits.value, (dim, value_dim, size)
                     assert shared <= 48 * 1024, (dim, value_dim, size)
+
+
+@needs_cxx
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "means", "scales"), [v for v in NAMED_VALUES if "favor" not in v[0]], ids=str)
+def test_extreme_values(simt, name, means, scales, dtype):
+    """Where float32 underflows and float64 does not; tests/test_extreme_values.py has the oracle."""
+    feature_map, eps = name.split()[0], 0.0 if "eps=0" in name else 1e-6
+
+    def with_gradients(q, k, v, grad):
+        out, _, _, *grads = run(simt, q, k, v, grad, feature_map, eps)
+        return [out, *grads]
+
+    check_with(with_gradients, name, draw(0, dtype, means, scales))

@@ -23,7 +23,7 @@ T4_WARPS, T4_REGISTERS, T4_SHARED, T4_BLOCKS = 32, 65536, 64 * 1024, 16
 MACS = {"HMMA.1688": 1024, "HMMA.16816": 2048}
 
 DTYPES = {"__half": 2, "__nv_bfloat16": 2, "float": 4}
-MAPS = ("favor", "favor_relu", "softmax", "rectifier")  # cxv::cuda::Map
+MAPS = ("favor", "favor_relu", "softmax", "rectifier", "elu")  # cxv::cuda::Map
 PROJECTED = MAPS[:2]
 ROLES = {"Lb1": "queries", "Lb0": "keys", "StepE0": "max", "StepE1": "forward", "StepE2": "backward"}
 

@@ -2,6 +2,8 @@
 // cxv_kernels/linear_attention and cxv_kernels/performer_attention. Torch-free.
 #pragma once
 
+#include <limits>
+
 #include "../include/linear_attention.h"
 #include "../include/tile.h"
 #include "worker.h"
@@ -30,7 +32,10 @@ class Features {
         Dp_(padded<A>(p.dim)),
         Mp_(padded<A>(p.features)),
         c_(map_ == FeatureMap::kFavor || map_ == FeatureMap::kFavorRelu ? A(p.eps) : A(0)),
-        scale_(map_ == FeatureMap::kElu || map_ == FeatureMap::kRelu ? A(1) : A(std::pow(double(p.dim), -0.25))) {
+        no_constant_(p.eps == 0),
+        scale_(map_ == FeatureMap::kElu || map_ == FeatureMap::kEluExact || map_ == FeatureMap::kRelu
+                   ? A(1)
+                   : A(std::pow(double(p.dim), -0.25))) {
     if (!projected_) return;
     x_ = scratch.take(kTile * Dp_);
     dx_ = scratch.take(kTile * Dp_);
@@ -45,7 +50,9 @@ class Features {
   int64_t size() const { return M_; }
   int64_t stride() const { return Mp_; }
   A constant() const { return c_; }
-  bool normalised() const { return map_ == FeatureMap::kSoftmax || map_ == FeatureMap::kFavorExact; }
+  bool normalised() const { return map_ == FeatureMap::kSoftmax || exact(); }
+  // A query's weights are the softmax of its own exponents and of log z.
+  bool exact() const { return map_ == FeatureMap::kFavorExact || map_ == FeatureMap::kEluExact; }
   // A key's exponent is stabilised by a running maximum.
   bool shifted() const { return normalised() || map_ == FeatureMap::kFavor; }
 
@@ -69,9 +76,10 @@ class Features {
       for (int64_t d = 0; d < Mp_; d += W) store<A>(tile + r * Mp_ + d, load_at(tile, r, d) - h);
     }
   }
-  // e of keys, given each feature's shift.
+  // e of keys, given each feature's shift; null is 0, of kEluExact alone.
   void keys(A* tile, const A* shift, int64_t rows) const {
-    if (!shifted()) return rectify(tile, rows);
+    if (!shifted() || shift == nullptr) return rectify(tile, rows);
+    if (map_ == FeatureMap::kEluExact) return elu_keys(tile, shift, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const V h = splat<A>(map_ == FeatureMap::kFavor ? half_norm_[r] : A(0));
       for (int64_t d = 0; d < Mp_; d += W) {
@@ -95,7 +103,7 @@ class Features {
       const A max = reduce_max<A>(top);
       if (map_ == FeatureMap::kFavor) {
         // With c = 0 the maximum is over the whole exponent, and half the squared norm cancels.
-        const V shift = splat<A>(c_ == 0 ? max : max + half_norm_[r]);
+        const V shift = splat<A>(no_constant_ ? max : max + half_norm_[r]);
         for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, exp(load_at(row, 0, d) - shift));
         continue;
       }
@@ -145,6 +153,57 @@ class Features {
     unpack(grad, stride[2], stride[3], source, projected_ ? Dp_ : Mp_, rows, D_, scale_);
   }
 
+  // elu's φ(q) z / Σ φ(q) z, z up to a factor, and in `slope`, if not null, φ'(q) z / Σ φ(q) z. False where a sum is so
+  // small that what has underflowed of it counts: then exact_elu_queries has to do it, from the tile as it was.
+  bool elu_queries(A* tile, const A* z, int64_t rows, A* slope) const {
+    const A least = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = tile + r * Mp_;
+      V sum{};
+      for (int64_t d = 0; d < Mp_; d += W) {
+        const V x = load_at(row, 0, d), w = cxv::CXV_ISA::load<A>(z + d), u = exp(below_zero(x)) * w;
+        const V y = u * (above_zero(x) + 1);
+        if (slope != nullptr) store<A>(slope + r * Mp_ + d, u);
+        store<A>(row + d, y);
+        sum += y;
+      }
+      const A total = reduce_add<A>(sum);
+      if (!(total >= least)) return false;
+      divide(row, total);
+      if (slope != nullptr) divide(slope + r * Mp_, total);
+    }
+    return true;
+  }
+  // The same by exponents: `bias` is log z.
+  void exact_elu_queries(A* tile, const A* bias, int64_t rows, A* slope) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = tile + r * Mp_;
+      for (int64_t d = M_; d < Mp_; ++d) row[d] = -A(INFINITY);
+      V top = splat<A>(-A(INFINITY));
+      for (int64_t d = 0; d < Mp_; d += W)
+        top = vmax<A>(top, below_zero(load_at(row, 0, d)) + cxv::CXV_ISA::load<A>(bias + d));
+      const A max = reduce_max<A>(top);
+      const V shift = splat<A>(max > -A(INFINITY) ? max : A(0));
+      V sum{};
+      for (int64_t d = 0; d < Mp_; d += W) {
+        const V x = load_at(row, 0, d);
+        const V u = exp(below_zero(x) + cxv::CXV_ISA::load<A>(bias + d) - shift), y = u * (above_zero(x) + 1);
+        if (slope != nullptr) store<A>(slope + r * Mp_ + d, u);
+        store<A>(row + d, y);
+        sum += y;
+      }
+      const A sum_of_row = reduce_add<A>(sum), total = sum_of_row == 0 ? A(1) : sum_of_row;
+      divide(row, total);
+      if (slope != nullptr) divide(slope + r * Mp_, total);
+    }
+  }
+
+  // Forgets token r of those that load() read last, which is hidden.
+  void hide(int64_t r) {
+    if (!projected_) return;
+    for (int64_t d = 0; d < Dp_; ++d) x_[r * Dp_ + d] = 0;
+  }
+
   static A dot(const A* a, const A* b, int64_t n) {
     V sum{};
     for (int64_t i = 0; i < n; i += W) sum += cxv::CXV_ISA::load<A>(a + i) * cxv::CXV_ISA::load<A>(b + i);
@@ -156,8 +215,24 @@ class Features {
   void clear_padding(A* row) const {
     for (int64_t d = M_; d < Mp_; ++d) row[d] = 0;
   }
+  // φ of elu is exp(min(x, 0)) · (1 + max(x, 0)): what underflows is the exponential alone, and that is shifted.
+  static V below_zero(V x) { return x > 0 ? V{} : x; }
+  static V above_zero(V x) { return x > 0 ? x : V{}; }
+  void elu_keys(A* tile, const A* shift, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < Mp_; d += W) {
+        const V x = load_at(tile, r, d), s = cxv::CXV_ISA::load<A>(shift + d);
+        store<A>(tile + r * Mp_ + d, exp(below_zero(x) - (s > -A(INFINITY) ? s : V{})) * (above_zero(x) + 1));
+      }
+      clear_padding(tile + r * Mp_);
+    }
+  }
+  void divide(A* row, A by) const {
+    const V inverse = splat<A>(A(1) / by);
+    for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, cxv::CXV_ISA::load<A>(row + d) * inverse);
+  }
   void rectify(A* tile, int64_t rows) const {
-    const bool elu = map_ == FeatureMap::kElu;
+    const bool elu = map_ == FeatureMap::kElu || map_ == FeatureMap::kEluExact;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < Mp_; d += W) {
         const V y = load_at(tile, r, d);
@@ -170,7 +245,9 @@ class Features {
   const FeatureMap map_;
   const bool projected_;
   const int64_t D_, M_, Dp_, Mp_;
-  const A c_, scale_;
+  const A c_;
+  const bool no_constant_;  // c_ is 0 for a tiny eps too
+  const A scale_;
   A *x_ = nullptr, *dx_ = nullptr, *Wt_ = nullptr, *W_ = nullptr, *half_norm_ = nullptr;
 };
 

@@ -5,6 +5,7 @@
 
 namespace {
 
+using cxv::FeatureMap;
 using torch::stable::Tensor;
 
 cxv::LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
@@ -17,12 +18,14 @@ cxv::LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v,
 cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, std::string feature_map,
                      double eps) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
+  if (p.feature_map == FeatureMap::kElu) p.feature_map = FeatureMap::kEluExact;
   return cxv::run_forward(p, q);
 }
 
 cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, Tensor state,
                       Tensor key_stat, std::string feature_map, double eps, std::vector<bool> needed) {
   auto p = describe(q, k, v, key_mask, feature_map, eps);
+  if (p.feature_map == FeatureMap::kElu) p.feature_map = FeatureMap::kEluExact;
   return cxv::run_backward(p, grad_out, q, k, v, state, key_stat, needed);
 }
 

@@ -32,7 +32,7 @@ class LinearAttentionPass {
         E_(p.value_dim),
         Mp_(padded<A>(p.features)),
         Ep_(padded<A>(p.value_dim)),
-        scratch_(Features<A>::scratch(p) + 2 * kTile * (Mp_ + Ep_) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
+        scratch_(Features<A>::scratch(p) + kTile * (3 * Mp_ + 2 * Ep_) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
         features_(p, scratch_) {}
 
   // A partial state of the key pass: the maxima (M), z (M), S (M × E) of e, Σ v (E) and the number of keys for c.
@@ -62,13 +62,14 @@ class LinearAttentionPass {
         load_tile(phi, p_.k, head, n, rows);
         features_.key_exponents(phi, rows);
         if (features_.shifted()) raise_max(phi, max, z, S, head, n, rows);
-        features_.keys(phi, max, rows);
+        features_.keys(phi, all_zero(max) ? nullptr : max, rows);
         hide(phi, head, n, rows);
         add_rows(z, phi, Mp_, Mp_, rows);
         int64_t ld;
-        const A* x = value_tile(values, &ld, p_.v, head, n, rows);
+        const A* x = key_values(values, &ld, head, n, rows);
         product<A>(S, Ep_, phi, 1, Mp_, x, ld, Mp_, Ep_, rows, true);
-        if (features_.constant() != 0) count += add_seen(sum, x, ld, head, n, rows);
+        if (features_.constant() != 0) add_rows(sum, x, ld, Ep_, rows);
+        count += seen_rows(head, n, rows);
       }
       A* partial = static_cast<A*>(p_.partial) + (item - p_.wave_begin) * key_partial(p_);
       copy(partial, max, M_);
@@ -119,19 +120,20 @@ class LinearAttentionPass {
     A* out = scratch_.take(kTile * Ep_);
     A* S = scratch_.take(Mp_ * Ep_);
     A* z = scratch_.take(Mp_);
+    A* weight = scratch_.take(Mp_);
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
         load_state(S, p_.state, head);
-        load_statistic(z, head);
+        load_statistic(z, weight, head);
+        rescale(S, z);
         loaded = head;
       }
       const Range range(p_.queries, p_.query_splits, item % p_.query_splits);
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, p_.q, head, n, rows);
-        features_.queries(phi, bias(z), rows);
+        load_queries(phi, head, n, rows, z, weight, nullptr);
         if (features_.constant() != 0) add_constant(phi, rows);
         product<A>(out, Ep_, phi, Mp_, 1, S, Ep_, round_up(rows), Ep_, M_, false);
         if (!features_.normalised())
@@ -153,7 +155,9 @@ class LinearAttentionPass {
     A* dS = scratch_.take(Mp_ * Ep_);
     A* z = scratch_.take(Mp_);
     A* dz = scratch_.take(Mp_);
+    A* weight = scratch_.take(Mp_);
     const FeatureMap map = p_.feature_map;
+    A* slope = map == FeatureMap::kEluExact ? scratch_.take(kTile * Mp_) : nullptr;
     const int64_t Mp = Mp_;
     const V constant = splat<A>(features_.constant());
     // dz is of grad_k alone, and the softmax has none here.
@@ -163,11 +167,10 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
-        if (with_G) {
-          load_state(S, p_.state, head);
-          transpose(St, S);
-        }
-        load_statistic(z, head);
+        load_state(S, p_.state, head);
+        load_statistic(z, weight, head);
+        rescale(S, z);
+        if (with_G) transpose(St, S);
         loaded = head;
       }
       fill(dS, Mp_ * Ep_, 0);
@@ -175,8 +178,7 @@ class LinearAttentionPass {
       const Range range(p_.queries, p_.query_splits, item % p_.query_splits);
       for (int64_t n = range.begin; n < range.end; n += kTile) {
         const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, p_.q, head, n, rows);
-        features_.queries(phi, bias(z), rows);
+        load_queries(phi, head, n, rows, z, weight, slope);
         int64_t ld;
         const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
         if (with_G) product<A>(G, Mp_, dO, ld, 1, St, Mp_, round_up(rows), Mp_, E_, false);
@@ -187,9 +189,9 @@ class LinearAttentionPass {
             if (!with_G) break;
             const V c = splat<A>(features_.dot(e, g, Mp));
             for (int64_t d = 0; d < Mp; d += W) {
-              const V y = load<A>(e + d) * (load<A>(g + d) - c);
-              store<A>(g + d, y);
-              if (map == FeatureMap::kFavorExact) store<A>(dz + d, load<A>(dz + d) + y);
+              const V difference = load<A>(g + d) - c, y = load<A>(e + d) * difference;
+              store<A>(g + d, slope != nullptr ? load<A>(slope + r * Mp + d) * difference : y);
+              if (features_.exact()) store<A>(dz + d, load<A>(dz + d) + y);
             }
             continue;
           }
@@ -216,8 +218,9 @@ class LinearAttentionPass {
       }
       if (!of_keys) continue;
       A* partial = static_cast<A*>(p_.partial) + (item - p_.wave_begin) * query_partial(p_);
-      copy(partial, dz, M_);
-      for (int64_t m = 0; m < M_; ++m) copy(partial + M_ + m * E_, dS + m * Ep_, E_);
+      for (int64_t m = 0; m < M_; ++m) partial[m] = dz[m] * unit_;
+      for (int64_t m = 0; m < M_; ++m)
+        for (int64_t e = 0; e < E_; ++e) partial[M_ + m * E_ + e] = dS[m * Ep_ + e] * unit_;
     }
   }
 
@@ -238,7 +241,7 @@ class LinearAttentionPass {
         for (int64_t i = 0; i < M_ * E_; ++i) dS[i] += partial[M_ + i];
       }
       if (features_.normalised() && last <= p_.wave_end) {
-        // dz = dL − Σ_e dS S; L, the keys' log Σ exp, is in the queries' exponents of exact FAVOR+ alone.
+        // dz = dL − Σ_e dS S; L = log z is in the queries' exponents of the exact maps alone.
         const A* S = static_cast<const A*>(p_.state) + head * M_ * E_;
         for (int64_t m = 0; m < M_; ++m) {
           A sum = 0;
@@ -259,21 +262,23 @@ class LinearAttentionPass {
     A* dSt = scratch_.take(E_ * Mp_);
     A* dz = scratch_.take(Mp_);
     A* shift = scratch_.take(Mp_);
-    const FeatureMap map = p_.feature_map;
+    A* steepest = scratch_.take(Mp_);  // kEluExact: φ' of a key above 0, over z
     const int64_t Mp = Mp_;
     const V constant = splat<A>(features_.constant());
     const bool of_keys = p_.grad_k.data != nullptr, of_values = p_.grad_v.data != nullptr;
+    FeatureMap map = p_.feature_map;
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.key_splits;
       if (head != loaded) {
         load_state(dS, p_.grad_state, head);
-        if (of_keys) transpose(dSt, dS);
         copy(dz, static_cast<const A*>(p_.grad_z) + head * M_, M_);
         if (p_.feature_map == FeatureMap::kFavor)
           fill(shift, M_, static_cast<const A*>(p_.key_max)[head]);
         else
           copy(shift, static_cast<const A*>(p_.key_stat) + head * M_, M_);
+        if (p_.feature_map == FeatureMap::kEluExact) map = elu_scales(steepest, shift, dS, dz);
+        if (of_keys) transpose(dSt, dS);
         loaded = head;
       }
       const Range range(p_.keys, p_.key_splits, item % p_.key_splits);
@@ -281,7 +286,7 @@ class LinearAttentionPass {
         const int64_t rows = tile_rows(n, range.end);
         load_tile(phi, p_.k, head, n, rows);
         features_.key_exponents(phi, rows);
-        features_.keys(phi, shift, rows);
+        features_.keys(phi, map == FeatureMap::kElu ? nullptr : shift, rows);
         if (of_keys) {
           int64_t ld;
           const A* y = value_tile(values, &ld, p_.v, head, n, rows);
@@ -291,7 +296,11 @@ class LinearAttentionPass {
           for (int64_t d = 0; d < Mp; d += W) {
             const int64_t i = r * Mp + d;
             const V e = load<A>(phi + i);
-            if (of_keys) store<A>(G + i, (load<A>(G + i) + load<A>(dz + d)) * Features<A>::derivative(map, e));
+            if (of_keys) {
+              const V limit = load<A>(steepest + d);
+              const V slope = map != FeatureMap::kEluExact ? Features<A>::derivative(map, e) : limit < e ? limit : e;
+              store<A>(G + i, (load<A>(G + i) + load<A>(dz + d)) * slope);
+            }
             store<A>(phi + i, e + constant);
           }
         if (of_values) {
@@ -350,7 +359,7 @@ class LinearAttentionPass {
     if (n > 0) std::memcpy(dst, src, n * sizeof(A));
   }
   static A inverse(A den) { return den == 0 ? A(1) : A(1) / den; }
-  A eps() const { return p_.feature_map == FeatureMap::kRelu ? A(p_.eps) : A(0); }
+  A eps() const { return p_.feature_map == FeatureMap::kRelu ? A(p_.eps * unit_) : A(0); }
   A feature_scale() const { return p_.feature_map == FeatureMap::kFavorRelu ? A(1) : A(1 / std::sqrt(double(M_))); }
 
   static void scale_row(A* row, int64_t n, A factor) {
@@ -364,27 +373,20 @@ class LinearAttentionPass {
       store<A>(sum + d, total);
     }
   }
-  // Adds the rows of seen keys, and returns how many they are.
-  A add_seen(A* sum, const A* x, int64_t ld, int64_t head, int64_t n, int64_t rows) const {
-    if (p_.key_mask == nullptr) {
-      add_rows(sum, x, ld, Ep_, rows);
-      return A(rows);
-    }
+  A seen_rows(int64_t head, int64_t n, int64_t rows) const {
+    if (p_.key_mask == nullptr) return A(rows);
     const bool* seen = mask(head, n);
     A count = 0;
-    for (int64_t r = 0; r < rows; ++r)
-      if (seen[r * p_.mask_stride[1]]) {
-        add_rows(sum, x + r * ld, ld, Ep_, 1);
-        count += 1;
-      }
+    for (int64_t r = 0; r < rows; ++r) count += seen[r * p_.mask_stride[1]];
     return count;
   }
   void add_constant(A* phi, int64_t rows) const {
     const V c = splat<A>(features_.constant());
     for (int64_t i = 0; i < rows * Mp_; i += W) store<A>(phi + i, load<A>(phi + i) + c);
   }
+  // NaN, if there is one.
   A row_max(const A* row, A max) const {
-    for (int64_t m = 0; m < M_; ++m) max = row[m] > max ? row[m] : max;
+    for (int64_t m = 0; m < M_; ++m) max = row[m] > max || row[m] != row[m] ? row[m] : max;
     return max;
   }
 
@@ -399,7 +401,7 @@ class LinearAttentionPass {
     unpack(row<T>(view, head, n), view.stride[2], view.stride[3], src, ld, rows, cols);
   }
   // A tile of values: where they lie when they can be read as they are, else packed into `buffer`.
-  const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows) {
+  const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows) const {
     const T* src = row<T>(v, head, n);
     if constexpr (__is_same(T, A)) {
       if (v.stride[3] == 1 && E_ == Ep_ && rows % kRows == 0) {
@@ -411,6 +413,17 @@ class LinearAttentionPass {
     *ld = Ep_;
     return buffer;
   }
+  // The values of keys, zeros for the hidden: 0 · NaN would be seen.
+  const A* key_values(A* buffer, int64_t* ld, int64_t head, int64_t n, int64_t rows) const {
+    if (p_.key_mask == nullptr) return value_tile(buffer, ld, p_.v, head, n, rows);
+    const T* src = row<T>(p_.v, head, n);
+    pack(buffer, Ep_, src, p_.v.stride[2], p_.v.stride[3], rows, E_);
+    const bool* seen = mask(head, n);
+    for (int64_t r = 0; r < rows; ++r)
+      if (!seen[r * p_.mask_stride[1]]) fill(buffer + r * Ep_, Ep_, 0);
+    *ld = Ep_;
+    return buffer;
+  }
   void load_state(A* dst, const void* src, int64_t head) {
     const A* from = static_cast<const A*>(src) + head * M_ * E_;
     for (int64_t m = 0; m < M_; ++m) copy(dst + m * Ep_, from + m * E_, E_);
@@ -419,23 +432,74 @@ class LinearAttentionPass {
     for (int64_t e = 0; e < E_; ++e)
       for (int64_t m = 0; m < M_; ++m) dst[e * Mp_ + m] = src[m * Ep_ + e];
   }
-  // z, or for exact FAVOR+ log Σ exp, where a head that sees no key has no bias.
-  void load_statistic(A* dst, int64_t head) {
+  // z, or for the exact maps log z; in `weight` elu's z over the largest.
+  void load_statistic(A* dst, A* weight, int64_t head) {
     const A* from = static_cast<const A*>(p_.key_stat) + head * M_;
     if (p_.feature_map == FeatureMap::kSoftmax) return;
-    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalised() && from[m] == A(INFINITY) ? A(0) : from[m];
+    // A head that sees no key has no bias; of elu's features one alone may have no key above −∞.
+    const A none = p_.feature_map == FeatureMap::kEluExact ? -A(INFINITY) : A(0);
+    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalised() && from[m] == A(INFINITY) ? none : from[m];
+    if (p_.feature_map != FeatureMap::kEluExact) return;
+    A top = -A(INFINITY);
+    for (int64_t m = 0; m < M_; ++m) top = dst[m] > top ? dst[m] : top;
+    for (int64_t m = 0; m < M_; ++m) weight[m] = std::exp(dst[m] - (top > -A(INFINITY) ? top : A(0)));
   }
-  const A* bias(const A* statistic) const { return p_.feature_map == FeatureMap::kFavorExact ? statistic : nullptr; }
+  // A tile of φ(q), or normalised of φ(q) z / Σ φ(q) z.
+  void load_queries(A* phi, int64_t head, int64_t n, int64_t rows, const A* z, const A* weight, A* slope) {
+    load_tile(phi, p_.q, head, n, rows);
+    if (p_.feature_map != FeatureMap::kEluExact) return features_.queries(phi, bias(z), rows);
+    if (features_.elu_queries(phi, weight, rows, slope)) return;
+    load_tile(phi, p_.q, head, n, rows);
+    features_.exact_elu_queries(phi, z, rows, slope);
+  }
+  // kElu where 1/z is so moderate that dS and dz take it, and keys are plain φ; else kEluExact, and 1/z in `steepest`.
+  FeatureMap elu_scales(A* steepest, const A* log_z, A* dS, A* dz) const {
+    bool moderate = true;
+    for (int64_t m = 0; m < M_; ++m) {
+      moderate = moderate && log_z[m] > A(-60);
+      steepest[m] = std::exp(-log_z[m]);
+    }
+    if (!moderate) return FeatureMap::kEluExact;
+    for (int64_t m = 0; m < M_; ++m) {
+      dz[m] *= steepest[m];
+      scale_row(dS + m * Ep_, Ep_, steepest[m]);
+    }
+    return FeatureMap::kElu;
+  }
+  const A* bias(const A* statistic) const {
+    return p_.feature_map == FeatureMap::kFavorExact ? statistic : nullptr;
+  }
+
+  // The result does not depend on a common factor of S, z and eps. A power of two that makes the largest z at least
+  // 2^digits keeps φ(q)·z out of the subnormal numbers whatever q is.
+  void rescale(A* S, A* z) {
+    unit_ = 1;
+    if (features_.normalised()) return;
+    A top = 0;
+    for (int64_t m = 0; m < M_; ++m) top = z[m] > top ? z[m] : top;
+    using Limits = std::numeric_limits<A>;
+    if (!(top > 0 && top <= Limits::max())) return;
+    int exponent = Limits::digits - std::ilogb(top);
+    // An eps that outweighs φ(q)·z is kept near 1.
+    if (p_.feature_map == FeatureMap::kRelu && p_.eps > 0 && -std::ilogb(p_.eps) < exponent)
+      exponent = -std::ilogb(p_.eps);
+    unit_ = std::ldexp(A(1), exponent < Limits::max_exponent ? exponent : Limits::max_exponent - 1);
+    scale_row(S, Mp_ * Ep_, unit_);
+    scale_row(z, Mp_, unit_);
+  }
 
   const bool* mask(int64_t head, int64_t n) const {
     return p_.key_mask + (head / p_.heads) * p_.mask_stride[0] + n * p_.mask_stride[1];
   }
   // Zeroes the rows of hidden keys.
-  void hide(A* tile, int64_t head, int64_t n, int64_t rows) const {
+  void hide(A* tile, int64_t head, int64_t n, int64_t rows) {
     if (p_.key_mask == nullptr) return;
     const bool* seen = mask(head, n);
-    for (int64_t r = 0; r < rows; ++r)
-      if (!seen[r * p_.mask_stride[1]]) fill(tile + r * Mp_, Mp_, 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (seen[r * p_.mask_stride[1]]) continue;
+      fill(tile + r * Mp_, Mp_, 0);
+      features_.hide(r);
+    }
   }
 
   // Raises the running maxima to this tile's and rescales z and S by exp(old − new): exact in one pass. FAVOR+ has one
@@ -459,11 +523,14 @@ class LinearAttentionPass {
       scale_row(S, Mp_ * Ep_, factor);
       return;
     }
+    const bool elu = p_.feature_map == FeatureMap::kEluExact;
     for (int64_t m = 0; m < Mp_; m += W) {
       const V old = load<A>(max + m);
+      if (elu && reduce_max<A>(-old) <= 0) continue;  // elu's exponents are at most 0
       V top = old;
       for (int64_t r = 0; r < rows; ++r)
         if (seen == nullptr || seen[r * p_.mask_stride[1]]) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
+      if (elu) top = top > 0 ? V{} : top;
       store<A>(max + m, top);
       const V factor = old == top ? splat<A>(1) : exp(old - top);
       store<A>(z + m, load<A>(z + m) * factor);
@@ -472,15 +539,23 @@ class LinearAttentionPass {
     }
   }
 
+  // Elu's keys need no shift: every feature has had one above 0.
+  bool all_zero(const A* max) const {
+    if (p_.feature_map != FeatureMap::kEluExact) return false;
+    for (int64_t m = 0; m < M_; ++m)
+      if (max[m] != 0) return false;
+    return true;
+  }
+
   // The last of a head's partial states is in.
   void finish(A* S, A* z, const A* max, const A* sum, int64_t head) const {
     const A c = features_.constant(), count = sum[E_];
     for (int64_t m = 0; m < M_; ++m) {
       if (features_.normalised()) {
-        // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0.
-        const A total = z[m];
-        z[m] = total == 0 ? A(INFINITY) : max[m] + std::log(total);
-        for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = total == 0 ? A(0) : S[m * E_ + e] / total;
+        // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0. A softmax of −∞ alone is NaN.
+        const A total = z[m], none = p_.feature_map == FeatureMap::kSoftmax && count > 0 ? A(NAN) : A(0);
+        z[m] = total == 0 ? none + A(INFINITY) : max[m] + std::log(total);
+        for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = total == 0 ? none : S[m * E_ + e] / total;
       } else if (c != 0) {
         z[m] += c * count;
         for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] += c * sum[e];
@@ -516,6 +591,7 @@ class LinearAttentionPass {
   const int64_t M_, E_, Mp_, Ep_;
   Scratch<A> scratch_;
   Features<A> features_;
+  A unit_ = 1;  // what rescale() has multiplied S and z by
 };
 
 #define CXV_PASS(name)                                                                         \

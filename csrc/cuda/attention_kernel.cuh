@@ -25,12 +25,12 @@ namespace cuda {
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
-// kFavor with eps, or without (exact); kRectifier is elu or relu.
-enum class Map { kFavor, kFavorRelu, kSoftmax, kRectifier };
+// kFavor with eps, or without (exact); kElu by its exponents; kRectifier is relu or, for kv_state, elu.
+enum class Map { kFavor, kFavorRelu, kSoftmax, kRectifier, kElu };
 template <Map map>
 constexpr bool kProjected = map == Map::kFavor || map == Map::kFavorRelu;
 template <Map map>
-constexpr bool kExponential = map == Map::kFavor || map == Map::kSoftmax;
+constexpr bool kExponential = map == Map::kFavor || map == Map::kSoftmax || map == Map::kElu;
 
 // Scratch memory, an array per head: P channels (D and E, padded), M' features (M, padded to 16).
 struct Work {
@@ -38,7 +38,7 @@ struct Work {
   void* rows;      // (M', P) in q's dtype: U or R over `scale`
   float* weight;   // (M'): what a feature's e is weighed by: its logarithm or factor
   float* offset;   // (M'): what is added to R·v
-  float* vector;   // (P + 2): c̄ or, for the keys' gradients, c Σ R/z; `scale`; c Σ z
+  float* vector;   // (P + 3): c̄ or, for the keys' gradients, c Σ R/z; `scale`; c Σ z; rescaling() of z
   float* token;    // (3, queries): log₂ of Σ e or 1/Σ e, −δ, 1/den; null if the keys have no gradient
 };
 
@@ -76,6 +76,16 @@ __device__ __forceinline__ float rectify(float z, bool elu) {
 template <Map map>
 __device__ __forceinline__ float rectify_gradient(float e, bool elu) {
   return map != Map::kFavorRelu && elu ? fminf(e, 1.f) : e > 0 ? 1.f : 0.f;
+}
+
+// The exponent of a map without a projection, and its derivative. elu's is log₂ φ, which does not underflow.
+template <Map map>
+__device__ __forceinline__ float exponent_of(float x, float scale) {
+  return map != Map::kElu ? x * scale : x > 0 ? log2f(1 + x) : kLog2e * x;
+}
+template <Map map>
+__device__ __forceinline__ float exponent_gradient(float x) {
+  return map == Map::kElu && x > 0 ? 1 / (1 + x) : 1.f;
 }
 
 // -- Tiles ------------------------------------------------------------------------------------------------------------
@@ -201,7 +211,7 @@ struct Range {
 // D^-¼, with log₂e for exponents.
 template <Map map>
 __device__ __forceinline__ float input_scale(const LinearAttention& p) {
-  if (map == Map::kRectifier || p.dim == 0) return 1;
+  if (map == Map::kRectifier || map == Map::kElu || p.dim == 0) return 1;
   return rsqrtf(sqrtf(float(p.dim))) * (kExponential<map> ? kLog2e : 1.f);
 }
 // What ‖x‖² is multiplied by in the exponent, base 2.
@@ -211,10 +221,25 @@ template <Map map>
 __device__ __forceinline__ float constant_of(const LinearAttention& p) {
   return kProjected<map> ? float(p.eps) : 0.f;
 }
+// What z and eps are multiplied by, so that φ(q) z is no subnormal number: a power of two that makes the largest z of a
+// head 2²⁴ to 2²⁵, or an eps that outweighs φ(q) z about 1. Results do not depend on it. For whole warps.
+template <Map map>
+__device__ __forceinline__ float rescaling(const LinearAttention& p, const float* stat, int M) {
+  if (kExponential<map>) return 1;
+  float top = 0;
+  for (int m = threadIdx.x % 32; m < M; m += 32) top = fmaxf(top, stat[m]);
+  top = warp_max(top);
+  int exponent = 278 - int(__float_as_uint(top) >> 23);
+  if (p.feature_map == FeatureMap::kRelu && p.eps > 0) {
+    const int of_eps = 254 - int(__float_as_uint(float(p.eps)) >> 23);
+    exponent = of_eps < exponent ? of_eps : exponent;
+  }
+  return top > 0 && top < INFINITY ? __uint_as_float(uint32_t(exponent < 254 ? exponent : 254) << 23) : 1.f;
+}
 // Is S divided by z, and key_stat a logarithm?
 template <Map map>
 __device__ __forceinline__ bool normalised(const LinearAttention& p) {
-  return map == Map::kSoftmax || p.feature_map == FeatureMap::kFavorExact;
+  return map == Map::kSoftmax || map == Map::kElu || p.feature_map == FeatureMap::kFavorExact;
 }
 
 // The two operands whose sum is W, of the pair (feature, d), (feature, d + 1); 0 beyond.
@@ -377,7 +402,7 @@ __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P
             const float s = shift[group + q / 4 * 8 + t + q % 2];
             const int r = q / 2 % 2;
             if (map == Map::kFavor && s < INFINITY) largest[i][r] = fmaxf(largest[i][r], z);
-            z = map == Map::kFavor ? z - s : map == Map::kSoftmax ? z * scale - s : rectify<map>(z, elu) * s;
+            z = map == Map::kFavor ? z - s : kExponential<map> ? exponent_of<map>(z, scale) - s : rectify<map>(z, elu) * s;
             high_a[r] = fmaxf(high_a[r], z);
           }
           float factor[2];
@@ -520,6 +545,12 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
         if (lane + 32 * i < E) plain[i] += of[3 + lane + 32 * i];
     }
 
+  float total = 0;  // Σ z
+  if (queries && kExponential<map> && c != 0) {
+    for (int m = lane; m < M; m += 32) total += static_cast<const float*>(p.key_stat)[head * M + m];
+    total = warp_sum(total);
+  }
+  const float rescaled = queries ? rescaling<map>(p, static_cast<const float*>(p.key_stat) + head * M, M) : 1.f;
 #pragma unroll
   for (int k = 0; k < kReduceFeatures / kReduceWarps; ++k) {
     const int m = first + k * kReduceWarps + warp;
@@ -536,7 +567,7 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
         if (lane + 32 * i < E) sum[i] = fmaf(weight, of[3 + lane + 32 * i], sum[i]);
     }
 
-    const float stat = queries ? static_cast<const float*>(p.key_stat)[at] : 0.f;
+    const float stat = queries ? static_cast<const float*>(p.key_stat)[at] * rescaled : 0.f;
     // e of the feature is `unit` times what it is relative to `top`; φ is c more.
     float unit = kExponential<map> ? ptx::exp2(Relative::base(top) - key_max) : top, plain_unit = c;
     if (normalised<map>(p)) unit = weighed > 0 ? 1 / weighed : 0.f;
@@ -547,7 +578,7 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
         unit = stat == INFINITY ? 0.f : ptx::exp2(Relative::base(top) + stat * kLog2e);
       else
         unit = stat == 0 ? 0.f : kExponential<map> ? ptx::exp2(Relative::base(top) + log2f(stat)) : top * stat;
-      plain_unit = c == 0 ? 0.f : c * stat;
+      plain_unit = c == 0 ? 0.f : !kExponential<map> ? c * stat : total > 0 ? stat / total : 0.f;
     }
     float* const matrix = static_cast<float*>(queries ? p.grad_state : p.state) + at * E;
 #pragma unroll
@@ -595,10 +626,11 @@ __global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
   const float* stat = static_cast<const float*>(p.key_stat) + head * M;
   const float* R = static_cast<const float*>(p.grad_state) + head * M * E;
   const float* rho = static_cast<const float*>(p.grad_z) + head * M;
-  float* vector = work.vector + head * (P + 2);
+  float* vector = work.vector + head * (P + 3);
   float *center = reinterpret_cast<float*>(shared_memory), *extra = center + P, *sums = extra + P;
   float *sums_of_keys = sums + Rows * P, *totals = sums_of_keys + Rows * P, *tops = totals + Rows;
 
+  const float rescaled = role == Role::kQueries ? rescaling<map>(p, stat, M) : 1.f;
   // c̄, and c Σ R/z
   float total = 0;
   if (role != Role::kState) {
@@ -639,7 +671,7 @@ __global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
   const auto element = [&](int m, int e) {
     if (m >= M || e >= E) return 0.f;
     if (keys) return R[m * E + e];
-    if (log) return stat[m] == INFINITY && map == Map::kFavor ? 0.f : state[m * E + e] - center[e];
+    if (log) return stat[m] == INFINITY && map != Map::kSoftmax ? 0.f : state[m * E + e] - center[e];
     return stat[m] == 0 ? 0.f : state[m * E + e] / stat[m] - center[e];
   };
   float top = 0;
@@ -674,7 +706,7 @@ __global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
         weight = map == Map::kSoftmax ? 0.f
                  : log                ? (stat[m] == INFINITY ? none : stat[m] * kLog2e)
                  : kExponential<map>  ? (stat[m] == 0 ? none : log2f(stat[m]))
-                                      : stat[m];
+                                      : stat[m] * rescaled;
       else if (log)
         weight = float(side.raise) - stat[m] * kLog2e;
       else if (role == Role::kState)
@@ -694,7 +726,11 @@ __global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
     vector[threadIdx.x] = role == Role::kState ? 0.f : keys ? extra[threadIdx.x] : center[threadIdx.x];
   if (threadIdx.x == 0) {
     vector[P] = scale;
-    vector[P + 1] = c * total;
+    // Of exponential maps the logarithm: of a small c the product underflows.
+    vector[P + 1] = !kExponential<map>        ? c * total * rescaled
+                    : c > 0 && total > 0 ? log2f(c) + log2f(total)
+                                         : -INFINITY;
+    vector[P + 2] = rescaled;
   }
 }
 
@@ -884,9 +920,9 @@ struct Reader {
       scores(a, feature, k, [](int) { return 0.f; });
     } else {
       unpack_fragment(a, x[k]);
-      if (map == Map::kSoftmax)
+      if (kExponential<map>)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) a[i / 4][i % 4] *= scale;
+        for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = exponent_of<map>(a[i / 4][i % 4], scale);
     }
   }
   // y · rows of the features, added to start(i).
@@ -961,12 +997,12 @@ struct Online {
     }
   }
 
-  // plain: what makes p of a sum relative to the maximum; share: Σ p; unit: 1/den; log, of exponential maps: log₂ of
-  // the denominator in units of 2^exponent.
+  // plain: what makes p of a sum relative to the maximum; share: Σ p; unit: 1/den, of exponential maps c Σ z/den; log, of
+  // exponential maps: log₂ of the denominator in units of 2^exponent.
   float plain[2], share[2], unit[2], log[2];
 
-  // constant: c Σ z
-  __device__ __forceinline__ void finish(const LinearAttention& p, const float (&h)[2], float constant) {
+  // constant: c Σ z, rescaled as z is, of exponential maps its log₂
+  __device__ __forceinline__ void finish(const LinearAttention& p, const float (&h)[2], float constant, float rescaled) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = row_sum(sum[r]);
@@ -974,15 +1010,15 @@ struct Online {
         float shift = 0;
         if (map == Map::kFavor) shift = h[r] + row_max(largest[r]);
         // An exponent of thousands has no digits left for its sum's logarithm, so `plain` does without.
-        const float of_constant = constant > 0 ? log2f(constant) + shift : -INFINITY;
+        const float of_constant = constant + shift;
         const float den = sum[r] + ptx::exp2(of_constant - Relative::base(top[r]));
         plain[r] = den == 0 ? 0.f : 1 / den;
         log[r] = den == 0 ? INFINITY : den == INFINITY ? of_constant : Relative::base(top[r]) + log2f(den);
-        unit[r] = ptx::exp2(shift - log[r]);
+        unit[r] = ptx::exp2(of_constant - log[r]);
         share[r] = 1;
       } else {
         const float features = fmaf(top[r], sum[r], constant);
-        const float den = features + (p.feature_map == FeatureMap::kRelu ? float(p.eps) : 0.f);
+        const float den = features + (p.feature_map == FeatureMap::kRelu ? float(p.eps) * rescaled : 0.f);
         unit[r] = den == 0 ? 0.f : 1 / den;
         plain[r] = top[r] * unit[r];
         share[r] = features * unit[r];
@@ -1000,7 +1036,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kRead>::kThreads, 1
     constexpr int K = P / 16;
     using R = Reader<T, P, map, Pass::kRead>;
     R r(p, work, blockIdx.x / side.blocks);
-    const float* vector = work.vector + r.head * (P + 2);
+    const float* vector = work.vector + r.head * (P + 3);
     const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
     for (int64_t tile = range.begin; tile < range.end; ++tile) {
       r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), nullptr);
@@ -1015,7 +1051,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kRead>::kThreads, 1
         });
         r.accumulate(sum, a, r.rows, feature);
       });
-      online.finish(p, h, vector[P + 1]);
+      online.finish(p, h, vector[P + 1], vector[P + 2]);
       const float scale = vector[P];
       r.store(side.out_x, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
         const float center = vector[16 * k + 8 * half + r.t + i % 2];
@@ -1068,7 +1104,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
     constexpr bool exponents = kExponential<map>;
     using R = Reader<T, P, map, Pass::kGrad>;
     R r(p, work, blockIdx.x / side.blocks);
-    const float* vector = work.vector + r.head * (P + 2);
+    const float* vector = work.vector + r.head * (P + 3);
     const float scale = vector[P];
     const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + r.head / p.heads * p.mask_stride[0];
     const bool of_x = side.out_x.data != nullptr, of_y = side.out_y.data != nullptr;
@@ -1092,7 +1128,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
 #pragma unroll
           for (int i = 0; i < 8; ++i) delta[i / 2 % 2] = fmaf(a[i / 4][i % 4], G[i / 4][i % 4], delta[i / 2 % 2]);
         });
-        online.finish(p, h, vector[P + 1]);
+        online.finish(p, h, vector[P + 1], vector[P + 2]);
         float along[2] = {0, 0};  // dO·c̄
         if (map == Map::kRectifier)
 #pragma unroll
@@ -1133,7 +1169,8 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
           r.scores(a, feature, k);
         if (of_x)
           r.products(G, y, feature, [&](int i) { return queries ? -delta[i / 2 % 2] : r.offset_of(feature, i); });
-        float da[2][4];
+        float da[2][4], plain[2][4];
+        if constexpr (map == Map::kElu) unpack_fragment(plain, r.x[k]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& z = a[i / 4][i % 4];
@@ -1141,7 +1178,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
           const float e = exponents ? ptx::exp2(z) : rectify<map>(z, r.elu);
           const float d = (exponents ? e : rectify_gradient<map>(e, r.elu) * w) * G[i / 4][i % 4];
           z = exponents ? e : e * w;
-          da[i / 4][i % 4] = d;
+          da[i / 4][i % 4] = map == Map::kElu ? d * exponent_gradient<map>(plain[i / 4][i % 4]) : d;
           total[i / 2 % 2] += d;
         }
         if constexpr (!queries)
@@ -1156,7 +1193,8 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
       });
 
       // Exponents carry log₂e, and the softmax pair's input D^-¼ too.
-      const float of_features = scale * (map == Map::kSoftmax ? r.scale * kLn2 : exponents ? kLn2 : 1.f);
+      const float of_features =
+          scale * (map == Map::kSoftmax ? r.scale * kLn2 : map == Map::kFavor ? kLn2 : 1.f);
       const float of_norm = map == Map::kFavor && !(queries && normalised<map>(p)) ? scale * rsqrtf(float(p.dim)) : 0.f;
 #pragma unroll
       for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
@@ -1306,7 +1344,7 @@ inline int64_t carve(const LinearAttention& p, int P, bool backward, float* base
   work->rows = take(heads * padded * P);  // as if floats
   work->weight = take(heads * padded);
   work->offset = take(heads * padded);
-  work->vector = take(heads * (P + 2));
+  work->vector = take(heads * (P + 3));
   work->token = backward && folded ? take(heads * 3 * p.queries) : nullptr;
   return used;
 }
@@ -1395,6 +1433,8 @@ void for_map(FeatureMap map, F&& f) {
   switch (map) {
     case FeatureMap::kSoftmax:
       return f(std::integral_constant<Map, Map::kSoftmax>{});
+    case FeatureMap::kEluExact:
+      return f(std::integral_constant<Map, Map::kElu>{});
     case FeatureMap::kElu:
     case FeatureMap::kRelu:
       return f(std::integral_constant<Map, Map::kRectifier>{});

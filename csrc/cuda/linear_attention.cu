@@ -56,6 +56,7 @@ cxv::Tensors forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mas
                      double eps) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   auto p = describe(q, k, v, key_mask, feature_map, eps);
+  if (p.feature_map == cxv::FeatureMap::kElu) p.feature_map = cxv::FeatureMap::kEluExact;
   if (on_tensor_cores(p)) return cxv::cuda::attention_forward(p, q);
   return on_cuda_cores(p, q, /*forward=*/true, [&](const auto& plan, const auto& launch) {
     return cxv::forward(p, q, p.batch * p.heads * p.key_splits, 2 * p.dim + p.dim * p.value_dim, [&] {
@@ -68,6 +69,7 @@ cxv::Tensors backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::option
                       Tensor key_stat, std::string feature_map, double eps, std::vector<bool> needed) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   auto p = describe(q, k, v, key_mask, feature_map, eps);
+  if (p.feature_map == cxv::FeatureMap::kElu) p.feature_map = cxv::FeatureMap::kEluExact;
   if (on_tensor_cores(p)) return cxv::cuda::attention_backward(p, grad_out, q, k, v, state, key_stat, needed);
   return on_cuda_cores(p, q, /*forward=*/false, [&](const auto& plan, const auto& launch) {
     const int64_t partials = p.batch * p.heads * p.query_splits, partial_size = p.dim + p.dim * p.value_dim;

@@ -143,9 +143,10 @@ struct Block {
   const Plan& plan;
   const int64_t head;
   const int D, E;
-  const bool softmax;
+  const bool softmax, elu;  // elu: by its exponents
   const A scale;
   bool resident = false;  // is the whole matrix in `state`?
+  A unit = 1;             // what S, z and eps are multiplied by in the query passes, see load_z()
   // Shared memory: three arrays of channels, two of tokens, the tiles of φ and of values, and where a pass has them
   // a chunk of the D×E matrix and a tile of gradients.
   A *channel[3], *token[2], *phi, *values, *state, *gradient;
@@ -157,6 +158,7 @@ struct Block {
         D(int(p.dim)),
         E(int(p.value_dim)),
         softmax(p.feature_map == FeatureMap::kSoftmax),
+        elu(p.feature_map == FeatureMap::kEluExact),
         scale(A(plan.scale)) {
     A* next = reinterpret_cast<A*>(shared_memory);
     for (A*& array : channel) array = next, next += plan.dim;
@@ -219,6 +221,17 @@ struct Block {
     if (x > 0) return p.feature_map == FeatureMap::kElu ? x + 1 : x;
     return p.feature_map == FeatureMap::kElu ? exponential(x) : x != x ? x : A(0);
   }
+  // elu's φ(x)·exp(−shift): min(x, 0) is its exponent.
+  __device__ A elu_of(A x, A shift) const {
+    return x > 0 ? exponential(-shift) * (x + 1) : exponential(x - shift);
+  }
+  // φ'(x) of the element (n, d) of this head, given φ(x).
+  __device__ A derivative(A f, const View& view, int64_t n, int d) const {
+    if (!elu) return derivative(f);
+    const A x = widen(static_cast<const T*>(view.data)[head / p.heads * view.stride[0] + head % p.heads * view.stride[1] +
+                                                       n * view.stride[2] + d * view.stride[3]]);
+    return x > 0 ? f / (x + 1) : f;
+  }
   // φ'(x), given φ(x).
   __device__ A derivative(A f) const {
     if (softmax) return scale * f;
@@ -226,29 +239,47 @@ struct Block {
   }
 
   // What the query passes weigh φ(q) with in their denominator.
-  __device__ void load_z(A* z) const {
+  // Of relu a power of two more, which makes the largest z at least 2^24: φ(q)·z is then no subnormal number.
+  __device__ void load_z(A* z) {
     const A* stat = static_cast<const A*>(p.key_stat) + head * D;
-    each_channel([&](int d) { z[d] = d >= D ? A(0) : softmax ? A(1) : stat[d]; });
+    A most = 0;
+    for (int d = 0; d < D; ++d) most = stat[d] > most ? stat[d] : most;
+    if (!softmax && !elu && most > 0 && most <= A(3.4e38)) {
+      int exponent = 24 - ilogb(most);
+      if (p.eps > 0 && -ilogb(p.eps) < exponent) exponent = -ilogb(p.eps);  // an eps that outweighs φ(q)·z: near 1
+      unit = ldexp(A(1), exponent < 127 ? exponent : 127);
+    }
+    // elu's z is in the exponents, `channel[2]` then; where it is 0, the statistic is +∞.
+    each_channel([&](int d) {
+      z[d] = d >= D ? A(0) : softmax || elu ? A(1) : stat[d] * unit;
+      channel[2][d] = !elu || d >= D || stat[d] == A(INFINITY) ? -A(INFINITY) : stat[d];
+    });
   }
   // φ(q); the softmax overwrites `top`. No barrier before or after.
   __device__ void load_queries(int64_t n, int rows, A* top) const {
     load(phi, plan.ld_dim, p.q, n, rows, D, nullptr, softmax ? -A(INFINITY) : A(0),
-         [&](A x, int) { return softmax ? scale * x : feature(x); });
-    if (!softmax) return;
+         [&](A x, int) { return softmax ? scale * x : elu ? x : feature(x); });
+    if (!softmax && !elu) return;
+    const A* bias = channel[2];
     __syncthreads();
     for (int t = threadIdx.x; t < rows; t += blockDim.x) {
       A max = -A(INFINITY);
       for (int d = 0; d < plan.dim; d += 4) {
         const Four<A> x = four(phi + t * plan.ld_dim + d);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) max = x.x[i] > max ? x.x[i] : max;
+        for (int i = 0; i < 4; ++i) {
+          const A exponent = elu ? (x.x[i] > 0 ? A(0) : x.x[i]) + bias[d + i] : x.x[i];
+          max = exponent > max ? exponent : max;
+        }
       }
-      top[t] = max;
+      top[t] = elu && max == -A(INFINITY) ? A(0) : max;
     }
     __syncthreads();
     for (Walk w(plan.dim); w.row < round_up(rows, 4); w.next()) {
       A& x = phi[w.row * plan.ld_dim + w.column];
-      x = w.row < rows && w.column < D ? exponential(x - top[w.row]) : A(0);
+      x = w.row >= rows || w.column >= D ? A(0)
+          : elu                          ? elu_of(x, top[w.row] - bias[w.column])
+                                         : exponential(x - top[w.row]);
     }
   }
   __device__ A row_dot(const A* row, const A* other) const {
@@ -257,7 +288,7 @@ struct Block {
     return sum;
   }
   __device__ A inverse_denominator(int t, const A* z) const {
-    const A eps = p.feature_map == FeatureMap::kRelu ? A(p.eps) : A(0);
+    const A eps = p.feature_map == FeatureMap::kRelu ? A(p.eps * unit) : A(0);
     const A denominator = row_dot(phi + t * plan.ld_dim, z) + eps;
     return denominator == 0 ? A(1) : A(1) / denominator;
   }
@@ -269,10 +300,11 @@ struct Block {
       const int rows = plan.dim - first < plan.chunk ? plan.dim - first : plan.chunk;
       __syncthreads();
       if (!resident) {
+        const A factor = matrix == p.state ? unit : A(1);
         const A* from = static_cast<const A*>(matrix) + (head * D + first) * E;
         for (Walk w(plan.value_dim); w.row < rows; w.next())
           state[w.row * plan.ld_value + w.column] =
-              first + w.row < D && w.column < E ? from[w.row * E + w.column] : A(0);
+              first + w.row < D && w.column < E ? from[w.row * E + w.column] * factor : A(0);
         resident = plan.chunk >= plan.dim;
         __syncthreads();
       }
@@ -377,13 +409,13 @@ struct State {
       }
     });
   }
-  __device__ __forceinline__ void store(const Plan& plan, A* to, int D, int E) {
+  __device__ __forceinline__ void store(const Plan& plan, A* to, int D, int E, A factor = 1) {
     each(plan, [&](int k, int d, int e) {
 #pragma unroll
       for (int r = 0; r < 4; ++r)
 #pragma unroll
         for (int c = 0; c < 4; ++c)
-          if (d + r < D && e + c < E) to[(d + r) * E + e + c] = sum[k][r][c];
+          if (d + r < D && e + c < E) to[(d + r) * E + e + c] = sum[k][r][c] * factor;
     });
   }
 };
@@ -407,29 +439,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   b.each_tile(p.keys, p.key_splits, [&](int64_t n, int rows) {
     b.load_mask(seen, n, rows);
     __syncthreads();
-    b.load(b.phi, ld, p.k, n, rows, D, seen, A(0), [&](A x, int) { return b.softmax ? b.scale * x : b.feature(x); });
+    b.load(b.phi, ld, p.k, n, rows, D, seen, A(0), [&](A x, int) { return b.softmax ? b.scale * x : b.elu ? x : b.feature(x); });
     b.load_values(p.v, n, rows, seen);
     __syncthreads();
-    if (b.softmax) {
+    if (b.softmax || b.elu) {
       // The running maximum: z and S are rescaled by exp(old − new), exact in one pass.
       b.each_channel([&](int d) {
         A top = max[d];
         for (int t = 0; t < rows; ++t) {
-          const A x = b.phi[t * ld + d];
-          if (seen[t] != 0 && x > top) top = x;
+          const A x = b.phi[t * ld + d], exponent = b.elu && x > 0 ? A(0) : x;
+          if (seen[t] != 0 && exponent > top) top = exponent;
         }
         factor[d] = max[d] == top ? A(1) : exponential(max[d] - top);
         max[d] = top;
       });
       __syncthreads();
       for (Walk w(plan.dim); w.row < rows; w.next()) {
-        const A top = max[w.column];
+        const A top = max[w.column] > -A(INFINITY) ? max[w.column] : A(0);
         A& x = b.phi[w.row * ld + w.column];
-        x = seen[w.row] != 0 && w.column < D ? exponential(top > -A(INFINITY) ? x - top : x) : A(0);
+        x = seen[w.row] == 0 || w.column >= D ? A(0) : b.elu ? b.elu_of(x, top) : exponential(x - top);
       }
       __syncthreads();
     }
-    S.fold(plan, b.phi, b.values, rows, b.softmax ? factor : nullptr);
+    S.fold(plan, b.phi, b.values, rows, b.softmax || b.elu ? factor : nullptr);
     b.each_channel([&](int d) {
       A sum = z[d] * factor[d];
       for (int t = 0; t < rows; ++t) sum += b.phi[t * ld + d];
@@ -450,23 +482,23 @@ template <class A>
 __global__ void key_reduce(const __grid_constant__ LinearAttention p, const __grid_constant__ Plan) {
   const int64_t head = blockIdx.x / p.dim, d = blockIdx.x % p.dim, size = 2 * p.dim + p.dim * p.value_dim;
   const A* partial = static_cast<const A*>(p.partial) + head * p.key_splits * size;
-  const bool softmax = p.feature_map == FeatureMap::kSoftmax;
+  const bool shifted = p.feature_map == FeatureMap::kSoftmax || p.feature_map == FeatureMap::kEluExact;
   A max = -A(INFINITY), z = 0;
-  if (softmax)
+  if (shifted)
     for (int64_t s = 0; s < p.key_splits; ++s) max = partial[s * size + d] > max ? partial[s * size + d] : max;
   const auto weight = [&](int64_t s) {
     const A own = partial[s * size + d];
-    return own == max || !softmax ? A(1) : exponential(own - max);
+    return own == max || !shifted ? A(1) : exponential(own - max);
   };
   for (int64_t s = 0; s < p.key_splits; ++s) z += weight(s) * partial[s * size + p.dim + d];
   for (int64_t e = threadIdx.x; e < p.value_dim; e += blockDim.x) {
     A sum = 0;
     for (int64_t s = 0; s < p.key_splits; ++s) sum += weight(s) * partial[s * size + 2 * p.dim + d * p.value_dim + e];
-    static_cast<A*>(p.state)[blockIdx.x * p.value_dim + e] = softmax && z != 0 ? sum / z : sum;
+    static_cast<A*>(p.state)[blockIdx.x * p.value_dim + e] = shifted && z != 0 ? sum / z : sum;
   }
   // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0.
   if (threadIdx.x == 0)
-    static_cast<A*>(p.key_stat)[blockIdx.x] = !softmax ? z : z == 0 ? A(INFINITY) : max + logarithm(z);
+    static_cast<A*>(p.key_stat)[blockIdx.x] = !shifted ? z : z == 0 ? A(INFINITY) : max + logarithm(z);
 }
 
 // block = head · query_splits + split
@@ -516,7 +548,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
     b.each_element(p.grad_q, n, rows, plan.dim, [&](T* grad_q, int t, int d) {
       A& f = b.phi[t * ld + d];
-      if (of_queries && d < D) narrow((b.gradient[t * ld + d] - c[t] * z[d]) * inverse[t] * b.derivative(f), grad_q);
+      if (of_queries && d < D)
+        narrow((b.gradient[t * ld + d] - c[t] * z[d]) * inverse[t] * b.derivative(f, p.q, n + t, d), grad_q);
       f *= inverse[t];
     });
     if (!of_keys) return;
@@ -531,9 +564,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (!of_keys) return;
   A* partial = static_cast<A*>(p.partial) + blockIdx.x * (p.dim + p.dim * p.value_dim);
   b.each_channel([&](int d) {
-    if (d < D) partial[d] = dz[d];
+    if (d < D) partial[d] = dz[d] * b.unit;
   });
-  dS.store(plan, partial + D, D, b.E);
+  dS.store(plan, partial + D, D, b.E, b.unit);
 }
 
 // block = head · D + d; any number of threads
@@ -577,13 +610,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     b.load_mask(seen, n, rows);
     __syncthreads();
     b.load(b.phi, ld, p.k, n, rows, D, seen, A(0),
-           [&](A x, int d) { return b.softmax ? exponential(b.scale * x - stat[d]) : b.feature(x); });
+           [&](A x, int d) {
+             return b.softmax ? exponential(b.scale * x - stat[d]) : b.elu ? b.elu_of(x, stat[d]) : b.feature(x);
+           });
     if (of_keys) {
       b.load_values(p.v, n, rows, seen);
       b.read_back(p.grad_state, rows);
       __syncthreads();
       b.each_element(p.grad_k, n, rows, plan.dim, [&](T* grad_k, int t, int d) {
-        if (d < D) narrow((b.gradient[t * ld + d] + dz[d]) * b.derivative(b.phi[t * ld + d]), grad_k);
+        if (d < D) narrow((b.gradient[t * ld + d] + dz[d]) * b.derivative(b.phi[t * ld + d], p.k, n + t, d), grad_k);
       });
     }
     if (p.grad_v.data == nullptr) return;

@@ -5,9 +5,10 @@
 
 namespace cxv {
 
-// The last three are functions of the projection x·Wᵀ: FAVOR+ with the constant eps added to φ, FAVOR+ proper (eps =
-// 0), and relu with eps added.
-enum class FeatureMap { kSoftmax, kElu, kRelu, kFavor, kFavorExact, kFavorRelu };
+// Three are functions of the projection x·Wᵀ: FAVOR+ with the constant eps added to φ, FAVOR+ proper (eps = 0), and
+// relu with eps added. kElu is φ itself, for kv_state; kEluExact, for linear_attention, keeps S / z and log z, which
+// no key underflows.
+enum class FeatureMap { kSoftmax, kElu, kRelu, kFavor, kFavorExact, kFavorRelu, kEluExact };
 
 // Accumulators ("acc") are double for double and float otherwise, contiguous, one block per head.
 struct LinearAttention {
@@ -22,8 +23,8 @@ struct LinearAttention {
   // The key pass folds `splits` runs of tokens of a head into partial states, which are added in order.
   int64_t key_splits, query_splits;
   void* partial;   // acc, one block per item of the pass that writes it
-  void* state;     // acc (B, H, M, E): S; for softmax and exact FAVOR+ divided by z
-  void* key_stat;  // acc (B, H, M): z; for softmax and exact FAVOR+ log Σ exp
+  void* state;     // acc (B, H, M, E): S; for softmax and the exact maps divided by z
+  void* key_stat;  // acc (B, H, M): z; for softmax and the exact maps log z, +∞ where z is 0
 
   // Backward. A gradient whose view has no data is not computed, and without grad_k and grad_v neither are dS and dz.
   View grad_out, grad_q, grad_k, grad_v;

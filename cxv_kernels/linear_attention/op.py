@@ -135,7 +135,8 @@ class KvState(FusedFunction):
     @staticmethod
     def forward(k, v, key_mask, feature_map, backend):
         state, stat = kernels(backend).kv_state_forward(k, v, key_mask, feature_map)
-        z = stat.isfinite().to(stat.dtype) if feature_map == "softmax" else stat.clone()
+        # softmax: 1, 0 where no key is seen and the statistic is infinite, NaN where it is NaN
+        z = (stat - stat + 1).masked_fill(stat.isinf(), 0) if feature_map == "softmax" else stat.clone()
         return state, z, stat
 
     @staticmethod

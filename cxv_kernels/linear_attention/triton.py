@@ -4,13 +4,15 @@ A head has F features: the rows of the projection W, or without one the D channe
 
 - ``favor``: exp(a − h − s) + EPS with a = D^-¼·x·Wᵀ, h = ‖x‖²/(2√D) and one maximum s of all keys' a;
 - ``exact``: the same with EPS = 0 and a maximum per feature; ``favor_relu``: relu(a) + EPS;
-- ``softmax``: over the channels of D^-¼·q, over the tokens of D^-¼·k; ``elu`` and ``relu`` of the channels.
+- ``softmax``: over the channels of D^-¼·q, over the tokens of D^-¼·k; ``elu`` and ``relu`` of the channels;
+- ``elu_exact``: elu by its logarithm, as exact is, which nothing underflows; elu itself is for kv_state.
 
-The first, second and fourth are exponentials (``EXP``), computed in base 2. What is kept of a head (README.md):
+``favor``, ``exact``, ``softmax`` and ``elu_exact`` are exponentials (``EXP``), computed in base 2. What is kept of a
+head (README.md):
 
 - state (F + 2, E): U_m = S_m/z_m − c̄; c̄; the largest |U| of each column.
-- stat (2 F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact),
-  0 (softmax), else z_m/Σ z·W_RANGE.
+- stat (2 F + 1): log2 z_m (EXP) or z_m, and that of Σ z_m; how a query weighs the features: log2 z_m (exact
+  and elu_exact), 0 (softmax), else z_m/Σ z·W_RANGE.
 
 ``p_`` is a pointer, ``s_`` its strides, ``b_`` a tile's values, ``o_`` offsets, ``m_`` masks, ``i_`` an index.
 """
@@ -181,10 +183,21 @@ def feature(b_a, MAP: tl.constexpr):
     """φ without its constant; of an exponential the exponent."""
     if MAP == "elu":
         return tl.where(b_a > 0, b_a + 1, tl.exp(tl.minimum(b_a, 0, propagate_nan=tl.PropagateNan.ALL)))
+    elif MAP == "elu_exact":  # b_a is log2(e)·x
+        return tl.where(b_a > 0, tl.log2(1 + 0.6931471805599453 * tl.where(b_a > 0, b_a, 0)), b_a)
     elif MAP == "relu" or MAP == "favor_relu":
         return tl.maximum(b_a, 0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return b_a
+
+
+@triton.jit
+def exponent_slope(b_a, MAP: tl.constexpr):
+    """The derivative of an exponent that feature() makes of b_a."""
+    if MAP == "elu_exact":
+        return 1 / (1 + 0.6931471805599453 * tl.where(b_a > 0, b_a, 0))
+    else:
+        return tl.full(b_a.shape, 1.0, b_a.dtype)
 
 
 @triton.jit
@@ -382,7 +395,9 @@ def state_kernel(
     else:
         total = tl.sum(b_z, 0)
         b_c = tl.sum(b_mean * b_z[:, None], 0) * reciprocal(total)  # [BE]
-        b_u = tl.where((b_z > 0)[:, None], b_mean - b_c[None, :], 0)
+        # of an exponential z relative to the largest may underflow, and the feature count all the same
+        b_any = b_log > float("-inf") if EXP else b_z > 0
+        b_u = tl.where((b_any | (b_log != b_log))[:, None], b_mean - b_c[None, :], 0)
         p = p_state + i_bh * (F + 2) * E + o_e
         tl.store(p[None, :] + o_f[:, None] * E, b_u, mask=m_fe)
         tl.store(p + F * E, b_c, mask=m_e)
@@ -390,7 +405,7 @@ def state_kernel(
         if i_e == 0:
             p_stat += i_bh * (2 * F + 1)
             b_weight = b_z * (W_RANGE * reciprocal(total))
-            if MAP == "exact":
+            if MAP == "exact" or MAP == "elu_exact":
                 b_weight = b_log
             elif MAP == "softmax":
                 b_weight = tl.zeros([BLOCK_F], ACC)
@@ -402,7 +417,7 @@ def state_kernel(
 @triton.jit
 def load_weights(p_stat, o_f, F: tl.constexpr, MAP: tl.constexpr):
     """How a query weighs the features [BLOCK_F]. Read where they are used: held over the loop, they cost registers."""
-    none = float("-inf") if MAP == "exact" or MAP == "softmax" else 0.0
+    none = float("-inf") if MAP == "exact" or MAP == "elu_exact" or MAP == "softmax" else 0.0
     return tl.load(p_stat + F + 1 + o_f, mask=o_f < F, other=none)
 
 
@@ -433,7 +448,7 @@ def load_state(
         return tl.load(p_u + o_f[:, None] * (E + PACKED) + o_e[None, :], mask=mask, other=0)
     else:
         b_u = tl.load(p_state + o_f[:, None] * E + o_e[None, :], mask=mask, other=0) / unit
-        if MAP != "exact" and MAP != "softmax":
+        if MAP != "exact" and MAP != "elu_exact" and MAP != "softmax":
             b_u *= load_weights(p_stat, o_f, F, MAP)[:, None]
         return b_u.to(T)
 
@@ -447,7 +462,7 @@ def load_columns(p, o_f, stride, F: tl.constexpr, other):
 @triton.jit
 def load_sum_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, T: tl.constexpr):
     """halves of how a query weighs the features."""
-    if p_u is not None and MAP != "exact" and MAP != "softmax":
+    if p_u is not None and MAP != "exact" and MAP != "elu_exact" and MAP != "softmax":
         return load_columns(p_u + E, o_f, E + PACKED, F, 0)
     else:
         return halves(as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
@@ -456,7 +471,7 @@ def load_sum_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl
 @triton.jit
 def load_minus_columns(p_stat, p_u, o_f, E: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, T: tl.constexpr):
     """factors of how a query weighs the features, negative."""
-    if p_u is not None and MAP != "exact" and MAP != "softmax":
+    if p_u is not None and MAP != "exact" and MAP != "elu_exact" and MAP != "softmax":
         return load_columns(p_u + E + 16, o_f, E + PACKED, F, 0)
     else:
         return factors(-as_factor(load_weights(p_stat, o_f, F, MAP), MAP), T)
@@ -483,7 +498,7 @@ def pack_state_kernel(
     p = p_u + i_bh * F * (E + PACKED) + o_f[:, None] * (E + PACKED)
     b_u = load_state(p_state, p_stat, None, o_f, unit, E, F, MAP, BLOCK_E, T)
     tl.store(p + o_e[None, :], b_u, mask=m_f & (o_e < E)[None, :])
-    if MAP != "exact" and MAP != "softmax":
+    if MAP != "exact" and MAP != "elu_exact" and MAP != "softmax":
         tl.store(p + E + o_c[None, :], load_sum_columns(p_stat, None, o_f, E, F, MAP, T), mask=m_f)
         tl.store(p + E + 16 + o_c[None, :], load_minus_columns(p_stat, None, o_f, E, F, MAP, T), mask=m_f)
 
@@ -493,12 +508,12 @@ def query_scores(
     b_q, b_wt, b_rest, b_z, MAP: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
 ):
     """φ without its constant, of an exponential the exponent [BLOCK_N, BLOCK_F]: what the row's maximum is taken of."""
-    if MAP == "softmax" or MAP == "elu" or MAP == "relu":
+    if MAP == "softmax" or MAP == "elu_exact" or MAP == "relu":
         b_a = b_q.to(ACC) * SCALE
     else:
         b_a = project(b_q, b_wt, b_rest, PRECISION)
-    if MAP == "softmax" or MAP == "exact":
-        return b_a + b_z[None, :]
+    if MAP == "softmax" or MAP == "exact" or MAP == "elu_exact":
+        return feature(b_a, MAP) + b_z[None, :]
     else:
         return feature(b_a, MAP)
 
@@ -506,7 +521,7 @@ def query_scores(
 @triton.jit
 def query_terms(b_x, b_top, MAP: tl.constexpr, EXP: tl.constexpr):
     """e, relative to the row's maximum."""
-    if MAP == "softmax" or MAP == "exact":
+    if MAP == "softmax" or MAP == "exact" or MAP == "elu_exact":
         return relative(b_x, b_top[:, None], EXP)
     elif EXP:
         b_base = tl.where(b_top == float("-inf"), 0, b_top) - 7  # log2 of E_RANGE
@@ -524,7 +539,7 @@ def total(b_sum):
 @triton.jit
 def as_factor(b_z, MAP: tl.constexpr):
     """What load_weights gives as the factor of e that it is."""
-    if MAP == "softmax" or MAP == "exact":
+    if MAP == "softmax" or MAP == "exact" or MAP == "elu_exact":
         return tl.full(b_z.shape, 1.0, b_z.dtype)
     else:
         return b_z
@@ -545,7 +560,7 @@ def query_rows(b_q, b_top, b_den, p_stat, F: tl.constexpr, MAP: tl.constexpr, EP
     ACC: tl.constexpr = b_den.dtype
     if MAP == "favor":
         b_factor = tl.exp2(-half_norm(b_q, HALF, ACC))
-    elif MAP == "exact" or MAP == "softmax":
+    elif MAP == "exact" or MAP == "elu_exact" or MAP == "softmax":
         b_factor = tl.full(b_den.shape, 1.0, ACC)
     else:
         b_factor = b_top
@@ -767,8 +782,8 @@ def query_backward_kernel(
                 b_ut = tl.trans(load_state(p_state, p_stat, p_u, o_i, unit, E, F, MAP, BLOCK_E, T))
                 b_z = load_weights(p_stat, o_i, F, MAP)
                 b_minus = tl.trans(load_minus_columns(p_stat, p_u, o_i, E, F, MAP, T))
-                b_x = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
-                b_x = query_scores(b_x, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
+                b_in = b_q if p_w is not None else load_tokens(p_q, s_q, o_n, m_n, o_i, D)
+                b_x = query_scores(b_in, b_wt, b_rest, b_z, MAP, SCALE, PRECISION, ACC)
                 b_e = query_terms(b_x, b_top, MAP, EXP)
             if WIDTH == 16 or BLOCKS > 1:
                 b_g = tl.dot(b_row, b_ut, input_precision=PRECISION)  # [BN, BF]
@@ -779,9 +794,7 @@ def query_backward_kernel(
             if EXP and p_w is not None:
                 b_da = b_da.to(T) * b_e.to(T)
             elif EXP:
-                b_da *= b_e
-            elif MAP == "elu":
-                b_da *= slope(b_e * (b_top / E_RANGE)[:, None], MAP)
+                b_da *= b_e * exponent_slope((b_in if BLOCKS > 1 else b_q).to(ACC) * SCALE, MAP)
             else:  # e is φ times a row's factor
                 b_da *= slope(b_e, MAP)
             if p_w is not None:
@@ -800,7 +813,7 @@ def query_backward_kernel(
             tl.store(p_row + 2 * N, b_delta, mask=m_n)
         if p_sums is not None:
             b_p = b_e * (b_r * HALF_RANGE)[:, None]
-            if MAP != "exact" and MAP != "softmax":
+            if MAP != "exact" and MAP != "elu_exact" and MAP != "softmax":
                 b_p *= b_z[None, :]
             b_p = tl.trans(b_p.to(T))
             b_r_sum, b_rho, b_r1, b_rho1 = add_queries(
@@ -948,7 +961,7 @@ def query_state_kernel(
         if MAP == "favor" and T.primitive_bitwidth == 16:
             b_p = tl.exp2(tl.dot(b_exponents, tl.full([16, BLOCK_N], 1 / 8, T), b_a) - b_row[None, :])
         elif EXP:
-            b_p = tl.exp2(b_a + b_z[:, None] - b_row[None, :])
+            b_p = tl.exp2(feature(b_a, MAP) + b_z[:, None] - b_row[None, :])
         else:
             b_p = feature(b_a, MAP) * b_z[:, None] * b_row[None, :]
         b_r, b_rho, b_r1, b_rho1 = add_queries(
@@ -1260,7 +1273,9 @@ def key_backward_kernel(
                 b_t = tl.exp2(tl.dot(tl.full([BLOCK_N, 16], 1 / 8, T), b_minus, b_a) - b_shift[:, None])
             elif EXP:
                 b_stat = tl.load(p_stat + o_i, mask=o_i < F, other=float("inf"))
-                b_t = tl.exp2(b_a - b_stat[None, :] - b_shift[:, None])
+                if MAP == "elu_exact":  # φ of a feature may be 0 for all keys
+                    b_stat = tl.where(b_stat == float("-inf"), float("inf"), b_stat)
+                b_t = tl.exp2(feature(b_a, MAP) - b_stat[None, :] - b_shift[:, None])
             else:
                 b_x, b_inverse = feature(b_a, MAP), tl.load(p_grads + 2 * F + o_i, mask=o_i < F, other=0)
                 b_t = b_x * (b_inverse * gain)[None, :]
@@ -1276,7 +1291,7 @@ def key_backward_kernel(
                 b_da = b_da.to(T) * b_t.to(T)
                 b_da1 = tl.dot(b_da, tl.full([BLOCK_F, 16], 1.0, T), b_da1, input_precision=PRECISION, out_dtype=ACC)
             elif EXP:
-                b_da *= b_t
+                b_da *= b_t * exponent_slope(b_a, MAP)
             elif MAP == "favor_relu":
                 b_da = tl.where(b_a > 0, b_da, 0)
             else:
@@ -1331,13 +1346,13 @@ class Skeleton:
         projection: Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax")
+        dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax", "elu_exact")
         self.op, self.projection, self.acc = op, projection, accumulate_dtype(like.dtype)
         self.split: Tensor | None = None  # split_kernel's
         self.dtype, self.dim, self.value_dim, self.eps = like.dtype, dim, value_dim, eps
         self.features = dim if projection is None else projection.shape[0]
         self.arch = configs.architecture(like.device)
-        scale = 1.0 if feature_map in ("elu", "relu") else dim**-0.25
+        scale = 1.0 if feature_map in ("elu", "elu_exact", "relu") else dim**-0.25
         log2e = math.log2(math.e)
         self.state_constants = {
             "E": value_dim,
@@ -1709,14 +1724,18 @@ class Skeleton:
         return grad_k, grad_v
 
 
+def _skeleton(feature_map, q, v, eps):
+    return Skeleton("linear_attention", "elu_exact" if feature_map == "elu" else feature_map, q, v.shape[3], eps=eps)
+
+
 def linear_attention_forward(q, k, v, key_mask, feature_map, eps):
-    skeleton = Skeleton("linear_attention", feature_map, q, v.shape[3], eps=eps)
+    skeleton = _skeleton(feature_map, q, v, eps)
     state, stat, _ = skeleton.key_pass(k, v, key_mask)
     return skeleton.query_pass(q, state, stat), state, stat
 
 
 def linear_attention_backward(grad_out, q, k, v, key_mask, state, key_stat, feature_map, eps, needed):
-    skeleton = Skeleton("linear_attention", feature_map, q, v.shape[3], eps=eps)
+    skeleton = _skeleton(feature_map, q, v, eps)
     return skeleton.backward(grad_out, q, k, v, key_mask, state, key_stat, key_stat, needed)
 
 

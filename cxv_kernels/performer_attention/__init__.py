@@ -71,7 +71,8 @@ def performer_attention(
         projection: W (M, D), any floating dtype, see :func:`cxv_kernels.orthogonal_projection`.
         kernel: ``"softmax"`` or ``"relu"``.
         eps: None is 1e-4 for softmax (the paper's) and 1e-3 for relu. With 0 the softmax kernel's maxima are taken
-            over the whole exponent, so that no key is lost to underflow (FAVOR+ proper).
+            over the whole exponent, so that no key is lost to underflow (FAVOR+ proper). Between 0 and 1e-30 the op
+            runs in float64, on a GPU in plain PyTorch.
         stabilizer: ``"head"`` takes the keys' maximum per (batch, head), and no gradient flows through the maxima.
             ``"batch"`` is the paper's released code: the keys' maximum is that of the whole batch, so one image
             changes another's output, and gradients flow through the maxima of queries and keys.
@@ -94,7 +95,7 @@ def performer_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     eps = _check_options(q, projection, kernel, eps, stabilizer)
-    dim, decline = max(q.shape[-1], v.shape[-1]), partial(declined, projection, stabilizer)
+    dim, decline = max(q.shape[-1], v.shape[-1]), partial(declined, projection, stabilizer, eps, q.dtype)
     serving = backends.resolve("performer_attention", q, backend, dim, decline)
     with computing("performer_attention", q=q, k=k, v=v, projection=projection, key_mask=key_mask):
         if serving == "reference":
@@ -135,7 +136,7 @@ def performer_features(
     if not isinstance(is_query, bool):
         raise TypeError(f"is_query must be a bool, got {type(is_query).__name__}")
     eps = _check_options(x, projection, kernel, eps, stabilizer)
-    decline = partial(declined, projection, stabilizer)
+    decline = partial(declined, projection, stabilizer, None, x.dtype)
     serving = backends.resolve("performer_features", x, backend, x.shape[-1], decline)
     with computing("performer_features", x=x, projection=projection):
         if serving == "reference":

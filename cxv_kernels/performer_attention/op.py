@@ -21,7 +21,7 @@ from ..autograd import (
 )
 from ..linear_attention.op import serves_attention, triton_state
 from ..validation import accumulate_dtype
-from .reference import performer_attention_reference, performer_features_reference
+from .reference import LEAST_EPS, performer_attention_reference, performer_features_reference
 
 _TRITON = "cxv_kernels.performer_attention.triton"
 define(
@@ -77,8 +77,13 @@ def _(grad_phi, x, projection, key_max, is_query, kernel, eps):
     return like_layout(x, tuple(x.shape))
 
 
-def declined(projection: Tensor, stabilizer: str, backend: str) -> str | None:
-    """Why this fused backend does not take these arguments, if so."""
+def declined(projection: Tensor, stabilizer: str, eps: float | None, dtype: torch.dtype, backend: str) -> str | None:
+    """Why this fused backend does not take these arguments, if so. ``eps``: attention's, None for the default."""
+    if eps is not None and 0 < eps < LEAST_EPS and backend != "cpp":
+        return f"does not serve an eps between 0 and {LEAST_EPS:g}, which needs float64"
+    # its weights of features are factors, of which float16 holds an absolute 1e-10
+    if eps is not None and 0 < eps < 1e-5 and backend == "triton" and dtype == torch.float16:
+        return "does not serve an eps between 0 and 1e-05 in float16"
     if stabilizer != "head":
         return f"does not serve stabilizer={stabilizer!r}"
     if projection.requires_grad:
@@ -87,12 +92,19 @@ def declined(projection: Tensor, stabilizer: str, backend: str) -> str | None:
     return f"serves at most 512 features, not {features}" if backend == "triton" and features > 512 else None
 
 
+def _in_float64(eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, in float64 where this eps needs it."""
+    return tuple(t.double() for t in tensors) if 0 < eps < LEAST_EPS else tensors
+
+
 class PerformerAttention(FusedFunction):
     """(q, k, v, projection, key_mask, kernel, eps, backend) → (out, state, key_stat, key_max), out differentiable."""
 
     @staticmethod
     def forward(q, k, v, projection, key_mask, kernel, eps, backend):
-        return kernels(backend).performer_attention_forward(q, k, v, projection, key_mask, kernel, eps)
+        inputs = _in_float64(eps, q, k, v, projection)
+        out, *state = kernels(backend).performer_attention_forward(*inputs, key_mask, kernel, eps)
+        return out.to(q.dtype), *state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -116,10 +128,11 @@ class PerformerAttentionBackward(FusedFunction):
 
     @staticmethod
     def forward(grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, needed, backend):
+        inputs = _in_float64(eps, grad_out, q, k, v, projection)
         grads = kernels(backend).performer_attention_backward(
-            grad_out, q, k, v, projection, key_mask, state, key_stat, key_max, kernel, eps, needed
+            *inputs, key_mask, state, key_stat, key_max, kernel, eps, needed
         )
-        return only_needed(grads, needed)
+        return only_needed([grad.to(q.dtype) for grad in grads], needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear_attention.reference import divide
+from ..linear_attention.reference import divide, hide_keys, rescaled
 from ..validation import accumulate_dtype, check_count
 
 KERNELS = ("softmax", "relu")
 STABILIZERS = ("head", "batch")
 DEFAULT_EPS = {"softmax": 1e-4, "relu": 1e-3}
+# Beside an eps below this, which is not 0, a feature that underflows float32 still counts.
+LEAST_EPS = 1e-30
 
 
 def num_random_features(dim: int) -> int:
@@ -136,8 +138,8 @@ def performer_attention_reference(
 ) -> Tensor:
     """See :func:`cxv_kernels.performer_attention`; computed in float32 (float64 for float64), in q's dtype."""
     eps = DEFAULT_EPS[kernel] if eps is None else eps
-    out_dtype, dtype = q.dtype, accumulate_dtype(q.dtype)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out_dtype, dtype = q.dtype, torch.float64 if 0 < eps < LEAST_EPS else accumulate_dtype(q.dtype)
+    q, k, v = q.to(dtype), *hide_keys(k.to(dtype), v.to(dtype), key_mask)
     if k.shape[2] == 0:
         nothing = (q.sum(dim=-1, keepdim=True) + k.sum() + v.sum()) * 0
         return nothing.expand(*q.shape[:3], v.shape[3]).to(out_dtype)
@@ -146,4 +148,5 @@ def performer_attention_reference(
     phi_q = favor_features(q, projection, True, kernel, eps, stabilizer)
     phi_k = _hide(favor_features(k, projection, False, kernel, eps, stabilizer, key_mask), key_mask)
     state, z = phi_k.transpose(-2, -1) @ v, phi_k.sum(dim=-2)
+    state, z, _ = rescaled(state, z)
     return divide(phi_q @ state, phi_q @ z.unsqueeze(-1)).to(out_dtype)

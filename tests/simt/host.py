@@ -55,6 +55,10 @@ class View(ctypes.Structure):
         super().__init__(*((t.data_ptr(), tuple(t.stride())) if t is not None else ()))
 
 
+# cxv::FeatureMap: linear_attention's elu is by its exponents, kv_state's is φ itself.
+NUMBERS = {"softmax": 0, "kv_state elu": 1, "relu": 2, "favor": 3, "favor_exact": 4, "favor_relu": 5, "elu": 6}
+
+
 class Arguments(ctypes.Structure):
     """cxv::LinearAttention, field by field."""
 
