@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def(
       "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, str feature_map, float eps)"
       " -> (Tensor out, Tensor state, Tensor key_stat)");
-  // Here and below, needed: the gradients that are wanted, in the order of the results; the others come back empty, (0).
+  // Here and below, needed: the gradients that are wanted, in the order of the results; the others have shape (0).
   m.def(
       "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
       " Tensor key_stat, str feature_map, float eps, bool[3] needed)"

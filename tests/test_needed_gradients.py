@@ -9,6 +9,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 from conftest import heads, needs_cpp, qkv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cxv_kernels
 from cxv_kernels.nystrom_attention.op import Mix, Readout, Residual, Summary
@@ -95,6 +96,31 @@ def test_every_subset_has_the_bits_of_all_gradients(name, dtype):
     for needed in subsets(len(inputs)):
         for i, (got, want) in enumerate(zip(gradients(FUNCTIONS[name], inputs, needed), every, strict=True)):
             assert torch.equal(got, want) if i in needed else got is None, (needed, i)
+
+
+class Asked(TorchDispatchMode):
+    """Records ``needed`` of the backward ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.needed = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._schema.arguments and op._schema.arguments[-1].name == "needed":
+            self.needed.append(args[-1])
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("nystrom_attention", "dropout")])
+def test_autograd_asks_for_the_needed_gradients(name):
+    inputs = inputs_of(name, torch.float32)
+    for needed in subsets(len(inputs)):
+        with Asked() as asked:
+            gradients(FUNCTIONS[name], inputs, needed)
+        expected = [i in needed for i in range(len(inputs))]
+        if name == "nystrom_residual":  # the gradient of attention is that of the result
+            expected = expected[1:]
+        assert asked.needed == ([expected] if any(expected) else [])
 
 
 def direct(name, dtype):

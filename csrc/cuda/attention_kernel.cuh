@@ -1093,8 +1093,8 @@ struct InputGradient {
   }
 };
 
-// block = head · blocks + block. Queries: grad_q, and `token` for fold. Keys: grad_k and grad_v. Where a gradient's view
-// has no data, nothing is computed for it.
+// block = head · blocks + block. Queries: grad_q, and `token` for fold. Keys: grad_k and grad_v. A gradient whose view
+// has no data is not computed.
 template <class T, int P, Map map, bool queries>
 __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1)
     grad(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,

@@ -42,7 +42,7 @@ struct LinearAttention {
   int64_t resident_blocks = 1;
 };
 
-// Whether a gradient of the keys or their values is computed. Static, so that no instruction set's file shares its code.
+// Whether a gradient of the keys or their values is computed. Static: each instruction set's file has its own code.
 static inline bool has_key_gradients(const LinearAttention& p) {
   return p.grad_k.data != nullptr || p.grad_v.data != nullptr;
 }
