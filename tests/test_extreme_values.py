@@ -214,6 +214,23 @@ def test_elu_reference_has_exact_derivatives():
             (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+def test_elu_is_exported_to_onnx(tmp_path):
+    """Queries and keys whose φ(q)·φ(k) float32 does not hold."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return linear_attention(q, k, v, "elu", backend="reference")
+
+    inputs = draw(0, torch.float32, (-85.0, -12.0), (1.0, 1.0))
+    torch.onnx.export(Attention().eval(), tuple(inputs), tmp_path / "elu.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "elu.onnx", providers=["CPUExecutionProvider"])
+    names = [t.name for t in session.get_inputs()]
+    (out,) = session.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))
+    assert_right(torch.from_numpy(out), elu_oracle(*(t.double() for t in inputs)), torch.float32, 9, 97)
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
 @every_dtype
 @every_backend
