@@ -8,7 +8,7 @@ heads. Nested tensors must be padded, with a ``key_mask``; sparse tensors must b
 import torch
 
 from ._version import __version__
-from .backends import BACKENDS, OPS, allow_fp16_operands, bind_backend, explain_backend, get_backend, use_backend
+from .backends import BACKENDS, OPS, bind_backend, explain_backend, get_backend, use_backend
 from .checks import verify
 from .conv_norm import conv_norm
 from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
@@ -24,7 +24,6 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "__version__",
-    "allow_fp16_operands",
     "bind_backend",
     "conv_norm",
     "dropout",

@@ -9,16 +9,7 @@ from torch import Tensor
 
 from ._extension import CPP_MISSING, CUDA_MISSING
 from ._triton import NAMESPACE
-from .backends import FP16_OPERANDS, FP16_OPS
 from .validation import without_autocast
-
-# The arguments' names of the ops that allow_fp16_operands() is about, and which of them it rounds.
-_ARGUMENTS = {
-    name: [argument.name for argument in getattr(torch.ops.cxv_kernels, name).default._schema.arguments]
-    for name in (f"{op}_{way}" for op in FP16_OPS for way in ("forward", "backward"))
-    if hasattr(torch.ops.cxv_kernels, name)
-}
-_OPERANDS = ("q", "k", "v", "x", "grad_out", "grad_phi")
 
 
 def kernels(backend: str) -> Any:
@@ -29,47 +20,7 @@ def kernels(backend: str) -> Any:
             "the fused kernels do not support torch.func transforms inside torch.compile: compile less, pass "
             'backend="reference" to the op, or use_fused=False to the model'
         )
-    if backend == FP16_OPERANDS:
-        return _Fp16Operands()
     return torch.ops.cxv_kernels_triton if backend == "triton" else torch.ops.cxv_kernels
-
-
-class _Fp16Operands:
-    """The CUDA (and CPU) ops for float32 tensors, by their float16 kernels."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return through_float16(getattr(torch.ops.cxv_kernels, name), _ARGUMENTS[name])
-
-
-def through_float16(op: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """A function of float32 tensors that calls ``op``, which takes float16 operands, and gives float32 back.
-
-    A backward pass is linear in the gradients that it is given, which float16 may not hold: they are divided by a power
-    of two that makes the largest 1 to 2, and the results multiplied by it. The host does not wait for it.
-
-    Args:
-        names: of the arguments. q, k, v, x, grad_out and grad_phi are rounded; state, statistics, their gradients and
-            the projection are float32 in every form of the ops.
-    """
-
-    def call(*values: Any) -> Any:
-        given = dict(zip(names, values, strict=True))
-        gradients = [name for name in names if name.startswith("grad_")]
-        largest = [given[name].abs().amax() for name in gradients if given[name].numel()]
-        scale = None
-        if largest:
-            scale = torch.stack(largest).amax()
-            scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.sub(1).clamp(min=-100))
-            given |= {name: given[name] / scale for name in gradients}
-        given |= {name: given[name].half() for name in _OPERANDS if name in given}
-        found = op(*given.values())
-
-        def widen(result: Tensor) -> Tensor:
-            return result.float() if scale is None else result.float() * scale
-
-        return widen(found) if isinstance(found, Tensor) else tuple(map(widen, found))
-
-    return call
 
 
 def register_fake(name: str, *namespaces: str) -> Callable[[Callable], Callable]:

@@ -25,7 +25,6 @@ import torch
 from .validation import FLOAT_DTYPES
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-FP16_OPERANDS = "cuda, float16 operands"
 OPS = (
     "linear_attention",
     "kv_state",
@@ -37,13 +36,10 @@ OPS = (
     "gelu_dropout",
 )
 
-FP16_OPS = ("linear_attention", "kv_state", "performer_attention", "performer_features")  # of allow_fp16_operands
-
 Result = TypeVar("Result")
 Check = Callable[[torch.device, torch.dtype, int], str | None]
 
 _GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
-_MOST_FP16_CHANNELS = 64  # of a head; wider ones do not run on tensor cores
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _verified: dict[tuple[int, str, str], frozenset[str]] = {}  # (a GPU's index, op, dtype) → what verify() has found right
 _announced: set[str] = set()
@@ -90,7 +86,6 @@ class _Setting:
 
 
 _active = _Setting("cxv_kernels backend", "auto")
-_fp16_operands = _Setting("cxv_kernels float16 operands", False)
 
 
 def gpu_order(arch: int) -> tuple[str, ...]:
@@ -152,20 +147,6 @@ def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(*args, **kwargs)
 
     return bound
-
-
-def allow_fp16_operands(allowed: bool = True) -> contextlib.AbstractContextManager[None]:
-    """In the block the CUDA C++ kernels may round float32 tensors to float16, to multiply them on tensor cores.
-
-    Off by default. It concerns float32 heads of at most 64 channels of ``linear_attention``, ``kv_state``,
-    ``performer_attention`` and ``performer_features``, served by the backend ``"cuda"``: q, k, v and the results have
-    float16's 11 bits and its range (65504), gradients its 11 bits relative to their largest. Inputs, results,
-    state, statistics and sums stay float32, and so does what is kept for backward. Its speed is not yet measured.
-
-    The setting applies to the current context, as :func:`use_backend`'s; a backward pass does what its forward pass
-    did.
-    """
-    return _fp16_operands.block(allowed)
 
 
 def _gpu_route(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
@@ -279,7 +260,7 @@ def resolve(
         declined: of a fused backend's name, why it does not take the call's other arguments, if so.
 
     Returns:
-        A name from :data:`BACKENDS` but "auto", or ``"cuda, float16 operands"`` (see :func:`allow_fp16_operands`).
+        A name from :data:`BACKENDS` other than "auto".
 
     Raises:
         ValueError: unknown backend.
@@ -292,11 +273,7 @@ def resolve(
         tried = [(name, "is not available to TorchScript") for name, _ in tried]
     name, reasons = _first(op, tried, device, dtype, dim, declined)
     if name is not None:
-        narrow = _fp16_operands.get() and dtype == torch.float32 and 0 < dim <= _MOST_FP16_CHANNELS
-        if not narrow or name != "cuda" or op not in FP16_OPS:
-            return name
-        asked = wanted != "auto" or (name, None) in _auto(op, device, torch.float16)  # those are other kernels
-        return FP16_OPERANDS if asked else name
+        return name
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")
     if not torch.compiler.is_compiling() and device.type != "meta":  # nothing is computed there

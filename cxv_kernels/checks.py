@@ -274,7 +274,6 @@ def _default_modes(device: torch.device) -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast("cuda", enabled=False),
         torch.cuda.device(device),
-        backends.allow_fp16_operands(False),
     ):
         yield
 

@@ -11,7 +11,6 @@ import torch
 from simt.host import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
 from test_extreme_values import ATTENTION, NAMED_VALUES, PROJECTION, check_with, draw
 
-from cxv_kernels.autograd import through_float16
 from cxv_kernels.linear_attention.reference import kv_state_reference, linear_attention_reference
 from cxv_kernels.performer_attention.reference import (
     orthogonal_projection,
@@ -351,25 +350,6 @@ def test_features_that_see_the_same_of_v(sm80, case, feature_map, dtype):
     terms = float(g.abs().max() * v.abs().max()) * 16
     for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
         assert_close(name, got, expected, dtype, terms)
-
-
-@pytest.mark.parametrize("loss_scale", [1e-12, 1.0, 1e10])
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_float32_through_float16_operands(sm75, feature_map, loss_scale):
-    """What allow_fp16_operands() does, whatever the gradients' size: float16 would hold neither of these."""
-    q, k, v, g = (make((1, 2, 40, c), torch.float32, i, "nchw") for i, c in enumerate((16, 16, 12, 12)))
-    projection = projection_for(feature_map, 16)
-    inputs = [t.double().requires_grad_() for t in (q, k, v)]
-    wants = torch.autograd.grad(reference(feature_map, *inputs, projection), inputs, g.double() * loss_scale)
-
-    def backward(grad_out, q, k, v):
-        assert {t.dtype for t in (grad_out, q, k, v)} == {torch.float16}
-        return run(sm75, feature_map, q, k, v, grad_out, projection)[1:4]
-
-    results = through_float16(backward, ("grad_out", "q", "k", "v"))(g * loss_scale, q, k, v)
-    for name, got, want in zip(("dq", "dk", "dv"), results, wants, strict=True):
-        assert got.dtype == torch.float32
-        assert float((got - want).abs().max() / want.abs().max()) < 2**-8, name  # q, k and v are rounded, too
 
 
 def test_the_report_knows_the_launches(sm75):

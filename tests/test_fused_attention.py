@@ -18,10 +18,7 @@ from torch.library import opcheck
 import cxv_kernels
 from cxv.training.errors import out_of_memory
 from cxv_kernels import kv_state, linear_attention, orthogonal_projection, performer_features
-from cxv_kernels.backends import FP16_OPERANDS
 from cxv_kernels.checks import tolerance
-from cxv_kernels.linear_attention.op import KvState, LinearAttention
-from cxv_kernels.performer_attention.op import PerformerAttention, PerformerFeatures
 from cxv_kernels.validation import FLOAT_DTYPES
 
 pytestmark = needs_cpp
@@ -573,56 +570,3 @@ def test_a_million_large_keys_in_float16(variant):
     assert all(t.isfinite().all() for t in wants)
     for got, expected in ((out.detach(), want.detach()), (results[3], wants[3])):
         assert float((got - expected).abs().max() / expected.abs().max()) < 2**-9
-
-
-def through_float16(op, *arguments):
-    """As in allow_fp16_operands(), with the CPU's kernels in place of CUDA's."""
-    return op.apply(*arguments, FP16_OPERANDS)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_float16_operands(compiled):
-    q, k, v = qkv(dtype=torch.float32, queries=40, keys=50, dim=16, value_dim=12, grad=True)
-    projection = orthogonal_projection(20, 16)
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-
-    def attend(q, k, v):
-        linear = through_float16(LinearAttention, q, k, v, None, "softmax", 0.0)[0]
-        return linear + through_float16(PerformerAttention, q, k, v, projection, None, "softmax", 1e-4)[0]
-
-    fused = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
-    out = fused(q, k, v)
-    want = linear_attention(*exact) + cxv_kernels.performer_attention(*exact, projection.double(), eps=1e-4)
-    grad = 1e-10 * torch.randn_like(want)  # float16 ends at 6e-8
-    got_all = out, *torch.autograd.grad(out, (q, k, v), grad.float())
-    for got, expected in zip(got_all, (want, *torch.autograd.grad(want, exact, grad)), strict=True):
-        error = float((got - expected).abs().max() / expected.abs().max())
-        assert got.dtype == torch.float32
-        assert 2**-20 < error < 2**-8  # rounded, but no more than that
-
-
-def test_float16_operands_of_the_parts():
-    k, v, x = (
-        t.float().requires_grad_() for t in [*qkv(queries=30, keys=30, dim=16, value_dim=12)[1:], heads(1, 2, 9, 8)]
-    )
-    projection = orthogonal_projection(20, 8)
-    state, z, _ = through_float16(KvState, k, v, None, "elu")
-    phi, _ = through_float16(PerformerFeatures, x, projection, True, "softmax", 1e-4)
-    exact = [t.detach().double().requires_grad_() for t in (k, v, x)]
-    wants = (
-        *kv_state(*exact[:2], backend="reference"),
-        performer_features(exact[2], projection.double(), True, eps=1e-4),
-    )
-    seeds = [1e-10 * torch.randn_like(t) for t in wants]
-    found = torch.autograd.grad((state, z, phi), (k, v, x), [t.float() for t in seeds])
-    truth = torch.autograd.grad(wants, exact, seeds)
-    for got, expected in zip((state, z, phi, *found), (*wants, *truth), strict=True):
-        assert got.dtype == torch.float32
-        assert float((got - expected).abs().max() / expected.abs().max()) < 2**-8
-
-
-def test_no_gradient_and_no_tokens_through_float16():
-    q, k, v = (heads(1, 1, n, 4, dtype=torch.float32, grad=True) for n in (3, 0, 0))
-    out = through_float16(LinearAttention, q, k, v, None, "elu", 0.0)[0]
-    assert not out.any()
-    assert not torch.autograd.grad(out, q, torch.zeros_like(out))[0].any()

@@ -728,41 +728,34 @@ def test_attention_is_sharded_over_batch_and_heads(tmp_path):
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["use_backend", "allow_fp16_operands"])
-def test_overlapping_threads_do_not_share_a_setting(name):
+def test_overlapping_threads_do_not_share_a_backend():
     """Two blocks that overlap and end in the order in which they began."""
-    setting, value = {
-        "use_backend": (cxv_kernels.use_backend, "reference"),
-        "allow_fp16_operands": (cxv_kernels.allow_fp16_operands, True),
-    }[name]
-    current = {"use_backend": cxv_kernels.backends._active, "allow_fp16_operands": cxv_kernels.backends._fp16_operands}
-    default = current[name].get()
     first_in, second_in, first_out = (threading.Event() for _ in range(3))
     seen = {}
 
     def first():
-        with setting(value):
+        with cxv_kernels.use_backend("reference"):
             first_in.set()
             second_in.wait(5)
         first_out.set()
-        seen["first"] = current[name].get()
+        seen["first"] = cxv_kernels.get_backend()
 
     def second():
         first_in.wait(5)
-        seen["second before"] = current[name].get()
-        with setting(value):
+        seen["second before"] = cxv_kernels.get_backend()
+        with cxv_kernels.use_backend("reference"):
             second_in.set()
             first_out.wait(5)
-            seen["second within"] = current[name].get()
-        seen["second"] = current[name].get()
+            seen["second within"] = cxv_kernels.get_backend()
+        seen["second"] = cxv_kernels.get_backend()
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == {"first": default, "second before": default, "second within": value, "second": default}
-    assert current[name].get() == default
+    assert seen == {"first": "auto", "second before": "auto", "second within": "reference", "second": "auto"}
+    assert cxv_kernels.get_backend() == "auto"
 
 
 def test_a_setting_belongs_to_its_thread_and_task():
@@ -791,7 +784,7 @@ def test_use_backend_decorates_a_function():
 
 
 def _inside(q):
-    with cxv_kernels.use_backend("reference"), cxv_kernels.allow_fp16_operands():
+    with cxv_kernels.use_backend("reference"):
         return cxv_kernels.linear_attention(q, q + 1, q + 2)
 
 

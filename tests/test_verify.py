@@ -42,7 +42,6 @@ def card(monkeypatch):
     def run(case, backend, device, dtype):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
-        assert not backends._fp16_operands.get()
         wrong = found.broken.get((case.op, backend), 0.5)
         if isinstance(wrong, Exception):
             raise wrong
@@ -63,7 +62,7 @@ def serving(op=PERFORMER, dtype=HALF, dim=32):
 
 @pytest.mark.filterwarnings("error")
 def test_what_is_right_serves(card):
-    with torch.inference_mode(), cxv_kernels.allow_fp16_operands():
+    with torch.inference_mode():
         results = cxv_kernels.verify()
     assert all(result.passed for result in results)
     assert {r.dtype for r in results} == {HALF, torch.bfloat16, WIDE}
@@ -109,15 +108,6 @@ def test_a_later_check_is_of_what_it_checks(card, monkeypatch):
         cxv_kernels.verify(dtypes=[HALF])
     with pytest.warns(UserWarning, match="cuda has not passed its check on this GPU"):
         assert serving() == "reference"
-
-
-def test_float16_operands_are_float16s_kernels(card, monkeypatch):
-    monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
-    cxv_kernels.verify(dtypes=[WIDE])
-    with cxv_kernels.allow_fp16_operands():
-        assert serving(dtype=WIDE) == "cuda"
-        cxv_kernels.verify(dtypes=[HALF])
-        assert serving(dtype=WIDE) == backends.FP16_OPERANDS
 
 
 def test_the_suites_evidence_stays(card, monkeypatch):
