@@ -505,7 +505,7 @@ class Parser(argparse.ArgumentParser):
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         # the tables show where the reference runs
-        warnings.filterwarnings("ignore", message=".*is served by the reference", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*using the plain PyTorch implementation", category=UserWarning)
         if arguments.device == "cuda":  # a GPU kernel is used after it has passed its check on this GPU
             print(checks.summary(cxv_kernels.verify("cuda", {*arguments.dtype, torch.float32}, (HEAD_DIM,))))
         return arguments

@@ -1,23 +1,16 @@
-"""Which implementation serves an op, and why another one declines.
+"""Which implementation runs a call of an op, and why.
 
-A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if it
-can serve, else the reason in words; ``dim`` is the largest number of channels of a head (0: not known). ``"auto"``
-takes the first that can in the device's order, and falls back to the reference, saying so once for each reason.
-
-On a GPU the order is that of ``gpu_routes.json``, which ``benchmarks/gpu_routes.py`` makes of what gpu_suite.py has
-checked and measured on such a card: architecture ("75", "80", …) → ``evidence``, the names of those files, and op →
-dtype → backends, the fastest first. An architecture that is not there has the nearest lower one of its major, whose
-machine code it runs. What no entry names serves only when it is named, or once :func:`cxv_kernels.verify` has found it
-right on the very GPU.
+A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if the
+backend supports them, else the reason as text; ``dim`` is the largest number of channels of a head (0: any).
+``"auto"`` takes the first backend of :func:`dispatch_order` that supports the call. If there is none, it takes the
+reference, with one warning per reason.
 """
 
 import contextlib
 import functools
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +32,6 @@ OPS = (
 Result = TypeVar("Result")
 Check = Callable[[torch.device, torch.dtype, int], str | None]
 
-_GPU_ROUTES = json.loads(Path(__file__).with_name("gpu_routes.json").read_text())
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
 _verified: dict[tuple[int, str, str], frozenset[str]] = {}  # (a GPU's index, op, dtype) → what verify() has found right
 _announced: set[str] = set()
@@ -88,10 +80,24 @@ class _Setting:
 _active = _Setting("cxv_kernels backend", "auto")
 
 
-def gpu_order(arch: int) -> tuple[str, ...]:
-    """The GPU backends where nothing was measured, the likelier first; arch: 10·major + minor. Triton has no tensor
-    cores below sm_80."""
-    return ("cuda", "triton") if arch < 80 else ("triton", "cuda")
+def dispatch_order(device: torch.device) -> tuple[str, ...]:
+    """Return the fused backends for a device, the preferred one first: the dispatch table.
+
+    =====================  ================  ===================================
+    device                 order             reason
+    =====================  ================  ===================================
+    CPU                    cpp
+    CUDA, below sm_80      cuda, triton      Triton has no tensor cores there
+    CUDA, sm_80 and later  triton, cuda      Triton pipelines the loads
+    any other              (the reference)
+    =====================  ================  ===================================
+    """
+    if device.type == "cpu":
+        return ("cpp",)
+    if device.type != "cuda":
+        return ()
+    pipelined = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("triton", "cuda") if pipelined else ("cuda", "triton")
 
 
 def _validate(name: str) -> str:
@@ -110,17 +116,17 @@ def register(op: str, backend: str, check: Check) -> None:
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """Serve every op in the block from one backend.
+    """Compute every op in the block with one backend.
 
     Args:
-        name: ``"auto"`` (the fastest that can), ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``; or several, as
-            ``"cuda,triton"``: for each call the first that can. If none of the named can serve a call, it raises
-            ``RuntimeError`` with their reasons; only ``"auto"`` falls back unasked.
+        name: ``"auto"`` (the preferred one for the device), ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``; or
+            several, as ``"cuda,triton"``: for each call the first that supports it. If none of the named backends
+            supports a call, it raises ``RuntimeError`` with their reasons; only ``"auto"`` falls back to the reference.
 
     The setting applies to the current context: the thread, or the asynchronous task. A new thread starts with
-    ``"auto"``, also a replica's of ``nn.DataParallel``; ``asyncio.to_thread`` copies the caller's context. The backward
-    pass uses the backend of its forward pass, in whatever thread it runs. A function of ``torch.compile`` is compiled
-    again when the setting changes (before PyTorch 2.14 it follows the setting made last in any thread).
+    ``"auto"``, and so do the replicas of ``nn.DataParallel``; ``asyncio.to_thread`` copies the caller's context. The
+    backward pass uses the backend of its forward pass, whichever thread runs it. A function of ``torch.compile`` is
+    compiled again when the setting changes (before PyTorch 2.14 it follows the latest setting of any thread).
 
     Raises:
         ValueError: unknown name.
@@ -149,31 +155,17 @@ def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
     return bound
 
 
-def _gpu_route(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-    """The fused backends in the order of gpu_suite's results, each with what they have against it; ``"unknown"``: they
-    have nothing on such a GPU."""
-    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
-    known = [str(arch) for arch in range(10 * major, 10 * major + minor + 1) if str(arch) in _GPU_ROUTES]
-    route = _GPU_ROUTES[known[-1]] if known else {}
-    chosen = route.get(op, {}).get(_name(dtype))
-    why = "unknown" if chosen is None else f"gives way on {', '.join(route['evidence'])}"
-    rest = [name for name in gpu_order(10 * major + minor) if name not in (chosen or ())]
-    return [*((name, None) for name in chosen or ()), *((name, why) for name in rest)]
-
-
-def _auto(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-    """The fused backends that "auto" tries, in order, each with why it is passed over, if it is."""
+def _candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """Return the backends that "auto" tries, in order, each with the reason to skip it, if there is one."""
     if device.type != "cuda":
-        return [("cpp", None)] if device.type == "cpu" else []
-    right = _verified.get((device.index or 0, op, _name(dtype)))
-    found = []
-    for name, against in _gpu_route(op, device, dtype):
-        if right is not None and against in (None, "unknown"):
-            against = None if name in right else "has not passed its check on this GPU"
-        elif against == "unknown":
-            against = "has not been checked on such a GPU yet, which cxv_kernels.verify() does,"
-        found.append((name, against and f"{against} and serves only when it is named"))
-    return found
+        return [(name, None) for name in dispatch_order(device)]
+    validated = _verified.get((device.index or 0, op, _name(dtype)))
+    if validated is None:
+        reason = "has not been validated on this GPU yet (call cxv_kernels.verify())"
+        return [(name, reason) for name in dispatch_order(device)]
+    return [
+        (name, None if name in validated else "has not passed its check on this GPU") for name in dispatch_order(device)
+    ]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -181,34 +173,33 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def to_verify(op: str, device: torch.device, dtype: torch.dtype, dim: int) -> list[str]:
-    """The fused backends that "auto" would use on a GPU if they are right."""
-    return [
-        name
-        for name, against in _gpu_route(op, device, dtype)
-        if against in (None, "unknown") and _decline(op, name, device, dtype, dim) is None
-    ]
+    """Return the fused backends that "auto" uses on a GPU once their checks have passed."""
+    return [name for name in dispatch_order(device) if _unsupported(op, name, device, dtype, dim) is None]
 
 
-def set_verified(op: str, device: torch.device, dtype: torch.dtype, backend: str, right: bool) -> None:
-    """Whether "auto" uses this backend on this GPU from now on, in this process."""
+def set_verified(op: str, device: torch.device, dtype: torch.dtype, backend: str, passed: bool) -> None:
+    """Set whether "auto" uses this backend on this GPU from now on, in this process."""
     key = (device.index or 0, op, _name(dtype))
     others = _verified.get(key, frozenset()) - {backend}
-    _verified[key] = others | {backend} if right else others
+    _verified[key] = others | {backend} if passed else others
 
 
-def _decline(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def _unsupported(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     check = _checks[op].get(backend)
-    return f"has no {op} kernel yet" if check is None else check(device, dtype, dim)
+    return f"has no kernel for {op}" if check is None else check(device, dtype, dim)
 
 
 def explain_backend(
     op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, dim: int = 0
 ) -> dict[str, str]:
-    """What each backend makes of ``op`` on this device and dtype, for heads of ``dim`` channels (0: any).
+    """Report, for each backend, whether it supports ``op`` for this device and dtype.
+
+    Args:
+        dim: channels of a head (of the output for ``conv_norm``); 0: any.
 
     Returns:
-        A backend's name → ``"serves"``, where it serves when it is named, or the reason why it cannot; and ``"auto"`` →
-        the one that serves unasked, with what keeps the others from it if that is the reference.
+        A backend's name → ``"serves"`` if it supports the op, else the reason why it does not; and ``"auto"`` → the
+        backend that is used by default, with the reasons against the others if that is the reference.
 
     Raises:
         ValueError: unknown op; TypeError: no floating dtype.
@@ -218,32 +209,31 @@ def explain_backend(
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     device = torch.device(device)
-    named = {name: _decline(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
-    serving, reasons = _first(op, _auto(op, device, dtype), device, dtype, dim)
-    unasked = serving or f"reference ({_why(reasons)})"
-    return {"auto": unasked, "reference": "serves"} | named
+    named = {name: _unsupported(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
+    selected, reasons = _first(op, _candidates(op, device, dtype), device, dtype, dim)
+    return {"auto": selected or f"reference ({_because(reasons, device)})", "reference": "serves"} | named
 
 
 def _first(
     op: str,
-    tried: list[tuple[str, str | None]],
+    candidates: list[tuple[str, str | None]],
     device: torch.device,
     dtype: torch.dtype,
     dim: int,
     declined: Callable[[str], str | None] = lambda _: None,
 ) -> tuple[str | None, list[str]]:
-    """The first of these backends that serves, if one does, and the reasons of those before it."""
+    """Return the first of these backends that supports the call, or None, and the reasons of those before it."""
     reasons: list[str] = []
-    for name, passed_over in tried:
-        reason = declined(name) or _decline(op, name, device, dtype, dim) or passed_over
+    for name, skipped in candidates:
+        reason = declined(name) or _unsupported(op, name, device, dtype, dim) or skipped
         if reason is None or name == "reference":
             return name, reasons
         reasons.append(f"{name} {reason}")
     return None, reasons
 
 
-def _why(reasons: list[str]) -> str:
-    return "; ".join(reasons) or "no fused backend knows this device type"
+def _because(reasons: list[str], device: torch.device) -> str:
+    return "; ".join(reasons) or f"there are no fused kernels for {device.type} devices"
 
 
 def resolve(
@@ -253,40 +243,41 @@ def resolve(
     dim: int = 0,
     declined: Callable[[str], str | None] = lambda _: None,
 ) -> str:
-    """The backend that will serve ``op`` for inputs like ``tensor`` (its device and dtype) with ``dim`` channels.
+    """Return the backend that computes ``op`` for inputs like ``tensor`` (its device and dtype).
 
     Args:
-        backend: a name from :data:`BACKENDS`, or ``None`` for the one :func:`use_backend` has set.
-        declined: of a fused backend's name, why it does not take the call's other arguments, if so.
+        backend: a name from :data:`BACKENDS`, or ``None`` for the one that :func:`use_backend` has set.
+        dim: channels of a head (of the output for ``conv_norm``); 0: any.
+        declined: a function of a fused backend's name that returns the reason why it does not support the call's other
+            arguments, or ``None``.
 
     Returns:
         A name from :data:`BACKENDS` other than "auto".
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: a backend was named and cannot serve; the message gives its reason.
+        RuntimeError: a backend was named and does not support the call; the message gives its reason.
     """
     wanted = _active.get() if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
-    tried = _auto(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
+    candidates = _candidates(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
     if wanted == "auto" and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
-        tried = [(name, "is not available to TorchScript") for name, _ in tried]
-    name, reasons = _first(op, tried, device, dtype, dim, declined)
+        candidates = [(name, "is not available to TorchScript") for name, _ in candidates]
+    name, reasons = _first(op, candidates, device, dtype, dim, declined)
     if name is not None:
         return name
     if wanted != "auto":
-        raise RuntimeError(f"backend {wanted!r} cannot serve {op} for {dtype} on {device}: {'; '.join(reasons)}")
+        raise RuntimeError(f"backend {wanted!r} does not support {op} for {dtype} on {device}: {'; '.join(reasons)}")
     if not torch.compiler.is_compiling() and device.type != "meta":  # nothing is computed there
         _announce(op, device, reasons)
     return "reference"
 
 
 def _announce(op: str, device: torch.device, reasons: list[str]) -> None:
-    message = f"{op} on {device.type} is served by the reference ({_why(reasons)}); said once."
-    if message in _announced:
-        return
-    _announced.add(message)
-    warnings.warn(
-        f"{message} cxv_kernels.explain_backend({op!r}, {device.type!r}) has what serves other calls.",
-        stacklevel=4,
+    message = (
+        f"{op}: using the plain PyTorch implementation on {device}, because {_because(reasons, device)}. "
+        "Run `python -m cxv_kernels` for details. (This warning is shown once.)"
     )
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(message, stacklevel=4)

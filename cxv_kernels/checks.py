@@ -165,7 +165,7 @@ def run(
     """Check one case on one backend; ``exact_on``: where the float64 reference runs, which at large sizes takes long.
 
     Raises:
-        RuntimeError: the backend cannot serve it.
+        RuntimeError: the backend does not support it.
     """
     generator = torch.Generator().manual_seed(1)
     inputs = [

@@ -49,7 +49,7 @@ def test_the_first_of_several_that_can():
     q = heads(1, 1, 4, 4, grad=True)
     with cxv_kernels.use_backend("cuda,reference"):
         assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionBackward"
-    with pytest.raises(RuntimeError, match=r"backend 'cuda,triton' cannot serve .*: cuda .*; triton "):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda,triton' does not support .*: cuda .*; triton "):
         cxv_kernels.linear_attention(q, q, q, backend="cuda,triton")
     with cxv_kernels.use_backend("cuda, reference"):
         assert cxv_kernels.get_backend() == "cuda,reference"
@@ -83,7 +83,7 @@ def test_auto_takes_the_fused_op_and_reference_does_not():
 def test_a_named_backend_that_cannot_serve_says_why():
     q = heads(1, 1, 4, 4)
     reason = re.escape(cxv_kernels.explain_backend("nystrom_attention")["triton"])
-    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot serve nystrom_attention .*: triton {reason}"):
+    with pytest.raises(RuntimeError, match=f"backend 'triton' does not support nystrom_attention .*: triton {reason}"):
         cxv_kernels.nystrom_attention(q, q, q, backend="triton")
 
 
@@ -104,7 +104,10 @@ def test_a_fallback_is_announced_once(monkeypatch):
     monkeypatch.setattr(backends, "_announced", set())
     monkeypatch.setitem(backends._checks, "nystrom_attention", {})
     q = heads(1, 1, 4, 4)
-    with pytest.warns(UserWarning, match="nystrom_attention on cpu is served by the reference .*explain_backend"):
+    with pytest.warns(
+        UserWarning,
+        match="nystrom_attention: using the plain PyTorch .* on cpu, because cpp has no .*shown once",
+    ):
         cxv_kernels.nystrom_attention(q, q, q)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -112,7 +115,7 @@ def test_a_fallback_is_announced_once(monkeypatch):
         with cxv_kernels.use_backend("reference"):
             cxv_kernels.kv_state(q, q)  # asked for: nothing to announce
     assert cxv_kernels.explain_backend("nystrom_attention")["auto"] == (
-        "reference (cpp has no nystrom_attention kernel yet)"
+        "reference (cpp has no kernel for nystrom_attention)"
     )
 
 
@@ -174,7 +177,9 @@ def test_works_without_the_compiled_libraries(tmp_path):
         "from cxv_kernels.__main__ import main\n"
         "assert main([]) == 0\n"
     )
-    assert out.startswith("1 linear_attention on cpu is served by the reference (cpp was not built")
+    assert out.startswith(
+        "1 linear_attention: using the plain PyTorch implementation on cpu, because cpp was not built"
+    )
     assert "all checks passed" in out
 
 
@@ -201,6 +206,25 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch):
     assert "was built from other sources" in _extension._load_cpp()
     schemas = set(re.findall(r'"(\w+)\(', SCHEMAS.read_text()))
     assert schemas == set(_extension._OPS[:-1])
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "order"),
+    [
+        ("cpu", None, ("cpp",)),
+        ("cuda", (7, 5), ("cuda", "triton")),
+        ("cuda", (8, 0), ("triton", "cuda")),
+        ("cuda", (12, 0), ("triton", "cuda")),
+        ("cuda", None, ("cuda", "triton")),
+        ("meta", None, ()),
+        ("mps", None, ()),
+    ],
+    ids=["cpu", "sm_75", "sm_80", "sm_120", "no-gpu", "meta", "mps"],
+)
+def test_dispatch_order_of_a_device(device, capability, order, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert backends.dispatch_order(torch.device(device)) == order
 
 
 def test_cuda_kernels_decline_in_words(monkeypatch):

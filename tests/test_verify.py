@@ -75,7 +75,7 @@ def test_what_is_right_serves(card):
 def test_what_nobody_has_checked_does_not_serve(card):
     assert {r.case.dim for r in cxv_kernels.verify("cuda", [HALF], [64], ["conv_norm", PERFORMER])} == {61, 64}
     assert (serving(), serving("conv_norm")) == ("triton", "triton")
-    with pytest.warns(UserWarning, match="has not been checked on such a GPU yet, which cxv_kernels.verify.. does"):
+    with pytest.warns(UserWarning, match="triton has not been validated on this GPU yet .call cxv_kernels.verify"):
         assert serving(dtype=WIDE) == "reference"
     assert serving("linear_attention") == "reference"
 
@@ -92,15 +92,13 @@ def test_what_has_failed_does_not_serve(card):
     assert len(failed) == 4  # dropout's in both dtypes
     assert (serving(), serving(dtype=WIDE), serving("conv_norm")) == ("cuda", "triton", "triton")
     assert serving("conv_norm", dtype=WIDE) == "triton"
-    with pytest.warns(
-        UserWarning, match="triton has not passed its check on this GPU and serves only when it is named"
-    ):
+    with pytest.warns(UserWarning, match="triton has not passed its check on this GPU"):
         assert serving("dropout") == "reference"
 
 
 def test_a_later_check_is_of_what_it_checks(card, monkeypatch):
     cxv_kernels.verify(dtypes=[HALF])
-    monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
+    monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
     cxv_kernels.verify(dtypes=[HALF], dims=[256])  # which no backend has of the Performer
     assert serving() == "cuda"
     card.broken = {(PERFORMER, "cuda"): 2.0}
@@ -108,20 +106,6 @@ def test_a_later_check_is_of_what_it_checks(card, monkeypatch):
         cxv_kernels.verify(dtypes=[HALF])
     with pytest.warns(UserWarning, match="cuda has not passed its check on this GPU"):
         assert serving() == "reference"
-
-
-def test_the_suites_evidence_stays(card, monkeypatch):
-    """Its order holds, and what it has found slower than plain PyTorch stays out."""
-    route = {PERFORMER: {"float16": ["cuda", "triton"]}, "conv_norm": {"float16": ["cuda"]}, "dropout": {"float16": []}}
-    monkeypatch.setattr(backends, "_GPU_ROUTES", {"80": {"evidence": ["a.json"], **route}})
-    assert serving() == "cuda"
-    card.broken = {(PERFORMER, "cuda"): 2.0, ("conv_norm", "cuda"): 2.0}
-    with pytest.warns(UserWarning, match="by cuda has failed"):
-        results = cxv_kernels.verify(dtypes=[HALF])
-    assert "dropout" not in {r.case.op for r in results}
-    assert serving() == "triton"
-    with pytest.warns(UserWarning, match="cuda has not passed its check on this GPU.*triton gives way on a.json"):
-        assert serving("conv_norm") == "reference"
 
 
 def test_a_kernel_that_takes_the_gpu_along(card):

@@ -50,7 +50,7 @@ def conv_norm(
 
     Raises:
         ValueError: a wrong rank, shape, device, eps or backend; TypeError: a wrong or mixed dtype;
-        RuntimeError: the named backend cannot serve.
+        RuntimeError: the named backend does not support the call.
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, C_in, H, W)")

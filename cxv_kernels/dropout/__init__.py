@@ -82,7 +82,7 @@ def dropout(
     Raises:
         ValueError: p or offset out of range, a residual of another shape, a seed that is not one int64, another device;
         TypeError: dtypes that differ, a p that is not a number, an offset that is not an int; RuntimeError: the named
-        backend cannot serve. Backward raises RuntimeError if the seed was changed in place since.
+        backend does not support the call. Backward raises RuntimeError if the seed was changed in place since.
     """
     p, offset = _check(x, p, seed, offset)
     if residual is not None:

@@ -52,7 +52,7 @@ def linear_attention(
 
     Raises:
         ValueError: a wrong rank, shape, device, feature map, eps or backend; TypeError: a wrong or mixed dtype;
-        RuntimeError: the named backend cannot serve.
+        RuntimeError: the named backend does not support the call.
     """
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     eps = check_eps(eps)

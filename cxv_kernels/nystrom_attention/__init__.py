@@ -59,7 +59,7 @@ def nystrom_attention(
 
     Raises:
         ValueError: a wrong rank, shape, device, option or backend, ``num_landmarks`` below 1, an even K, a residual
-        where N_q ≠ N_k; TypeError: a wrong or mixed dtype; RuntimeError: the named backend cannot serve.
+        where N_q ≠ N_k; TypeError: a wrong or mixed dtype; RuntimeError: the named backend does not support the call.
     """
     if residual_weight is None:
         q, k, v = autocast_inputs(q, k, v)

@@ -89,7 +89,7 @@ def performer_attention(
 
     Raises:
         ValueError: a wrong rank, shape, device, option or backend; TypeError: a wrong or mixed dtype;
-        RuntimeError: the named backend cannot serve.
+        RuntimeError: the named backend does not support the call.
     """
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)

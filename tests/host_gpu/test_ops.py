@@ -171,7 +171,7 @@ def test_verify_by_float64(monkeypatch):
     monkeypatch.setattr(backends, "_verified", {})
     monkeypatch.setattr(checks, "cases", SMALL)
     if ARCH >= 80:  # where they take long to compile
-        monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
+        monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
     rng = torch.get_rng_state(), torch.cuda.get_rng_state()
     with warnings.catch_warnings(record=True) as said, torch.inference_mode(), torch.autocast("cuda"):
         warnings.simplefilter("always")
@@ -209,7 +209,7 @@ def test_what_is_verified_serves_compiled(monkeypatch):
 
 def test_training_in_float16(tmp_path, monkeypatch):
     """The loop's CUDA side: images on the device, the scaler, the checkpoints, the best of which SGD goes on from."""
-    monkeypatch.setattr(backends, "gpu_order", lambda arch: ("cuda",))
+    monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
     monkeypatch.setattr(backends, "_verified", {})
     monkeypatch.setattr(checks, "cases", SMALL)
     config = TrainConfig(
