@@ -17,7 +17,7 @@ import torch
 
 from .validation import FLOAT_DTYPES
 
-BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 OPS = (
     "linear_attention",
     "kv_state",
@@ -86,14 +86,14 @@ def dispatch_order(device: torch.device) -> tuple[str, ...]:
     =====================  ================  ===================================
     device                 order             reason
     =====================  ================  ===================================
-    CPU                    cpp
+    CPU                    cpu
     CUDA, below sm_80      cuda, triton      Triton has no tensor cores there
     CUDA, sm_80 and later  triton, cuda      Triton pipelines the loads
     any other              (the reference)
     =====================  ================  ===================================
     """
     if device.type == "cpu":
-        return ("cpp",)
+        return ("cpu",)
     if device.type != "cuda":
         return ()
     pipelined = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -119,7 +119,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Compute every op in the block with one backend.
 
     Args:
-        name: ``"auto"`` (the preferred one for the device), ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``; or
+        name: ``"auto"`` (the preferred one for the device), ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; or
             several, as ``"cuda,triton"``: for each call the first that supports it. If none of the named backends
             supports a call, it raises ``RuntimeError`` with their reasons; only ``"auto"`` falls back to the reference.
 

@@ -37,7 +37,7 @@ def test_checks_fail_on_a_wrong_result():
 def test_use_backend_nests_and_restores():
     assert cxv_kernels.get_backend() == "auto"
     with cxv_kernels.use_backend("reference"):
-        with pytest.raises(ValueError, match="q must have 4"), cxv_kernels.use_backend("cpp"):
+        with pytest.raises(ValueError, match="q must have 4"), cxv_kernels.use_backend("cpu"):
             cxv_kernels.linear_attention(torch.zeros(1), torch.zeros(1), torch.zeros(1))
         with cxv_kernels.use_backend("auto"):
             assert cxv_kernels.get_backend() == "auto"
@@ -58,11 +58,12 @@ def test_the_first_of_several_that_can():
 
 
 def test_unknown_names():
-    with (
-        pytest.raises(ValueError, match=r"backend must be one of 'auto', .* got 'fast'"),
-        cxv_kernels.use_backend("fast"),
-    ):
-        pass
+    for name in ("fast", "cpp"):
+        with (
+            pytest.raises(ValueError, match=rf"backend must be one of 'auto', 'reference', 'cpu', .* got '{name}'"),
+            cxv_kernels.use_backend(name),
+        ):
+            pass
     with pytest.raises(ValueError, match=r"op must be one of 'linear_attention', .* got 'attention'"):
         cxv_kernels.explain_backend("attention")
     with pytest.raises(ValueError, match=r"backend must be one of .* got 1"):
@@ -89,7 +90,7 @@ def test_a_named_backend_that_cannot_serve_says_why():
 
 @needs_cpp
 def test_reasons_name_the_device():
-    assert cxv_kernels.explain_backend("linear_attention", "meta")["cpp"] == "serves the CPU, not meta"
+    assert cxv_kernels.explain_backend("linear_attention", "meta")["cpu"] == "serves the CPU, not meta"
 
 
 def test_the_meta_device_and_a_default_one():
@@ -106,7 +107,7 @@ def test_a_fallback_is_announced_once(monkeypatch):
     q = heads(1, 1, 4, 4)
     with pytest.warns(
         UserWarning,
-        match="nystrom_attention: using the plain PyTorch .* on cpu, because cpp has no .*shown once",
+        match="nystrom_attention: using the plain PyTorch .* on cpu, because cpu has no .*shown once",
     ):
         cxv_kernels.nystrom_attention(q, q, q)
     with warnings.catch_warnings():
@@ -115,7 +116,7 @@ def test_a_fallback_is_announced_once(monkeypatch):
         with cxv_kernels.use_backend("reference"):
             cxv_kernels.kv_state(q, q)  # asked for: nothing to announce
     assert cxv_kernels.explain_backend("nystrom_attention")["auto"] == (
-        "reference (cpp has no kernel for nystrom_attention)"
+        "reference (cpu has no kernel for nystrom_attention)"
     )
 
 
@@ -127,7 +128,7 @@ def test_each_reason_is_announced(monkeypatch):
         cxv_kernels.performer_attention(q, q, q, w, stabilizer="batch")
     with pytest.warns(UserWarning, match="projection"):
         cxv_kernels.performer_attention(q, q, q, w.requires_grad_())
-    assert cxv_kernels.explain_backend("performer_attention")["auto"] == "cpp"
+    assert cxv_kernels.explain_backend("performer_attention")["auto"] == "cpu"
 
 
 def run(code: str, **env: str) -> str:
@@ -178,7 +179,7 @@ def test_works_without_the_compiled_libraries(tmp_path):
         "assert main([]) == 0\n"
     )
     assert out.startswith(
-        "1 linear_attention: using the plain PyTorch implementation on cpu, because cpp was not built"
+        "1 linear_attention: using the plain PyTorch implementation on cpu, because cpu was not built"
     )
     assert "all checks passed" in out
 
@@ -211,7 +212,7 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "capability", "order"),
     [
-        ("cpu", None, ("cpp",)),
+        ("cpu", None, ("cpu",)),
         ("cuda", (7, 5), ("cuda", "triton")),
         ("cuda", (8, 0), ("triton", "cuda")),
         ("cuda", (12, 0), ("triton", "cuda")),

@@ -43,7 +43,7 @@ def image_layouts(x):
 
 @in_every_format
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])
 def test_is_the_definition(backend, layout, with_bias):
     x, weight, bias, gamma, beta = setup(layout=layout)
     bias = bias if with_bias else None
@@ -61,7 +61,7 @@ def fused_and_exact(inputs, grad_out=None, eps=1e-5):
     dtype = inputs[0].dtype
     mine = [None if t is None else t.detach().requires_grad_() for t in inputs]
     exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    out, want = conv_norm(*mine, eps, backend="cpp"), conv_norm(*exact, eps, backend="reference")
+    out, want = conv_norm(*mine, eps, backend="cpu"), conv_norm(*exact, eps, backend="reference")
     grad_out = torch.randn_like(want).to(dtype) if grad_out is None else grad_out
     leaves = [[t for t in group if t is not None] for group in (mine, exact)]
     got = (out, *torch.autograd.grad(out, leaves[0], grad_out))
@@ -211,13 +211,13 @@ def test_any_shape_strides_and_scale(
 def test_nan_is_not_swallowed(layout):
     x, *rest = setup(layout=layout)
     x[1, 2, 3, 4] = float("nan")
-    got, want = (conv_norm(x, *rest, backend=b) for b in ("cpp", "reference"))
+    got, want = (conv_norm(x, *rest, backend=b) for b in ("cpu", "reference"))
     assert want.isnan().any()
     assert torch.equal(got.isnan(), want.isnan())
 
 
 @in_every_format
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])
 @pytest.mark.parametrize("gain", [1.0, 0.0])  # 0: the convolution is run again in backward
 def test_gradcheck(backend, layout, gain):
     x, weight, bias, gamma, beta = (
@@ -233,7 +233,7 @@ def test_gradcheck(backend, layout, gain):
     assert torch.autograd.gradgradcheck(lambda x, w, g: function(x, w, None, g, beta.detach()), (x, weight, gamma))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])
 def test_a_constant_pixel_has_finite_gradients(backend):
     x, weight, bias, gamma, beta = setup()
     x = torch.zeros_like(x, requires_grad=True)
@@ -244,18 +244,18 @@ def test_a_constant_pixel_has_finite_gradients(backend):
 @needs_cpp
 def test_only_the_wanted_gradients_are_computed():
     inputs = setup(3, 10, grad=True)
-    every = torch.autograd.grad(conv_norm(*inputs, backend="cpp").square().sum(), inputs)
+    every = torch.autograd.grad(conv_norm(*inputs, backend="cpu").square().sum(), inputs)
     for wanted in ((1, 2, 3, 4), (0,), (1,), (2,), (3,), (4,), (3, 4), (0, 2)):
         some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
         with torch.profiler.profile() as profile:
-            conv_norm(*some, backend="cpp").square().sum().backward()
+            conv_norm(*some, backend="cpu").square().sum().backward()
         for i, t in enumerate(some):
             assert (t.grad is not None) == (i in wanted)
             if i in wanted:
                 torch.testing.assert_close(t.grad, every[i], rtol=1e-12, atol=1e-12)
         ran = {event.key for event in profile.key_averages()}
         assert ("aten::convolution_backward" in ran) == (not {0, 1}.isdisjoint(wanted))
-    assert not conv_norm(*(t.detach() for t in inputs), backend="cpp").requires_grad
+    assert not conv_norm(*(t.detach() for t in inputs), backend="cpu").requires_grad
 
 
 @needs_cpp
@@ -274,14 +274,14 @@ def test_no_copy_of_an_image(layout, dtype):
 
     # None, but where oneDNN lays out its results otherwise than x, as on some CPUs, and PyTorch brings them back.
     of_convolution = copies_of_images(lambda x, weight: torch.nn.functional.conv2d(x, weight, padding=1), *inputs[:2])
-    assert copies_of_images(lambda *t: conv_norm(*t, backend="cpp"), *inputs) == of_convolution
+    assert copies_of_images(lambda *t: conv_norm(*t, backend="cpu"), *inputs) == of_convolution
 
 
 @needs_cpp
 def test_forward_mode_says_no():
     x, *rest = setup()
     with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: conv_norm(x, *rest, backend="cpp"), (x,), (x,))
+        torch.func.jvp(lambda x: conv_norm(x, *rest, backend="cpu"), (x,), (x,))
     _, tangent = torch.func.jvp(lambda x: conv_norm(x, *rest, backend="reference"), (x,), (x,))
     assert tangent.isfinite().all()
 
@@ -399,7 +399,7 @@ def test_export(layout):
     torch.testing.assert_close(program.module()(*inputs), conv_norm(*inputs))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])
 @pytest.mark.parametrize("gain", [1.0, 0.0])  # 0: backward convolves again, which autocast must not touch
 def test_autocast(backend, gain):
     """x, weight and bias are cast, γ and β are not; statistics are float32."""
@@ -459,7 +459,7 @@ def test_every_output_element_is_written(layout, gain):
             inputs = setup(3, 21, size=size, layout=layout)
             inputs[3][2] *= gain
             inputs = [t.requires_grad_() for t in inputs]
-            out, rstd = ConvNorm.apply(*inputs, 1e-5, "cpp")
+            out, rstd = ConvNorm.apply(*inputs, 1e-5, "cpu")
             gradients = torch.autograd.grad(out.sum(), inputs)
             assert all(t.isfinite().all() for t in (out, rstd, *gradients))
     finally:
@@ -479,7 +479,7 @@ def test_saved_bytes():
         return sum(size for pointer, size in storages.items() if pointer not in own)
 
     rstd = 4 * 16 * 16 * 4
-    assert saved("cpp") == rstd
+    assert saved("cpu") == rstd
     assert saved("reference") >= 32 * rstd
 
 

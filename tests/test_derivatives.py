@@ -158,7 +158,7 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], relative: f
 
 def assert_derivatives(case: Case, inputs: Sequence[Tensor]) -> None:
     with differentiable_sdpa():
-        found, expected = (derivatives(case.bound(backend), inputs) for backend in ("cpp", "reference"))
+        found, expected = (derivatives(case.bound(backend), inputs) for backend in ("cpu", "reference"))
     assert_same(found, expected)
 
 
@@ -192,7 +192,7 @@ def test_three_orders_in_float16(op):
     case = OPS[op]
     inputs = [(t.detach() / 2).requires_grad_() for t in case.inputs(dtype=torch.float16)]
     with differentiable_sdpa():
-        found, expected = (derivatives(case.bound(backend), inputs) for backend in ("cpp", "reference"))
+        found, expected = (derivatives(case.bound(backend), inputs) for backend in ("cpu", "reference"))
     assert all(t.dtype == torch.float16 for t in found)
     assert_same([t.double() for t in found], [t.double() for t in expected], relative=0.02)
 
@@ -202,7 +202,7 @@ def test_a_second_order_without_create_graph_keeps_no_graph(op):
     """Its results have no history, so what they were computed from is freed."""
     case = OPS[op]
     inputs = case.inputs()
-    first = torch.autograd.grad(scalar(case.bound("cpp")(*inputs)), inputs, create_graph=True)
+    first = torch.autograd.grad(scalar(case.bound("cpu")(*inputs)), inputs, create_graph=True)
     for create_graph in (True, False):
         second = torch.autograd.grad(scalar(first), inputs, create_graph=create_graph, retain_graph=True)
         assert all(t.requires_grad == create_graph for t in second)
@@ -254,7 +254,7 @@ def test_ways_to_ask_for_derivatives(op, way):
     state = torch.get_rng_state()
     found = []
     with differentiable_sdpa():
-        for backend in ("cpp", "reference"):
+        for backend in ("cpu", "reference"):
             torch.set_rng_state(state)
             found.append(composed(case.bound(backend), inputs)[way]())
     assert_same(found[:1], found[1:])
@@ -282,14 +282,14 @@ def test_an_unsupported_transform_names_the_reference(way, op):
     x, *rest = OPS[op].inputs()
     transform, name = UNSUPPORTED[way]
     with pytest.raises(NotImplementedError, match=rf'{name}.* pass backend="reference".* use_fused=False'):
-        transform(lambda x: OPS[op].bound("cpp")(x, *rest)[0], x.detach())
+        transform(lambda x: OPS[op].bound("cpu")(x, *rest)[0], x.detach())
 
 
 @pytest.mark.parametrize("op", ["linear_attention", "nystrom_attention", "conv_norm"])
 def test_a_transform_inside_compile_raises(op):
     """Dynamo differentiates what is inside the kernels' calls, and PyTorch takes those for constants."""
     x, *rest = (t.detach() for t in OPS[op].inputs())
-    gradient = torch.func.grad(lambda x: scalar(OPS[op].bound("cpp")(x, *rest)))
+    gradient = torch.func.grad(lambda x: scalar(OPS[op].bound("cpu")(x, *rest)))
     with pytest.raises(RuntimeError, match="use_fused=False"):
         torch.compile(gradient, fullgraph=True, backend="eager")(x)
 
@@ -301,7 +301,7 @@ def gradient_of_order(case: Case, order: int, changed: str | None) -> tuple[Tens
     """The gradient of that order, where a tensor changes between the last forward and the last backward pass."""
     torch.manual_seed(0)
     inputs, constants = case.inputs(), {name: make() for name, make in case.constants.items()}
-    current = case.bound("cpp", **constants)(*inputs)
+    current = case.bound("cpu", **constants)(*inputs)
     for _ in range(order - 1):
         current = torch.autograd.grad(scalar(current), inputs, create_graph=True, allow_unused=True)
     loss = scalar(current)
@@ -331,7 +331,7 @@ def test_a_change_before_backward_is_an_error_or_has_no_effect(case, order):
 def test_a_seed_buffer_that_is_refilled_before_backward(order, compiled, function):
     """As one does for a CUDA graph: without an error elements would get the gradient of another mask."""
     buffer, x = dropout_seed(), torch.randn(300, requires_grad=True)
-    call = lambda x, seed: function(x * x, 0.5, seed, backend="cpp").sin().sum()  # noqa: E731
+    call = lambda x, seed: function(x * x, 0.5, seed, backend="cpu").sin().sum()  # noqa: E731
     loss = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(x, buffer)
     if order == 2:
         loss = torch.autograd.grad(loss, x, create_graph=True)[0].sin().sum()
@@ -345,10 +345,10 @@ def test_a_seed_drawn_in_inference_mode():
     x = torch.randn(300, requires_grad=True)
     with torch.inference_mode():
         drawn = dropout_seed()
-        assert gelu_dropout(x, 0.5, drawn, backend="cpp").shape == x.shape
+        assert gelu_dropout(x, 0.5, drawn, backend="cpu").shape == x.shape
     for function in (dropout, gelu_dropout):
         found, expected = (
-            torch.autograd.grad(function(x, 0.5, s, backend="cpp").sum(), x) for s in (drawn, drawn.clone())
+            torch.autograd.grad(function(x, 0.5, s, backend="cpu").sum(), x) for s in (drawn, drawn.clone())
         )
         assert torch.equal(*found, *expected)
 
@@ -357,8 +357,8 @@ def test_a_seed_drawn_in_inference_mode():
 def test_an_output_that_is_changed_before_backward(case):
     """PyTorch's error where backward reads the output, else the gradients of what was done."""
     inputs = case.inputs()
-    for place in range(len(case.bound("cpp")(*inputs))):
-        outs = case.bound("cpp")(*inputs)
+    for place in range(len(case.bound("cpu")(*inputs))):
+        outs = case.bound("cpu")(*inputs)
         outs[place].mul_(2)
         doubled = [2 * out if i == place else out for i, out in enumerate(case.bound("reference")(*inputs))]
         expected = torch.autograd.grad(scalar(doubled), inputs, allow_unused=True)
@@ -377,7 +377,7 @@ def test_an_output_that_is_changed_before_backward(case):
 def test_backward_twice(op):
     case = OPS[op]
     inputs = case.inputs()
-    loss = scalar(case.bound("cpp")(*inputs))
+    loss = scalar(case.bound("cpu")(*inputs))
     once, again = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, once, again))
 
@@ -388,7 +388,7 @@ def test_autocast_in_backward_changes_nothing(op):
     inputs = [t.detach().float().requires_grad_() for t in case.inputs()]
 
     def second(enabled: bool) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(scalar(case.bound("cpp")(*inputs)), inputs, create_graph=True)
+        first = torch.autograd.grad(scalar(case.bound("cpu")(*inputs)), inputs, create_graph=True)
         loss = scalar(first)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             return torch.autograd.grad(loss, inputs, allow_unused=True)
@@ -408,7 +408,7 @@ def test_a_second_order_under_hooks_and_anomaly_detection(op):
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
             torch.autograd.detect_anomaly(check_nan=True),
         ):
-            found = derivatives(case.bound("cpp"), inputs, 2)
+            found = derivatives(case.bound("cpu"), inputs, 2)
     assert_same(found, expected)
     assert seen == [inputs[0].shape] * 2
 
@@ -422,7 +422,7 @@ def test_one_output_of_kv_state(feature_map, output):
     def alone(backend: str) -> list[Tensor]:
         return derivatives(lambda k, v: kv_state(k, v, feature_map, backend=backend)[output : output + 1], inputs)
 
-    assert_same(alone("cpp"), alone("reference"))
+    assert_same(alone("cpu"), alone("reference"))
 
 
 def test_a_projection_that_requires_grad_goes_to_the_reference():
@@ -438,7 +438,7 @@ def test_a_projection_that_requires_grad_goes_to_the_reference():
         warnings.simplefilter("ignore")  # the announcement, once in a process
         assert_same([*torch.autograd.grad(loss(w), w), torch.func.grad(loss)(w.detach())], expected * 2)
     with pytest.raises(RuntimeError, match="projection that requires grad"):
-        torch.func.grad(partial(loss, backend="cpp"))(w.detach())
+        torch.func.grad(partial(loss, backend="cpu"))(w.detach())
 
 
 def test_jvp_errors_of_others_are_not_renamed(monkeypatch):
@@ -448,7 +448,7 @@ def test_jvp_errors_of_others_are_not_renamed(monkeypatch):
     monkeypatch.setattr(LinearAttention, "forward", missing)
     q, k, v = (heads(*TOKENS) for _ in range(3))
     with pytest.raises(NotImplementedError, match=r"^no kernel for this device$"):
-        linear_attention(q, k, v, backend="cpp")
+        linear_attention(q, k, v, backend="cpu")
 
 
 # --- models ---

@@ -9,7 +9,7 @@ from cxv_kernels import dropout, dropout_mask, dropout_seed, gelu_dropout
 from cxv_kernels.dropout.reference import philox
 from cxv_kernels.validation import FLOAT_DTYPES
 
-both = pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+both = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])
 SEED = torch.tensor(0x0123456789ABCDEF)
 
 
@@ -42,10 +42,10 @@ def test_philox_is_its_definition():
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99])
 def test_every_backend_keeps_the_same_elements(p, count, offset, dtype):
     x, residual = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
-    got, want = (dropout(x, p, SEED, residual=residual, offset=offset, backend=b) for b in ("cpp", "reference"))
+    got, want = (dropout(x, p, SEED, residual=residual, offset=offset, backend=b) for b in ("cpu", "reference"))
     torch.testing.assert_close(got, want)
     keep = dropout_mask(SEED, count, p, offset)
-    assert torch.equal(dropout(torch.ones(count), p, SEED, offset=offset, backend="cpp") != 0, keep)
+    assert torch.equal(dropout(torch.ones(count), p, SEED, offset=offset, backend="cpu") != 0, keep)
 
 
 @both
@@ -96,7 +96,7 @@ def test_gelu_is_exact_in_its_tail(dtype):
     """Without a mask, output and gradient against float64, over every order of magnitude that GELU has."""
     x = torch.linspace(-14, 14, 40_003, dtype=torch.float64).to(dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    got, want = gelu_dropout(x, 0.0, SEED, backend="cpp"), exact * torch.erfc(-exact / 2**0.5) / 2
+    got, want = gelu_dropout(x, 0.0, SEED, backend="cpu"), exact * torch.erfc(-exact / 2**0.5) / 2
     (got_grad,), (want_grad,) = torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), exact)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     # e^(-x²/2) turns the rounding of x²/2, which is up to 98, into a relative error
@@ -126,12 +126,12 @@ def test_gelu_dropout_keeps_its_input_alone(dtype):
     x = torch.randn(3, 1000).to(dtype).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        gelu_dropout(x, 0.5, SEED, backend="cpp")
+        gelu_dropout(x, 0.5, SEED, backend="cpu")
     assert saved == [x.data_ptr()]
     opcheck(torch.ops.cxv_kernels.gelu_dropout_forward, (x.detach(), SEED, 0.3, 5))
     opcheck(torch.ops.cxv_kernels.gelu_dropout_backward, (x.detach(), x.detach(), SEED, 0.3, 5))
-    parts = [gelu_dropout(x[i : i + 1], 0.5, SEED, offset=1000 * i, backend="cpp") for i in range(3)]
-    assert torch.equal(torch.cat(parts), gelu_dropout(x, 0.5, SEED, backend="cpp"))
+    parts = [gelu_dropout(x[i : i + 1], 0.5, SEED, offset=1000 * i, backend="cpu") for i in range(3)]
+    assert torch.equal(torch.cat(parts), gelu_dropout(x, 0.5, SEED, backend="cpu"))
 
 
 @needs_cpp
@@ -139,7 +139,7 @@ def test_nothing_is_saved():
     x = torch.randn(1000, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes), lambda t: t):
-        dropout(x, 0.5, SEED, residual=x, backend="cpp")
+        dropout(x, 0.5, SEED, residual=x, backend="cpu")
     assert saved == []
 
 
@@ -158,9 +158,9 @@ def test_opcheck_and_threads():
     opcheck(torch.ops.cxv_kernels.dropout, (x.detach(), residual, SEED, 0.3, 5))
     opcheck(torch.ops.cxv_kernels.dropout, (x.detach().bfloat16(), None, SEED, 0.3, 0))
     big = torch.randn(200_000)
-    one = dropout(big, 0.5, SEED, backend="cpp")
+    one = dropout(big, 0.5, SEED, backend="cpu")
     torch.set_num_threads(3)
-    assert torch.equal(dropout(big, 0.5, SEED, backend="cpp"), one)
+    assert torch.equal(dropout(big, 0.5, SEED, backend="cpu"), one)
     with pytest.raises(RuntimeError, match="x must be contiguous"):
         torch.ops.cxv_kernels.dropout(x.detach().T, None, SEED, 0.5, 0)
 

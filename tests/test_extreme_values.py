@@ -18,7 +18,7 @@ from cxv_kernels import conv_norm, kv_state, linear_attention, nystrom_attention
 from cxv_kernels.checks import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES, accumulate_dtype
 
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
+BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpp))
 DIM, FEATURES = 4, 6
 PROJECTION = cxv_kernels.orthogonal_projection(
     FEATURES, DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64
@@ -271,7 +271,7 @@ def test_what_is_not_finite_stays_visible(name, value):
         inputs = draw(2, torch.float32, (0.0, 0.0), (1.0, 1.0))[0 if attention else 1 :]
         inputs[position][0, 1, 2, 1] = value
         wants = results(op, *(t.double() for t in inputs), backend="reference")
-        for got, want in zip(results(op, *inputs, backend="cpp"), wants, strict=True):
+        for got, want in zip(results(op, *inputs, backend="cpu"), wants, strict=True):
             assert torch.equal(got.isfinite(), want.isfinite())
             assert torch.equal(got[:, 0].isfinite(), torch.ones_like(got[:, 0], dtype=torch.bool))
         if value != value or position == 2 - (not attention):
@@ -340,7 +340,7 @@ def test_nystrom_shows_what_is_not_finite(value):
         inputs = draw(5, torch.float32, (0.0, 0.0), (1.0, 1.0))
         inputs[position][0, 1, 2, 1] = value
         want = nystrom_attention(*(t.double() for t in inputs), 3, backend="reference")
-        got = nystrom_attention(*inputs, 3, backend="cpp")
+        got = nystrom_attention(*inputs, 3, backend="cpu")
         assert torch.equal(got.isfinite(), want.isfinite())
         assert value == value or not got.isfinite().all()  # a key of −∞ may have no weight
 
@@ -353,7 +353,7 @@ def test_nystrom_at_any_mean_and_scale(dtype, mean, scale):
     inputs = draw(6, dtype, (mean, mean), (scale, scale))
     attend = partial(nystrom_attention, num_landmarks=3)
     grad = torch.linspace(-1, 1, 3).to(dtype).repeat(1, 2, 5, 1)
-    gots = with_gradients(partial(attend, backend="cpp"), inputs, grad)
+    gots = with_gradients(partial(attend, backend="cpu"), inputs, grad)
     wants = with_gradients(partial(attend, backend="reference"), [t.double() for t in inputs], grad)
     largest = max(float(t.double().abs().max()) for t in inputs[:2])
     logit = max(1.0, 4 * largest**2 / DIM**0.5)
@@ -382,7 +382,7 @@ def test_conv_norm_shows_what_is_not_finite(value, layout):
     x = torch.randn(2, 3, 7, 7).to(memory_format=layout)
     parameters = torch.randn(8, 3, 3, 3), torch.randn(8), torch.randn(8), torch.randn(8)
     x[1, 2, 3, 3] = value
-    out = conv_norm(x, *parameters, backend="cpp")
+    out = conv_norm(x, *parameters, backend="cpu")
     seen = torch.zeros(2, 7, 7, dtype=torch.bool)
     seen[1, 2:5, 2:5] = True
     assert torch.equal(out.isfinite(), ~seen[:, None].expand(out.shape))
@@ -395,5 +395,5 @@ def test_conv_norm_of_large_means(layout):
     x, weight = torch.randn(2, 3, 5, 5).to(memory_format=layout), torch.randn(8, 3, 3, 3)
     bias, gamma, beta = torch.full((8,), 1000.0), torch.ones(8), torch.zeros(8)
     want = conv_norm(*(t.double() for t in (x, weight, bias, gamma, beta)), backend="reference")
-    got = conv_norm(x, weight, bias, gamma, beta, backend="cpp")
+    got = conv_norm(x, weight, bias, gamma, beta, backend="cpu")
     assert_right(got, want, torch.float32, 27, 1000)

@@ -46,7 +46,7 @@ AMPLIFICATION = {"relu": 4, "favor": 8, "favor exact": 8, "favor relu": 2}
 every_variant = pytest.mark.parametrize("variant", ATTENTION)
 
 
-def assert_fused_matches(inputs, variant, key_mask=None, amplification=1, backend="cpp"):
+def assert_fused_matches(inputs, variant, key_mask=None, amplification=1, backend="cpu"):
     """Output and gradients, within the error model."""
     attend, dtype = partial(ATTENTION[variant], key_mask=key_mask), inputs[0].dtype
     inputs = [t.detach().requires_grad_() for t in inputs]
@@ -78,7 +78,7 @@ def test_matches_float64(variant, dtype, queries, keys, dim, value_dim):
 def test_any_number_of_random_features(features):
     q, k, v = qkv(1, 2, 70, 80, 12, 9)
     for options in ({}, {"eps": 0.0}, {"kernel": "relu"}):
-        got, want = (performer(q, k, v, features, backend=b, **options) for b in ("cpp", "reference"))
+        got, want = (performer(q, k, v, features, backend=b, **options) for b in ("cpu", "reference"))
         torch.testing.assert_close(got, want)
 
 
@@ -111,7 +111,7 @@ def test_no_copy_of_strided_inputs(variant):
     q, k, v = (layouts(t)["a chunk of qkv"].requires_grad_() for t in qkv(dtype=torch.float32, keys=70))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.untyped_storage().data_ptr()), lambda t: t):
-        attend(q, k, v, backend="cpp")
+        attend(q, k, v, backend="cpu")
     assert {t.untyped_storage().data_ptr() for t in (q, k, v)} <= set(saved)
     op = ops.linear_attention_forward if variant == "softmax" else ops.performer_attention_forward
     arguments = (None, "softmax", 1e-4) if variant == "softmax" else (torch.randn(9, 32), None, "softmax", 1e-4)
@@ -123,7 +123,7 @@ def test_no_copy_of_strided_inputs(variant):
 @every_variant
 def test_output_is_laid_out_like_q(variant):
     q, k, v = (layouts(t)["(B, N, H, D)"] for t in qkv(keys=70))
-    assert ATTENTION[variant](q, k, v, backend="cpp").transpose(1, 2).is_contiguous()
+    assert ATTENTION[variant](q, k, v, backend="cpu").transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"num_heads": 0}, {"queries": 0}, {"keys": 0}, {"value_dim": 0}])
@@ -132,7 +132,7 @@ def test_empty(variant, shape):
     inputs = qkv(**shape)
     assert_fused_matches(inputs, variant)
     if shape == {"keys": 0}:
-        assert ATTENTION[variant](*inputs, backend="cpp").eq(0).all()
+        assert ATTENTION[variant](*inputs, backend="cpu").eq(0).all()
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 100.0])
@@ -141,7 +141,7 @@ def test_empty(variant, shape):
 def test_finite_wherever_float64_is(variant, dtype, scale):
     q, k, v = qkv(dtype=dtype)
     q, k = (q * scale).requires_grad_(), (k * scale).requires_grad_()
-    out = ATTENTION[variant](q, k, v, backend="cpp")
+    out = ATTENTION[variant](q, k, v, backend="cpu")
     assert out.isfinite().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().square().sum(), (q, k)))
 
@@ -157,7 +157,7 @@ def test_long_keys(variant, norm, dtype):
     low = [x.to(dtype) for x in (q, k, v)]
     assert_fused_matches(low, variant, amplification=20)
     average = v.mean(dim=-2, keepdim=True)
-    distance = (ATTENTION[variant](*low, backend="cpp").double() - average).norm() / average.expand(
+    distance = (ATTENTION[variant](*low, backend="cpu").double() - average).norm() / average.expand(
         -1, -1, 40, -1
     ).norm()
     if norm == 30:
@@ -168,11 +168,11 @@ def test_out_of_memory_is_said():
     """In PyTorch's words, where it keeps them; so cxv's training and the benchmarks know it."""
     few, many = torch.zeros(1, 1, 4, 32), torch.zeros(1, 1, 1, 1).expand(1, 1, 1 << 43, 32)
     with pytest.raises(RuntimeError, match="new_empty_strided has failed: ") as raised:
-        cxv_kernels.linear_attention(many, few, few, backend="cpp")
+        cxv_kernels.linear_attention(many, few, few, backend="cpu")
     assert out_of_memory(raised.value)
     image, weight, one = torch.zeros(1, 1, 1, 1).expand(1 << 43, 3, 4, 4), torch.zeros(4, 3, 3, 3), torch.ones(4)
     with pytest.raises(RuntimeError, match="aten::convolution has failed: ") as raised:
-        cxv_kernels.conv_norm(image, weight, None, one, one, backend="cpp")
+        cxv_kernels.conv_norm(image, weight, None, one, one, backend="cpu")
     assert out_of_memory(raised.value)
 
 
@@ -181,7 +181,7 @@ def test_nan_is_not_swallowed(variant):
     for position in range(3):
         inputs = qkv(1, 1, 70, 70, 8, 8)
         inputs[position][0, 0, 3, 2] = float("nan")
-        got, want = (ATTENTION[variant](*inputs, backend=b) for b in ("cpp", "reference"))
+        got, want = (ATTENTION[variant](*inputs, backend=b) for b in ("cpu", "reference"))
         assert want.isnan().any()
         assert torch.equal(got.isnan(), want.isnan())
 
@@ -189,7 +189,7 @@ def test_nan_is_not_swallowed(variant):
 def test_keys_of_minus_infinity_have_no_weight():
     q, k, v = qkv(1, 1, 5, 200, 4, 4)
     k[:, :, :150, 1] = float("-inf")  # all of the first tiles, for one channel
-    torch.testing.assert_close(*(linear_attention(q, k, v, backend=b) for b in ("cpp", "reference")))
+    torch.testing.assert_close(*(linear_attention(q, k, v, backend=b) for b in ("cpu", "reference")))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -201,14 +201,14 @@ def test_gradients(variant, masked):
     key_mask = torch.tensor([[True, False, True, True, True, False]]) if masked else None
     attend = partial(ATTENTION[variant], key_mask=key_mask)
     if variant != "favor":
-        assert torch.autograd.gradcheck(partial(attend, backend="cpp"), inputs)
-        assert torch.autograd.gradgradcheck(partial(attend, backend="cpp"), inputs)
+        assert torch.autograd.gradcheck(partial(attend, backend="cpu"), inputs)
+        assert torch.autograd.gradgradcheck(partial(attend, backend="cpu"), inputs)
 
     def second(backend):
         first = torch.autograd.grad(attend(*inputs, backend=backend).sin().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
-    torch.testing.assert_close(second("cpp"), second("reference"))
+    torch.testing.assert_close(second("cpu"), second("reference"))
 
 
 @pytest.mark.parametrize("variant", ["softmax", "favor"])
@@ -216,7 +216,7 @@ def test_forward_mode_says_no(variant):
     attend = ATTENTION[variant]
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: attend(x, k, v, backend="cpp"), (q,), (q,))
+        torch.func.jvp(lambda x: attend(x, k, v, backend="cpu"), (q,), (q,))
     _, tangent = torch.func.jvp(lambda x: attend(x, k, v, backend="reference"), (q,), (q,))
     assert tangent.isfinite().all()
 
@@ -277,10 +277,10 @@ def test_what_no_fused_performer_serves():
     q, k, v = qkv()
     projection = torch.randn(5, 32, dtype=q.dtype)
     attend = partial(cxv_kernels.performer_attention, q, k, v)
-    with pytest.raises(RuntimeError, match="cpp does not serve stabilizer='batch'"):
-        attend(projection, stabilizer="batch", backend="cpp")
-    with pytest.raises(RuntimeError, match="cpp does not serve a projection that requires grad"):
-        attend(projection.requires_grad_(), backend="cpp")
+    with pytest.raises(RuntimeError, match="cpu does not serve stabilizer='batch'"):
+        attend(projection, stabilizer="batch", backend="cpu")
+    with pytest.raises(RuntimeError, match="cpu does not serve a projection that requires grad"):
+        attend(projection.requires_grad_(), backend="cpu")
     assert attend(projection, backend="reference").requires_grad
 
 
@@ -346,7 +346,7 @@ def test_export(variant):
     torch.testing.assert_close(program.module()(*inputs), module(*inputs))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @every_variant
 def test_autocast(variant, backend):
     attend = ATTENTION[variant]
@@ -387,14 +387,14 @@ def assert_bits_are_the_inputs_alone(call, inputs):
 @every_variant
 def test_same_bits_for_any_threads_and_any_batch(variant):
     inputs = qkv(3, 2, 2500, 3000, 32, 32, torch.float32)
-    assert_bits_are_the_inputs_alone(partial(ATTENTION[variant], backend="cpp"), inputs)
+    assert_bits_are_the_inputs_alone(partial(ATTENTION[variant], backend="cpu"), inputs)
 
 
 def test_more_splits_than_a_wave_holds():
     """70 splits of one head, folded in waves: no bit depends on where a wave ends, which the threads decide."""
     q, k, v = qkv(1, 1, 70_000, 71_000, 4, 3, torch.float32)
     for variant in ("softmax", "favor"):
-        call = partial(ATTENTION[variant], backend="cpp")
+        call = partial(ATTENTION[variant], backend="cpu")
         first, others = run_on(1, (q, k, v), call), run_on(3, (q, k, v), call)
         assert all(torch.equal(a, b) for a, b in zip(first, others, strict=True))
         assert_fused_matches((q, k, v), variant)
@@ -407,7 +407,7 @@ def test_every_output_element_is_written(variant):
     try:
         assert torch.empty(4).isnan().all()
         inputs = [layouts(t)["NCHW"].requires_grad_() for t in qkv(keys=70)]
-        out = ATTENTION[variant](*inputs, backend="cpp")
+        out = ATTENTION[variant](*inputs, backend="cpu")
         state = out.grad_fn.saved_tensors[-3:]
         gradients = torch.autograd.grad(out.sum(), inputs)
         assert all(t.isfinite().all() for t in (out, *state, *gradients) if t is not None)
@@ -432,8 +432,8 @@ def test_saved_bytes(variant, features):
     state = 4 * 4 * (features * 32 + features) * 4
     if variant.startswith("favor"):
         state += 4 * 4 * 4 + features * 32 * 4  # the maxima, the projection
-        assert 3 * q.nbytes + saved("cpp") <= 3.5 * q.nbytes
-    assert saved("cpp") == state
+        assert 3 * q.nbytes + saved("cpu") <= 3.5 * q.nbytes
+    assert saved("cpu") == state
     assert saved("reference") >= 3 * state
 
 
@@ -472,7 +472,7 @@ class TestSmallOps:
             exact = [t.detach().double().requires_grad_() for t in low]
             got, want = (
                 f if isinstance(f, tuple) else (f,)
-                for f in (function(*low, backend="cpp"), function(*exact, backend="reference"))
+                for f in (function(*low, backend="cpu"), function(*exact, backend="reference"))
             )
             seeds = [torch.randn_like(w) for w in want]
             got += torch.autograd.grad(got, low, [s.to(g) for s, g in zip(seeds, got, strict=True)])
@@ -490,18 +490,18 @@ class TestSmallOps:
             first = torch.autograd.grad(loss, inputs, create_graph=True)
             return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
-        torch.testing.assert_close(second("cpp"), second("reference"))
+        torch.testing.assert_close(second("cpu"), second("reference"))
 
     def test_same_bits_for_any_threads_and_any_batch(self, op):
         function, count = SMALL_OPS[op]
         inputs = self.inputs(count, batch=3, dtype=torch.float32)
-        assert_bits_are_the_inputs_alone(partial(function, backend="cpp"), inputs)
+        assert_bits_are_the_inputs_alone(partial(function, backend="cpu"), inputs)
 
     def test_empty(self, op):
         function, count = SMALL_OPS[op]
         for shape in ({"batch": 0}, {"num_heads": 0}, {"queries": 0}):
             inputs = [heads(*({"batch": 2, "num_heads": 3, "queries": 5, "dim": 4} | shape).values())] * count
-            torch.testing.assert_close(function(*inputs, backend="cpp"), function(*inputs, backend="reference"))
+            torch.testing.assert_close(function(*inputs, backend="cpu"), function(*inputs, backend="reference"))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -533,10 +533,10 @@ def test_every_instruction_set(isa):
         "from cxv_kernels.backends import explain_backend\n"
         "for case in c.cases(dim=19):\n"
         "    for dtype in c.FLOAT_DTYPES:\n"
-        "        if explain_backend(case.op)['cpp'] == 'serves':\n"
-        "            assert c.run(case, 'cpp', 'cpu', dtype).passed, (case, dtype)\n"
+        "        if explain_backend(case.op)['cpu'] == 'serves':\n"
+        "            assert c.run(case, 'cpu', 'cpu', dtype).passed, (case, dtype)\n"
         "x = torch.linspace(-87.3, 0, 100_000).reshape(1, 100, 1, 1000)\n"
-        "_, z = c.kv_state(x, torch.ones(1, 100, 1, 1), 'elu', backend='cpp')\n"
+        "_, z = c.kv_state(x, torch.ones(1, 100, 1, 1), 'elu', backend='cpu')\n"
         "assert (z.double() / x[:, :, 0].double().exp() - 1).abs().max() < 2 * 2**-23\n"
     )
     done = subprocess.run(
@@ -561,7 +561,7 @@ def test_a_million_large_keys_in_float16(variant):
     grad *= 1024  # a loss scale: a millionth of it is still a normal float16
     q, k = ((30 * t).clamp(-30, 30).requires_grad_() for t in (q, k))
     attend = partial(ATTENTION[variant], **({"features": 8} if "favor" in variant else {}))
-    out = attend(q, k, v.requires_grad_(), backend="cpp")
+    out = attend(q, k, v.requires_grad_(), backend="cpu")
     results = out, *torch.autograd.grad(out, (q, k, v), grad)
     assert all(t.isfinite().all() for t in results)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]

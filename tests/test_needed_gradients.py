@@ -30,7 +30,7 @@ def mask():
 
 
 def attention(op, **options):
-    return lambda *inputs: getattr(cxv_kernels, op)(*inputs, key_mask=mask(), backend="cpp", **options)
+    return lambda *inputs: getattr(cxv_kernels, op)(*inputs, key_mask=mask(), backend="cpu", **options)
 
 
 PROJECTION = cxv_kernels.orthogonal_projection(M, D, generator=torch.Generator().manual_seed(1))
@@ -63,13 +63,13 @@ FUNCTIONS = {
     "performer_attention exact": performer(eps=0.0),
     "performer_attention relu": performer(kernel="relu", eps=1e-3),
     "nystrom_attention": lambda q, k, v, weight: cxv_kernels.nystrom_attention(
-        q, k, v, LANDMARKS, residual_weight=weight, backend="cpp"
+        q, k, v, LANDMARKS, residual_weight=weight, backend="cpu"
     ),
     "nystrom_summary": lambda *inputs: Summary.apply(*inputs)[0],
     "nystrom_readout": Readout.apply,
-    "nystrom_mix": lambda *inputs: Mix.apply(*inputs, "cpp"),
-    "nystrom_residual": lambda *inputs: Residual.apply(*inputs, "cpp"),
-    "dropout": lambda x, residual: cxv_kernels.dropout(x, 0.3, torch.tensor(5), residual=residual, backend="cpp"),
+    "nystrom_mix": lambda *inputs: Mix.apply(*inputs, "cpu"),
+    "nystrom_residual": lambda *inputs: Residual.apply(*inputs, "cpu"),
+    "dropout": lambda x, residual: cxv_kernels.dropout(x, 0.3, torch.tensor(5), residual=residual, backend="cpu"),
 }
 
 

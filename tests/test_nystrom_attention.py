@@ -23,7 +23,7 @@ from cxv_kernels.nystrom_attention.reference import (
 )
 from cxv_kernels.validation import FLOAT_DTYPES
 
-BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpp)]
 OPS = torch.ops.cxv_kernels
 ALL = [True] * 3  # the gradients that are needed
 
@@ -84,7 +84,7 @@ def test_is_the_definition(queries, keys, landmarks, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_segments_are_the_papers_where_they_divide(backend):
     x = heads(1, 1, 1024, 4)
-    means = Means.apply(x, 64, "cpp") if backend == "cpp" else segment_means(x, 64)
+    means = Means.apply(x, 64, "cpu") if backend == "cpu" else segment_means(x, 64)
     torch.testing.assert_close(means, x.reshape(1, 1, 64, 16, 4).mean(dim=3))
 
 
@@ -123,8 +123,8 @@ def test_pinv_init_of_the_batch_is_the_references(monkeypatch):
     """A named fused backend refuses it; by default it falls back to the reference with a warning."""
     monkeypatch.setattr(backends, "_announced", set())
     q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
-    with pytest.raises(RuntimeError, match="cpp does not support pinv_init='batch'"):
-        nystrom_attention(q, k, v, 4, pinv_init="batch", backend="cpp")
+    with pytest.raises(RuntimeError, match="cpu does not support pinv_init='batch'"):
+        nystrom_attention(q, k, v, 4, pinv_init="batch", backend="cpu")
     with pytest.warns(UserWarning, match="nystrom_attention on cpu .*pinv_init='batch'"):
         out = nystrom_attention(q, k, v, 4, pinv_init="batch")
     assert torch.equal(out, nystrom_attention(q, k, v, 4, pinv_init="batch", backend="reference"))
@@ -141,7 +141,7 @@ def assert_fused_matches(inputs, landmarks, weight=None):
 
     inputs = [t.detach().requires_grad_() for t in inputs]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    out, want = call(inputs, "cpp"), call(exact, "reference")
+    out, want = call(inputs, "cpu"), call(exact, "reference")
     grad = torch.randn_like(want).to(dtype)
     got_all = (out, *torch.autograd.grad(out, inputs, grad))
     want_all = (want, *torch.autograd.grad(want, exact, grad.double()))
@@ -238,7 +238,7 @@ def test_no_copy_of_strided_inputs():
     q, k, v = (layouts(t)["a chunk of qkv"] for t in qkv(dtype=torch.float32))
     weight = residual_weight(dtype=torch.float32)
     with torch.profiler.profile() as profile:
-        nystrom_attention(q, k, v, 16, residual_weight=weight, backend="cpp")
+        nystrom_attention(q, k, v, 16, residual_weight=weight, backend="cpu")
     assert not {"aten::copy_", "aten::clone", "aten::contiguous"} & {event.key for event in profile.key_averages()}
 
 
@@ -295,7 +295,7 @@ def test_finite_wherever_float64_is(dtype, scale, tokens, landmarks, dim, simila
         return [t.detach() for t in (out, *torch.autograd.grad(out, tensors, grad.to(kind)))]
 
     assert all(t.isfinite().all() for t in run("reference", torch.float64))
-    assert all(t.isfinite().all() for t in run("cpp", dtype))
+    assert all(t.isfinite().all() for t in run("cpu", dtype))
 
 
 @needs_cpp
@@ -310,7 +310,7 @@ def test_no_worse_than_the_reference_where_the_inverse_is_large(dtype, scale):
         out = nystrom_attention(*tensors, backend=backend)
         return [t.detach().double() for t in (out, *torch.autograd.grad(out, tensors, grad.to(kind)))]
 
-    for want, reference, fused in zip(run("reference", torch.float64), run("reference"), run("cpp"), strict=True):
+    for want, reference, fused in zip(run("reference", torch.float64), run("reference"), run("cpu"), strict=True):
         floor = tolerance(want, dtype, 256)
         assert (fused - want).norm() <= 1.5 * (reference - want).norm() + floor
 
@@ -321,7 +321,7 @@ def test_nan_is_not_swallowed_and_stays_in_its_head():
         inputs = qkv(2, 2, 70, 70, 8, 8)
         inputs[position][0, 0, 3, 2] = float("nan")
         got, want = (
-            nystrom_attention(*inputs, 16, residual_weight=residual_weight(2), backend=b) for b in ("cpp", "reference")
+            nystrom_attention(*inputs, 16, residual_weight=residual_weight(2), backend=b) for b in ("cpu", "reference")
         )
         assert want.isnan().any()
         assert torch.equal(got.isnan(), want.isnan())
@@ -331,7 +331,7 @@ def test_nan_is_not_swallowed_and_stays_in_its_head():
             assert got[1].isfinite().all()
         tensors = landmark_inputs(2, 2)
         tensors[position][0, 0, 3, 2] = float("nan")
-        mixed = Mix.apply(*tensors, "cpp")
+        mixed = Mix.apply(*tensors, "cpu")
         assert mixed[0, 0].isnan().any()
         assert mixed[0, 1].isfinite().all()
         assert mixed[1].isfinite().all()
@@ -345,10 +345,10 @@ def sdpa_free(dtype=torch.float64):
     q, _, v = qkv(1, 2, 7, 7, 3, 4, dtype)
     mix = landmark_inputs(dtype=dtype)
     return {
-        "means": (lambda x: Means.apply(x, 3, "cpp"), lambda x: segment_means(x.to(acc), 3), [q]),
-        "mix": (lambda *t: Mix.apply(*t, "cpp"), mix_reference, mix),
+        "means": (lambda x: Means.apply(x, 3, "cpu"), lambda x: segment_means(x.to(acc), 3), [q]),
+        "mix": (lambda *t: Mix.apply(*t, "cpu"), mix_reference, mix),
         "residual": (
-            lambda *t: Residual.apply(*t, "cpp"),
+            lambda *t: Residual.apply(*t, "cpu"),
             lambda a, v, w: a + residual_reference(v, w),
             [v + 1, v, residual_weight(2, 5)],
         ),
@@ -373,7 +373,7 @@ def test_gradient_of_the_inverse_is_the_references_with_tied_columns_too():
             if zeroed:
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=True)
             grad = torch.randn_like(inputs[2])
-            mixed = (Mix.apply(*inputs, "cpp"), mix_reference(*inputs))
+            mixed = (Mix.apply(*inputs, "cpu"), mix_reference(*inputs))
             got, want = (torch.autograd.grad(out, inputs, grad) for out in mixed)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -400,7 +400,7 @@ def test_forward_mode_says_no(argument):
 
     def function(x):
         *tensors, weight = (x if i == argument else t for i, t in enumerate(inputs))
-        return nystrom_attention(*tensors, 16, residual_weight=weight, backend="cpp")
+        return nystrom_attention(*tensors, 16, residual_weight=weight, backend="cpu")
 
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(function, (inputs[argument],), (inputs[argument],))
@@ -569,7 +569,7 @@ def test_every_output_element_is_written():
         for tokens in (5, 70, 300):
             inputs = [layouts(t)["NCHW"].requires_grad_() for t in qkv(queries=tokens, keys=tokens, dim=5, value_dim=3)]
             inputs.append(residual_weight(grad=True))
-            out = nystrom_attention(*inputs[:3], 16, residual_weight=inputs[3], backend="cpp")
+            out = nystrom_attention(*inputs[:3], 16, residual_weight=inputs[3], backend="cpu")
             gradients = torch.autograd.grad(out.sum(), inputs)
             assert all(t.isfinite().all() for t in (out, *gradients))
     finally:
@@ -593,9 +593,9 @@ def test_saved_bytes(dtype):
     landmarks = 4 * 4 * 64
     means_and_sums = landmarks * (2 * 32 + 1) * 4
     summary_and_mixed = 2 * landmarks * 32 * q.itemsize
-    bytes_saved = saved("cpp")
+    bytes_saved = saved("cpu")
     assert bytes_saved == means_and_sums + summary_and_mixed
-    assert saved("cpp", weight) == bytes_saved
+    assert saved("cpu", weight) == bytes_saved
     assert saved("reference") >= 10 * bytes_saved
 
 

@@ -115,7 +115,7 @@ class ConvNormBackward(FusedFunction):
         return (of_grad, *(next(second) if there else None for there in given), *(None,) * 5)
 
 
-backends.register("conv_norm", "cpp", serves_cpu)
+backends.register("conv_norm", "cpu", serves_cpu)
 backends.register("conv_norm", "cuda", serves_cuda(3072, (torch.float32, torch.float16, torch.bfloat16), narrowest=3))
 
 

@@ -127,5 +127,5 @@ class GeluDropoutBackward(FusedFunction):
 
 
 for op in ("dropout", "gelu_dropout"):
-    backends.register(op, "cpp", serves_cpu)
+    backends.register(op, "cpu", serves_cpu)
     backends.register(op, "triton", partial(serves_triton, tensor_cores=False))

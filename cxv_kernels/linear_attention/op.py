@@ -182,8 +182,8 @@ def serves_attention(device: torch.device, dtype: torch.dtype, dim: int) -> str 
     return reason or (f"serves heads of at most 128 channels, not {dim}" if dim > 128 else None)
 
 
-backends.register("linear_attention", "cpp", serves_cpu)
-backends.register("kv_state", "cpp", serves_cpu)
+backends.register("linear_attention", "cpu", serves_cpu)
+backends.register("kv_state", "cpu", serves_cpu)
 for _op in ("linear_attention", "kv_state"):
     backends.register(_op, "cuda", serves_cuda(128, FLOAT_DTYPES))
     backends.register(_op, "triton", serves_attention)

@@ -297,5 +297,5 @@ def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     return serves_triton(device, dtype, dim, tensor_cores=False)
 
 
-backends.register("nystrom_attention", "cpp", serves_cpu)
+backends.register("nystrom_attention", "cpu", serves_cpu)
 backends.register("nystrom_attention", "triton", _serves)

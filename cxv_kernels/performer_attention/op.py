@@ -79,7 +79,7 @@ def _(grad_phi, x, projection, key_max, is_query, kernel, eps):
 
 def declined(projection: Tensor, stabilizer: str, eps: float | None, dtype: torch.dtype, backend: str) -> str | None:
     """Why this fused backend does not take these arguments, if so. ``eps``: attention's, None for the default."""
-    if eps is not None and 0 < eps < LEAST_EPS and backend != "cpp":
+    if eps is not None and 0 < eps < LEAST_EPS and backend != "cpu":
         return f"does not serve an eps between 0 and {LEAST_EPS:g}, which needs float64"
     # its weights of features are factors, of which float16 holds an absolute 1e-10
     if eps is not None and 0 < eps < 1e-5 and backend == "triton" and dtype == torch.float16:
@@ -194,8 +194,8 @@ class PerformerFeaturesBackward(FusedFunction):
         return (*second[0], *second[1], *(None,) * 6)
 
 
-backends.register("performer_attention", "cpp", serves_cpu)
-backends.register("performer_features", "cpp", serves_cpu)
+backends.register("performer_attention", "cpu", serves_cpu)
+backends.register("performer_features", "cpu", serves_cpu)
 for _op in ("performer_attention", "performer_features"):
     backends.register(_op, "cuda", serves_cuda(64, (torch.float32, torch.float16, torch.bfloat16)))
     backends.register(_op, "triton", serves_attention)
