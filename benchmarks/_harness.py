@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import cxv
 import cxv_kernels
-from cxv.training.errors import out_of_memory
+from cxv.errors import out_of_memory
 from cxv_kernels import backends, checks
 from cxv_kernels.testing import peak_memory, saved_bytes
 

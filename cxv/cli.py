@@ -13,15 +13,15 @@ import torch.nn.functional as F
 
 from cxv_kernels import __version__
 
+from .errors import InputError
 from .export import FORMATS, OPSET, export_model
 from .models import create_model, list_models
 from .models.arguments import image_size
+from .models.registry import load_model
 from .sharing import save_safetensors
-from .training.checkpoint import load_model
 from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
 from .training.data import DATASETS, load_data, normalise
 from .training.distributed import PeerError, World, process_group
-from .training.errors import InputError
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, predict, train
 from .training.optim import SCHEDULES
 from .training.report import Report, check_suffix

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import cxv_kernels
 from cxv_kernels.validation import python_numbers
 
+from .errors import InputError
 from .models.arguments import image_size
-from .training.errors import InputError
 from .training.sources import need
 
 if TYPE_CHECKING:

@@ -16,10 +16,11 @@ try:
 except ImportError as error:
     raise ImportError("cxv.hub needs huggingface_hub, which is not installed: pip install 'cxv[hub]'") from error
 
+from .checkpoint import SAFETENSORS
+from .errors import InputError
 from .models.arguments import image_size
+from .models.registry import load_model
 from .sharing import describe, save_safetensors
-from .training.checkpoint import SAFETENSORS, load_model
-from .training.errors import InputError
 
 PAPER = "https://arxiv.org/abs/2201.10271"
 # Jinja: the mixin's variables, and ``text``, the card below its header.

@@ -11,18 +11,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cxv_kernels.validation import is_plain_tensor, to_numbers
 
+from .checkpoint import METADATA, METADATA_KEY, atomic_write, check_metadata, find_checkpoint, read_checkpoint
+from .errors import InputError
 from .models.backbone import Backbone
-from .training.checkpoint import (
-    METADATA,
-    METADATA_KEY,
-    atomic_write,
-    build_trained,
-    check_metadata,
-    find_checkpoint,
-    read_checkpoint,
-)
+from .models.registry import build_trained
 from .training.data import MEAN, STD
-from .training.errors import InputError
 
 _PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
 """A run's arguments that are nobody else's business."""
@@ -39,7 +32,7 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
             ``cxv train`` wrote: its ``--output`` or a ``.pt`` file.
         path: the file to write, ``….safetensors``.
         which: ``"best"`` or ``"last"``, of a run's weights.
-        **metadata: in place of what ``source`` says (see ``cxv.training.checkpoint.METADATA``): ``classes``, names in
+        **metadata: in place of what ``source`` says (see ``cxv.checkpoint.METADATA``): ``classes``, names in
             label order, by default the labels' numbers; ``normalisation``, the mean and std of pixels in [0, 1], by
             default the paper's 0.5 and 0.5; ``seed``; ``metrics``, numbers by name; and, for a model that
             :func:`cxv.create_model` did not build, ``model_name`` and ``model_kwargs``.

@@ -22,7 +22,7 @@ import torch
 
 import cxv
 from cxv.export import export_model, load_exported
-from cxv.training.checkpoint import load_model
+from cxv.training import load_model
 from cxv.training.data import load_data, normalise
 
 BATCHES = (1, 32)

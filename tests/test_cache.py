@@ -12,11 +12,11 @@ from conftest import write_image
 from safetensors import safe_open
 
 import cxv
+from cxv.errors import InputError
 from cxv.training import cache as cache_module
 from cxv.training import sources as sources_module
 from cxv.training.cache import cache_folder
 from cxv.training.data import load_data
-from cxv.training.errors import InputError
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from cxv.errors import InputError
 from cxv.training import cache as cache_module
 from cxv.training import data as data_module
 from cxv.training.augment import RandAugment
@@ -19,7 +20,6 @@ from cxv.training.data import (
     normalise,
     to_device,
 )
-from cxv.training.errors import InputError
 
 # --- digits
 

@@ -13,8 +13,8 @@ import torch
 from test_training import AUGMENTED, TINY, assert_same_run, curve, run
 
 import cxv
+from cxv.checkpoint import read_checkpoint
 from cxv.training import TrainConfig, evaluate, load_data, load_model, train
-from cxv.training.checkpoint import read_checkpoint
 from cxv.training.distributed import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sends signals")

@@ -14,10 +14,10 @@ import torch
 from test_training import AUGMENTED, TINY, Probe, assert_same_run, curve, run
 
 import cxv
+from cxv.checkpoint import read_checkpoint
+from cxv.models import registry
 from cxv.training import InputError, TrainConfig, train
-from cxv.training import checkpoint as checkpoint_module
 from cxv.training import loop as loop_module
-from cxv.training.checkpoint import read_checkpoint
 from cxv.training.interrupt import Interrupted
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
@@ -170,7 +170,7 @@ def test_a_file_system_that_fills_up_or_becomes_read_only(augmented, tmpfs, monk
 def test_a_disk_without_room_is_reported_before_the_epoch(tmp_path, monkeypatch):
     output, usage = tmp_path / "a", shutil.disk_usage(tmp_path)
     free = [10**9]
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage._replace(free=free[-1]))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=free[-1]))
     evaluate = loop_module.evaluate
 
     def filling(*args):
@@ -319,7 +319,7 @@ def test_a_resumed_run_is_at_work_at_once(tmp_path, monkeypatch):
 def test_steps_that_overflow_in_fp16_are_counted_and_shown(tmp_path, monkeypatch):
     # fp16 is for CUDA; the CPU's half arithmetic is slow but runs the same lines
     monkeypatch.setattr(loop_module, "autocast_for", lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16))
-    monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kwargs: Probe(**kwargs))
+    monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**24)
     monkeypatch.setattr(loop_module.torch.amp, "GradScaler", scaler)
     _, log = run(tmp_path / "a", precision="fp16", embed_dim=None, epochs=4, sgd_epochs=0)
@@ -333,7 +333,7 @@ def test_steps_that_overflow_in_fp16_are_counted_and_shown(tmp_path, monkeypatch
 
 def test_a_signal_in_fp16_saves_the_scaler(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "autocast_for", lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16))
-    monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kwargs: Probe(**kwargs))
+    monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
     monkeypatch.setattr(loop_module.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20))
     half = {"precision": "fp16", "embed_dim": None, "epochs": 2, "sgd_epochs": 1, "clip_grad": 0.1}
     run(tmp_path / "whole", **half)

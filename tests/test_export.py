@@ -15,8 +15,8 @@ from torch.utils import cpp_extension
 
 import cxv
 from cxv import cli
+from cxv.errors import InputError
 from cxv.export import export_model
-from cxv.training.errors import InputError
 from cxv_kernels import _extension
 
 ANY_SIZE = ["cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vilt-1/2"]

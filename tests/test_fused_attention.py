@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 
 import cxv_kernels
-from cxv.training.errors import out_of_memory
+from cxv.errors import out_of_memory
 from cxv_kernels import kv_state, linear_attention, orthogonal_projection, performer_features
 from cxv_kernels.checks import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES

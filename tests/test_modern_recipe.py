@@ -11,12 +11,12 @@ from test_training import assert_same_run, curve, run
 from torch import nn
 
 import cxv
+from cxv.checkpoint import read_checkpoint
 from cxv.cli import main
 from cxv.models.registry import create_model
 from cxv.training import InputError, TrainConfig, load_model, train
 from cxv.training import loop as loop_module
 from cxv.training.augment import Chain, FlipCrop, RandAugment
-from cxv.training.checkpoint import read_checkpoint
 from cxv.training.config import fit_to_data, resolve
 from cxv.training.optim import make_average, make_scheduler, weight_decay_groups
 from cxv.training.progressive import default_stages, image_size_of, resize_batch

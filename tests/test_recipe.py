@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_training import AUGMENTED, TINY, assert_same_run, curve, run
 
+from cxv.checkpoint import read_checkpoint
 from cxv.training import DualOpT, InputError, TrainConfig, load_model, train, train_seeds
 from cxv.training import config as config_module
 from cxv.training import loop as loop_module
-from cxv.training.checkpoint import read_checkpoint
 from cxv.training.config import resolve
 from cxv.training.seeds import has_seeds
 

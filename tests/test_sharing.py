@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cxv
+from cxv.checkpoint import METADATA_KEY, read_checkpoint
 from cxv.cli import main
 from cxv.training import InputError, TrainConfig, load_model, train
-from cxv.training.checkpoint import METADATA_KEY, read_checkpoint
 
 TINY = {"embed_dim": 16, "num_classes": 3, "in_chans": 1, "img_size": 8}
 CLASSES = ["ant", "bee", "cat"]

@@ -15,11 +15,11 @@ from conftest import write_image
 from PIL import Image
 
 from cxv.cli import main
+from cxv.errors import InputError
 from cxv.training import cache as cache_module
 from cxv.training import load_model
 from cxv.training import sources as sources_module
 from cxv.training.data import TINY_IMAGENET, load_data
-from cxv.training.errors import InputError
 from cxv.training.sources import decode_image
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cxv
+from cxv.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
+from cxv.models import registry
 from cxv.models.registry import TABLE_1, has_fused_ops
 from cxv.training import InputError, TrainConfig, evaluate, load_model, train
-from cxv.training import checkpoint as checkpoint_module
 from cxv.training import loop as loop_module
-from cxv.training.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
 from cxv.training.data import load_data
 from cxv.training.interrupt import deferred_interrupts, interruptible
 
@@ -157,8 +157,8 @@ def test_evaluate_takes_a_dataloader(whole):
 
 def test_unfused_is_passed_to_the_model_and_can_be_changed_on_loading(tmp_path, monkeypatch):
     seen = []
-    create = checkpoint_module.create_model
-    monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kw: (seen.append(kw), create(name, **kw))[1])
+    create = registry.create_model
+    monkeypatch.setattr(registry, "create_model", lambda name, **kw: (seen.append(kw), create(name, **kw))[1])
     run(tmp_path / "a", fused=False, epochs=1, sgd_epochs=0)
     load_model(tmp_path / "a", use_fused=True)
     assert [kw["use_fused"] for kw in seen] == [False, True]
@@ -203,7 +203,7 @@ def test_bf16_runs_the_forward_inside_autocast_and_the_loss_in_fp32(tmp_path, mo
         losses.append(logits.dtype)
         return cross_entropy(logits, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint_module, "create_model", create)
+    monkeypatch.setattr(registry, "create_model", create)
     monkeypatch.setattr(loop_module.F, "cross_entropy", recorded)
     run(tmp_path / "a", precision="bf16", embed_dim=None, epochs=1, sgd_epochs=0)
     assert made[0].seen == {(t, torch.float32, torch.bfloat16) for t in (True, False)}
@@ -336,7 +336,7 @@ def test_grad_scaler_is_used_saved_and_restored(tmp_path, monkeypatch):
     # fp16 is for CUDA; the CPU's half arithmetic is slow but runs the same lines
     autocast = lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16)  # noqa: E731
     monkeypatch.setattr(loop_module, "autocast_for", autocast)
-    monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kwargs: Probe(**kwargs))
+    monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
     half = {"precision": "fp16", "embed_dim": None, "sgd_epochs": 1}
     run(tmp_path / "whole", epochs=3, **half)
     run(tmp_path / "parts", epochs=2, **{**half, "sgd_epochs": 0})
@@ -621,7 +621,7 @@ def test_compile_runs_the_model_compiled_and_changes_no_name(tmp_path, monkeypat
     counter = CompileCounter()  # an eager backend: no compiler is needed
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend=counter, **kwargs))
-    monkeypatch.setattr(checkpoint_module, "create_model", lambda name, **kwargs: Stacked(**kwargs))
+    monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Stacked(**kwargs))
     _, log = run(tmp_path / "a", compile=True, embed_dim=None)
     assert "fp32, compiled" in log
     assert counter.frame_count > 0

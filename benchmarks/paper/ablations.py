@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import Parser, environment, positive, some_of
 from _report import Table
 
+from cxv.checkpoint import LAST, PREVIOUS
 from cxv.cli import name_value
 from cxv.training import InputError, TrainConfig, train
-from cxv.training.checkpoint import LAST, PREVIOUS
 from cxv.training.config import METRICS, OPTIMIZERS, RAND_AUGMENT
 from cxv.training.loop import PRECISIONS
 from cxv.training.summary import summarise

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _harness import Parser, environment
 from _report import Table
 
-from cxv.training.checkpoint import LAST, PREVIOUS
+from cxv.checkpoint import LAST, PREVIOUS
 from cxv.training.config import METRICS, RECIPES, SUMMARY
 
 # isort: split

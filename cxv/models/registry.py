@@ -14,6 +14,8 @@ from torch import nn
 
 from cxv_kernels.validation import to_numbers
 
+from ..checkpoint import find_checkpoint, load_weights, read_checkpoint
+from ..errors import InputError, first_line
 from . import baselines
 from .cxv import CLTV, CNV, CPV
 from .fnet import FNet
@@ -42,6 +44,9 @@ _FUSED = (CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP)
 _NAME = re.compile(r"([a-z-]+?)-(\d+)(?:/(\d+))?")
 # family → (what builds it, whether its names have heads)
 _FAMILIES = {m[1]: (build, m[3] is not None) for n, build in TABLE_1.items() if (m := _NAME.fullmatch(n))}
+
+REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError)
+"""What models, PyTorch's modules and the baselines' libraries raise about an argument, built or called."""
 
 
 def list_models(filter: str = "") -> list[str]:
@@ -114,9 +119,64 @@ def create_model(
     return model.to(device=device, dtype=dtype)
 
 
-def _create_trained(name: str, path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
-    from ..training.checkpoint import build_trained, find_checkpoint, read_checkpoint
+def load_model(
+    checkpoint_dir: str | Path,
+    which: str = "best",
+    device: torch.device | str = "cpu",
+    use_fused: bool | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a trained model from its run's directory or its file alone.
 
+    Args:
+        checkpoint_dir: the ``--output`` of the run, one of the checkpoint files in it, a file of
+            :func:`cxv.save_safetensors`, or a directory with one named ``model.safetensors``.
+        which: ``"best"`` or ``"last"``, of a run.
+        device: where to put the model.
+        use_fused: the fused kernels or plain PyTorch; default as in the run.
+
+    Returns:
+        The model, in ``eval()`` mode, and the checkpoint: ``classes`` (names in label order), ``img_size``
+        (pixels), ``in_chans``, ``normalisation``, ``args``, ``epoch`` …
+
+    Raises:
+        InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it
+        names.
+    """
+    path = find_checkpoint(checkpoint_dir, which)
+    checkpoint = read_checkpoint(path)
+    model = build_trained(checkpoint, path, {} if use_fused is None else {"use_fused": use_fused})
+    return model.to(device).eval(), checkpoint
+
+
+def build_trained(checkpoint: dict[str, Any], path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
+    """The model that a checkpoint describes, its arguments replaced by ``kwargs``, with its weights.
+
+    Raises:
+        InputError: the file, named ``path``, describes no model, or its weights are those of another.
+    """
+    try:
+        model = build_model(checkpoint["model_name"], checkpoint["model_kwargs"] | kwargs)
+    except MemoryError:
+        raise
+    except Exception as error:  # arguments that somebody else wrote raise nearly anything
+        raise InputError(f"{path}: the model it names cannot be built ({first_line(error)})") from error
+    load_weights(model, checkpoint, path)
+    return model
+
+
+def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """``cxv.create_model``, its refusals as :class:`InputError`."""
+    try:
+        return create_model(name, **kwargs)
+    except REFUSALS as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise InputError(f"--model {name}: {first_line(error)}") from error
+        own = {"embed_dim": "--embed-dim", "drop_rate": "--drop-rate"}
+        raise InputError(f"{own.get(unknown[1], f'--model-arg {unknown[1]}')}: {name} has no such argument") from error
+
+
+def _create_trained(name: str, path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
     path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     if checkpoint["model_name"].lower() != name.lower():

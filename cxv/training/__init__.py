@@ -1,10 +1,10 @@
 """Training: the DualOpT optimiser, datasets in memory, checkpoints, and the loop that ties them together."""
 
-from .checkpoint import load_model
+from ..errors import InputError
+from ..models.registry import load_model
 from .config import TrainConfig
 from .data import DATASETS, load_data
 from .dualopt import DualOpT
-from .errors import InputError
 from .loop import evaluate, train
 from .seeds import train_seeds
 

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 from .sources import Source
 
 FORMAT = "cxv-images-1"

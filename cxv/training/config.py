@@ -12,10 +12,10 @@ import torch
 
 from cxv_kernels.validation import to_number
 
+from ..checkpoint import BEST, LAST, PREVIOUS, read_last
+from ..errors import InputError
 from ..models.registry import has_fused_ops
 from .augment import NUM_BINS
-from .checkpoint import BEST, LAST, PREVIOUS, read_last
-from .errors import InputError
 from .optim import SCHEDULES
 from .progressive import default_stages
 

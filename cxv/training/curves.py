@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write
+from ..checkpoint import atomic_write
 
 
 def phase_name(row: dict[str, Any]) -> str:

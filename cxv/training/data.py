@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cxv_kernels.validation import python_numbers
 
+from ..errors import InputError
 from .cache import Decoded, cache_folder, check_memory, crc, decode
-from .errors import InputError
 from .sources import (
     Source,
     cifar_sources,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
 
 T = TypeVar("T")
 

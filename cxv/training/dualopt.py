@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cxv_kernels.validation import to_number, to_numbers
 
-from .errors import InputError
+from ..errors import InputError
 
 PHASES = ("adamw", "sgd")
 _PROGRESS = ("epoch", "stale", "best_top1", "best_epoch", "switch_epoch", "switch_reason")

@@ -21,23 +21,21 @@ from torch.optim.swa_utils import AveragedModel
 
 from cxv_kernels.validation import to_number
 
-from ..models.registry import create_model, downsampling, has_fused_ops
-from ..models.residual import ResidualBranch
-from .augment import Augmentation, Chain, FlipCrop, RandAugment
-from .checkpoint import (
+from ..checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
-    REFUSALS,
     atomic_write,
-    build_model,
     check_space,
-    first_line,
     pack_checkpoint,
     read_last,
     rng_state,
     set_rng_state,
 )
+from ..errors import InputError, first_line, out_of_memory
+from ..models.registry import REFUSALS, build_model, create_model, downsampling, has_fused_ops
+from ..models.residual import ResidualBranch
+from .augment import Augmentation, Chain, FlipCrop, RandAugment
 from .config import (
     ARGS,
     CURVES,
@@ -55,7 +53,6 @@ from .curves import phase_name, plot_curves
 from .data import Data, ImageSet, batches, load_data, to_device
 from .distributed import PeerError, World
 from .dualopt import DualOpT
-from .errors import InputError, out_of_memory
 from .interrupt import Interrupted, deferred_interrupts, interruptible
 from .optim import (
     load_scheduler,

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import load_weights
+from ..checkpoint import load_weights
 
 SCHEDULES = ("constant", "cosine", "onecycle")
 WARMUP_START = 0.01

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_write
+from ..checkpoint import atomic_write
+from ..errors import InputError
 from .data import ImageSet, need
-from .errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import BEST, LAST, PREVIOUS, atomic_write, read_last
+from ..checkpoint import BEST, LAST, PREVIOUS, atomic_write, read_last
+from ..errors import InputError
 from .config import SUMMARY, TrainConfig, default_output
 from .distributed import World
-from .errors import InputError
 from .loop import train
 from .summary import summarise_seeds, summary_lines
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InputError
 from ..models.arguments import image_size
-from .errors import InputError
 from .progress import Progress
 
 MAX_DEFAULT_SIZE = 64

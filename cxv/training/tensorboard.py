@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .curves import phase_name
-from .errors import InputError
 
 _SCALARS = ("lr", "images_per_second", "skipped_steps")
 

@@ -1,10 +1,12 @@
-"""Checkpoints: written atomically, read without ever unpickling code, enough to rebuild the model or go on."""
+"""The file format of checkpoints: written atomically, with checksums, and read without ever unpickling code.
+
+It knows no models: :mod:`cxv.models.registry` builds the one that a file names.
+"""
 
 import io
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
 import zipfile
@@ -16,8 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import create_model
-from .errors import InputError
+from .errors import InputError, first_line
 
 FORMAT = "cxv-checkpoint-1"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -44,15 +45,6 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """What a shared file says of its weights. ``metrics``: losses and top-1 (per cent) of ``epoch``; ``args``: those of
 ``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
-
-
-REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError)
-"""What models, PyTorch's modules and the baselines' libraries raise about an argument, built or called."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | Path | None = None) -> None:
@@ -213,35 +205,6 @@ def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
             raise error from None
 
 
-def load_model(
-    checkpoint_dir: str | Path,
-    which: str = "best",
-    device: torch.device | str = "cpu",
-    use_fused: bool | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a trained model from its run's directory or its file alone.
-
-    Args:
-        checkpoint_dir: the ``--output`` of the run, one of the checkpoint files in it, a file of
-            :func:`cxv.save_safetensors`, or a directory with one named ``model.safetensors``.
-        which: ``"best"`` or ``"last"``, of a run.
-        device: where to put the model.
-        use_fused: the fused kernels or plain PyTorch; default as in the run.
-
-    Returns:
-        The model, in ``eval()`` mode, and the checkpoint: ``classes`` (names in label order), ``img_size``
-        (pixels), ``in_chans``, ``normalisation``, ``args``, ``epoch`` …
-
-    Raises:
-        InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it
-        names.
-    """
-    path = find_checkpoint(checkpoint_dir, which)
-    checkpoint = read_checkpoint(path)
-    model = build_trained(checkpoint, path, {} if use_fused is None else {"use_fused": use_fused})
-    return model.to(device).eval(), checkpoint
-
-
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     """The checkpoint file that ``path`` is, or has in it if it is a directory.
 
@@ -257,34 +220,6 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         return path
     found = path / f"{which}.pt"
     return found if found.exists() or not (path / SAFETENSORS).exists() else path / SAFETENSORS
-
-
-def build_trained(checkpoint: dict[str, Any], path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
-    """The model that a checkpoint describes, its arguments replaced by ``kwargs``, with its weights.
-
-    Raises:
-        InputError: the file, named ``path``, describes no model, or its weights are those of another.
-    """
-    try:
-        model = build_model(checkpoint["model_name"], checkpoint["model_kwargs"] | kwargs)
-    except MemoryError:
-        raise
-    except Exception as error:  # arguments that somebody else wrote raise nearly anything
-        raise InputError(f"{path}: the model it names cannot be built ({first_line(error)})") from error
-    load_weights(model, checkpoint, path)
-    return model
-
-
-def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """``cxv.create_model``, its refusals as :class:`InputError`."""
-    try:
-        return create_model(name, **kwargs)
-    except REFUSALS as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise InputError(f"--model {name}: {first_line(error)}") from error
-        own = {"embed_dim": "--embed-dim", "drop_rate": "--drop-rate"}
-        raise InputError(f"{own.get(unknown[1], f'--model-arg {unknown[1]}')}: {name} has no such argument") from error
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
