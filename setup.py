@@ -3,7 +3,7 @@
 What a machine lacks is left out with one clear line, and the package works without it:
 no compiler → no C++ kernels; no nvcc, a CPU-only torch or another CUDA major than torch's → no CUDA kernels.
 
-CXV_CUDA=0 leaves CUDA out, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honoured; its default
+CXV_CUDA=0 leaves CUDA out, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honored; its default
 does not look at the machine, so that a wheel serves every card from the T4 on.
 """
 

@@ -91,7 +91,7 @@ inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
     strides[order[i]] = step;
     step *= std::max<int64_t>(shape[order[i]], 1);
   }
-  // Through the dispatcher, so that PyTorch's fill of uninitialised memory in deterministic mode reaches it.
+  // Through the dispatcher, so that PyTorch's fill of uninitialized memory in deterministic mode reaches it.
   using torch::headeronly::IntHeaderOnlyArrayRef;
   using torch::stable::detail::from;
   std::array<StableIValue, 7> stack = {from(like),

@@ -34,7 +34,7 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, int) or (isinstance(v, list | tuple) and [type(side) for side in v] == [int, int]),
     ),
     "in_chans": ("an integer", lambda v: isinstance(v, int)),
-    "normalisation": ("a dict of mean and std", lambda v: isinstance(v, dict) and v.keys() == {"mean", "std"}),
+    "normalization": ("a dict of mean and std", lambda v: isinstance(v, dict) and v.keys() == {"mean", "std"}),
     "seed": ("an integer or None", lambda v: v is None or isinstance(v, int)),
     "epoch": ("an integer or None", lambda v: v is None or isinstance(v, int)),
     "metrics": (
@@ -45,6 +45,8 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """What a shared file says of its weights. ``metrics``: losses and top-1 (per cent) of ``epoch``; ``args``: those of
 ``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
+_RENAMED = {"normalisation": "normalization", "optimiser": "optimizer"}
+"""Keys of files that were written before version 0.1.0 was released, and their names now."""
 
 
 def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | Path | None = None) -> None:
@@ -142,7 +144,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
-    return checkpoint
+    return _rename(checkpoint)
 
 
 def check_metadata(metadata: Any) -> None:
@@ -161,6 +163,11 @@ def check_metadata(metadata: Any) -> None:
         raise InputError(f"classes: expected {num_classes} names, as many as num_classes, got {classes}")
 
 
+def _rename(entries: Any) -> Any:
+    """Give the keys of an older file their names of today. Anything but a dict is returned unchanged."""
+    return {_RENAMED.get(name, name): v for name, v in entries.items()} if isinstance(entries, dict) else entries
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
@@ -176,7 +183,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             "cxv.save_safetensors writes one"
         )
     try:
-        metadata = json.loads(header[METADATA_KEY])
+        metadata = _rename(json.loads(header[METADATA_KEY]))
     except ValueError as error:
         raise InputError(f"{path}: the {METADATA_KEY!r} entry of its header is not JSON ({error})") from error
     try:

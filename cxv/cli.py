@@ -20,7 +20,7 @@ from .models.arguments import image_size
 from .models.registry import load_model
 from .sharing import save_safetensors
 from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
-from .training.data import DATASETS, load_data, normalise
+from .training.data import DATASETS, load_data, normalize
 from .training.distributed import PeerError, World, process_group
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, predict, train
 from .training.optim import SCHEDULES
@@ -75,7 +75,7 @@ def _eval(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
-    _check_normalisation(checkpoint, args)
+    _check_normalization(checkpoint, args)
     run = DEFAULTS | dict.fromkeys(("data", "data_dir", "limit_test")) | checkpoint["args"]  # shared files lack some
     name = args.data or run["data"]
     if name is None:
@@ -90,7 +90,7 @@ def _eval(args: argparse.Namespace) -> None:
         on_corrupt=args.on_corrupt or run["on_corrupt"],
         splits=("test",),
         cache_dir=args.cache_dir,
-        normalisation=checkpoint["normalisation"],
+        normalization=checkpoint["normalization"],
     )
     if data.classes != checkpoint["classes"]:
         raise InputError(
@@ -129,11 +129,11 @@ def _predict(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     _set_threads(args.threads)
     model, checkpoint = load_model(args.checkpoint, args.which, device, args.fused)
-    _check_normalisation(checkpoint, args)
+    _check_normalization(checkpoint, args)
     images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
     for path, image in zip(args.images, images, strict=True):
         with torch.no_grad():
-            x = normalise(image[None].to(device), **checkpoint["normalisation"])
+            x = normalize(image[None].to(device), **checkpoint["normalization"])
             probabilities = model(x)[0].float().softmax(0)
         top = probabilities.topk(min(5, len(probabilities)))
         print(path)
@@ -141,12 +141,12 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"  {100 * p:6.2f} %  {checkpoint['classes'][i]}")
 
 
-def _check_normalisation(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+def _check_normalization(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
     try:
-        normalise(torch.zeros(1, checkpoint["in_chans"], 1, 1, dtype=torch.uint8), **checkpoint["normalisation"])
+        normalize(torch.zeros(1, checkpoint["in_chans"], 1, 1, dtype=torch.uint8), **checkpoint["normalization"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"--checkpoint: {args.checkpoint} wants pixels normalised by {checkpoint['normalisation']}; expected mean "
+            f"--checkpoint: {args.checkpoint} wants pixels normalized by {checkpoint['normalization']}; expected mean "
             f"and std, numbers or one for each of {checkpoint['in_chans']} channels"
         ) from error
 
@@ -162,7 +162,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.format == "onnx" and args.fused:
         raise InputError("--fused: an ONNX file holds the references, which every runtime has")
     model, checkpoint = load_model(args.checkpoint, args.which, "cpu", fused)
-    _check_normalisation(checkpoint, args)
+    _check_normalization(checkpoint, args)
     _set_threads(args.threads)
     images = calibration = None
     run = checkpoint["args"]
@@ -179,15 +179,15 @@ def _export(args: argparse.Namespace) -> None:
             seed=run.get("seed") or 0,
             on_corrupt=run.get("on_corrupt") or "error",
             splits=("train", "test") if args.int8 else ("test",),
-            normalisation=checkpoint["normalisation"],
+            normalization=checkpoint["normalization"],
         )
         if data.in_chans != checkpoint["in_chans"]:
             raise InputError(
                 f"--data: images of {data.in_chans} channels, and the checkpoint's model takes {checkpoint['in_chans']}"
             )
-        images = normalise(data.test.images, **data.normalisation)
-        calibration = normalise(data.train.images, **data.normalisation) if args.int8 else None
-    known = ("model_name", "classes", "img_size", "in_chans", "normalisation")
+        images = normalize(data.test.images, **data.normalization)
+        calibration = normalize(data.train.images, **data.normalization) if args.int8 else None
+    known = ("model_name", "classes", "img_size", "in_chans", "normalization")
     done = export_model(
         model,
         args.out,
@@ -303,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(1),
         metavar="PIXELS",
         help="side of the images (default: the dataset's own; for folder the shorter side of the first "
-        "training image, at most 64); others are cropped about the centre and resized",
+        "training image, at most 64); others are cropped about the center and resized",
     )
     g.add_argument("--limit-train", type=_at_least(1), metavar="N", help="train on N images, balanced over the classes")
     g.add_argument("--limit-test", type=_at_least(1), metavar="N", help="test on N images, balanced over the classes")
@@ -379,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
         "--accumulate", type=_at_least(1), metavar="N", help="batches whose gradients make one step (default: 1)"
     )
     g.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of a gradient (default: no limit)")
-    g.add_argument("--lr", type=float, help="of AdamW, or of the only optimiser (default: 0.001)")
+    g.add_argument("--lr", type=float, help="of AdamW, or of the only optimizer (default: 0.001)")
     g.add_argument("--sgd-lr", type=float, metavar="LR", help="of DualOpT's SGD (default: 0.001)")
     g.add_argument(
         "--schedule",

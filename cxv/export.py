@@ -76,7 +76,7 @@ def export_model(
             ``use_fused`` it needs ``import cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with ``use_fused`` the
             program that loads it opens ``cxv_kernels/_cpu.abi3.so`` before).
         img_size: pixels a side, or (H, W), of the images that are tried. in_chans: their channels.
-        images: normalised images (N, in_chans, S, S) float32 to compare on too.
+        images: normalized images (N, in_chans, S, S) float32 to compare on too.
         calibration: such images, and what is written is an int8 model (``"onnx"`` alone): convolutions and linear maps
             in 8 bits, static scales from these images, everything else in float32.
         metadata: goes into the file, as JSON under the name ``cxv``.
@@ -109,7 +109,7 @@ def export_model(
                 program, any_size = _trace(model, in_chans, sizes)
             _WRITERS[format](program, written, note)
             if calibration is not None:
-                _quantise(written, calibration)
+                _quantize(written, calibration)
             run = load_exported(written, format)
             generator = torch.Generator().manual_seed(0)
             tried = [
@@ -128,7 +128,7 @@ def export_model(
 
 @python_numbers
 def load_exported(path: str | Path, format: str, threads: int = 0) -> Run:
-    """What a file of :func:`export_model` computes: normalised images (B, C, H, W) float32 → logits (B, classes).
+    """What a file of :func:`export_model` computes: normalized images (B, C, H, W) float32 → logits (B, classes).
 
     ``threads``: of onnxruntime (0: one a core); the others take PyTorch's.
     """
@@ -189,7 +189,7 @@ _WRITERS: dict[str, Callable[["ExportedProgram", Path, str], None]] = {
 }
 
 
-def _quantise(path: Path, calibration: Tensor) -> None:
+def _quantize(path: Path, calibration: Tensor) -> None:
     """Put the int8 form of an ONNX file in its place.
 
     Only what has weights: 8 bits do not hold the range of FAVOR+'s exponentials.

@@ -68,7 +68,7 @@ class HubModel(
         return cls(model, **describe(checkpoint))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W), normalised as ``metadata["normalisation"]`` says → logits (B, num_classes)."""
+        """(B, in_chans, H, W), normalized as ``metadata["normalization"]`` says → logits (B, num_classes)."""
         return self.model(x)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -165,7 +165,7 @@ class HubModel(
         return ModelCard.from_template(header, template_str=info.model_card_template, **variables)
 
     def _card_text(self) -> str:
-        m, pixels = self.metadata, self.metadata["normalisation"]
+        m, pixels = self.metadata, self.metadata["normalization"]
         height, width = image_size(m["img_size"])
         parameters = sum(p.numel() for p in self.model.parameters())
         rows = {
@@ -196,7 +196,7 @@ An image classifier of the Python package `cxv` (Convolutional X-formers for Vis
 from cxv.hub import HubModel
 
 model = HubModel.from_pretrained("THIS REPOSITORY")  # model.metadata["classes"] has the names
-logits = model(images)  # (B, {m["in_chans"]}, {height}, {width}), normalised as above
+logits = model(images)  # (B, {m["in_chans"]}, {height}, {width}), normalized as above
 ```
 
 or, with the file at hand, `cxv predict --checkpoint {SAFETENSORS} IMAGE`.

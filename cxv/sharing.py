@@ -33,7 +33,7 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
         path: the file to write, ``….safetensors``.
         which: ``"best"`` or ``"last"``, of a run's weights.
         **metadata: in place of what ``source`` says (see ``cxv.checkpoint.METADATA``): ``classes``, names in
-            label order, by default the labels' numbers; ``normalisation``, the mean and std of pixels in [0, 1], by
+            label order, by default the labels' numbers; ``normalization``, the mean and std of pixels in [0, 1], by
             default the paper's 0.5 and 0.5; ``seed``; ``metrics``, numbers by name; and, for a model that
             :func:`cxv.create_model` did not build, ``model_name`` and ``model_kwargs``.
 
@@ -88,7 +88,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
         "classes": [str(label) for label in range(num_classes)],
         "img_size": kwargs.get("img_size", 32),
         "in_chans": kwargs.get("in_chans", 3),
-        "normalisation": {"mean": MEAN, "std": STD},
+        "normalization": {"mean": MEAN, "std": STD},
         "seed": None,
         "epoch": None,
         "metrics": {},

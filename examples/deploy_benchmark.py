@@ -23,7 +23,7 @@ import torch
 import cxv
 from cxv.export import export_model, load_exported
 from cxv.training import load_model
-from cxv.training.data import load_data, normalise
+from cxv.training.data import load_data, normalize
 
 BATCHES = (1, 32)
 ROUNDS = 30
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     reference, _ = load_model(arguments.checkpoint, use_fused=False)
     run, side = checkpoint["args"], checkpoint["img_size"]
     options = {"img_size": side, "limit_train": 512, "limit_test": arguments.limit_test, "seed": run["seed"]}
-    data = load_data(run["data"], run["data_dir"], normalisation=checkpoint["normalisation"], **options)
-    images, calibration = (normalise(split.images, **data.normalisation) for split in (data.test, data.train))
+    data = load_data(run["data"], run["data_dir"], normalization=checkpoint["normalization"], **options)
+    images, calibration = (normalize(split.images, **data.normalization) for split in (data.test, data.train))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         export, out = partial(export_model, img_size=side, in_chans=data.in_chans), Path(folder)
         files = {

@@ -32,15 +32,15 @@ SWAPS = {
 def fit(model: nn.Module, data, epochs: int, lr: float) -> None:
     """AdamW on batches of 64, the rate falling from ``lr`` by a cosine."""
     torch.manual_seed(0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(data.train)).split(64):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             logits = model(data.train.images[rows] / 127.5 - 1)
             F.cross_entropy(logits, data.train.labels[rows]).backward()
-            optimiser.step()
+            optimizer.step()
         schedule.step()
 
 

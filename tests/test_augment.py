@@ -6,7 +6,7 @@ from torchvision import transforms
 from torchvision.transforms import autoaugment
 
 from cxv.training.augment import _OPS, NUM_BINS, RandAugment
-from cxv.training.data import ImageSet, batches, normalise
+from cxv.training.data import ImageSet, batches, normalize
 
 
 def uint8_images(n, channels=3, size=24):
@@ -72,5 +72,5 @@ def test_an_image_is_augmented_the_same_whatever_the_batches_and_the_order():
 
     one = images(7, None)
     assert torch.equal(one, images(30, torch.Generator().manual_seed(1)))
-    assert torch.equal(one, normalise(augment(data.images, augment.draws(30, 3))))
-    assert not torch.equal(one, normalise(data.images))
+    assert torch.equal(one, normalize(augment(data.images, augment.draws(30, 3))))
+    assert not torch.equal(one, normalize(data.images))

@@ -48,10 +48,10 @@ def run(tmp_path_factory):
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     for split in ("train", "test"):
-        for name, colour in (("blue", (0, 0, 255)), ("green", (0, 255, 0)), ("red", (255, 0, 0))):
+        for name, color in (("blue", (0, 0, 255)), ("green", (0, 255, 0)), ("red", (255, 0, 0))):
             (root / split / name).mkdir(parents=True)
             for i in range(4):
-                image = Image.new("RGB", (8, 8), tuple(max(0, c - 10 * i) for c in colour))
+                image = Image.new("RGB", (8, 8), tuple(max(0, c - 10 * i) for c in color))
                 image.save(root / split / name / f"{i}.webp", lossless=True)
     return root
 
@@ -108,12 +108,12 @@ def test_train_eval_predict_on_a_folder(capsys, folder, tmp_path):
     assert code == 0
     assert "12 training and 12 test images, 3 classes, 3×8×8" in out
     assert "best top-1 100.00 %" in out
-    Image.new("L", (40, 20), 0).save(tmp_path / "grey.png")
+    Image.new("L", (40, 20), 0).save(tmp_path / "gray.png")
     red = folder / "test" / "red" / "3.webp"
-    code, out, _ = call(capsys, "predict", "--checkpoint", output, red, tmp_path / "grey.png")
+    code, out, _ = call(capsys, "predict", "--checkpoint", output, red, tmp_path / "gray.png")
     assert code == 0
     lines = out.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == [str(red), str(tmp_path / "grey.png")]
+    assert [line for line in lines if not line.startswith(" ")] == [str(red), str(tmp_path / "gray.png")]
     assert len(lines) == 2 + 2 * 3  # three classes, so three and not five
     assert lines[1].split()[-1] == "red"
     first = [float(line.split()[0]) for line in lines[1:4]]

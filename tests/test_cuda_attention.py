@@ -208,7 +208,7 @@ def test_kv_state(sm75, feature_map):
     with Arena(sm75) as arena:
         a, (state, stat, _) = describe(arena, feature_map, k, k, v, key_mask=mask)
         grads = [arena.result(t.shape, t.dtype, t.stride()) for t in (k, v)]
-        if feature_map == "softmax":  # as op.py does: what the normalisation does to the gradient
+        if feature_map == "softmax":  # as op.py does: what the normalization does to the gradient
             grad_z = -(grad_state * state_.detach()).sum(-1).float()
         a.grad_state, a.grad_z = (arena.put(t).data_ptr() for t in (grad_state, grad_z))
         a.grad_k, a.grad_v = map(View, grads)

@@ -17,7 +17,7 @@ from cxv.training.data import (
     balanced_subset,
     batches,
     load_data,
-    normalise,
+    normalize,
     to_device,
 )
 
@@ -90,7 +90,7 @@ def test_batches_cover_every_image_once_and_go_on_from_the_generators_state():
     assert [len(y) for _, y in first] == [16, 16, 16, 2]
     shuffled = torch.cat([x for x, _ in first])
     plain = torch.cat([x for x, _ in batches(data, 16)])
-    assert torch.equal(plain, normalise(data.images))
+    assert torch.equal(plain, normalize(data.images))
     assert not torch.equal(shuffled, plain)
     assert torch.equal(shuffled.flatten(1).sum(1).sort().values, plain.flatten(1).sum(1).sort().values)
     assert not torch.equal(shuffled, torch.cat([x for x, _ in batches(data, 16, generator=generator)]))
@@ -98,9 +98,9 @@ def test_batches_cover_every_image_once_and_go_on_from_the_generators_state():
     assert torch.equal(shuffled, torch.cat([x for x, _ in batches(data, 16, generator=generator)]))
 
 
-def test_normalise_is_the_papers():
+def test_normalize_is_the_papers():
     x = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    assert torch.allclose(normalise(x), torch.tensor([-1.0, -0.6, 1.0]))
+    assert torch.allclose(normalize(x), torch.tensor([-1.0, -0.6, 1.0]))
     assert x.tolist() == [0, 51, 255]
 
 
@@ -145,14 +145,14 @@ def test_held_out_images_are_not_copied(folder):
     assert torch.equal(data.validation.subset(torch.tensor([2, 0])).images, whole.images[rows[[2, 0]]])
 
 
-# --- normalisation, the device
+# --- normalization, the device
 
 
-def test_each_dataset_has_its_normalisation_and_batches_apply_it(folder):
+def test_each_dataset_has_its_normalization_and_batches_apply_it(folder):
     own = {"mean": [0.1, 0.5, 0.25], "std": [0.5, 1.0, 2.0]}
-    assert load_data("digits", limit_train=20, limit_test=20).normalisation == {"mean": MEAN, "std": STD}
-    data = load_data("folder", folder, normalisation=own, validation=3)
-    assert data.validation.normalisation == own
+    assert load_data("digits", limit_train=20, limit_test=20).normalization == {"mean": MEAN, "std": STD}
+    data = load_data("folder", folder, normalization=own, validation=3)
+    assert data.validation.normalization == own
     x = torch.cat([x for x, _ in batches(data.validation, 2)])
     pixels = data.validation.images / 255
     for c in range(3):

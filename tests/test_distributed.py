@@ -74,13 +74,13 @@ print(json.dumps(ends))
 # in the process that it is for: a signal before a batch of an epoch
 _SIGNAL = """
 batches, epochs = loop.batches, [0]
-def signalled(data, batch_size, device, generator=None, **kwargs):
+def signaled(data, batch_size, device, generator=None, **kwargs):
     epochs[0] += generator is not None
     for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
         if generator is not None and epochs[0] == {epoch} and i == 1:
             os.kill(os.getpid(), {signal})
         yield pair
-loop.batches = signalled
+loop.batches = signaled
 """
 
 _BROKEN_DISK = """
@@ -143,11 +143,11 @@ def arguments(output, **config):
 def jobs(tmp_path_factory):
     """Every scenario, one after the other: the folder of its outputs, and by its name how its two processes ended."""
     root = tmp_path_factory.mktemp("distributed")
-    signalled = {"epoch": 3, "signal": int(signal.SIGTERM)}
+    signaled = {"epoch": 3, "signal": int(signal.SIGTERM)}
     killed = {"epoch": 3, "signal": int(signal.SIGKILL)}  # the third of those that it resumes
     plan = {
         "whole": {"args": arguments(root / "whole", **UNEVEN)},
-        "signalled": {"args": arguments(root / "parts", **UNEVEN), "rank": 1, "code": _SIGNAL.format(**signalled)},
+        "signaled": {"args": arguments(root / "parts", **UNEVEN), "rank": 1, "code": _SIGNAL.format(**signaled)},
         "killed": {"args": arguments(root / "parts", resume=True), "rank": 1, "code": _SIGNAL.format(**killed)},
         "resumed": {"args": arguments(root / "parts", resume=True)},
         "disk": {"args": arguments(root / "disk", **UNEVEN), "rank": 0, "code": _BROKEN_DISK},
@@ -216,10 +216,10 @@ def test_gradients_of_the_fused_models_are_those_of_one_process(jobs):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_batch(jobs):
     root, ends, _ = jobs
-    assert ends["signalled"] == [128 + signal.SIGTERM] * 2
-    assert "interrupted; epoch 2 and 1 batches of the next is saved" in log(root, "signalled", 0)
-    assert log(root, "signalled", 0, 2).count("cxv: interrupted") == 1
-    assert log(root, "signalled", 1, 2) == ""
+    assert ends["signaled"] == [128 + signal.SIGTERM] * 2
+    assert "interrupted; epoch 2 and 1 batches of the next is saved" in log(root, "signaled", 0)
+    assert log(root, "signaled", 0, 2).count("cxv: interrupted") == 1
+    assert log(root, "signaled", 1, 2) == ""
 
 
 def test_killed_and_resumed_processes_train_to_the_same_bits(jobs):

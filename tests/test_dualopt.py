@@ -307,7 +307,7 @@ def test_groups_have_their_own_rates_in_both_phases_and_resume():
     train_epoch(a, opt, seed=2)
     train_epoch(b, other, seed=2)
     assert_same(a, snapshot(b))
-    with pytest.raises(ValueError, match="its optimiser does not fit"):
+    with pytest.raises(ValueError, match="its optimizer does not fit"):
         DualOpT([*b[0].parameters(), b[3].weight]).load_state_dict(opt.state_dict())
 
 

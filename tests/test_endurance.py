@@ -51,7 +51,7 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
 ):
     output, epochs, batches = tmp_path / "a", [0], loop_module.batches
 
-    def signalled(data, batch_size, device, generator=None, **kwargs):
+    def signaled(data, batch_size, device, generator=None, **kwargs):
         epochs[0] += generator is not None
         here = epochs[0] == epoch and (generator is not None) == (split == "train")
         for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
@@ -59,7 +59,7 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
                 signal.raise_signal(number)
             yield pair
 
-    monkeypatch.setattr(loop_module, "batches", signalled)
+    monkeypatch.setattr(loop_module, "batches", signaled)
     with pytest.raises(Interrupted) as caught:
         run(output, **AUGMENTED)
     assert caught.value.signal == number
@@ -339,13 +339,13 @@ def test_a_signal_in_fp16_saves_the_scaler(tmp_path, monkeypatch):
     run(tmp_path / "whole", **half)
     steps, step = [], loop_module._Epoch._train_step
 
-    def signalled(epoch, *args):
+    def signaled(epoch, *args):
         step(epoch, *args)
         steps.append(1)
         if len(steps) == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop_module._Epoch, "_train_step", signalled)
+    monkeypatch.setattr(loop_module._Epoch, "_train_step", signaled)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", **half)
     saved = read_checkpoint(tmp_path / "parts" / "last.pt")

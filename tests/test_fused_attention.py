@@ -83,7 +83,7 @@ def test_any_number_of_random_features(features):
 
 
 @every_variant
-def test_honours_key_mask(variant):
+def test_honors_key_mask(variant):
     key_mask = torch.rand(3, 150) > 0.5
     key_mask[1] = False  # sees nothing
     key_mask[2, :100] = False  # nothing in its first tiles

@@ -377,7 +377,7 @@ def test_replaced_layers_are_called(name, use_fused):
 
 @pytest.mark.parametrize("use_fused", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_pruned_and_parametrised_layers_train(name, use_fused):
+def test_pruned_and_parametrized_layers_train(name, use_fused):
     model, x = small(name, use_fused=use_fused), torch.randn(2, 3, 6, 6)
     pruned, scaled = model.layers
     for layer in leaves(pruned).values():
@@ -394,10 +394,10 @@ def test_pruned_and_parametrised_layers_train(name, use_fused):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("use_fused", [True, False])
-def test_dynamic_quantisation(use_fused):
+def test_dynamic_quantization(use_fused):
     model, x = small("cpv-5/4", use_fused=use_fused).eval(), torch.randn(2, 3, 6, 6)
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    torch.testing.assert_close(quantised(x), model(x), rtol=0.1, atol=0.1)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    torch.testing.assert_close(quantized(x), model(x), rtol=0.1, atol=0.1)
 
 
 def test_a_convolution_of_another_shape_takes_the_place_of_ours():

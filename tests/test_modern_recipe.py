@@ -192,7 +192,7 @@ def test_modern_run_trains_at_the_sizes_with_the_average_as_its_result(tmp_path,
     assert last["num_averaged"] == 9
     assert any(not torch.equal(last["model"][k], last["training_model"][k]) for k in last["model"])
     assert torch.equal(last["model"]["layers.0.attn.projection"], last["training_model"]["layers.0.attn.projection"])
-    groups = last["optimiser"]["optimizer"]["param_groups"]
+    groups = last["optimizer"]["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     model, checkpoint = load_model(tmp_path / "a")
     data = loop_module.load_data("digits", limit_train=96, limit_test=40, validation=40)
@@ -224,14 +224,14 @@ def test_resume_is_bit_exact_after_a_kill_in_each_epoch(whole, tmp_path, monkeyp
 def test_resume_is_bit_exact_after_an_interrupt_between_two_steps(whole, tmp_path, monkeypatch):
     output, calls, batches = tmp_path / "a", [], loop_module.batches
 
-    def signalled(data, batch_size, device, generator=None, **kwargs):
+    def signaled(data, batch_size, device, generator=None, **kwargs):
         for pair in batches(data, batch_size, device, generator, **kwargs):
             calls.extend([1] if generator is not None else [])
             if len(calls) == 5:
                 signal.raise_signal(signal.SIGINT)
             yield pair
 
-    monkeypatch.setattr(loop_module, "batches", signalled)
+    monkeypatch.setattr(loop_module, "batches", signaled)
     with pytest.raises(KeyboardInterrupt):
         run(output, **whole[1])
     monkeypatch.undo()

@@ -281,7 +281,7 @@ def test_many_tokens():
     seed=st.integers(0, 2**31),
 )
 def test_finite_wherever_float64_is(dtype, scale, tokens, landmarks, dim, similar, seed):
-    """Like images, ``similar`` tokens differ little from their neighbours, and so then do the landmarks."""
+    """Like images, ``similar`` tokens differ little from their neighbors, and so then do the landmarks."""
     torch.manual_seed(seed)
     q, k, v = (heads(1, 2, tokens, dim) for _ in range(3))
     if similar:

@@ -59,7 +59,7 @@ def test_nvcc_of_another_cuda_major(tmp_path):
     assert f"left out: nvcc is CUDA 9.2, torch was built with {torch.version.cuda}" in done.stderr
 
 
-def test_cxv_cuda_is_honoured(tmp_path):
+def test_cxv_cuda_is_honored(tmp_path):
     executable(tmp_path / "c++", "exit 0")
     assert "CUDA kernels are left out: CXV_CUDA=0" in setup_py("--name", path=tmp_path, CXV_CUDA="0").stderr
     wrong = setup_py("--name", path=tmp_path, CXV_CUDA="yes")

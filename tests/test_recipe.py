@@ -1,4 +1,4 @@
-"""The paper's recipe: optimisers, augmentation and post-training, what selects, seeds, presets."""
+"""The paper's recipe: optimizers, augmentation and post-training, what selects, seeds, presets."""
 
 import json
 import statistics
@@ -41,7 +41,7 @@ def test_each_phase_sees_the_images_it_should(tmp_path, monkeypatch):
     assert seen == [(augment, 1), (augment, 2), (augment, 3), (None, 4), (None, 5), (None, 6)]
 
 
-def test_every_phase_starts_from_the_best_weights_with_a_fresh_optimiser(tmp_path, monkeypatch):
+def test_every_phase_starts_from_the_best_weights_with_a_fresh_optimizer(tmp_path, monkeypatch):
     starts, reload = [], DualOpT._reload
 
     def recorded(opt, phase):
@@ -116,9 +116,9 @@ def test_held_out_images_select_and_the_test_set_only_reports(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("optimizer", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
-def test_one_optimiser_alone_is_torchs(tmp_path, monkeypatch, optimizer, kind):
-    made, optimiser = [], loop_module._optimiser
-    monkeypatch.setattr(loop_module, "_optimiser", lambda *a: made.append(optimiser(*a)) or made[-1])
+def test_one_optimizer_alone_is_torchs(tmp_path, monkeypatch, optimizer, kind):
+    made, make = [], loop_module._optimizer
+    monkeypatch.setattr(loop_module, "_optimizer", lambda *a: made.append(make(*a)) or made[-1])
     _, log = run(tmp_path / "a", optimizer=optimizer, lr=0.02, sgd_epochs=None)
     assert [(row["phase"], row["lr"]) for row in curve(tmp_path / "a")] == [(optimizer, 0.02)] * 3
     assert type(made[0].optimizer) is kind
@@ -229,7 +229,7 @@ def test_a_run_from_before_these_arguments_goes_on(augmented, tmp_path):
 # --- seeds
 
 
-def test_seeds_train_in_folders_and_are_summarised(tmp_path):
+def test_seeds_train_in_folders_and_are_summarized(tmp_path):
     root, lines = tmp_path / "a", []
     config = TrainConfig(**{**TINY, "epochs": 1, "sgd_epochs": 1}, seeds=(0, 1, 5), output=str(root), validation=20)
     total = train_seeds(config, log=lines.append)

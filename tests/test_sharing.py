@@ -78,7 +78,7 @@ def test_what_the_file_says(saved):
     assert checkpoint["model_name"] == "cpv-1/2"
     assert checkpoint["model_kwargs"] == TINY
     assert checkpoint["classes"] == CLASSES
-    assert checkpoint["normalisation"] == {"mean": 0.5, "std": 0.5}
+    assert checkpoint["normalization"] == {"mean": 0.5, "std": 0.5}
     assert (checkpoint["img_size"], checkpoint["in_chans"], checkpoint["seed"]) == (8, 1, 7)
     assert checkpoint["metrics"] == {"test_top1": 50.0}
     assert not load_model(path)[0].training
@@ -119,13 +119,20 @@ def test_predict_and_eval_of_a_model_of_unknown_making(saved, capsys, tmp_path):
     assert f"{100 * shares.max():6.2f} %  {CLASSES[shares.argmax()]}" in capsys.readouterr().out
     assert main(["eval", "--checkpoint", str(path)]) == 2
     assert "--data: give it, as" in capsys.readouterr().err
-    other = rewritten(path, normalisation={"mean": [0.485], "std": [0.229]})
+    other = rewritten(path, normalization={"mean": [0.485], "std": [0.229]})
     assert main(["predict", "--checkpoint", str(other), str(tmp_path / "white.png")]) == 0
     shares = model(torch.full((1, 1, 8, 8), (1 - 0.485) / 0.229))[0].softmax(0)
     assert f"{100 * shares.max():6.2f} %  {CLASSES[shares.argmax()]}" in capsys.readouterr().out
-    other = rewritten(path, normalisation={"mean": [0.485, 0.456], "std": 0.229})
+    other = rewritten(path, normalization={"mean": [0.485, 0.456], "std": 0.229})
     assert main(["predict", "--checkpoint", str(other), str(tmp_path / "white.png")]) == 2
-    assert "wants pixels normalised by" in capsys.readouterr().err
+    assert "wants pixels normalized by" in capsys.readouterr().err
+
+
+def test_the_older_spelling_of_a_key_is_read(saved):
+    """Files from before version 0.1.0 was released have ``normalisation``."""
+    pixels = {"mean": [0.485], "std": [0.229]}
+    other = rewritten(saved[1], normalization=None, normalisation=pixels)
+    assert load_model(other)[1]["normalization"] == pixels
 
 
 def test_another_number_of_classes_is_a_fresh_classifier(saved):
@@ -189,15 +196,15 @@ def test_which_of_a_runs_weights_is_checked(run, tmp_path):
     [
         ({"classes": ["one"]}, "classes: expected 3 names"),
         ({"classes": "abc"}, "classes: expected a list of strings, got 'abc'"),
-        ({"licence": "mine"}, "licence: no such metadata; allowed: model_name"),
+        ({"license": "mine"}, "license: no such metadata; allowed: model_name"),
         ({"classes": [1, 2, 3]}, "classes: expected a list of strings"),
-        ({"normalisation": {"mean": 0.5}}, "normalisation: expected a dict of mean and std"),
+        ({"normalization": {"mean": 0.5}}, "normalization: expected a dict of mean and std"),
         ({"seed": "7"}, "seed: expected an integer or None, got '7'"),
         ({"args": {"data": Path("data")}}, "metadata: expected numbers, strings"),
         ({"metrics": {"top1": torch.ones(1)}}, "metrics: expected a dict of numbers"),
         ({"model_name": "cnv-1/2"}, "do not fit CNV"),
         ({"model_kwargs": {"num_classes": 3, "embed_dim": 32}}, "do not fit CPV"),
-        ({"model_kwargs": {"num_classes": 3, "colour": 1}}, "cannot be built"),
+        ({"model_kwargs": {"num_classes": 3, "color": 1}}, "cannot be built"),
     ],
 )
 def test_metadata_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, metadata, message):

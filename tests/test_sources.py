@@ -72,19 +72,19 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
     assert decode_image(path, in_chans=1).shape == (1, 8, 8)
 
 
-def test_16_bit_grey_keeps_its_shades(tmp_path):
+def test_16_bit_gray_keeps_its_shades(tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024).save(tmp_path / "x.png")
     assert decode_image(tmp_path / "x.png", in_chans=1).flatten().tolist() == list(range(0, 256, 4))
 
 
-def test_other_sizes_are_cropped_about_the_centre_and_resized(tmp_path):
+def test_other_sizes_are_cropped_about_the_center_and_resized(tmp_path):
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :10] = 255  # outside the central 20×20
     pixels[:, 20:30] = 100
     Image.fromarray(pixels).save(tmp_path / "x.png")
     image = decode_image(tmp_path / "x.png", img_size=10)
     assert image.shape == (3, 10, 10)
-    assert image[:, :, 1:4].max() < 10  # column 0 is blended with its neighbours
+    assert image[:, :, 1:4].max() < 10  # column 0 is blended with its neighbors
     assert (image[:, :, 6:].int() - 100).abs().max() < 10
 
 
@@ -262,9 +262,9 @@ def test_tiny_imagenet_takes_val_by_its_annotations_as_test(tiny):
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     root = tiny / "tiny-imagenet-200"
     assert torch.equal(data.test.images[3], decode_image(root / "val" / "images" / "val_4.JPEG"))
-    grey = data.train.images[2]
-    assert torch.equal(grey[0], grey[1])
-    assert data.normalisation == TINY_IMAGENET
+    gray = data.train.images[2]
+    assert torch.equal(gray[0], gray[1])
+    assert data.normalization == TINY_IMAGENET
     assert load_data("tiny-imagenet", root, limit_train=3).train.labels.tolist() == [0, 1, 2]
 
 
@@ -313,7 +313,7 @@ def test_tiny_imagenet_that_cannot_be_had_or_is_incomplete_says_what_is_expected
         load_data("tiny-imagenet", tiny, splits=("train",))
 
 
-def test_tiny_imagenet_is_trained_with_the_papers_stride_and_normalisation(tiny, tmp_path, capsys):
+def test_tiny_imagenet_is_trained_with_the_papers_stride_and_normalization(tiny, tmp_path, capsys):
     run = ["train", "--data", "tiny-imagenet", "--data-dir", str(tiny), "--epochs", "1", "--sgd-epochs", "0"]
     run += ["--embed-dim", "16", "--threads", "1"]
     for name, more, kwargs in (
@@ -325,7 +325,7 @@ def test_tiny_imagenet_is_trained_with_the_papers_stride_and_normalisation(tiny,
         assert main([*run, "--model", name, "--output", str(output), *more]) == 0
         model, checkpoint = load_model(output)
         assert kwargs.items() <= checkpoint["model_kwargs"].items()
-        assert checkpoint["normalisation"] == TINY_IMAGENET
+        assert checkpoint["normalization"] == TINY_IMAGENET
         top1 = checkpoint["history"][-1]["test_top1"]
         capsys.readouterr()
         assert main(["eval", "--checkpoint", str(output), "--threads", "1"]) == 0

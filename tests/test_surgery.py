@@ -41,7 +41,7 @@ def test_names_and_weights_are_kept(mechanism):
     assert cxv_kernels.replace_attention(model, mechanism) == ["blocks.0.attn", "blocks.1.attn"]
     after = dict(model.named_parameters())
     assert list(before) == list(after)
-    assert all(after[name] is p for name, p in before.items())  # an optimiser made before still fits
+    assert all(after[name] is p for name, p in before.items())  # an optimizer made before still fits
     added = [name for name, _ in model.named_buffers()]
     assert added == (["blocks.0.attn.projection", "blocks.1.attn.projection"] if mechanism == "performer" else [])
     assert not any(m.training for m in model.modules())
@@ -70,16 +70,16 @@ def test_an_approximation_of_the_same_function(variant):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_fine_tuning(mechanism):
     model = vit()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     cxv_kernels.replace_attention(model, mechanism)
     x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
     qkv, losses = model.blocks[0].attn.qkv.weight.clone(), []
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model.train()(x), y)
         loss.backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not torch.equal(qkv, model.blocks[0].attn.qkv.weight)

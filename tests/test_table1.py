@@ -160,7 +160,7 @@ def test_variants_refuse_what_is_not_allowed():
         cxv.CPV(depth=1, embed_dim=16, img_size=8, positions="learned")(torch.zeros(1, 3, 9, 9))
 
 
-def test_local_attention_is_softmax_over_the_neighbourhood():
+def test_local_attention_is_softmax_over_the_neighborhood():
     from cxv.models.attention import local_attention
 
     q, k, v = (torch.randn(2, 2, 11, 4, dtype=torch.float64) for _ in range(3))

@@ -139,11 +139,11 @@ def test_weights_of_cxv_load(tmp_path):
 
 
 def test_a_file_says_what_its_weights_are_of(tmp_path):
-    """Classes, images and normalisation, unless the call says otherwise."""
+    """Classes, images and normalization, unless the call says otherwise."""
     path = tmp_path / "a.safetensors"
     model = cxv.create_model("cpv-3/2", embed_dim=16, num_classes=3, in_chans=1, img_size=(8, 6)).eval()
     pixels = {"mean": 0.25, "std": [0.125]}
-    cxv.save_safetensors(model, path, normalisation=pixels)
+    cxv.save_safetensors(model, path, normalization=pixels)
     x, overlay = torch.randn(2, 1, 8, 6), {"file": str(path)}
     for given in ({}, {"num_classes": 3, "in_chans": 1}):
         found = timm.create_model("cpv_5_4", pretrained=True, pretrained_cfg_overlay=overlay, **given, **SMALL).eval()
@@ -349,13 +349,13 @@ def test_a_detector_trains():
         {"boxes": torch.tensor([[20.0, 30.0, 90.0, 100.0]]), "labels": torch.tensor([1])},
         {"boxes": torch.tensor([[50.0, 60.0, 200.0, 180.0], [5.0, 5.0, 60.0, 70.0]]), "labels": torch.tensor([2, 1])},
     ]
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = sum(model(images, targets).values())
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     gradients = [p.grad for p in backbone.parameters()]
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)

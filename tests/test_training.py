@@ -120,14 +120,14 @@ def test_checkpoint_is_complete_and_loads_weights_only(whole):
         "model_kwargs",
         "classes",
         "img_size",
-        "normalisation",
-        "optimiser",
+        "normalization",
+        "optimizer",
         "rng",
     }
     assert expected | {"sampler", "scaler", "epoch", "history", "args"} <= checkpoint.keys()
-    assert checkpoint["normalisation"] == {"mean": 0.5, "std": 0.5}
+    assert checkpoint["normalization"] == {"mean": 0.5, "std": 0.5}
     assert checkpoint["model_kwargs"]["use_fused"] is True
-    assert checkpoint["optimiser"]["phase"] == "sgd"
+    assert checkpoint["optimizer"]["phase"] == "sgd"
 
 
 def test_load_model_gives_the_reported_top1(whole):
@@ -249,7 +249,7 @@ def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path
     assert_same_run(output, whole[0])
 
 
-def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honoured(whole, tmp_path, monkeypatch):
+def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_path, monkeypatch):
     output = tmp_path / "a"
     run(output, epochs=2, sgd_epochs=0)
     evaluate_, calls = loop_module.evaluate, []
@@ -271,6 +271,20 @@ def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honoured(whole, tmp_p
     lines.clear()
     train(TrainConfig(output=str(output), resume=True), log=lines.append)
     assert "nothing left to train" in "\n".join(lines)
+    assert_same_run(output, whole[0])
+
+
+def test_a_run_with_the_older_keys_goes_on(whole, tmp_path):
+    """Checkpoints from before version 0.1.0 was released have the British spelling of two keys."""
+    output = tmp_path / "a"
+    run(output, sgd_epochs=1)
+    older = {"normalization": "normalisation", "optimizer": "optimiser"}
+    for path in output.glob("*.pt"):
+        checkpoint = {older.get(key, key): value for key, value in read_checkpoint(path).items()}
+        assert set(older.values()) <= checkpoint.keys()
+        path.write_bytes(pack_checkpoint(checkpoint))
+    assert load_model(output)[1]["normalization"] == {"mean": 0.5, "std": 0.5}
+    train(TrainConfig(output=str(output), resume=True, sgd_epochs=2), log=str)
     assert_same_run(output, whole[0])
 
 
@@ -583,14 +597,14 @@ def test_an_interrupted_run_with_accumulation_goes_on_bit_for_bit(tmp_path, monk
     run(tmp_path / "a", batch_size=8, accumulate=3)
     batches, calls = loop_module.batches, []
 
-    def signalled(*args, **kwargs):
+    def signaled(*args, **kwargs):
         for pair in batches(*args, **kwargs):
             calls.append(1)
             if len(calls) == 3:
                 signal.raise_signal(signal.SIGINT)
             yield pair
 
-    monkeypatch.setattr(loop_module, "batches", signalled)
+    monkeypatch.setattr(loop_module, "batches", signaled)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", batch_size=8, accumulate=3)
     monkeypatch.undo()

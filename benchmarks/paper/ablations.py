@@ -25,7 +25,7 @@ from cxv.cli import name_value
 from cxv.training import InputError, TrainConfig, train
 from cxv.training.config import METRICS, OPTIMIZERS, RAND_AUGMENT
 from cxv.training.loop import PRECISIONS
-from cxv.training.summary import summarise
+from cxv.training.summary import summarize
 
 # isort: split
 import torch
@@ -166,7 +166,7 @@ def _train(run: Run, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     before = [row for row in history if row["augmented"]]
     return {
         "summary": result.summary,
-        "before_post_training": summarise(before) if before else None,
+        "before_post_training": summarize(before) if before else None,
         "epochs": result.epochs,
         "seconds": round(sum(row["seconds"] for row in history), 1),
         "environment": environment(torch.device(settings["device"])),

@@ -41,7 +41,7 @@ class ConvNormPass {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
   static constexpr int W = kWidth<A>;
-  static constexpr int J = 4;              // vectors of neighbouring pixels in a tile of NCHW
+  static constexpr int J = 4;              // vectors of neighboring pixels in a tile of NCHW
   static constexpr int64_t kWide = J * W;  // divides a block
   static_assert(ConvNorm::kBlock % kWide == 0);
 

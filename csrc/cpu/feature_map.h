@@ -50,11 +50,11 @@ class Features {
   int64_t size() const { return M_; }
   int64_t stride() const { return Mp_; }
   A constant() const { return c_; }
-  bool normalised() const { return map_ == FeatureMap::kSoftmax || exact(); }
+  bool normalized() const { return map_ == FeatureMap::kSoftmax || exact(); }
   // A query's weights are the softmax of its own exponents and of log z.
   bool exact() const { return map_ == FeatureMap::kFavorExact || map_ == FeatureMap::kEluExact; }
-  // A key's exponent is stabilised by a running maximum.
-  bool shifted() const { return normalised() || map_ == FeatureMap::kFavor; }
+  // A key's exponent is stabilized by a running maximum.
+  bool shifted() const { return normalized() || map_ == FeatureMap::kFavor; }
 
   // tile (rows × Mp) = what φ is a function of: x, for softmax D^-¼·x, with a projection D^-¼·x·Wᵀ.
   template <class T>
@@ -90,7 +90,7 @@ class Features {
       clear_padding(tile + r * Mp_);
     }
   }
-  // e of queries. Normalised: the softmax of exponent + bias (of exact FAVOR+, else null).
+  // e of queries. Normalized: the softmax of exponent + bias (of exact FAVOR+, else null).
   void queries(A* tile, const A* bias, int64_t rows) const {
     if (!shifted()) return rectify(tile, rows);
     for (int64_t r = 0; r < rows; ++r) {

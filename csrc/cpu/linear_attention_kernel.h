@@ -136,7 +136,7 @@ class LinearAttentionPass {
         load_queries(phi, head, n, rows, z, weight, nullptr);
         if (features_.constant() != 0) add_constant(phi, rows);
         product<A>(out, Ep_, phi, Mp_, 1, S, Ep_, round_up(rows), Ep_, M_, false);
-        if (!features_.normalised())
+        if (!features_.normalized())
           for (int64_t r = 0; r < rows; ++r)
             scale_row(out + r * Ep_, Ep_, inverse(features_.dot(phi + r * Mp_, z, Mp_) + eps()));
         store_tile(p_.out, head, n, out, Ep_, rows, E_);
@@ -145,7 +145,7 @@ class LinearAttentionPass {
   }
 
   // dφ(q) = (dO Sᵀ − c zᵀ)/den with c = φ(q)·(dO Sᵀ)/den, and the sums dS = Σ φ(q)ᵀ dO/den, dz = −Σ φ(q) c/den.
-  // Normalised maps have no denominator: the exponent's gradient is p ⊙ (G − Σ_m p G) with G = dO Sᵀ; dz is its sum.
+  // Normalized maps have no denominator: the exponent's gradient is p ⊙ (G − Σ_m p G) with G = dO Sᵀ; dz is its sum.
   void query_backward(int64_t begin, int64_t end) {
     A* phi = scratch_.take(kTile * Mp_);
     A* G = scratch_.take(kTile * Mp_);
@@ -185,7 +185,7 @@ class LinearAttentionPass {
         for (int64_t r = 0; r < rows; ++r) {
           A* e = phi + r * Mp;
           A* g = G + r * Mp;
-          if (features_.normalised()) {
+          if (features_.normalized()) {
             if (!with_G) break;
             const V c = splat<A>(features_.dot(e, g, Mp));
             for (int64_t d = 0; d < Mp; d += W) {
@@ -240,7 +240,7 @@ class LinearAttentionPass {
         for (int64_t m = 0; m < M_; ++m) dz[m] += partial[m];
         for (int64_t i = 0; i < M_ * E_; ++i) dS[i] += partial[M_ + i];
       }
-      if (features_.normalised() && last <= p_.wave_end) {
+      if (features_.normalized() && last <= p_.wave_end) {
         // dz = dL − Σ_e dS S; L = log z is in the queries' exponents of the exact maps alone.
         const A* S = static_cast<const A*>(p_.state) + head * M_ * E_;
         for (int64_t m = 0; m < M_; ++m) {
@@ -438,13 +438,13 @@ class LinearAttentionPass {
     if (p_.feature_map == FeatureMap::kSoftmax) return;
     // A head that sees no key has no bias; of elu's features one alone may have no key above −∞.
     const A none = p_.feature_map == FeatureMap::kEluExact ? -A(INFINITY) : A(0);
-    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalised() && from[m] == A(INFINITY) ? none : from[m];
+    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalized() && from[m] == A(INFINITY) ? none : from[m];
     if (p_.feature_map != FeatureMap::kEluExact) return;
     A top = -A(INFINITY);
     for (int64_t m = 0; m < M_; ++m) top = dst[m] > top ? dst[m] : top;
     for (int64_t m = 0; m < M_; ++m) weight[m] = std::exp(dst[m] - (top > -A(INFINITY) ? top : A(0)));
   }
-  // A tile of φ(q), or normalised of φ(q) z / Σ φ(q) z.
+  // A tile of φ(q), or normalized of φ(q) z / Σ φ(q) z.
   void load_queries(A* phi, int64_t head, int64_t n, int64_t rows, const A* z, const A* weight, A* slope) {
     load_tile(phi, p_.q, head, n, rows);
     if (p_.feature_map != FeatureMap::kEluExact) return features_.queries(phi, bias(z), rows);
@@ -474,7 +474,7 @@ class LinearAttentionPass {
   // 2^digits keeps φ(q)·z out of the subnormal numbers whatever q is.
   void rescale(A* S, A* z) {
     unit_ = 1;
-    if (features_.normalised()) return;
+    if (features_.normalized()) return;
     A top = 0;
     for (int64_t m = 0; m < M_; ++m) top = z[m] > top ? z[m] : top;
     using Limits = std::numeric_limits<A>;
@@ -551,7 +551,7 @@ class LinearAttentionPass {
   void finish(A* S, A* z, const A* max, const A* sum, int64_t head) const {
     const A c = features_.constant(), count = sum[E_];
     for (int64_t m = 0; m < M_; ++m) {
-      if (features_.normalised()) {
+      if (features_.normalized()) {
         // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0. A softmax of −∞ alone is NaN.
         const A total = z[m], none = p_.feature_map == FeatureMap::kSoftmax && count > 0 ? A(NAN) : A(0);
         z[m] = total == 0 ? none + A(INFINITY) : max[m] + std::log(total);

@@ -3,7 +3,7 @@
 // what a map is a function of (x, or its projection) and φ = e + c:
 //
 //   fold     rows of features × columns of tokens: Σ e yᵀ and Σ e ω, relative to a running maximum per feature
-//   reduce   the splits' sums in order: S and z of the keys, or R and ρ of the queries (their gradients, normalised)
+//   reduce   the splits' sums in order: S and z of the keys, or R and ρ of the queries (their gradients, normalized)
 //   prepare  U = S/z − c̄, or R, scaled to fit 16 bits
 //   read     rows of tokens × columns of features: out, and what backward needs of a query's softmax
 //   grad     rows of tokens × columns of features: grad_q, or grad_k and grad_v
@@ -238,7 +238,7 @@ __device__ __forceinline__ float rescaling(const LinearAttention& p, const float
 }
 // Is S divided by z, and key_stat a logarithm?
 template <Map map>
-__device__ __forceinline__ bool normalised(const LinearAttention& p) {
+__device__ __forceinline__ bool normalized(const LinearAttention& p) {
   return map == Map::kSoftmax || map == Map::kElu || p.feature_map == FeatureMap::kFavorExact;
 }
 
@@ -516,7 +516,7 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
 
   // FAVOR+ with eps has one maximum for all features of a head: that of z.
   float key_max = 0;
-  if (map == Map::kFavor && !normalised<map>(p)) {
+  if (map == Map::kFavor && !normalized<map>(p)) {
     if (queries) {
       key_max = static_cast<const float*>(p.key_max)[head] * kLog2e;
     } else {
@@ -570,11 +570,11 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
     const float stat = queries ? static_cast<const float*>(p.key_stat)[at] * rescaled : 0.f;
     // e of the feature is `unit` times what it is relative to `top`; φ is c more.
     float unit = kExponential<map> ? ptx::exp2(Relative::base(top) - key_max) : top, plain_unit = c;
-    if (normalised<map>(p)) unit = weighed > 0 ? 1 / weighed : 0.f;
+    if (normalized<map>(p)) unit = weighed > 0 ? 1 / weighed : 0.f;
     if (queries) {
       if (map == Map::kSoftmax)
         unit = ptx::exp2(Relative::base(top));
-      else if (normalised<map>(p))
+      else if (normalized<map>(p))
         unit = stat == INFINITY ? 0.f : ptx::exp2(Relative::base(top) + stat * kLog2e);
       else
         unit = stat == 0 ? 0.f : kExponential<map> ? ptx::exp2(Relative::base(top) + log2f(stat)) : top * stat;
@@ -586,7 +586,7 @@ __global__ void __launch_bounds__(32 * kReduceWarps)
       if (lane + 32 * i < E) matrix[lane + 32 * i] = fmaf(unit, sum[i], plain_unit * plain[i]);
     if (lane == 0)
       static_cast<float*>(queries ? p.grad_z : p.key_stat)[at] =
-          queries || !normalised<map>(p)      ? fmaf(unit, weighed, plain_unit * plain_omega)
+          queries || !normalized<map>(p)      ? fmaf(unit, weighed, plain_unit * plain_omega)
           : weighed > 0 || weighed != weighed ? (top + log2f(weighed)) * kLn2
                                               : INFINITY;  // no key is seen
   }
@@ -620,7 +620,7 @@ __global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
   const int64_t head = blockIdx.x;
   const int M = int(p.features), E = int(p.value_dim), padded = round_up_16(M);
   const int row = threadIdx.x / Lanes, lane = threadIdx.x % Lanes;
-  const bool log = normalised<map>(p), keys = role != Role::kQueries;
+  const bool log = normalized<map>(p), keys = role != Role::kQueries;
   const float c = constant_of<map>(p);
   const float* state = static_cast<const float*>(p.state) + head * M * E;  // kState: unused
   const float* stat = static_cast<const float*>(p.key_stat) + head * M;
@@ -1195,7 +1195,7 @@ __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1
       // Exponents carry log₂e, and the softmax pair's input D^-¼ too.
       const float of_features =
           scale * (map == Map::kSoftmax ? r.scale * kLn2 : map == Map::kFavor ? kLn2 : 1.f);
-      const float of_norm = map == Map::kFavor && !(queries && normalised<map>(p)) ? scale * rsqrtf(float(p.dim)) : 0.f;
+      const float of_norm = map == Map::kFavor && !(queries && normalized<map>(p)) ? scale * rsqrtf(float(p.dim)) : 0.f;
 #pragma unroll
       for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
       if (of_x)

@@ -1,5 +1,5 @@
 // The norm pass of conv_norm and its backward on CUDA cores. Torch-free. The derivation is in
-// cxv_kernels/conv_norm/README.md; names follow it. A block takes groups of neighbouring pixels, its threads laid over
+// cxv_kernels/conv_norm/README.md; names follow it. A block takes groups of neighboring pixels, its threads laid over
 // pixels × lanes of channels: of NCHW a warp runs along 32 pixels, of channels_last along the channels of one, which up
 // to 256 it holds in registers (norm_forward_rows, norm_backward_rows).
 #pragma once

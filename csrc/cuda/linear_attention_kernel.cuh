@@ -95,7 +95,7 @@ __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 
-// Four neighbours in shared memory, read at once.
+// Four neighbors in shared memory, read at once.
 template <class A>
 struct alignas(16) Four {
   A x[4];
@@ -183,7 +183,7 @@ struct Block {
     for (int d = threadIdx.x; d < plan.dim; d += blockDim.x) f(d);
   }
 
-  // f(element, row, column) for the first rows × columns of a tile, memory's neighbours for neighbouring threads.
+  // f(element, row, column) for the first rows × columns of a tile, memory's neighbors for neighboring threads.
   template <class F>
   __device__ void each_element(const View& view, int64_t n, int rows, int columns, F&& f) const {
     T* const first = static_cast<T*>(view.data) + head / p.heads * view.stride[0] + head % p.heads * view.stride[1] +
@@ -349,7 +349,7 @@ struct Block {
   // gradient (tokens × D) = values · the matrix, transposed.
   __device__ void read_back(const void* matrix, int rows) {
     each_chunk(matrix, [&](int first, int depth) {
-      const int columns = depth / 4;  // a thread's 4 columns lie this far apart: neighbours read neighbouring rows
+      const int columns = depth / 4;  // a thread's 4 columns lie this far apart: neighbors read neighboring rows
       for (int i = threadIdx.x; i < round_up(rows, 4) / 4 * columns; i += blockDim.x) {
         const A* y = values + i / columns * 4 * plan.ld_value;
         const A* s = state + i % columns * plan.ld_value;

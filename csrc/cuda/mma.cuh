@@ -75,7 +75,7 @@ constexpr bool kHasMma = true;
 template <>
 inline constexpr bool kHasMma<__nv_bfloat16> = CXV_SM80;
 
-// Two neighbouring elements of a fragment: a register of tensor cores.
+// Two neighboring elements of a fragment: a register of tensor cores.
 template <class T>
 struct Pair {
   uint32_t bits;
@@ -114,7 +114,7 @@ __device__ __forceinline__ float2 unpack(Pair<__nv_bfloat16> x) {
 
 // Of D = A B + C, A is 16×16 (rows × depth), B 16×16 (depth × columns; two mma of 8 columns), C and D 16×8 in fp32:
 // with g = lane / 4 and t = lane % 4 the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). A register holds
-// one 8×8 quadrant's (g, 2t) and (g, 2t + 1), depth along the row. So two packed C of neighbouring columns are an A.
+// one 8×8 quadrant's (g, 2t) and (g, 2t + 1), depth along the row. So two packed C of neighboring columns are an A.
 enum class Operand { kA, kB };
 
 // The fragment at (row, depth) of a tile in shared memory, which holds element (row, depth) at row·ld + depth, or
@@ -186,7 +186,7 @@ __device__ __forceinline__ void mma(float (&c)[2][4], const Pair<T> (&a)[4], con
   mma<0>(c[0], a, b);
   mma<1>(c[1], a, b);
 }
-// Two D of neighbouring columns as an A.
+// Two D of neighboring columns as an A.
 template <class T>
 __device__ __forceinline__ void pack_fragment(Pair<T> (&f)[4], const float (&c)[2][4]) {
 #pragma unroll

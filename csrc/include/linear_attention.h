@@ -29,7 +29,7 @@ struct LinearAttention {
   // Backward. A gradient whose view has no data is not computed, and without grad_k and grad_v neither are dS and dz.
   View grad_out, grad_q, grad_k, grad_v;
   void* grad_state;  // acc (B, H, M, E): dS
-  void* grad_z;      // acc (B, H, M): what is added to v·dSᵀ in dφ(k): dz; where S is normalised dL − Σ dS·S
+  void* grad_z;      // acc (B, H, M): what is added to v·dSᵀ in dφ(k): dz; where S is normalized dL − Σ dS·S
 
   // Random features; M is D without a projection.
   int64_t features;

@@ -32,7 +32,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Softmax attention of each run of ``window`` tokens to itself and its two neighbours (B, H, N, D)."""
+    """Softmax attention of each run of ``window`` tokens to itself and its two neighbors (B, H, N, D)."""
     tokens = q.shape[2]
     pad = -tokens % window
     q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, window)) for t in (q, k, v))

@@ -246,7 +246,7 @@ class CPV(CXV):
         attn_eps, stabilizer: as in :func:`cxv_kernels.performer_attention`. ``attn_eps=0`` is FAVOR+ proper; the
             default's 1e-4 comes to outweigh the keys in training, so that heads mostly average.
             ``stabilizer="batch"`` is the released code.
-        local_heads, local_window: heads that attend to windows of so many tokens and their neighbours instead (the
+        local_heads, local_window: heads that attend to windows of so many tokens and their neighbors instead (the
             text's window is 256; the released code has no local heads).
         **kwargs: see :class:`CXV`.
     """

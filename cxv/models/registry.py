@@ -136,7 +136,7 @@ def load_model(
 
     Returns:
         The model, in ``eval()`` mode, and the checkpoint: ``classes`` (names in label order), ``img_size``
-        (pixels), ``in_chans``, ``normalisation``, ``args``, ``epoch`` …
+        (pixels), ``in_chans``, ``normalization``, ``args``, ``epoch`` …
 
     Raises:
         InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it

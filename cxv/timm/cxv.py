@@ -53,7 +53,7 @@ def _described(overlay: Mapping[str, Any]) -> dict[str, Any]:
             channels = checkpoint["in_chans"]
             size = image_size(checkpoint["img_size"])
             found = {"num_classes": len(checkpoint["classes"]), "input_size": (channels, *size)}
-            for name, value in checkpoint["normalisation"].items():
+            for name, value in checkpoint["normalization"].items():
                 found[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * channels
     return {**found, **overlay}
 

@@ -1,4 +1,4 @@
-"""Training: the DualOpT optimiser, datasets in memory, checkpoints, and the loop that ties them together."""
+"""Training: the DualOpT optimizer, datasets in memory, checkpoints, and the loop that ties them together."""
 
 from ..errors import InputError
 from ..models.registry import load_model

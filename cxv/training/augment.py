@@ -84,7 +84,7 @@ class Chain:
 @dataclass(frozen=True)
 class RandAugment:
     """Cubuk et al. 2020 as in torchvision: ``num_ops`` of 14 operations, drawn with replacement for each image, all of
-    one ``magnitude`` (0 to 30), nearest neighbours, on uint8.
+    one ``magnitude`` (0 to 30), nearest neighbors, on uint8.
 
     What an image gets is a function of ``seed``, the epoch and its place in the set: the batches, the device and a
     resumed run change nothing. The images of a batch that drew the same operation go through it together.

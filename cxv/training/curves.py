@@ -30,15 +30,15 @@ def plot_curves(history: list[dict[str, Any]], path: str | Path, title: str = ""
     epochs = [row["epoch"] for row in history]
     mark = "o" if len(epochs) == 1 else None
     splits = {"train": "#8a8f98", "validation": "#3b8f5a", "test": "#1f6fb4"}
-    splits = {split: colour for split, colour in splits.items() if f"{split}_loss" in history[0]}
+    splits = {split: color for split, color in splits.items() if f"{split}_loss" in history[0]}
     switches = [(a["epoch"] + 0.5, phase_name(a), phase_name(b)) for a, b in pairwise(history)]
     switches = [(x, f"{a} → {b}") for x, a, b in switches if a != b]
     figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot: its backend and its figures belong to the user
     left, right = figure.subplots(1, 2)
     for axes, name, label in ((left, "loss", "cross-entropy"), (right, "top1", "top-1 (%)")):
-        for split, colour in splits.items():
-            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], color=colour, marker=mark, label=split)
+        for split, color in splits.items():
+            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], color=color, marker=mark, label=split)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.25)

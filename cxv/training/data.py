@@ -51,14 +51,14 @@ class ImageSet:
     """One split: ``pixels`` (M, C, S, S) uint8, in memory, mapped from a file or on a device; ``labels`` (N,) int64.
 
     ``rows`` (N,) int64 are the split's images among ``pixels``; None: all, in order. ``skipped``: the files left out.
-    ``normalisation``: mean and std, of pixels in [0, 1], numbers or one for each channel.
+    ``normalization``: mean and std, of pixels in [0, 1], numbers or one for each channel.
     """
 
     pixels: Tensor
     labels: Tensor
     skipped: list[str] = field(default_factory=list)
     rows: Tensor | None = None
-    normalisation: dict[str, Any] = field(default_factory=lambda: {"mean": MEAN, "std": STD})
+    normalization: dict[str, Any] = field(default_factory=lambda: {"mean": MEAN, "std": STD})
     _fingerprint: int | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -111,8 +111,8 @@ class Data:
         return next(iter(self.splits.values())).pixels.shape[1]
 
     @property
-    def normalisation(self) -> dict[str, Any]:
-        return next(iter(self.splits.values())).normalisation
+    def normalization(self) -> dict[str, Any]:
+        return next(iter(self.splits.values())).normalization
 
     @property
     def place(self) -> str:
@@ -146,19 +146,19 @@ def load_data(
     on_corrupt: str = "error",
     splits: Sequence[str] = SPLITS,
     cache_dir: str | Path | None = None,
-    normalisation: dict[str, Any] | None = None,
+    normalization: dict[str, Any] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Data:
     """Load a dataset as uint8: digits into memory, the others decoded once into a cache and mapped from it.
 
     Args:
-        name: ``"digits"`` (scikit-learn's 1797 real 8×8 scans, grey, a fixed stratified fifth held out),
+        name: ``"digits"`` (scikit-learn's 1797 real 8×8 scans, gray, a fixed stratified fifth held out),
             ``"cifar10"`` or ``"cifar100"`` (torchvision's, downloaded into ``data_dir`` if not there),
             ``"tiny-imagenet"`` (200 classes, 64×64, downloaded likewise; its ``val/`` is the test split), or
             ``"folder"``: ``data_dir/train/CLASS/…`` and ``data_dir/test/CLASS/…`` (or ``val``; ``test`` if
             both are there), in any format that PIL reads, as RGB (alpha is dropped).
         data_dir: where the files are; ``data`` for the downloaded ones by default.
-        img_size: side in pixels. Other sizes are cropped about the centre to a square and resized (bicubic,
+        img_size: side in pixels. Other sizes are cropped about the center to a square and resized (bicubic,
             antialiased). Default: the dataset's own; for a folder the shorter side of its first training
             image (in sorted order), at most 64.
         limit_train, limit_test: use at most so many images, balanced over the classes, drawn by ``seed``.
@@ -168,7 +168,7 @@ def load_data(
         on_corrupt: ``"error"`` or ``"skip"``: what to do about an image that cannot be decoded.
         splits: which of ``"train"`` and ``"test"`` to load.
         cache_dir: where the decoded images are kept; see :mod:`cxv.training.cache`. ``"none"``: in memory alone.
-        normalisation: in place of the dataset's own (the paper's): ``mean`` and ``std`` of pixels in [0, 1].
+        normalization: in place of the dataset's own (the paper's): ``mean`` and ``std`` of pixels in [0, 1].
         log: takes a line about the cache or images that were skipped; default: print it.
 
     Raises:
@@ -194,8 +194,8 @@ def load_data(
         limit_train += validation or 0
     limits = {"train": limit_train, "test": limit_test}
     log = log or (lambda line: print(line, flush=True))
-    if normalisation is None:
-        normalisation = TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD}
+    if normalization is None:
+        normalization = TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD}
 
     def select(labels: Tensor, split: str) -> Tensor:
         return balanced_subset(labels, limits[split], seed)
@@ -217,7 +217,7 @@ def load_data(
             loaded[source] = decode(source, variant, cache_folder(cache_dir), log)
         data = _readable(name, loaded, log)
     for split in data.splits.values():
-        split.normalisation = normalisation
+        split.normalization = normalization
     return data if validation is None else _hold_out(data, validation, seed)
 
 
@@ -305,7 +305,7 @@ def batches(
     skip: int = 0,
     share: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of ``(images, labels)``: (B, C, S, S) float32, normalised, and (B,) int64, on ``device``.
+    """Batches of ``(images, labels)``: (B, C, S, S) float32, normalized, and (B,) int64, on ``device``.
 
     In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
     works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``share`` takes
@@ -326,11 +326,11 @@ def batches(
         sizes = [len(part) for part in group]
         for i, batch in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True), first):
             if i >= skip:
-                yield normalise(batch[0], **data.normalisation), batch[1]
+                yield normalize(batch[0], **data.normalization), batch[1]
 
 
 @python_numbers
-def normalise(images: Tensor, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD) -> Tensor:
+def normalize(images: Tensor, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD) -> Tensor:
     """uint8 (…, C, H, W) to float32: [0, 255] to [0, 1], less mean, over std. The paper's 0.5 and 0.5 give [-1, 1]."""
 
     def of_channels(values: float | Sequence[float]) -> float | Tensor:

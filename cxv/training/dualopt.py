@@ -19,7 +19,7 @@ _DECAY = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 
 
 class DualOpT:
-    """The two-phase optimiser of CXV (arXiv 2201.10271, section 4).
+    """The two-phase optimizer of CXV (arXiv 2201.10271, section 4).
 
     Phase ``"adamw"`` trains with AdamW at a constant rate. Once top-1 has not progressed for ``patience``
     epochs, or at the phase's cap, the best weights so far are reloaded and phase ``"sgd"`` goes on from them
@@ -41,7 +41,7 @@ class DualOpT:
     Args:
         params: the parameters to train, or the ``nn.Module`` that owns them. Given the module, its buffers
             (the statistics of a BatchNorm, say) are kept and reloaded with the best weights too. Or groups as torch's
-            optimisers take them, ``{"params": …, "lr": …, "weight_decay": …}``, the last two optional and AdamW's: SGD
+            optimizers take them, ``{"params": …, "lr": …, "weight_decay": …}``, the last two optional and AdamW's: SGD
             keeps the ratio of a group's rate to ``lr``.
         patience: epochs without progress that end a phase, at least 1.
         lr, betas, eps, weight_decay: AdamW's.
@@ -138,7 +138,7 @@ class DualOpT:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the active optimiser."""
+        """Those of the active optimizer."""
         return self.optimizer.param_groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -175,7 +175,7 @@ class DualOpT:
         return best
 
     def restart(self) -> None:
-        """Begin anew with the first phase, from the best weights so far, by a fresh optimiser.
+        """Begin anew with the first phase, from the best weights so far, by a fresh optimizer.
 
         The paper's post-training: after DualOpT on augmented images another one on clean images. The best so far and
         the count of epochs go on.
@@ -233,7 +233,7 @@ class DualOpT:
         try:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         except (KeyError, ValueError) as error:
-            raise InputError(f"state: its optimiser does not fit these parameters: {error}") from None
+            raise InputError(f"state: its optimizer does not fit these parameters: {error}") from None
         for name in _PROGRESS:
             setattr(self, name, state[name])
         self._phase_epoch, self._best = state["phase_epoch"], dict(best)
@@ -269,7 +269,7 @@ class DualOpT:
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:
-    """As torch's optimisers take them; one of all the parameters where no groups are given."""
+    """As torch's optimizers take them; one of all the parameters where no groups are given."""
     if isinstance(params, nn.Module):
         params = params.parameters()
     if isinstance(params, Tensor | dict) or not isinstance(params, Iterable):

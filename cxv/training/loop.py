@@ -64,7 +64,7 @@ from .optim import (
 )
 from .progress import Progress
 from .progressive import image_size_of, resize_batch
-from .summary import summarise, summary_line
+from .summary import summarize, summary_line
 from .tensorboard import TensorBoard
 from .verify import verify_kernels
 
@@ -161,7 +161,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             _try_model(model, config.model, (data.in_chans, size, size), device, autocast)
     if config.compile:
         model.compile()  # in place: the same parameters by the same names
-    opt = _optimiser(model, config)
+    opt = _optimizer(model, config)
     average = make_average(model, config.ema_decay)
     copies = 4 if average is None else 5  # of the weights in a checkpoint: these, the best, two moments
     augment = _augmentation(config)
@@ -174,14 +174,14 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     if saved is not None:
         with world.together():
             load_weights_state(model, average, saved, output / (LAST if fallback is None else PREVIOUS))
-        opt.load_state_dict(saved["optimiser"])
+        opt.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         sampler.set_state(saved["sampler"])
         set_rng_state(saved["rng"], device)
         history = saved["history"]
         post_training = saved.get("post_training", False)
         # of another phase, where a changed cap ended that one
-        position = saved.get("position") if opt.phase == saved["optimiser"]["phase"] else None
+        position = saved.get("position") if opt.phase == saved["optimizer"]["phase"] else None
     scheduler = _scheduler(opt, config, len(data.train), saved)
 
     def post_train_if_due() -> None:
@@ -209,9 +209,9 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
                 "classes": data.classes,
                 "img_size": data.img_size,
                 "in_chans": data.in_chans,
-                "normalisation": data.normalisation,
+                "normalization": data.normalization,
                 "data_fingerprint": fingerprint,
-                "optimiser": opt.state_dict(),
+                "optimizer": opt.state_dict(),
                 "post_training": post_training,
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
                 "scaler": scaler.state_dict(),
@@ -263,7 +263,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             log(f"{fallback}; going on from {PREVIOUS}, which is one save older")
         part = "" if position is None else f" and {position['step']} batches of the next"
         log(f"resumed after epoch {opt.epoch}{part}, in the {NAMES[opt.phase]} phase")
-        if opt.phase != saved["optimiser"]["phase"]:  # a changed cap ends the phase here
+        if opt.phase != saved["optimizer"]["phase"]:  # a changed cap ends the phase here
             log(_switch_line(opt, config))
         post_train_if_due()  # --post-train can be given to a run that is over
         save(position=position and {**position, "sampler": sampler.get_state()}, keep=fallback is None)
@@ -319,7 +319,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
         ) from error
 
     log(f"finished: {_why(opt, config)}")
-    summary = summarise(history)
+    summary = summarize(history)
     result = TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output, summary)
     if not world.is_main:
         return result
@@ -542,7 +542,7 @@ class _Epoch:
         }
 
     def _train_step(self, images: Tensor, labels: Tensor, total: int) -> None:
-        """One step of the optimiser by ``accumulate`` batches, ``total`` images over all processes."""
+        """One step of the optimizer by ``accumulate`` batches, ``total`` images over all processes."""
         self.opt.zero_grad()
         size, world = self.config.batch_size, self.world
         counts = [min(size, total - i) for i in range(0, total, size)]
@@ -742,7 +742,7 @@ def _extras(config: TrainConfig) -> list[str]:
     return [text for text, on in extras if on] + list(stages)
 
 
-def _optimiser(model: nn.Module, config: TrainConfig) -> DualOpT:
+def _optimizer(model: nn.Module, config: TrainConfig) -> DualOpT:
     if config.optimizer == "sgd":
         return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
     return DualOpT(
@@ -760,7 +760,7 @@ def _scheduler(opt: DualOpT, config: TrainConfig, num_images: int, saved: dict[s
     warmup = None if config.warmup_epochs is None else round(config.warmup_epochs * steps)
     scheduler = make_scheduler(opt.optimizer, config.schedule, config.lr, config.epochs * steps, warmup)
     if scheduler is not None and saved is not None:
-        load_scheduler(scheduler, saved["scheduler"], saved["optimiser"]["optimizer"])
+        load_scheduler(scheduler, saved["scheduler"], saved["optimizer"]["optimizer"])
     return scheduler
 
 

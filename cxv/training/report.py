@@ -46,13 +46,13 @@ class Report:
         self.confusion = torch.bincount(labels * n + self.predicted, minlength=n * n).view(n, n)
         """(true, predicted) counts."""
         self.accuracy = 100 * self.confusion.diag() / self.confusion.sum(1)
-        """Per cent of the images of each class that are recognised; nan for a class without images."""
+        """Per cent of the images of each class that are recognized; nan for a class without images."""
         self.precision = 100 * self.confusion.diag() / self.confusion.sum(0)
         """Per cent of the images taken for each class that are of it; nan where there are none."""
         wrong = (self.predicted != labels).nonzero().flatten()
         of_truth = self.logits.log_softmax(1)[wrong, labels[wrong]]
         self.mistakes = wrong[of_truth.argsort(stable=True)]
-        """Indices of the images that are not recognised, the largest cross-entropy first."""
+        """Indices of the images that are not recognized, the largest cross-entropy first."""
 
     def write(self, path: str | Path) -> None:
         """Write one self-contained file, HTML or PNG by its suffix.
@@ -121,9 +121,9 @@ class Report:
         axes.set_xticks(range(n), self.classes, rotation=90)
         axes.set_yticks(range(n), self.classes)
         for true, predicted in self.confusion.nonzero().tolist():
-            colour = "white" if share[true, predicted] > 0.5 else "black"
+            color = "white" if share[true, predicted] > 0.5 else "black"
             count = int(self.confusion[true, predicted])
-            axes.text(predicted, true, count, ha="center", va="center", fontsize=7, color=colour)
+            axes.text(predicted, true, count, ha="center", va="center", fontsize=7, color=color)
 
     def _draw_accuracy(self, axes) -> None:
         worst = sorted(range(len(self.classes)), key=lambda i: _nan_last(self.accuracy[i].item()))[:_NAMED]

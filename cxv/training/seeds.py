@@ -11,7 +11,7 @@ from ..errors import InputError
 from .config import SUMMARY, TrainConfig, default_output
 from .distributed import World
 from .loop import train
-from .summary import summarise_seeds, summary_lines
+from .summary import summarize_seeds, summary_lines
 
 
 def has_seeds(config: TrainConfig) -> bool:
@@ -29,7 +29,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
     With ``resume`` the runs that are over are not trained again, one that was interrupted goes on, and the rest begin.
 
     Returns:
-        What :func:`cxv.training.summary.summarise_seeds` gives.
+        What :func:`cxv.training.summary.summarize_seeds` gives.
 
     Raises:
         InputError: as :func:`train`, and when ``output`` holds something else.
@@ -53,7 +53,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
         except KeyboardInterrupt:
             log(f"and the other seeds after it with  cxv train --resume --output {root}")
             raise
-    total = summarise_seeds(runs)
+    total = summarize_seeds(runs)
     if world.is_main:
         atomic_write(root / SUMMARY, (json.dumps(total, indent=2) + "\n").encode())
     for line in summary_lines(total):

@@ -199,8 +199,8 @@ def folder_sources(
 def decode_image(path: str | Path, in_chans: int = 3, img_size: int | Sequence[int] | None = None) -> Tensor:
     """An image file as a uint8 tensor (in_chans, H, W) of ``img_size``, or of its own size.
 
-    Turned upright by its EXIF tag, made RGB (or grey for ``in_chans=1``; alpha is dropped), cropped about the
-    centre to the shape of ``img_size``, pixels a side or (H, W), and resized (bicubic, antialiased) unless it has that
+    Turned upright by its EXIF tag, made RGB (or gray for ``in_chans=1``; alpha is dropped), cropped about the
+    center to the shape of ``img_size``, pixels a side or (H, W), and resized (bicubic, antialiased) unless it has that
     size already.
 
     Raises:

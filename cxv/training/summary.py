@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 
-def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The test set's top-1 (per cent) by each way of selecting an epoch, from the lines of ``metrics.jsonl``.
 
     ``best_test``: the paper's, the best epoch by the test set itself, which flatters. ``best_validation``: the best
@@ -23,7 +23,7 @@ def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary_line(summary: dict[str, Any]) -> str:
-    """One line that gives every number of :func:`summarise`."""
+    """One line that gives every number of :func:`summarize`."""
     parts = [f"best by test {_at(summary['best_test'])}"]
     if "best_validation" in summary:
         found = summary["best_validation"]
@@ -31,8 +31,8 @@ def summary_line(summary: dict[str, Any]) -> str:
     return "test top-1: " + ", ".join([*parts, f"last {_at(summary['last'])}"])
 
 
-def summarise_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Best, mean and sample standard deviation of the test top-1 over runs, given by seed as :func:`summarise` does.
+def summarize_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Best, mean and sample standard deviation of the test top-1 over runs, given by seed as :func:`summarize` does.
 
     The deviation of a single run is None.
     """
@@ -48,7 +48,7 @@ def summarise_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary_lines(total: dict[str, Any]) -> list[str]:
-    """:func:`summarise_seeds` in words, a line for each way of selecting."""
+    """:func:`summarize_seeds` in words, a line for each way of selecting."""
     names = {"best_test": "best by test", "best_validation": "at the best validation", "last": "last epoch"}
     lines, n = [], len(total["runs"])
     for key in (key for key in names if key in total):

@@ -14,7 +14,7 @@ from .._triton import launch
 from ..validation import accumulate_dtype
 from .op import convolution, convolution_backward
 
-# Forward convolves in a kernel of its own, whose epilogue normalises in registers, where x is channels_last and there
+# Forward convolves in a kernel of its own, whose epilogue normalizes in registers, where x is channels_last and there
 # are at most 256 channels. Off: no GPU has shown yet where it is faster than cuDNN and the pass after it.
 implicit_gemm = False
 
@@ -54,7 +54,7 @@ def _locate(
 
 
 @triton.jit
-def _normalise(u, channels, eps, CHANNELS: tl.constexpr):
+def _normalize(u, channels, eps, CHANNELS: tl.constexpr):
     """x̂ and 1/σ of the rows of u, 0 beyond its channels; in two passes, so that a large mean costs no digits."""
     deviation = tl.where((tl.arange(0, CHANNELS) < channels)[None, :], u - (tl.sum(u, 1) / channels)[:, None], 0)
     rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / channels + eps)
@@ -97,7 +97,7 @@ def _norm(
         tl.program_id(0), channels, pixels, tiles, image_stride, pixel_stride, channel_stride, INDEX, PIXELS, CHANNELS
     )
     u = tl.load(y_ptr + start + at, mask=inside, other=0).to(ACC) + bias[None, :]
-    xhat, rstd = _normalise(u, channels, eps, CHANNELS)
+    xhat, rstd = _normalize(u, channels, eps, CHANNELS)
     tl.store(rstd_ptr + pixel, rstd, mask=inside_pixel)
     tl.store(y_ptr + start + at, xhat * gamma[None, :] + beta[None, :], mask=inside)
 
@@ -141,7 +141,7 @@ def _norm_backward(
             xhat = (tl.load(y_ptr + start + at, mask=inside, other=0).to(ACC) - beta[None, :]) * inverse[None, :]
         else:
             u = tl.load(conv_ptr + start + at, mask=inside, other=0).to(ACC) + bias[None, :]
-            xhat, rstd = _normalise(u, channels, eps, CHANNELS)  # its own 1/σ: another convolution's roundings
+            xhat, rstd = _normalize(u, channels, eps, CHANNELS)  # its own 1/σ: another convolution's roundings
         a = grad * gamma[None, :]
         mean_a = (tl.sum(a, 1) / channels)[:, None]
         mean_ax = (tl.sum(a * xhat, 1) / channels)[:, None]
@@ -166,7 +166,7 @@ def _convolve(
     gamma_ptr,  # (C)
     beta_ptr,  # (C)
     out_ptr,  # (B, C, H, W)
-    rstd_ptr,  # (B, H, W), written if NORMALISE
+    rstd_ptr,  # (B, H, W), written if NORMALIZE
     eps,
     channels_in,
     channels,
@@ -187,16 +187,16 @@ def _convolve(
     pixel_stride,
     channel_stride,
     INDEX: tl.constexpr,
-    NORMALISE: tl.constexpr,  # the whole forward pass; else the convolution alone, where y does not tell x̂
+    NORMALIZE: tl.constexpr,  # the whole forward pass; else the convolution alone, where y does not tell x̂
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
-    OUT: tl.constexpr,  # NORMALISE: CHANNELS
+    OUT: tl.constexpr,  # NORMALIZE: CHANNELS
     IN: tl.constexpr,
 ):
     bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, ACC, CHANNELS)
-    if not NORMALISE:
+    if not NORMALIZE:
         all_tiles = tl.where(_tells_xhat(gamma, beta, channels, out_ptr.dtype.element_ty), 0, all_tiles)
     runs = tl.cdiv(channels, OUT)
     blocks = tl.cdiv(channels_in, IN)
@@ -220,8 +220,8 @@ def _convolve(
             inside = (i < channels_in)[:, None] & (c < channels)[None, :]
             b = tl.load(weight_ptr + down * w_row + right * w_column + w_at + (i * w_in)[:, None], mask=inside, other=0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-        if NORMALISE:
-            xhat, rstd = _normalise(acc + bias[None, :], channels, eps, CHANNELS)
+        if NORMALIZE:
+            xhat, rstd = _normalize(acc + bias[None, :], channels, eps, CHANNELS)
             tl.store(rstd_ptr + image * pixels + n, rstd, mask=n < pixels)
             acc = xhat * gamma[None, :] + beta[None, :]
         at = (n.to(INDEX) * pixel_stride)[:, None] + (c * channel_stride)[None, :]
@@ -283,25 +283,25 @@ def _launch_convolution(
     out: Tensor,
     rstd: Tensor,
     eps: float,
-    normalise: bool,
+    normalize: bool,
 ) -> None:
     batch, channels, height, width = out.shape
     full, run, pixels = triton.next_power_of_2(channels), 64, height * width
-    out_run = max(full, 16) if normalise else min(max(full, 16), 64)
+    out_run = max(full, 16) if normalize else min(max(full, 16), 64)
     tiles = triton.cdiv(pixels, run)
     all_tiles = batch * tiles * triton.cdiv(channels, out_run)
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     launch(
         "conv_norm",
         _convolve,
-        (all_tiles if normalise else min(all_tiles, _MAX_SPLITS),),
+        (all_tiles if normalize else min(all_tiles, _MAX_SPLITS),),
         *(x, weight, bias, gamma, beta, out, rstd, eps),
         *(x.shape[1], channels, height, width, pixels, tiles, all_tiles, *x.stride(), *weight.stride()),
         **_strides(out) | {"INDEX": _index(x, weight, out)},
-        NORMALISE=normalise,
+        NORMALIZE=normalize,
         PRECISION="tf32" if tf32 else "tf32x3",
         ACC=_acc(x),
-        CHANNELS=out_run if normalise else full,
+        CHANNELS=out_run if normalize else full,
         PIXELS=run,
         OUT=out_run,
         IN=32,

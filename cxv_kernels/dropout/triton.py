@@ -8,7 +8,7 @@ from torch import Tensor
 from .._triton import launch
 from .reference import BLOCK, keep_threshold
 
-_RUN = 16  # neighbours that take the same half of the same word, of neighbouring counters
+_RUN = 16  # neighbors that take the same half of the same word, of neighboring counters
 _ROWS = 32
 
 

@@ -84,7 +84,7 @@ def kv_state(
 
     Returns:
         S = Σ φ(k)ᵀ v (B, H, D, E) and z = Σ φ(k) (B, H, D), float32 (float64 for float64). For ``"softmax"`` S is
-        already normalised and z is 1 (0 where no key is seen).
+        already normalized and z is 1 (0 where no key is seen).
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`linear_attention`.

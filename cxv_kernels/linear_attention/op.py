@@ -158,7 +158,7 @@ class KvStateBackward(FusedFunction):
 
     @staticmethod
     def forward(grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, needed, backend):
-        if feature_map == "softmax":  # S is normalised, and z is 1: what S's gradient does to the normalisation
+        if feature_map == "softmax":  # S is normalized, and z is 1: what S's gradient does to the normalization
             grad_z = -(grad_state * state).sum(dim=-1)
         grads = kernels(backend).kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed)
         return only_needed(grads, needed)

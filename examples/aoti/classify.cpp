@@ -2,7 +2,7 @@
 //
 //   classify MODEL.pt2 KERNELS.so|- IMAGES.f32 BATCH CHANNELS HEIGHT WIDTH
 //
-// IMAGES.f32: the normalised pixels, float32, in that order. Prints the logits, one line an image. docs/deploy.md has
+// IMAGES.f32: the normalized pixels, float32, in that order. Prints the logits, one line an image. docs/deploy.md has
 // the command that compiles it.
 #include <ATen/ATen.h>
 #include <dlfcn.h>

@@ -145,7 +145,7 @@ def test_bits_depend_on_the_head_alone(variant):
 
 
 @every_variant
-def test_nothing_uninitialised_is_read_or_left(variant, monkeypatch):
+def test_nothing_uninitialized_is_read_or_left(variant, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     inputs = qkv(1, 2, 40, 70, 12, 9)
     torch.use_deterministic_algorithms(True)  # empty tensors are filled with NaN

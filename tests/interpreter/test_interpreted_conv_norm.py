@@ -194,7 +194,7 @@ def test_repeats_its_bits_in_any_batch_and_leaves_nothing_unwritten(layout, monk
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("c_out", [1, 24, 100])
-def test_the_convolution_that_normalises(c_out, dtype, monkeypatch):
+def test_the_convolution_that_normalizes(c_out, dtype, monkeypatch):
     monkeypatch.setattr(importlib.import_module("cxv_kernels.conv_norm.triton"), "implicit_gemm", True)
     inputs = setup(5, c_out, dtype, size=(9, 11), layout=torch.channels_last)
     with torch.profiler.profile() as profile:
