@@ -95,7 +95,7 @@ def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise InputError(
-            f"--output: {output} has {free / 1e6:.1f} MB free, and the next checkpoints need {needed / 1e6:.1f} MB"
+            f"`output`: {output} has {free / 1e6:.1f} MB free, and the next checkpoints need {needed / 1e6:.1f} MB"
         )
     try:
         with tempfile.TemporaryFile(dir=output) as f:
@@ -103,7 +103,7 @@ def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
                 os.posix_fallocate(f.fileno(), 0, size)
     except OSError as error:
         raise InputError(
-            f"--output: {output} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror or error}"
+            f"`output`: {output} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror or error}"
         ) from error
 
 

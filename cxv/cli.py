@@ -1,6 +1,7 @@
 """The ``cxv`` command: train, evaluate, use and export the models."""
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from .models import create_model, list_models
 from .models.arguments import image_size
 from .models.registry import load_model
 from .sharing import save_safetensors
-from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig
+from .training.config import DEFAULTS, OPTIMIZERS, RECIPES, TrainConfig, flag
 from .training.data import DATASETS, load_data, normalize
 from .training.distributed import PeerError, World, process_group
 from .training.loop import PRECISIONS, autocast_for, evaluate, pick_device, predict, train
@@ -30,6 +31,7 @@ from .training.sources import decode_image
 from .training.verify import verify_kernels
 
 CALIBRATION_IMAGES, CHECK_IMAGES = 512, 1000  # of cxv export
+_ARGUMENTS = {*(f.name for f in fields(TrainConfig)), "format", "report"}  # those that errors of the library name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PeerError:
         return 2
     except InputError as error:
-        print(f"cxv: error: {error}", file=sys.stderr)
+        print(f"cxv: error: {_with_flags(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if World.current().is_main:
             print("cxv: interrupted", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
+
+
+def _with_flags(message: str) -> str:
+    """Replace the arguments that a message names in backticks, like `` `batch_size` ``, by their flags."""
+    return re.sub(r"`(\w+)`", lambda name: flag(name[1]) if name[1] in _ARGUMENTS else name[0], message)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -87,11 +87,11 @@ def export_model(
     """
     path = Path(path)
     if format not in FORMATS:
-        raise InputError(f"--format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        raise InputError(f"`format`: expected one of {', '.join(FORMATS)}, got {format!r}")
     if path.suffix != FORMATS[format]:
-        raise InputError(f"{path}: a file of --format {format} must be named …{FORMATS[format]}")
+        raise InputError(f"{path}: a file of `format` {format} must be named …{FORMATS[format]}")
     if calibration is not None and format != "onnx":
-        raise InputError(f"--int8: written with --format onnx alone, got {format}")
+        raise InputError(f"`calibration`: for `format` onnx alone, got {format}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: {path.parent} is not a directory")
     if format == "onnx":
@@ -170,7 +170,7 @@ def _write_aoti(program: "ExportedProgram", path: Path, note: str) -> None:
     try:
         get_cpp_compiler()
     except Exception as error:
-        raise InputError(f"--format aoti: needs a C++ compiler (set CXX), and none was found: {error}") from error
+        raise InputError(f"`format` aoti: needs a C++ compiler (set CXX), and none was found: {error}") from error
     aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {"cxv": note}})
 
 

@@ -167,7 +167,7 @@ def test_skipped_images_are_known_from_the_cache_too(folder, cache):
     assert second.train.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
     assert same(first, second)
     assert second.train.pixels.shape[0] == 11
-    with pytest.raises(InputError, match="--on-corrupt skip"):
+    with pytest.raises(InputError, match="`on_corrupt` skip"):
         load(folder, cache)
 
 
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_made_is_done_without(folder, cache):
 
 def test_images_larger_than_the_memory_are_mapped(folder, cache, monkeypatch):
     monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
-    with pytest.raises(InputError, match="available: give a --cache-dir on a disk with room"):
+    with pytest.raises(InputError, match="available: give a `cache_dir` on a disk with room"):
         load(folder, "none")
     data, _ = load(folder, cache, validation=3)
     assert (len(data.train), len(data.validation), len(data.test)) == (9, 3, 6)

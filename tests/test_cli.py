@@ -177,6 +177,21 @@ def test_expected_errors_are_one_line_and_exit_2(capsys, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--post-train"], "--post-train: it follows training on augmented images: give --rand-augment too"),
+        (["--model-arg", "use_fused=true"], "--model-arg use_fused: give --fused"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--model", "`cpv`"], "--model `cpv`: "),
+    ],
+    ids=["two-flags", "renamed", "no-prefix", "other-words"],
+)
+def test_errors_have_flags_in_place_of_the_librarys_arguments(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert_error(call(capsys, "train", *args), f"cxv: error: {message}")
+
+
 def test_bugs_show_their_traceback(monkeypatch):
     def bug(config):
         raise ValueError("a bug")

@@ -53,7 +53,7 @@ def test_digits_resized():
 def test_unknown_splits_are_named(splits):
     with pytest.raises(InputError, match=r"^splits: expected a sequence of 'train' and 'test', got "):
         load_data("digits", splits=splits)
-    with pytest.raises(InputError, match=r"^--validation: taken from the training images, and splits are \('test',\)"):
+    with pytest.raises(InputError, match=r"^`validation`: taken from the training images, and splits are \('test',\)"):
         load_data("digits", splits=("test",), validation=5)
 
 
@@ -128,9 +128,9 @@ def test_limit_train_counts_what_is_left_to_train_on(folder):
     data = load_data("folder", folder, validation=3)
     assert data.train.labels.bincount().tolist() == [3, 3, 3]
     assert data.validation.labels.bincount().tolist() == [1, 1, 1]
-    with pytest.raises(InputError, match="--validation: 10 of 12 training images leave a class without one to train"):
+    with pytest.raises(InputError, match="`validation`: 10 of 12 training images leave a class without one to train"):
         load_data("folder", folder, validation=10)
-    with pytest.raises(InputError, match="--validation: expected a whole number, at least 1, got 0"):
+    with pytest.raises(InputError, match="`validation`: expected a whole number, at least 1, got 0"):
         load_data("folder", folder, validation=0)
 
 

@@ -98,7 +98,7 @@ def test_a_write_that_fails_keeps_the_checkpoint_before_it_and_says_so(augmented
     )
     assert f"refused: cannot write {output}/" in done.stdout
     assert "File too large" in done.stdout
-    assert f"; what {output / 'last.pt'} has is kept, and --resume goes on from it" in done.stdout
+    assert f"; what {output / 'last.pt'} has is kept, and `resume` goes on from it" in done.stdout
     assert read_checkpoint(output / "last.pt")["epoch"] == 2
     assert not list(output.glob(".*"))  # no half file
     resume(output)
@@ -115,7 +115,7 @@ def test_a_limit_or_quota_that_no_checkpoint_fits_is_reported_before_the_epoch(t
     monkeypatch.setattr(loop_module, "batches", lambda *args, **kwargs: epochs.append(args))
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # the next checkpoint fits, not what it may grow to
     try:
-        with pytest.raises(InputError, match=r"--output: .*a has no room for a checkpoint of 0\.\d MB: File too large"):
+        with pytest.raises(InputError, match=r"`output`: .*a has no room for a checkpoint of 0\.\d MB: File too large"):
             resume(output, epochs=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -158,7 +158,7 @@ def test_a_file_system_that_fills_up_or_becomes_read_only(augmented, tmpfs, monk
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
     with pytest.raises(InputError, match=r"cannot write .*: Read-only file system"):
         resume(output)
-    with pytest.raises(InputError, match=r"--output: cannot create .*b \(Read-only file system\)"):
+    with pytest.raises(InputError, match=r"`output`: cannot create .*b \(Read-only file system\)"):
         run(tmpfs / "b")
     assert not steps
     monkeypatch.undo()
@@ -178,7 +178,7 @@ def test_a_disk_without_room_is_reported_before_the_epoch(tmp_path, monkeypatch)
         return evaluate(*args)
 
     monkeypatch.setattr(loop_module, "evaluate", filling)
-    with pytest.raises(InputError, match=r"--output: .*a has 0\.2 MB free, and the next checkpoints need 0\.\d MB"):
+    with pytest.raises(InputError, match=r"`output`: .*a has 0\.2 MB free, and the next checkpoints need 0\.\d MB"):
         run(output)
     assert read_checkpoint(output / "last.pt")["epoch"] == len(curve(output)) == 1
     with pytest.raises(InputError, match=r"b has 0\.2 MB free, and the next checkpoints need 1\.\d MB"):

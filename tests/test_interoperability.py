@@ -500,11 +500,11 @@ def test_only_integers_are_counts(value):
 
 @pytest.mark.parametrize("value", [True, np.True_, "2", 2.0])
 def test_only_integers_are_counts_of_a_run(value):
-    with pytest.raises(InputError, match="--epochs: expected a whole number, got "):
+    with pytest.raises(InputError, match="`epochs`: expected a whole number, got "):
         TrainConfig(epochs=value)
-    with pytest.raises(InputError, match="--lr: expected a number, got "):
+    with pytest.raises(InputError, match="`lr`: expected a number, got "):
         TrainConfig(lr=str(value) if value == 2 else value)
-    with pytest.raises(InputError, match="--limit-train: expected a whole number, at least 1, got "):
+    with pytest.raises(InputError, match="`limit_train`: expected a whole number, at least 1, got "):
         load_data("digits", limit_train=value)
 
 

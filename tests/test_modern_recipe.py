@@ -253,16 +253,16 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path, monkeypatch):
     a, b = (read_checkpoint(tmp_path / name / "last.pt") for name in "ab")
     assert all(torch.equal(b["model"][k], a["model"][k]) for k in a["model"])
     assert b["model_kwargs"] == a["model_kwargs"] | {"recompute": True}
-    with pytest.raises(InputError, match=r"--init: .*first\.safetensors: no such file or directory"):
+    with pytest.raises(InputError, match=r"`init`: .*first\.safetensors: no such file or directory"):
         run(tmp_path / "c", **one, init=first)
-    with pytest.raises(InputError, match=r"--init: .*a checkpoint of cpv-1/2, and not of cltv-1/2"):
+    with pytest.raises(InputError, match=r"`init`: .*a checkpoint of cpv-1/2, and not of cltv-1/2"):
         run(tmp_path / "c", **one, init=tmp_path / "a", model="cltv-1/2")
 
 
 def test_resume_refuses_other_arguments(whole):
     given = {"epochs": 9, "ema_decay": 0.5, "weight_decay": 0.5, "hflip": not whole[1].get("hflip"), "random_crop": 1}
     for name, value in (given | {"label_smoothing": 0.5, "progressive": ((8, 3),), "warmup_epochs": 1.0}).items():
-        with pytest.raises(InputError, match=f"other arguments: --{name.replace('_', '-')} "):
+        with pytest.raises(InputError, match=f"other arguments: `{name}` "):
             train(TrainConfig(output=str(whole[0]), resume=True, **{name: value}))
 
 
@@ -296,20 +296,20 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"schedule": "step"}, "--schedule: expected one of constant, cosine, onecycle, got 'step'"),
-        ({"schedule": "cosine", "optimizer": "dualopt"}, "--schedule: .*--optimizer is dualopt: give adamw or sgd"),
-        ({"ema_decay": 0.9, "optimizer": "dualopt"}, "--ema-decay: .*--optimizer is dualopt"),
-        ({"progressive": ((8, 1),), "optimizer": "dualopt"}, "--progressive: .*--optimizer is dualopt"),
-        ({"ema_decay": 0.9, "rand_augment": (1, 1), "post_train": True}, "--ema-decay: .*--post-train adds one"),
-        ({"warmup_epochs": 1}, "--warmup-epochs: .*give --schedule cosine or onecycle"),
-        ({"warmup_epochs": 5, "schedule": "cosine", "epochs": 5}, "--warmup-epochs: .*less than --epochs 5, got 5"),
-        ({"weight_decay": -1.0}, "--weight-decay: expected a finite number, at least 0, got -1.0"),
-        ({"weight_decay": 0.1, "optimizer": "sgd"}, "--weight-decay: AdamW's, and --optimizer is sgd"),
-        ({"label_smoothing": 1.0}, "--label-smoothing: expected at least 0 and less than 1, got 1.0"),
-        ({"ema_decay": 1.0}, "--ema-decay: expected more than 0 and less than 1, got 1.0"),
-        ({"random_crop": 0}, "--random-crop: expected at least 1, got 0"),
-        ({"progressive": ((0, 1),)}, r"--progressive: expected pairs .* at least 1 each, got \(\(0, 1\),\)"),
-        ({"progressive": ((8, 1),), "epochs": 2}, "--progressive: its 1 epochs are not --epochs 2"),
+        ({"schedule": "step"}, "`schedule`: expected one of constant, cosine, onecycle, got 'step'"),
+        ({"schedule": "cosine", "optimizer": "dualopt"}, "`schedule`: .*`optimizer` is dualopt: give adamw or sgd"),
+        ({"ema_decay": 0.9, "optimizer": "dualopt"}, "`ema_decay`: .*`optimizer` is dualopt"),
+        ({"progressive": ((8, 1),), "optimizer": "dualopt"}, "`progressive`: .*`optimizer` is dualopt"),
+        ({"ema_decay": 0.9, "rand_augment": (1, 1), "post_train": True}, "`ema_decay`: .*`post_train` adds one"),
+        ({"warmup_epochs": 1}, "`warmup_epochs`: .*give `schedule` cosine or onecycle"),
+        ({"warmup_epochs": 5, "schedule": "cosine", "epochs": 5}, "`warmup_epochs`: .*less than `epochs` 5, got 5"),
+        ({"weight_decay": -1.0}, "`weight_decay`: expected a finite number, at least 0, got -1.0"),
+        ({"weight_decay": 0.1, "optimizer": "sgd"}, "`weight_decay`: AdamW's, and `optimizer` is sgd"),
+        ({"label_smoothing": 1.0}, "`label_smoothing`: expected at least 0 and less than 1, got 1.0"),
+        ({"ema_decay": 1.0}, "`ema_decay`: expected more than 0 and less than 1, got 1.0"),
+        ({"random_crop": 0}, "`random_crop`: expected at least 1, got 0"),
+        ({"progressive": ((0, 1),)}, r"`progressive`: expected pairs .* at least 1 each, got \(\(0, 1\),\)"),
+        ({"progressive": ((8, 1),), "epochs": 2}, "`progressive`: its 1 epochs are not `epochs` 2"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):
@@ -318,7 +318,7 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_stages_that_the_data_or_the_model_cannot_have_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"--progressive: 16 pixels, and the images have 8 \(--img-size\)"):
+    with pytest.raises(InputError, match=r"`progressive`: 16 pixels, and the images have 8 \(`img_size`\)"):
         run(tmp_path / "a", optimizer="adamw", sgd_epochs=None, epochs=None, progressive=((16, 1),))
     learned = {"model_args": {"positions": "learned"}, "progressive": ((4, 1), (8, 1))}
     with pytest.raises(InputError, match="refuses an image of 1×4×4: learned positions"):

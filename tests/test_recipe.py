@@ -83,7 +83,7 @@ def test_post_training_can_be_added_to_a_run_that_is_over(augmented, tmp_path):
     assert len(curve(output)) == 3
     train(TrainConfig(output=str(output), resume=True, post_train=True), log=str)
     assert_same_run(output, augmented[0])
-    with pytest.raises(InputError, match="--post-train: the run is post-training already"):
+    with pytest.raises(InputError, match="`post_train`: the run is post-training already"):
         train(TrainConfig(output=str(output), resume=True, post_train=False), log=str)
 
 
@@ -126,7 +126,7 @@ def test_one_optimizer_alone_is_torchs(tmp_path, monkeypatch, optimizer, kind):
     assert "reloaded" not in log
     train(TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=4), log=str)
     assert len(curve(tmp_path / "a")) == 4
-    with pytest.raises(InputError, match="--epochs: 3, but the run has done 4 epochs of"):
+    with pytest.raises(InputError, match="`epochs`: 3, but the run has done 4 epochs of"):
         train(TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=3), log=str)
 
 
@@ -165,18 +165,18 @@ def test_model_args_reach_the_model_and_its_checkpoint(tmp_path):
     )
     again = TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=2, model_args=own)
     assert train(again, log=str).epochs == 2
-    with pytest.raises(InputError, match=r"--resume: .* other arguments: --model-arg "):
+    with pytest.raises(InputError, match=r"`resume`: .* other arguments: `model_args` "):
         train(TrainConfig(output=str(tmp_path / "a"), resume=True, model_args={"stem_convs": 1}), log=str)
 
 
 @pytest.mark.parametrize(
     ("model_args", "message"),
     [
-        ({"stem": 3}, "--model-arg stem: cpv-1/2 has no such argument"),
-        ({"stem_convs": 4}, "--model cpv-1/2: stem_convs must be one of 1, 2, 3, got 4"),
-        ({"stem_stride": "two"}, "--model cpv-1/2: stem_stride must be .*'two'"),
-        ({"num_classes": 3}, "--model-arg num_classes: it comes from the data"),
-        ({"embed_dim": 3}, "--model-arg embed_dim: give --embed-dim"),
+        ({"stem": 3}, "`model_args` stem: cpv-1/2 has no such argument"),
+        ({"stem_convs": 4}, "`model` cpv-1/2: stem_convs must be one of 1, 2, 3, got 4"),
+        ({"stem_stride": "two"}, "`model` cpv-1/2: stem_stride must be .*'two'"),
+        ({"num_classes": 3}, "`model_args` num_classes: it comes from the data"),
+        ({"embed_dim": 3}, "`model_args` embed_dim: give `embed_dim`"),
     ],
 )
 def test_bad_model_args_are_named(tmp_path, model_args, message):
@@ -187,18 +187,18 @@ def test_bad_model_args_are_named(tmp_path, model_args, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"recipe": "papr"}, "--recipe: expected one of paper, paper-augmented, modern, got 'papr'"),
+        ({"recipe": "papr"}, "`recipe`: expected one of paper, paper-augmented, modern, got 'papr'"),
         (
             {"recipe": "paper-augmented", "model": "vit-10/4"},
-            "--recipe paper-augmented: .* vit-10/4: give --rand",
+            "`recipe` paper-augmented: .* vit-10/4: give `rand_augment`",
         ),
-        ({"optimizer": "adam"}, "--optimizer: expected one of dualopt, adamw, sgd, got 'adam'"),
-        ({"optimizer": "sgd", "sgd_lr": 0.1}, "--sgd-lr: of DualOpT's second phase, .* is sgd, .*: give --lr"),
-        ({"optimizer": "adamw", "sgd_epochs": 3}, "--sgd-epochs: .*: give --epochs"),
-        ({"optimizer": "sgd", "epochs": 0}, "--epochs is 0: nothing to train"),
-        ({"rand_augment": (0, 1)}, "--rand-augment: expected OPS of at least 1 and MAGNITUDE from 0 to 30, got 0,1"),
-        ({"rand_augment": (1, 31)}, "--rand-augment: .* got 1,31"),
-        ({"post_train": True}, "--post-train: .*give --rand-augment too"),
+        ({"optimizer": "adam"}, "`optimizer`: expected one of dualopt, adamw, sgd, got 'adam'"),
+        ({"optimizer": "sgd", "sgd_lr": 0.1}, "`sgd_lr`: of DualOpT's second phase, .* is sgd, .*: give `lr`"),
+        ({"optimizer": "adamw", "sgd_epochs": 3}, "`sgd_epochs`: .*: give `epochs`"),
+        ({"optimizer": "sgd", "epochs": 0}, "`epochs` is 0: nothing to train"),
+        ({"rand_augment": (0, 1)}, "`rand_augment`: expected OPS of at least 1 and MAGNITUDE from 0 to 30, got 0,1"),
+        ({"rand_augment": (1, 31)}, "`rand_augment`: .* got 1,31"),
+        ({"post_train": True}, "`post_train`: .*give `rand_augment` too"),
     ],
 )
 def test_bad_recipes_are_named(kwargs, message):
@@ -208,7 +208,7 @@ def test_bad_recipes_are_named(kwargs, message):
 
 def test_resume_refuses_another_recipe(augmented):
     for name, value in (("optimizer", "sgd"), ("rand_augment", (1, 1)), ("validation", 10), ("recipe", "paper")):
-        with pytest.raises(InputError, match=f"other arguments: --{name.replace('_', '-')} "):
+        with pytest.raises(InputError, match=f"other arguments: `{name}` "):
             train(TrainConfig(output=str(augmented[0]), resume=True, **{name: value}))
 
 
@@ -248,11 +248,11 @@ def test_seeds_train_in_folders_and_are_summarized(tmp_path):
         f"test top-1 over 3 seeds, at the best validation: mean {found['mean']:.2f} ± {found['sd']:.2f} %, "
         f"best {found['best']:.2f} %"
     ) in text
-    with pytest.raises(InputError, match=r"--output: .* holds other runs \(seed-0, seed-1, seed-5\); give --resume"):
+    with pytest.raises(InputError, match=r"`output`: .* holds other runs \(seed-0, seed-1, seed-5\); give `resume`"):
         train_seeds(config, log=str)
-    with pytest.raises(InputError, match=r"--resume: .* other arguments: --seeds"):
+    with pytest.raises(InputError, match=r"`resume`: .* other arguments: `seeds`"):
         train_seeds(TrainConfig(output=str(root), resume=True, seeds=(0, 1)), log=str)
-    with pytest.raises(InputError, match="--seeds: expected different whole numbers, at least 0, got 0,0"):
+    with pytest.raises(InputError, match="`seeds`: expected different whole numbers, at least 0, got 0,0"):
         train_seeds(TrainConfig(output=str(tmp_path / "b"), seeds=(0, 0)), log=str)
 
 

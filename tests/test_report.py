@@ -70,7 +70,7 @@ def test_png_at_any_number_of_classes_and_mistakes(tmp_path, classes, wrong):
 
 
 def test_a_report_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"--report: expected .* \.html or \.png, got 'a\.pdf'"):
+    with pytest.raises(InputError, match=r"`report`: expected .* \.html or \.png, got 'a\.pdf'"):
         check_suffix("a.pdf")
     with pytest.raises(InputError, match=r"cannot write .*nowhere"):
         report([0, 1], [0, 0], ["a", "b"]).write(tmp_path / "nowhere" / "a.html")
@@ -108,6 +108,6 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
 def test_without_tensorboard_the_flag_is_refused_before_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(InputError, match=r"--tensorboard: needs .*pip install 'cxv\[tensorboard\]'"):
+    with pytest.raises(InputError, match=r"`tensorboard`: needs .*pip install 'cxv\[tensorboard\]'"):
         run(tmp_path / "a", tensorboard=True)
     assert curve(tmp_path / "a") == []

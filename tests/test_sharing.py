@@ -253,7 +253,7 @@ def test_malformed_safetensors(saved, how, capsys):
     [
         ({"model_name": None}, "model_name: expected a string, got None"),
         ({"model_name": 5}, "model_name: expected a string, got 5"),
-        ({"model_name": "gpt-1/2"}, "the model it names cannot be built (--model gpt-1/2"),
+        ({"model_name": "gpt-1/2"}, "the model it names cannot be built (`model` gpt-1/2"),
         ({"model_kwargs": {**TINY, "make_attention": 1}}, "the model it names cannot be built"),
         ({"model_kwargs": {**TINY, "embed_dim": "16"}}, "the model it names cannot be built"),
         ({"model_kwargs": {**TINY, "embed_dim": 32}}, "do not fit CPV"),

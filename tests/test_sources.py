@@ -100,7 +100,7 @@ def test_default_size_is_the_first_images_shorter_side_up_to_64(folder):
 def test_a_damaged_image_is_named_or_skipped(folder, capsys):
     bad = folder / "train" / "bee" / "2.png"
     truncate(bad)
-    with pytest.raises(InputError, match=re.escape(str(bad)) + ".*--on-corrupt skip"):
+    with pytest.raises(InputError, match=re.escape(str(bad)) + ".*`on_corrupt` skip"):
         load_data("folder", folder)
     data = load_data("folder", folder, on_corrupt="skip")
     assert data.train.labels.bincount().tolist() == [4, 3, 4]
@@ -161,19 +161,19 @@ def test_folder_errors(folder, breakage, message):
 def test_argument_errors(folder):
     with pytest.raises(InputError, match=r"'cifar11' \(did you mean cifar10\?\); allowed: digits, cifar10"):
         load_data("cifar11")
-    with pytest.raises(InputError, match="--data-dir: needed"):
+    with pytest.raises(InputError, match="`data_dir`: needed"):
         load_data("folder")
-    with pytest.raises(InputError, match="--on-corrupt"):
+    with pytest.raises(InputError, match="`on_corrupt`"):
         load_data("folder", folder, on_corrupt="ignore")
     for name in ("img_size", "limit_train", "limit_test"):
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: expected a whole number, at least 1, got 0"):
+        with pytest.raises(InputError, match=f"`{name}`: expected a whole number, at least 1, got 0"):
             load_data("digits", **{name: 0})
 
 
 def test_a_set_that_does_not_fit_the_memory_is_refused_before_decoding(folder, monkeypatch):
     monkeypatch.setattr(cache_module, "available_memory", lambda: 2 * 2**30)
     monkeypatch.setattr(sources_module, "_decoded", lambda *a: None)
-    with pytest.raises(InputError, match=r"take 9\.37 GiB .* 2\.00 GiB is available: give a --cache-dir"):
+    with pytest.raises(InputError, match=r"take 9\.37 GiB .* 2\.00 GiB is available: give a `cache_dir`"):
         load_data("folder", folder, img_size=16720)
 
 

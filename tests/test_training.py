@@ -315,7 +315,7 @@ def test_memory_that_is_short_in_a_fused_op_is_said(tmp_path, monkeypatch):
         raise RuntimeError("cxv_kernels: aten::convolution has failed: CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(loop_module.F, "cross_entropy", full)
-    with pytest.raises(InputError, match=r"--batch-size 32: out of memory on cpu .*a smaller one .*last\.pt"):
+    with pytest.raises(InputError, match=r"`batch_size` 32: out of memory on cpu .*a smaller one .*last\.pt"):
         run(tmp_path / "a")
 
 
@@ -368,7 +368,7 @@ def test_a_directory_with_a_run_is_refused_without_resume_or_overwrite(whole, tm
     output = tmp_path / "a"
     run(output, epochs=2, sgd_epochs=0)
     before = (output / "last.pt").read_bytes()
-    with pytest.raises(InputError, match=r"--output: .* holds another run .*--resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"`output`: .* holds another run .*`resume`.*`overwrite`"):
         run(output)
     with pytest.raises(InputError, match="exclude each other"):
         run(output, resume=True, overwrite=True)
@@ -395,19 +395,18 @@ def test_resume_refuses_changed_arguments_by_name(whole):
         ("lr", 1.0),
         ("patience", 3),
     ):
-        flag = "--" + name.replace("_", "-")
-        message = rf"other arguments: {flag} \({TINY.get(name, '.*')} in the run, {value} now\)"
+        message = rf"other arguments: `{name}` \({TINY.get(name, '.*')} in the run, {value} now\)"
         with pytest.raises(InputError, match=message):
             train(TrainConfig(output=output, resume=True, **{name: value}))
-    with pytest.raises(InputError, match="--epochs: 2, but the run has done 3"):
+    with pytest.raises(InputError, match="`epochs`: 2, but the run has done 3"):
         train(TrainConfig(output=output, resume=True, epochs=2))
 
 
 def test_output_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output: .*file is not a directory"):
+    with pytest.raises(InputError, match=r"`output`: .*file is not a directory"):
         run(tmp_path / "file")
-    with pytest.raises(InputError, match=r"--output: cannot create .*file/a"):
+    with pytest.raises(InputError, match=r"`output`: cannot create .*file/a"):
         run(tmp_path / "file" / "a")
 
 
@@ -476,22 +475,22 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"precision": "fp8"}, "--precision: expected one of fp32, bf16, fp16, got 'fp8'"),
-        ({"precision": "fp16", "device": "cpu"}, "--precision: fp16 needs a CUDA device"),
-        ({"device": "gpu"}, "--device: 'gpu' is not a device; allowed: auto, cpu, cuda"),
-        ({"model": "cpw-5/4"}, "--model cpw-5/4: .*cpv-5/4"),
-        ({"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
-        ({"lr": -1.0}, "--lr: expected a finite number above 0, got -1.0"),
-        ({"sgd_lr": float("nan")}, "--sgd-lr: expected a finite number above 0, got nan"),
-        ({"drop_rate": 1.0}, "--drop-rate: expected at least 0 and less than 1"),
-        ({"patience": 0}, "--patience: expected at least 1"),
+        ({"precision": "fp8"}, "`precision`: expected one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": "fp16", "device": "cpu"}, "`precision`: fp16 needs a CUDA device"),
+        ({"device": "gpu"}, "`device`: 'gpu' is not a device; allowed: auto, cpu, cuda"),
+        ({"model": "cpw-5/4"}, "`model` cpw-5/4: .*cpv-5/4"),
+        ({"batch_size": 0}, "`batch_size`: expected at least 1, got 0"),
+        ({"lr": -1.0}, "`lr`: expected a finite number above 0, got -1.0"),
+        ({"sgd_lr": float("nan")}, "`sgd_lr`: expected a finite number above 0, got nan"),
+        ({"drop_rate": 1.0}, "`drop_rate`: expected at least 0 and less than 1"),
+        ({"patience": 0}, "`patience`: expected at least 1"),
         ({"epochs": 0, "sgd_epochs": 0}, "both 0"),
-        ({"accumulate": 0}, "--accumulate: expected at least 1, got 0"),
-        ({"clip_grad": 0.0}, "--clip-grad: expected a finite number above 0, got 0.0"),
-        ({"threads": 0}, "--threads: expected at least 1"),
-        ({"model": "cpv-1/2", "model_args": {"mlp_ratio": -1}}, "--model cpv-1/2: .*-1"),
-        ({"model": "vit-1/0"}, "--model vit-1/0: .*zero"),
-        ({"model_args": {"attn_kernel": torch}}, "--model-arg: expected numbers and strings, got .*module"),
+        ({"accumulate": 0}, "`accumulate`: expected at least 1, got 0"),
+        ({"clip_grad": 0.0}, "`clip_grad`: expected a finite number above 0, got 0.0"),
+        ({"threads": 0}, "`threads`: expected at least 1"),
+        ({"model": "cpv-1/2", "model_args": {"mlp_ratio": -1}}, "`model` cpv-1/2: .*-1"),
+        ({"model": "vit-1/0"}, "`model` vit-1/0: .*zero"),
+        ({"model_args": {"attn_kernel": torch}}, "`model_args`: expected numbers and strings, got .*module"),
     ],
 )
 def test_bad_arguments_are_named_and_write_nothing(tmp_path, kwargs, message):
@@ -505,7 +504,7 @@ def test_what_only_the_first_image_shows_is_said_and_writes_nothing(tmp_path, mo
         raise RuntimeError("a kernel's many words\non several lines")
 
     monkeypatch.setattr(cxv.CPV, "forward", refuse)
-    with pytest.raises(InputError, match=r"--model cpv-1/2: refuses an image of 1×8×8: a kernel's many words$"):
+    with pytest.raises(InputError, match=r"`model` cpv-1/2: refuses an image of 1×8×8: a kernel's many words$"):
         run(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -666,5 +665,5 @@ def test_every_model_of_table_1_trains(tmp_path, row):
 
 
 def test_arguments_that_a_baseline_lacks_are_named(tmp_path):
-    with pytest.raises(InputError, match="--drop-rate: resnet-18 has no such argument"):
+    with pytest.raises(InputError, match="`drop_rate`: resnet-18 has no such argument"):
         run(tmp_path / "a", model="resnet-18", embed_dim=None, drop_rate=0.1)

@@ -171,9 +171,9 @@ def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
     except REFUSALS as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
-            raise InputError(f"--model {name}: {first_line(error)}") from error
-        own = {"embed_dim": "--embed-dim", "drop_rate": "--drop-rate"}
-        raise InputError(f"{own.get(unknown[1], f'--model-arg {unknown[1]}')}: {name} has no such argument") from error
+            raise InputError(f"`model` {name}: {first_line(error)}") from error
+        argument = f"`{unknown[1]}`" if unknown[1] in ("embed_dim", "drop_rate") else f"`model_args` {unknown[1]}"
+        raise InputError(f"{argument}: {name} has no such argument") from error
 
 
 def _create_trained(name: str, path: str | Path, kwargs: dict[str, Any]) -> nn.Module:

@@ -206,8 +206,8 @@ def check_memory(size: int) -> None:
     if free is not None and size > 0.9 * free:
         raise InputError(
             f"the images take {size / 2**30:.2f} GiB of memory once decoded, and {free / 2**30:.2f} GiB is "
-            "available: give a --cache-dir on a disk with room, from which they are mapped, or use a smaller "
-            "--img-size, or --limit-train and --limit-test"
+            "available: give a `cache_dir` on a disk with room, from which they are mapped, or use a smaller "
+            "`img_size`, or `limit_train` and `limit_test`"
         )
 
 

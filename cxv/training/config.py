@@ -88,10 +88,10 @@ RESERVED = {
     "in_chans": "it comes from the data",
     "depth": "it comes from the model's name",
     "num_heads": "it comes from the model's name",
-    "checkpoint": "give --init",
-    **{name: f"give --{name.replace('_', '-')}" for name in ("img_size", "embed_dim", "drop_rate")},
-    "use_fused": "give --fused or --no-fused",
-    "recompute": "give --recompute or --no-recompute",
+    "checkpoint": "give `init`",
+    **{name: f"give `{name}`" for name in ("img_size", "embed_dim", "drop_rate")},
+    "use_fused": "give `fused`",
+    "recompute": "give `recompute`",
 }
 """Arguments of a model that ``model_args`` may not set, and why."""
 
@@ -179,10 +179,10 @@ class TrainConfig:
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
-                raise InputError(f"{flag(f.name)}: expected numbers and strings, got {value!r} ({error})") from error
+                raise InputError(f"`{f.name}`: expected numbers and strings, got {value!r} ({error})") from error
             allowed, words = _NUMBERS.get(f.type, (object, ""))
             if value is not None and (not isinstance(value, allowed) or (words and isinstance(value, bool))):
-                raise InputError(f"{flag(f.name)}: expected {words}, got {value!r}")
+                raise InputError(f"`{f.name}`: expected {words}, got {value!r}")
             setattr(self, f.name, value)
 
 
@@ -196,33 +196,33 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
         InputError: an argument is out of its range, contradicts another one or the run in ``output``.
     """
     if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
+        raise InputError("`resume` and `overwrite` exclude each other")
     given = {k: v for k, v in asdict(config).items() if v is not None}
     full, saved, fallback = _with_defaults(given), None, None
     output = Path(full["output"])
     if config.resume:
         if not any((output / name).is_file() for name in (LAST, PREVIOUS)):
-            raise InputError(f"--resume: {output} holds no run to go on with ({LAST} is not there)")
+            raise InputError(f"`resume`: {output} holds no run to go on with ({LAST} is not there)")
         saved, fallback = read_last(output)
         run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
         full = run | given | {"output": full["output"]}
         changeable = _CHANGEABLE - ({"epochs"} if run["schedule"] != "constant" or run.get("progressive") else set())
         changed = [
-            f"{flag(k)} ({run.get(k)} in the run, {v} now)"
+            f"`{k}` ({run.get(k)} in the run, {v} now)"
             for k, v in given.items()
             if k not in changeable and run.get(k) != v
         ]
         if changed:
-            raise InputError(f"--resume: the run in {output} has other arguments: {', '.join(changed)}")
+            raise InputError(f"`resume`: the run in {output} has other arguments: {', '.join(changed)}")
     else:
         present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
         if present and not config.overwrite:
             raise InputError(
-                f"--output: {output} holds another run ({', '.join(present)}); give --resume to go on with "
-                "it, --overwrite to delete it, or another directory"
+                f"`output`: {output} holds another run ({', '.join(present)}); give `resume` to go on with "
+                "it, `overwrite` to delete it, or another directory"
             )
         if output.exists() and not output.is_dir():
-            raise InputError(f"--output: {output} is not a directory")
+            raise InputError(f"`output`: {output} is not a directory")
     config = replace(config, **{f.name: full.get(f.name) for f in fields(TrainConfig) if f.name in full})
     _check(config)
     if saved is not None:
@@ -249,7 +249,7 @@ def fit_to_data(config: TrainConfig, img_size: int, num_images: int) -> None:
                 setattr(config, name, value)
     too_large = [size for size, _ in config.progressive or () if size > img_size]
     if too_large:
-        raise InputError(f"--progressive: {too_large[0]} pixels, and the images have {img_size} (--img-size)")
+        raise InputError(f"`progressive`: {too_large[0]} pixels, and the images have {img_size} (`img_size`)")
 
 
 def default_output(config: TrainConfig) -> str:
@@ -258,7 +258,7 @@ def default_output(config: TrainConfig) -> str:
 
 
 def flag(name: str) -> str:
-    """The command line's name of an argument."""
+    """The command line's name of an argument, for :mod:`cxv.cli` and the log of a run."""
     return "--model-arg" if name == "model_args" else f"--{name.replace('_', '-')}"
 
 
@@ -287,7 +287,7 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     recipe = given.get("recipe")
     if recipe is not None:
         if recipe not in RECIPES:
-            raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+            raise InputError(f"`recipe`: expected one of {', '.join(RECIPES)}, got {recipe!r}")
         defaults |= RECIPES[recipe]
     if "progressive" in given:
         defaults["epochs"] = sum(epochs for _, epochs in given["progressive"])
@@ -305,8 +305,8 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         family = str(full["model"]).lower().split("-")[0]
         if family not in RAND_AUGMENT:
             raise InputError(
-                f"--recipe paper-augmented: the paper has its RandAugment for {', '.join(RAND_AUGMENT)} alone, and the "
-                f"model is {full['model']}: give --rand-augment OPS,MAGNITUDE too"
+                f"`recipe` paper-augmented: the paper has its RandAugment for {', '.join(RAND_AUGMENT)} alone, and the "
+                f"model is {full['model']}: give `rand_augment` OPS,MAGNITUDE too"
             )
         full["rand_augment"] = RAND_AUGMENT[family]
     full.setdefault("output", f"runs/{full['data']}-{str(full['model']).replace('/', '-')}")
@@ -315,12 +315,12 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def _check(config: TrainConfig) -> None:
     if config.optimizer not in OPTIMIZERS:
-        raise InputError(f"--optimizer: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer!r}")
+        raise InputError(f"`optimizer`: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer!r}")
     for name in ("sgd_epochs", "sgd_lr"):
         if config.optimizer != "dualopt" and getattr(config, name) is not None:
             raise InputError(
-                f"{flag(name)}: of DualOpT's second phase, and --optimizer is {config.optimizer}, which has one phase: "
-                f"give {flag(name.removeprefix('sgd_'))}"
+                f"`{name}`: of DualOpT's second phase, and `optimizer` is {config.optimizer}, which has one phase: "
+                f"give `{name.removeprefix('sgd_')}`"
             )
     _check_one_phase(config)
     for name, least in (
@@ -335,68 +335,68 @@ def _check(config: TrainConfig) -> None:
     ):
         value = getattr(config, name)
         if value is not None and value < least:
-            raise InputError(f"{flag(name)}: expected at least {least}, got {value}")
+            raise InputError(f"`{name}`: expected at least {least}, got {value}")
     for name in ("lr", "sgd_lr", "clip_grad"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{flag(name)}: expected a finite number above 0, got {value}")
+            raise InputError(f"`{name}`: expected a finite number above 0, got {value}")
     for name in ("drop_rate", "label_smoothing"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
-            raise InputError(f"{flag(name)}: expected at least 0 and less than 1, got {value}")
+            raise InputError(f"`{name}`: expected at least 0 and less than 1, got {value}")
     if config.ema_decay is not None and not 0 < config.ema_decay < 1:
-        raise InputError(f"--ema-decay: expected more than 0 and less than 1, got {config.ema_decay}")
+        raise InputError(f"`ema_decay`: expected more than 0 and less than 1, got {config.ema_decay}")
     if config.weight_decay is not None:
         if config.optimizer == "sgd":
-            raise InputError("--weight-decay: AdamW's, and --optimizer is sgd")
+            raise InputError("`weight_decay`: AdamW's, and `optimizer` is sgd")
         if not 0 <= config.weight_decay < math.inf:
-            raise InputError(f"--weight-decay: expected a finite number, at least 0, got {config.weight_decay}")
+            raise InputError(f"`weight_decay`: expected a finite number, at least 0, got {config.weight_decay}")
     for name in sorted(RESERVED.keys() & (config.model_args or {}).keys()):
-        raise InputError(f"--model-arg {name}: {RESERVED[name]}")
+        raise InputError(f"`model_args` {name}: {RESERVED[name]}")
     for name in sorted({"stem_stride", "patch_size"} & (config.model_args or {}).keys()):
         if config.stem_stride is not None:
-            raise InputError(f"--model-arg {name}: --stem-stride is {config.stem_stride} already: give it there alone")
+            raise InputError(f"`model_args` {name}: `stem_stride` is {config.stem_stride} already: give it there alone")
     if not config.epochs and not config.sgd_epochs:
-        both = "" if config.sgd_epochs is None else " and --sgd-epochs are both"
-        raise InputError(f"--epochs{both or ' is'} 0: nothing to train")
+        both = "" if config.sgd_epochs is None else " and `sgd_epochs` are both"
+        raise InputError(f"`epochs`{both or ' is'} 0: nothing to train")
     if config.rand_augment is not None:
         pair = tuple(config.rand_augment)
         if len(pair) != 2 or pair[0] < 1 or not 0 <= pair[1] < NUM_BINS:
             raise InputError(
-                f"--rand-augment: expected OPS of at least 1 and MAGNITUDE from 0 to {NUM_BINS - 1}, "
+                f"`rand_augment`: expected OPS of at least 1 and MAGNITUDE from 0 to {NUM_BINS - 1}, "
                 f"got {','.join(map(str, pair))}"
             )
     elif config.post_train:
-        raise InputError("--post-train: it follows training on augmented images: give --rand-augment too")
+        raise InputError("`post_train`: it follows training on augmented images: give `rand_augment` too")
 
 
 def _check_one_phase(config: TrainConfig) -> None:
     """Check what fits a single phase of training alone: the schedule, the average of weights, growing images."""
     if config.schedule not in SCHEDULES:
-        raise InputError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {config.schedule!r}")
+        raise InputError(f"`schedule`: expected one of {', '.join(SCHEDULES)}, got {config.schedule!r}")
     for name in _ONE_PHASE:
         value = getattr(config, name)
         if value in (None, "constant"):
             continue
         if config.optimizer == "dualopt":
-            raise InputError(f"{flag(name)}: needs a single phase, and --optimizer is dualopt: give adamw or sgd")
+            raise InputError(f"`{name}`: needs a single phase, and `optimizer` is dualopt: give adamw or sgd")
         if config.post_train:
-            raise InputError(f"{flag(name)}: needs a single phase, and --post-train adds one: leave one of them out")
+            raise InputError(f"`{name}`: needs a single phase, and `post_train` adds one: leave one of them out")
     if config.warmup_epochs is not None:
         if config.schedule == "constant":
-            raise InputError("--warmup-epochs: part of a schedule: give --schedule cosine or onecycle too")
+            raise InputError("`warmup_epochs`: part of a schedule: give `schedule` cosine or onecycle too")
         if not 0 <= config.warmup_epochs < config.epochs:
             raise InputError(
-                f"--warmup-epochs: expected at least 0 and less than --epochs {config.epochs}, "
+                f"`warmup_epochs`: expected at least 0 and less than `epochs` {config.epochs}, "
                 f"got {config.warmup_epochs}"
             )
     if config.progressive is not None:
         stages = config.progressive
         if not stages or not all(len(stage) == 2 and min(stage) >= 1 for stage in stages):
-            raise InputError(f"--progressive: expected pairs of a size and epochs, at least 1 each, got {stages}")
+            raise InputError(f"`progressive`: expected pairs of a size and epochs, at least 1 each, got {stages}")
         total = sum(epochs for _, epochs in stages)
         if total != config.epochs:
-            raise InputError(f"--progressive: its {total} epochs are not --epochs {config.epochs}: leave that out")
+            raise InputError(f"`progressive`: its {total} epochs are not `epochs` {config.epochs}: leave that out")
 
 
 def _modern_defaults(full: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -410,7 +410,7 @@ def _modern_defaults(full: dict[str, Any], given: dict[str, Any]) -> dict[str, A
 
 def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:
     if saved.get("post_training") and not config.post_train:
-        raise InputError("--post-train: the run is post-training already: it cannot be left out now")
+        raise InputError("`post_train`: the run is post-training already: it cannot be left out now")
     stages = {row.get("augmented", False) for row in saved["history"]}
     first, second = ("sgd", "adamw") if config.optimizer == "sgd" else ("adamw", "sgd")
     for name, phase in (("epochs", first), ("sgd_epochs", second)):
@@ -418,5 +418,5 @@ def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:
         done = max((rows.count(stage) for stage in stages), default=0)
         if (getattr(config, name) or 0) < done:
             raise InputError(
-                f"{flag(name)}: {getattr(config, name)}, but the run has done {done} epochs of {NAMES[phase]} already"
+                f"`{name}`: {getattr(config, name)}, but the run has done {done} epochs of {NAMES[phase]} already"
             )

@@ -175,21 +175,21 @@ def load_data(
         InputError: anything wrong with these arguments or with the files, or too little memory for them.
     """
     if name not in DATASETS:
-        raise InputError(f"--data: unknown dataset {name!r}{_closest(name)}; allowed: {', '.join(DATASETS)}")
+        raise InputError(f"`data`: unknown dataset {name!r}{_closest(name)}; allowed: {', '.join(DATASETS)}")
     if on_corrupt not in ("error", "skip"):
-        raise InputError(f"--on-corrupt: expected error or skip, got {on_corrupt!r}")
+        raise InputError(f"`on_corrupt`: expected error or skip, got {on_corrupt!r}")
     for arg, value in (
-        ("--img-size", img_size),
-        ("--limit-train", limit_train),
-        ("--limit-test", limit_test),
-        ("--validation", validation),
+        ("img_size", img_size),
+        ("limit_train", limit_train),
+        ("limit_test", limit_test),
+        ("validation", validation),
     ):
         if value is not None and not (isinstance(value, Integral) and value >= 1 and not isinstance(value, bool)):
-            raise InputError(f"{arg}: expected a whole number, at least 1, got {value}")
+            raise InputError(f"`{arg}`: expected a whole number, at least 1, got {value}")
     if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
         raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
     if validation is not None and "train" not in splits:
-        raise InputError(f"--validation: taken from the training images, and splits are {splits!r}")
+        raise InputError(f"`validation`: taken from the training images, and splits are {splits!r}")
     if limit_train is not None:
         limit_train += validation or 0
     limits = {"train": limit_train, "test": limit_test}
@@ -250,7 +250,7 @@ def _hold_out(data: Data, n: int, seed: int) -> Data:
     order = order[torch.argsort(share[order], stable=True)]
     held, rest = order[:n].sort().values, order[n:].sort().values
     if len(labels[rest].unique()) < len(labels.unique()):
-        raise InputError(f"--validation: {n} of {len(labels)} training images leave a class without one to train on")
+        raise InputError(f"`validation`: {n} of {len(labels)} training images leave a class without one to train on")
     splits = {"train": rest, VALIDATION: held}
     return replace(data, splits=data.splits | {name: data.train.subset(i) for name, i in splits.items()})
 
@@ -267,7 +267,7 @@ def _readable(name: str, loaded: dict[Source, Decoded], log: Callable[[str], Non
         lost = set((~found.labels[~good]).tolist()) - set(labels.tolist())
         if lost:
             where = f"{source.split} images of {found.classes[min(lost)]}"
-            raise InputError(f"--data-dir: {source.root}: not one of the {where} could be read")
+            raise InputError(f"`data_dir`: {source.root}: not one of the {where} could be read")
         splits[source.split] = ImageSet(found.images, labels, skipped, _fingerprint=found.fingerprint)
     return Data(name, found.classes, source.img_size, splits)
 
@@ -289,7 +289,7 @@ def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
         return replace(data, splits={name: split.to(device) for name, split in data.splits.items()})
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"--data-on-device: the images take {size / 2**30:.2f} GiB, which {device} has not free; leave it out"
+            f"`data_on_device`: the images take {size / 2**30:.2f} GiB, which {device} has not free; leave it out"
         ) from error
 
 

@@ -74,10 +74,10 @@ class World:
         if self.size == 1 or device.type != "cuda":
             return device
         if device.index is not None:
-            raise InputError(f"--device: {device} is one GPU and there are {self.size} processes; give cuda")
+            raise InputError(f"`device`: {device} is one GPU and there are {self.size} processes; give cuda")
         local, gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if local >= gpus:
-            raise InputError(f"--device: process {local} of this machine has no GPU of its own, there are {gpus}")
+            raise InputError(f"`device`: process {local} of this machine has no GPU of its own, there are {gpus}")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 

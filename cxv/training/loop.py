@@ -135,7 +135,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     theirs = world.from_main(lambda: fingerprint)
     with world.together():
         if theirs != fingerprint:
-            raise InputError(f"--data: the images that process {world.rank} finds are not those of process 0")
+            raise InputError(f"`data`: the images that process {world.rank} finds are not those of process 0")
         if saved is not None:
             _check_same_data(saved, data, fingerprint, output)
         data = to_device(data, device, config.data_on_device)
@@ -230,7 +230,7 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
             # after the checkpoint, which is the truth: a resumed run rewrites them
             _write_metrics(output, history)
         except InputError as error:
-            kept = f"; what {output / LAST} has is kept, and --resume goes on from it" if history else ""
+            kept = f"; what {output / LAST} has is kept, and `resume` goes on from it" if history else ""
             raise InputError(f"{error}{kept}") from error
 
     if not named:
@@ -307,8 +307,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     except RuntimeError as error:
         if out_of_memory(error):
             raise InputError(
-                f"--batch-size {config.batch_size}: out of memory on {device} ({str(error).split('.')[0]}); use "
-                "a smaller one (--accumulate keeps the step the same), --fused, or --precision fp16. The last good "
+                f"`batch_size` {config.batch_size}: out of memory on {device} ({str(error).split('.')[0]}); use "
+                "a smaller one (`accumulate` keeps the step the same), `fused`, or `precision` fp16. The last good "
                 f"checkpoint is {output / LAST}"
             ) from error
         if not world.has_lost_a_peer(error):
@@ -427,12 +427,12 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device: {name!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from error
+        raise InputError(f"`device`: {name!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from error
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise InputError(f"--device: {name!r} cannot be used here ({reason}); use auto or cpu") from error
+        raise InputError(f"`device`: {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device
 
 
@@ -443,9 +443,9 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
         InputError: unknown, or fp16 on a CPU, where torch has no fast half arithmetic to train with.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise InputError(f"`precision`: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"--precision: fp16 needs a CUDA device, and this is {device}; use bf16 or fp32")
+        raise InputError(f"`precision`: fp16 needs a CUDA device, and this is {device}; use bf16 or fp32")
     dtype = PRECISIONS[precision]
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
@@ -614,7 +614,7 @@ class _Epoch:
     def _diverged(self, what: str) -> NoReturn:
         raise (InputError if self.world.is_main else PeerError)(
             f"{what}; the last good checkpoint is {self.output / LAST} (after epoch {self.opt.epoch}). "
-            "Try a smaller --lr, or --precision fp32"
+            "Try a smaller `lr`, or `precision` fp32"
         )
 
 
@@ -625,7 +625,7 @@ def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, 
     resolved = resolve(config)
     if resolved[0].batch_size < world.size:
         raise InputError(
-            f"--batch-size: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
+            f"`batch_size`: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
         )
     return resolved
 
@@ -642,7 +642,7 @@ def _build_model(
         try:
             model = create_model(config.model, checkpoint=config.init, **kwargs)
         except REFUSALS as error:
-            raise InputError(f"--init: {first_line(error)}") from error
+            raise InputError(f"`init`: {first_line(error)}") from error
         return model, model.model_kwargs | kwargs
     kwargs = kwargs if saved is None else saved["model_kwargs"] | kwargs
     return build_model(config.model, kwargs), kwargs
@@ -665,7 +665,7 @@ def _try_model(
             model.eval()(torch.zeros(1, *shape, device=device))
     except REFUSALS as error:
         size = "×".join(map(str, shape))
-        raise InputError(f"--model {name}: refuses an image of {size}: {first_line(error)}") from error
+        raise InputError(f"`model` {name}: refuses an image of {size}: {first_line(error)}") from error
     model.train()
 
 
@@ -673,7 +673,7 @@ def _make_output(output: Path, overwrite: bool) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output: cannot create {output} ({error.strerror})") from error
+        raise InputError(f"`output`: cannot create {output} ({error.strerror})") from error
     if overwrite:
         for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
             (output / name).unlink(missing_ok=True)
@@ -776,13 +776,13 @@ def _augmentation(config: TrainConfig) -> Augmentation | None:
 def _check_same_data(saved: dict[str, Any], data: Data, fingerprint: dict[str, int], output: Path) -> None:
     if saved["classes"] != data.classes:
         raise InputError(
-            f"--resume: the run in {output} has the classes {_list(saved['classes'])}, the data has "
+            f"`resume`: the run in {output} has the classes {_list(saved['classes'])}, the data has "
             f"{_list(data.classes)}"
         )
     changed = [split for split, value in fingerprint.items() if saved["data_fingerprint"][split] != value]
     if changed:
         raise InputError(
-            f"--resume: the {' and the '.join(changed)} images of {data.name} are not those that the run "
+            f"`resume`: the {' and the '.join(changed)} images of {data.name} are not those that the run "
             f"in {output} was started with"
         )
 

@@ -155,7 +155,7 @@ def check_suffix(path: str | Path) -> None:
         InputError: it ends on something else than .html or .png.
     """
     if Path(path).suffix not in SUFFIXES:
-        raise InputError(f"--report: expected a file name that ends on {' or '.join(SUFFIXES)}, got {str(path)!r}")
+        raise InputError(f"`report`: expected a file name that ends on {' or '.join(SUFFIXES)}, got {str(path)!r}")
 
 
 def _nan_last(value: float) -> float:

@@ -66,24 +66,24 @@ def _check_root(config: TrainConfig, root: Path) -> tuple[list[Path], dict[str, 
     """The runs in ``root`` that have begun, and when resuming their arguments."""
     begun = _begun(root)
     if config.seed is not None:
-        raise InputError("--seed: with several seeds give --seeds alone")
+        raise InputError("`seed`: with several seeds give `seeds` alone")
     if config.resume and not begun:
-        raise InputError(f"--resume: {root} holds no runs with several seeds to go on with")
+        raise InputError(f"`resume`: {root} holds no runs with several seeds to go on with")
     if begun and not config.resume and not config.overwrite:
         raise InputError(
-            f"--output: {root} holds other runs ({', '.join(path.name for path in begun)}); give --resume to go on "
-            "with them, --overwrite to delete them, or another directory"
+            f"`output`: {root} holds other runs ({', '.join(path.name for path in begun)}); give `resume` to go on "
+            "with them, `overwrite` to delete them, or another directory"
         )
     if (root / LAST).exists():
-        raise InputError(f"--output: {root} holds a single run: give another directory for several seeds")
+        raise InputError(f"`output`: {root} holds a single run: give another directory for several seeds")
     run = dict(read_last(begun[0])[0]["args"]) if config.resume else {}
     seeds = config.seeds or run["seeds"]
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise InputError(f"--seeds: expected different whole numbers, at least 0, got {','.join(map(str, seeds))}")
+        raise InputError(f"`seeds`: expected different whole numbers, at least 0, got {','.join(map(str, seeds))}")
     stale = [path.name for path in begun if path.name not in {f"seed-{seed}" for seed in seeds}]
     if config.overwrite and stale:
         raise InputError(
-            f"--overwrite: {root} holds runs of other seeds too ({', '.join(stale)}): delete them yourself"
+            f"`overwrite`: {root} holds runs of other seeds too ({', '.join(stale)}): delete them yourself"
         )
     return begun, run
 

@@ -149,11 +149,11 @@ def tiny_imagenet_sources(
                 files["test"][wnid].append(root / "val" / "images" / image)
     except (OSError, KeyError, ValueError) as error:
         raise InputError(
-            f"--data-dir: {root} is not Tiny ImageNet as it was published ({_TINY_LAYOUT}): {one_line(error)}"
+            f"`data_dir`: {root} is not Tiny ImageNet as it was published ({_TINY_LAYOUT}): {one_line(error)}"
         ) from error
     empty = next((f"{split}: {w}" for split, groups in files.items() for w, found in groups.items() if not found), None)
     if empty is not None:
-        raise InputError(f"--data-dir: {root} has no image of a class ({empty}); expected {_TINY_LAYOUT}")
+        raise InputError(f"`data_dir`: {root} has no image of a class ({empty}); expected {_TINY_LAYOUT}")
     classes = [words.get(wnid, wnid).strip() for wnid in wnids]
     return _file_sources(root, classes, files, splits, img_size or 64, select, on_corrupt)
 
@@ -167,16 +167,16 @@ def folder_sources(
 ) -> list[Source]:
     """``data_dir/train/CLASS/…`` and ``data_dir/test/CLASS/…``, or ``val``."""
     if data_dir is None:
-        raise InputError("--data-dir: needed for --data folder")
+        raise InputError("`data_dir`: needed for `data` folder")
     root = Path(data_dir)
     if not root.is_dir():
-        raise InputError(f"--data-dir: {root} is not a directory")
+        raise InputError(f"`data_dir`: {root} is not a directory")
     where = {}
     for split in splits:
         names = ("train",) if split == "train" else ("test", "val")
         where[split] = next((root / n for n in names if (root / n).is_dir()), None)
         if where[split] is None:
-            raise InputError(f"--data-dir: {root} has no directory {' or '.join(n + '/' for n in names)}")
+            raise InputError(f"`data_dir`: {root} has no directory {' or '.join(n + '/' for n in names)}")
     files = {split: _list_images(folder) for split, folder in where.items()}
     classes = list(next(iter(files.values())))
     for split, found in files.items():
@@ -190,9 +190,9 @@ def folder_sources(
                 )
                 if names
             ]
-            raise InputError(f"--data-dir: the classes of {first} and {where[split]} differ ({'; '.join(only)})")
+            raise InputError(f"`data_dir`: the classes of {first} and {where[split]} differ ({'; '.join(only)})")
     if len(classes) < 2:
-        raise InputError(f"--data-dir: {where[splits[0]]} has one class ({classes[0]}), at least two are needed")
+        raise InputError(f"`data_dir`: {where[splits[0]]} has one class ({classes[0]}), at least two are needed")
     return _file_sources(root, classes, files, splits, img_size, select, on_corrupt)
 
 
@@ -280,7 +280,7 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, img_size: int, on_co
                 if isinstance(image, Tensor):
                     images.append(image)
                 elif on_corrupt == "error":
-                    raise InputError(f"{image}; --on-corrupt skip leaves such images out") from image
+                    raise InputError(f"{image}; `on_corrupt` skip leaves such images out") from image
                 else:
                     print(f"skipped {image}", file=sys.stderr)
                     found[i] = ~found[i]

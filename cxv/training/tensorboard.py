@@ -22,13 +22,13 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError("--tensorboard: needs the package tensorboard: pip install 'cxv[tensorboard]'") from error
+            raise InputError("`tensorboard`: needs the package tensorboard: pip install 'cxv[tensorboard]'") from error
         try:
             for path in folder.glob("events.out.tfevents.*"):
                 path.unlink()
             self._writer = SummaryWriter(str(folder))
         except OSError as error:
-            raise InputError(f"--tensorboard: cannot write {folder}: {error.strerror or error}") from error
+            raise InputError(f"`tensorboard`: cannot write {folder}: {error.strerror or error}") from error
         self._phase: str | None = None
         for row in history:
             self.add(row)
