@@ -392,7 +392,8 @@ def build(name: str, mode: str) -> nn.Module:
         for module in model.modules():
             if hasattr(module, "_drop"):
                 module._drop = _eager_dropout(module)
-    model.set_grad_checkpointing(mode == "checkpointed")
+    if mode == "checkpointed":
+        model.set_grad_checkpointing()
     return model
 
 

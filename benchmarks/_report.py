@@ -139,8 +139,8 @@ def noise_line(rows: Sequence[Row]) -> str:
     if not noisy:
         return ""
     return (
-        f"{len(noisy)} of {len(rows)} rows are noisy: an interquartile range exceeds half of its median. The machine "
-        "was busy. Run again before you use these times. Memory figures are not affected."
+        f"{len(noisy)} of {len(rows)} rows are noisy: an interquartile range exceeds half of its median.\n"
+        "The machine was busy. Run again before you use these times. Memory figures are not affected."
     )
 
 
