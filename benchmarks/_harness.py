@@ -507,8 +507,6 @@ class Parser(argparse.ArgumentParser):
             torch.set_num_threads(arguments.threads)
         # the tables show where the reference runs
         warnings.filterwarnings("ignore", message=".*using the plain PyTorch implementation", category=UserWarning)
-        if arguments.device == "cuda":  # a GPU kernel is used after it has passed its check on this GPU
-            print(checks.summary(cxv_kernels.verify("cuda", {*arguments.dtype, torch.float32}, (HEAD_DIM,))))
         return arguments
 
 

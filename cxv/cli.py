@@ -28,7 +28,6 @@ from .training.optim import SCHEDULES
 from .training.report import Report, check_suffix
 from .training.seeds import has_seeds, train_seeds
 from .training.sources import decode_image
-from .training.verify import verify_kernels
 
 CALIBRATION_IMAGES, CHECK_IMAGES = 512, 1000  # of cxv export
 _ARGUMENTS = {*(f.name for f in fields(TrainConfig)), "format", "report"}  # those that errors of the library name
@@ -113,8 +112,6 @@ def _eval(args: argparse.Namespace) -> None:
         precision = "fp32"
     batch_size = args.batch_size or run["batch_size"]
     how = (model, data.test, batch_size, device, autocast_for(precision, device))
-    if (checked := verify_kernels(model, device, PRECISIONS[precision])) is not None:
-        print(checked)
     if args.report is None:
         loss, top1 = evaluate(*how)
     else:

@@ -7,9 +7,9 @@ heads. Nested tensors must be padded, with a ``key_mask``; sparse tensors must b
 
 import torch
 
+from . import self_check  # noqa: F401  validates GPU kernels on their first use
 from ._version import __version__
 from .backends import BACKENDS, OPS, bind_backend, explain_backend, get_backend, use_backend
-from .checks import verify
 from .conv_norm import conv_norm
 from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
 from .linear_attention import kv_state, linear_attention
@@ -41,5 +41,4 @@ __all__ = [
     "performer_features",
     "replace_attention",
     "use_backend",
-    "verify",
 ]

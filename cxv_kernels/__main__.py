@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, checks
+from . import __version__, checks, self_check
 from ._extension import CPP_MISSING, build_info
 from .backends import BACKENDS, OPS, explain_backend
 from .validation import FLOAT_DTYPES
@@ -30,6 +30,7 @@ def _describe() -> None:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         print(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}")
+        print(f"verdicts of the self-check on first use: {self_check.cache_file() or 'in memory only'}")
     else:
         print("GPU: none that PyTorch can use")
 

@@ -2,8 +2,8 @@
 
 A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if the
 backend supports them, else the reason as text; ``dim`` is the largest number of channels of a head (0: any).
-``"auto"`` takes the first backend of :func:`dispatch_order` that supports the call. If there is none, it takes the
-reference, with one warning per reason.
+``"auto"`` takes the first backend of :func:`dispatch_order` that supports the call and, on a GPU, passes its self-check
+(:mod:`cxv_kernels.self_check`). If there is none, it takes the reference, with one warning per reason.
 """
 
 import contextlib
@@ -31,9 +31,11 @@ OPS = (
 
 Result = TypeVar("Result")
 Check = Callable[[torch.device, torch.dtype, int], str | None]
+SelfCheck = Callable[[str, str, torch.device, torch.dtype, bool], str | None]
+
+FAILED = "failed its self-check"  # how the reason against such a backend begins; the self-check warns about it
 
 _checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
-_verified: dict[tuple[int, str, str], frozenset[str]] = {}  # (a GPU's index, op, dtype) → what verify() has found right
 _announced: set[str] = set()
 # Dynamo reads a ContextVar, and compiles again when its value changes, since PyTorch 2.14; it cannot set one.
 _DYNAMO_READS_CONTEXTVARS = torch.__version__ >= (2, 14)
@@ -155,36 +157,23 @@ def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
     return bound
 
 
-def _candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-    """Return the backends that "auto" tries, in order, each with the reason to skip it, if there is one."""
-    if device.type != "cuda":
-        return [(name, None) for name in dispatch_order(device)]
-    validated = _verified.get((device.index or 0, op, _name(dtype)))
-    if validated is None:
-        reason = "has not been validated on this GPU yet (call cxv_kernels.verify())"
-        return [(name, reason) for name in dispatch_order(device)]
-    return [
-        (name, None if name in validated else "has not passed its check on this GPU") for name in dispatch_order(device)
-    ]
+def register_self_check(function: SelfCheck) -> None:
+    """Set the function of (op, backend, device, dtype, may_run) that returns why "auto" may not use a GPU kernel."""
+    global _self_check
+    _self_check = function
 
 
-def _name(dtype: torch.dtype) -> str:
+def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype, may_run: bool) -> str | None:
+    raise NotImplementedError("register_self_check() sets it")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float16"`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")
 
 
-def to_verify(op: str, device: torch.device, dtype: torch.dtype, dim: int) -> list[str]:
-    """Return the fused backends that "auto" uses on a GPU once their checks have passed."""
-    return [name for name in dispatch_order(device) if _unsupported(op, name, device, dtype, dim) is None]
-
-
-def set_verified(op: str, device: torch.device, dtype: torch.dtype, backend: str, passed: bool) -> None:
-    """Set whether "auto" uses this backend on this GPU from now on, in this process."""
-    key = (device.index or 0, op, _name(dtype))
-    others = _verified.get(key, frozenset()) - {backend}
-    _verified[key] = others | {backend} if passed else others
-
-
-def _unsupported(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def unsupported(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """Return the reason why ``backend`` does not support ``op`` for this device, dtype and channels, or None."""
     check = _checks[op].get(backend)
     return f"has no kernel for {op}" if check is None else check(device, dtype, dim)
 
@@ -199,7 +188,8 @@ def explain_backend(
 
     Returns:
         A backend's name → ``"serves"`` if it supports the op, else the reason why it does not; and ``"auto"`` → the
-        backend that is used by default, with the reasons against the others if that is the reference.
+        backend that is used by default, with the reasons against the others if that is the reference. A GPU kernel
+        that has not been validated yet is used if it passes its self-check, which runs at the first call.
 
     Raises:
         ValueError: unknown op; TypeError: no floating dtype.
@@ -209,23 +199,31 @@ def explain_backend(
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     device = torch.device(device)
-    named = {name: _unsupported(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
-    selected, reasons = _first(op, _candidates(op, device, dtype), device, dtype, dim)
+    named = {name: unsupported(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
+    selected, reasons = _first(op, None, device, dtype, dim, may_run=False)
     return {"auto": selected or f"reference ({_because(reasons, device)})", "reference": "serves"} | named
 
 
 def _first(
     op: str,
-    candidates: list[tuple[str, str | None]],
+    names: list[str] | None,
     device: torch.device,
     dtype: torch.dtype,
     dim: int,
     declined: Callable[[str], str | None] = lambda _: None,
+    may_run: bool = True,
 ) -> tuple[str | None, list[str]]:
-    """Return the first of these backends that supports the call, or None, and the reasons of those before it."""
+    """Return the first backend that computes the call, or None, and the reasons of those before it.
+
+    Args:
+        names: the backends to try; None: those of the dispatch table, whose GPU kernels must have been validated.
+        may_run: run the self-check of a GPU kernel that has no verdict yet.
+    """
     reasons: list[str] = []
-    for name, skipped in candidates:
-        reason = declined(name) or _unsupported(op, name, device, dtype, dim) or skipped
+    for name in dispatch_order(device) if names is None else names:
+        reason = declined(name) or unsupported(op, name, device, dtype, dim)
+        if reason is None and names is None and device.type == "cuda":
+            reason = _self_check(op, name, device, dtype, may_run)
         if reason is None or name == "reference":
             return name, reasons
         reasons.append(f"{name} {reason}")
@@ -256,19 +254,21 @@ def resolve(
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: a backend was named and does not support the call; the message gives its reason.
+        RuntimeError: a backend was named and does not support the call; the message gives its reason. Or the
+            self-check of a kernel has left the GPU unusable.
     """
     wanted = _active.get() if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
-    candidates = _candidates(op, device, dtype) if wanted == "auto" else [(name, None) for name in wanted.split(",")]
-    if wanted == "auto" and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
-        candidates = [(name, "is not available to TorchScript") for name, _ in candidates]
-    name, reasons = _first(op, candidates, device, dtype, dim, declined)
+    names = None if wanted == "auto" else wanted.split(",")
+    if names is None and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
+        declined = lambda _: "is not available to TorchScript"  # noqa: E731
+    name, reasons = _first(op, names, device, dtype, dim, declined)
     if name is not None:
         return name
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} does not support {op} for {dtype} on {device}: {'; '.join(reasons)}")
-    if not torch.compiler.is_compiling() and device.type != "meta":  # nothing is computed there
+    announced = any(FAILED in reason for reason in reasons)
+    if not announced and not torch.compiler.is_compiling() and device.type != "meta":  # nothing is computed there
         _announce(op, device, reasons)
     return "reference"
 

@@ -5,8 +5,7 @@
 
 import contextlib
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +18,7 @@ from .dropout import dropout, gelu_dropout
 from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
-from .validation import FLOAT_DTYPES, accumulate_dtype, to_number
+from .validation import FLOAT_DTYPES, accumulate_dtype
 
 
 @contextlib.contextmanager
@@ -55,17 +54,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The largest error of outputs and gradients over its tolerance: the check has passed if ``ratio`` ≤ 1."""
+    """The error and the tolerance of the output or gradient that is the worst by their ratio."""
 
     case: Case
     backend: str
     dtype: torch.dtype
     error: float
-    ratio: float
+    tolerance: float
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.tolerance
 
     @property
     def passed(self) -> bool:
-        return self.ratio <= 1
+        return self.error <= self.tolerance
 
 
 def cases(
@@ -174,13 +177,13 @@ def run(
     expected = outputs_and_gradients(case, [t.to(exact_on).double() for t in inputs], "reference", dtype)
     with without_tf32():
         found = outputs_and_gradients(case, inputs, backend, dtype)
-    error, ratio = 0.0, 0.0
+    results = []
     for got, want in zip(found, expected, strict=True):
         worst = float((got.detach().to(want.device).to(want.dtype) - want.detach()).abs().max())
         bound = tolerance(want.detach(), dtype, case.depth, case.amplification)
         worst = worst if worst == worst else float("inf")
-        error, ratio = max(error, worst), max(ratio, worst / bound)
-    return Result(case, backend, dtype, error, ratio)
+        results.append(Result(case, backend, dtype, worst, bound))
+    return max(results, key=lambda result: result.ratio)
 
 
 def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str, str]]:
@@ -193,103 +196,3 @@ def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str,
                 served = backends.explain_backend(case.op, device, dtype, case.dim)[backend]
                 found.append(run(case, backend, device, dtype) if served == "serves" else (case.op, backend, served))
     return found
-
-
-def verify(
-    device: str | torch.device = "cuda",
-    dtypes: Collection[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
-    dims: Collection[int] = (32,),
-    ops: Collection[str] = backends.OPS,
-) -> list[Result]:
-    """Check every op's GPU kernels, forward and backward, on this GPU, and let ``"auto"`` use those that are right.
-
-    Small inputs against the float64 reference on the CPU; an op's kernels of a backend are in for a dtype if all its
-    cases pass. Takes seconds, and where Triton's kernels are compiled first, once, a minute or two. It holds for this
-    process and this GPU: before ``torch.compile``, and in each process of several. How much faster than plain PyTorch
-    they are is not checked.
-
-    Args:
-        device: a GPU.
-        dtypes: of q, k, v, images; what the GPU or the kernels have not is left out.
-        dims: channels of the heads to come. What serves them serves others too, by instances that were not checked.
-        ops: names from ``OPS``.
-
-    Returns:
-        What was checked. What has failed, ``ratio`` > 1, is warned of, too; ``"auto"`` passes it over.
-
-    Raises:
-        ValueError: no such GPU; a dtype, a number of channels or an op that is none.
-        RuntimeError: a kernel has left the GPU unusable for this process.
-    """
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be a GPU that PyTorch can use, got {str(device)!r}")
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if bad := [dtype for dtype in dtypes if dtype not in FLOAT_DTYPES]:
-        raise ValueError(f"dtypes must be some of {', '.join(map(str, FLOAT_DTYPES))}, got {bad[0]}")
-    dims = [to_number(dim) for dim in dims]
-    if bad := [dim for dim in dims if dim < 1]:
-        raise ValueError(f"dims must be 1 or more, got {bad[0]}")
-    if bad := [op for op in ops if op not in backends.OPS]:
-        raise ValueError(f"ops must be some of {', '.join(map(repr, backends.OPS))}, got {bad[0]!r}")
-    results: list[Result] = []
-    failures: dict[tuple[str, str], list[str]] = {}
-    passed: dict[tuple[str, torch.dtype, str], bool] = {}
-    with _default_modes(device):
-        for case in [case for dim in dims for case in cases(dim=dim) if case.op in ops]:
-            for dtype in dtypes:
-                for backend in backends.to_verify(case.op, device, dtype, case.dim):
-                    result, why = _run_or_fail(case, backend, device, dtype)
-                    results.append(result)
-                    key = (case.op, dtype, backend)
-                    passed[key] = passed.get(key, True) and result.passed
-                    if not result.passed:
-                        failures.setdefault((case.op, backend), []).append(f"{case.label}, {dtype}: {why}")
-    for (op, backend), reasons in failures.items():
-        shown = "; ".join(reasons[:2]) + ("; …" if len(reasons) > 2 else "")
-        warnings.warn(f'{op} by {backend} has failed on {device}, and "auto" passes it over ({shown})', stacklevel=2)
-    for (op, dtype, backend), right in passed.items():
-        backends.set_verified(op, device, dtype, backend, right)
-    return results
-
-
-def summary(results: Collection[Result]) -> str:
-    """In a line which backend is right for which ops, and for which one has failed in a case or more."""
-    served = dict.fromkeys((r.backend, r.case.op) for r in results)
-    wrong = {(r.backend, r.case.op) for r in results if not r.passed}
-    parts = []
-    for backend in dict.fromkeys(backend for backend, _ in served):
-        for what, these in (("is right for", served.keys() - wrong), ("has failed for", wrong)):
-            if found := [op for name, op in served if (name, op) in these and name == backend]:
-                parts.append(f"{backend} {what} {', '.join(found)}")
-    return "; ".join(parts) or "no fused kernel serves"
-
-
-@contextlib.contextmanager
-def _default_modes(device: torch.device) -> Iterator[None]:
-    """The modes that the checks are made for, whatever the caller has set."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cuda", enabled=False),
-        torch.cuda.device(device),
-    ):
-        yield
-
-
-def _run_or_fail(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Result, str]:
-    """:func:`run` and how far off it is; a kernel that does not compile or start has failed."""
-    try:
-        result = run(case, backend, device, dtype)
-        return result, f"differs from float64 by {result.error:.1e}, {result.ratio:.1f} × what is allowed"
-    except Exception as error:  # Triton's compiler and launcher raise classes of their own
-        why = f"{type(error).__name__}: {error}"
-        try:
-            torch.cuda.synchronize(device)
-        except RuntimeError as dead:
-            raise RuntimeError(
-                f"{case.op} ({case.label}, {dtype}) by {backend} has left {device} unusable for this process ({dead}); "
-                "without verify() the references serve"
-            ) from error
-        return Result(case, backend, dtype, math.inf, math.inf), why

@@ -13,7 +13,7 @@ import device
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(device.missing() is not None, reason=f"the host as a GPU {device.missing()}"),
+    pytest.mark.skipif(device.missing() is not None, reason=f"the fake CUDA device {device.missing()}"),
 ]
 HERE = Path(__file__).parent
 TRIED = (2, 15)  # the newest PyTorch that is known to find a GPU in it
@@ -49,7 +49,7 @@ def test_ops(gpu):
     """What both have in common is tried on the newer one; on the older, each tensor has a guard behind it."""
     only, environment = (), {}
     if gpu.arch < 80:
-        only, environment = ("-k", "float64 or strides"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        only, environment = ("-k", "float64 or strides or first_use"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = run(gpu, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *only, HERE / "host_gpu", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]
@@ -75,3 +75,41 @@ def test_a_newer_card_with_older_code_alone(gpu):
     assert asked.startswith("runs sm_75's code on this sm_90, without bfloat16: build it with TORCH_CUDA_ARCH_LIST=9.0")
     assert "bfloat16 needs tensor cores of compute capability 8.0 and up, and kernels built for them" in said
     assert found == "True", done.stderr
+
+
+FIRST_USE = """
+import sys, types, torch, cxv_kernels
+from cxv_kernels import checks, self_check
+op = sys.modules["cxv_kernels.linear_attention.op"]
+kernels = op.kernels
+if sys.argv[1:] == ["wrong"]:
+    wrong = lambda *args: tuple(2 * t for t in kernels("cuda").kv_state_forward(*args))
+    op.kernels = lambda _: types.SimpleNamespace(
+        kv_state_forward=wrong, kv_state_backward=kernels("cuda").kv_state_backward
+    )
+self_check._cases = lambda op: [case for case in checks.cases(1, 1, 40, 16) if case.op == op]
+k = torch.randn(1, 1, 8, 16, device="cuda").half()
+found = cxv_kernels.kv_state(k, k)[0]
+expected = cxv_kernels.kv_state(k, k, backend="reference")[0]
+print((found - expected).abs().max().item() < 1e-2, set(self_check._verdicts.values()) == {None})
+"""
+
+
+@card(75)
+def test_a_second_process_reads_the_verdict(gpu, tmp_path):
+    def first_use(folder, *arguments):
+        done = run(gpu, "-c", FIRST_USE, *arguments, CXV_CACHE=str(tmp_path / folder))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(), done.stderr
+
+    for count in (1, 0):
+        found, said = first_use("right")
+        assert found == ["True", "True"]
+        assert said.count("validating kv_state, float16, on ") == count
+        assert "is not used on" not in said
+    for count in (1, 0):
+        found, said = first_use("wrong", "wrong")
+        assert found == ["True", "False"]
+        assert said.count("validating kv_state, float16, on ") == count
+        assert said.count("kv_state: cuda is not used on ") == 1
+        assert "failed its self-check in float16 (softmax: error " in said

@@ -466,7 +466,7 @@ def test_numbers_of_other_libraries_are_pythons(name, kind, tmp_path):
 
 
 def test_every_public_function_with_numbers_is_called():
-    exempt = {"CXV", "verify"}  # CPV and the others call it; verify needs a GPU
+    exempt = {"CXV"}  # CPV and the others call it
     for module in (cxv, cxv_kernels, cxv.training):
         for name in module.__all__:
             function = getattr(module, name)

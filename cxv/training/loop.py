@@ -66,7 +66,6 @@ from .progress import Progress
 from .progressive import image_size_of, resize_batch
 from .summary import summarize, summary_line
 from .tensorboard import TensorBoard
-from .verify import verify_kernels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 16  # batches between looks at the loss: each look makes a GPU wait
@@ -156,7 +155,6 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     with world.together():
         model, kwargs = _build_model(config, kwargs, saved)
         model.to(device)
-        checked = verify_kernels(model, device, PRECISIONS[config.precision])
         for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
             _try_model(model, config.model, (data.in_chans, size, size), device, autocast)
     if config.compile:
@@ -250,8 +248,6 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     log(_recipe_line(config, selection))
     processes = "" if world.size == 1 else f" in each of {world.size} processes"
     log(f"on {device} with {torch.get_num_threads()} threads{processes}, output in {output}")
-    if checked is not None:
-        log(checked)
     if saved is None:
         with world.together():
             if world.is_main:

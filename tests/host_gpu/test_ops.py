@@ -1,4 +1,4 @@
-"""The CUDA backend whole, from Python to its kernels' source, on the host that plays a GPU (tests/test_host_gpu.py)."""
+"""The CUDA backend whole, from Python to its kernels' source, on the fake CUDA device (tests/test_host_gpu.py)."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import cxv
 import cxv_kernels
 from cxv.training import TrainConfig, train
-from cxv_kernels import backends, checks
+from cxv_kernels import backends, checks, self_check
 from cxv_kernels._triton import TRITON_MISSING
 from cxv_kernels.testing import peak_memory
 
@@ -32,7 +32,7 @@ CASES = [
     if case.op in OPS
 ]
 
-SMALL = partial(checks.cases, 1, 1, 40)
+SMALL = partial(checks.cases, 1, 1, 40)  # of a number of channels
 WAYS = ("forward", "backward")
 
 
@@ -166,33 +166,46 @@ def test_a_training_step_is_the_references(name, dtype):
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-def test_verify_by_float64(monkeypatch):
-    """What is right serves unasked. Triton's kernels compute nothing here, which is found."""
-    monkeypatch.setattr(backends, "_verified", {})
-    monkeypatch.setattr(checks, "cases", SMALL)
-    if ARCH >= 80:  # where they take long to compile
+@pytest.fixture
+def first_use(monkeypatch):
+    """As in a new process, with small cases, and without Triton where it takes long to compile."""
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(self_check, "_shown", set())
+    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(self_check, "_cases", lambda op: [case for case in SMALL(16) if case.op == op])
+    if ARCH >= 80:
         monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
-    rng = torch.get_rng_state(), torch.cuda.get_rng_state()
-    with warnings.catch_warnings(record=True) as said, torch.inference_mode(), torch.autocast("cuda"):
+
+
+def test_kernels_are_validated_on_their_first_use(first_use, capsys):
+    """Triton's kernels compute nothing here, so they fail."""
+    model = cxv.create_model("cpv-1/2", embed_dim=32, use_fused=True).cuda().eval()
+    image, rng = torch.randn(1, 3, 8, 8).cuda(), (torch.get_rng_state(), torch.cuda.get_rng_state())
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        results = cxv_kernels.verify("cuda", [torch.float16], [16], ["performer_attention", "conv_norm", "dropout"])
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16), AsFake() as mode:
+            model(image)
+            model(image)
+        cxv_kernels.gelu_dropout(image, 0.5, torch.tensor(5, device="cuda"))
     assert torch.equal(rng[0], torch.get_rng_state())
     assert torch.equal(rng[1], torch.cuda.get_rng_state())
-    assert all(result.passed == (result.backend == "cuda") for result in results)
-    assert len([result for result in results if result.backend == "cuda"]) == 5
-    triton = {result.case.op for result in results if result.backend == "triton"}
-    assert {str(w.message).partition(" by triton has failed")[0] for w in said} == triton
-    assert triton == ({"conv_norm", "dropout"} if ARCH < 80 and TRITON_MISSING is None else set())
-    model = cxv.create_model("cpv-1/2", embed_dim=32, use_fused=True).cuda()
-    with AsFake() as mode, torch.autocast("cuda", torch.float16):
-        model(torch.randn(1, 3, 8, 8).cuda())
     assert {"performer_attention_forward.default", "conv_norm_forward.default"} <= mode.seen
+    assert {key[1:3] for key, reason in self_check._verdicts.items() if reason is None} == {
+        ("performer_attention", "cuda"),
+        ("conv_norm", "cuda"),
+    }
+    output = capsys.readouterr().err
+    assert output.count("validating performer_attention, float16, on ") == 1
+    failed = {str(w.message).partition(" is not used on")[0] for w in caught if "not used on" in str(w.message)}
+    assert failed == ({"gelu_dropout: triton"} if ARCH < 80 and TRITON_MISSING is None else set())
 
 
-def test_what_is_verified_serves_compiled(monkeypatch):
-    monkeypatch.setattr(backends, "_verified", {})
-    for op in ("performer_attention", "conv_norm"):
-        backends.set_verified(op, torch.device("cuda", 0), LOW, "cuda", True)
+@pytest.mark.parametrize("known", [False, True], ids=["no-verdict", "verdict"])
+def test_validated_kernels_are_used_in_compiled_code(known, first_use, monkeypatch):
+    monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
+    torch._dynamo.reset()
+    for op in ("performer_attention", "conv_norm") if known else ():
+        monkeypatch.setitem(self_check._verdicts, (0, op, "cuda", LOW), None)
     found = set()
 
     def record(graph, _):
@@ -207,11 +220,9 @@ def test_what_is_verified_serves_compiled(monkeypatch):
     assert set(ops) <= found
 
 
-def test_training_in_float16(tmp_path, monkeypatch):
+def test_training_in_float16(tmp_path, first_use, monkeypatch):
     """The loop's CUDA side: images on the device, the scaler, the checkpoints, the best of which SGD goes on from."""
     monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
-    monkeypatch.setattr(backends, "_verified", {})
-    monkeypatch.setattr(checks, "cases", SMALL)
     config = TrainConfig(
         model="cpv-1/2",
         embed_dim=32,
@@ -228,8 +239,7 @@ def test_training_in_float16(tmp_path, monkeypatch):
     lines = []
     assert train(config, log=lines.append).epochs == 3
     assert "on cuda" in "\n".join(lines)
-    [line] = [line for line in lines if line.startswith("checked against float64 on ")]
-    assert line.endswith(": cuda is right for performer_attention, conv_norm")
+    assert self_check._verdicts == {(0, op, "cuda", torch.float16): None for op in ("performer_attention", "conv_norm")}
 
 
 def test_peak_of_the_allocator():

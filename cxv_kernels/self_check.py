@@ -1,0 +1,231 @@
+"""Validates a GPU kernel on its first use, and remembers the verdict.
+
+The first time that ``"auto"`` would use a GPU kernel for an op and dtype, the cases of :mod:`cxv_kernels.checks` run
+with it, forward and backward, against float64. A kernel that fails is not used. The verdicts are kept in memory, and in
+``self_check.json`` of the folder ``$CXV_CACHE``, by default ``cxv`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` ("none": no
+file), under the versions of everything that a kernel depends on. ``CXV_SELF_CHECK=0`` uses the kernels unchecked.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from . import backends, checks
+from ._version import __version__
+
+_log = logging.getLogger("cxv_kernels")
+_verdicts: dict[tuple[int, str, str, torch.dtype], str | None] = {}  # (GPU's index, op, backend, dtype) → why not
+_cached: dict[str, dict[str, str | None]] | None = None  # the file's content, once it has been read
+_shown: set[str] = set()
+_lock = threading.Lock()  # of a running check
+_cache_lock = threading.Lock()
+
+
+def reason_against(op: str, backend: str, device: torch.device, dtype: torch.dtype, may_run: bool = True) -> str | None:
+    """Return None if "auto" may use the GPU kernels of ``backend`` for this op and dtype, else the reason.
+
+    Args:
+        may_run: run the check if there is no verdict yet. If False, a kernel without a verdict may be used.
+
+    Raises:
+        RuntimeError: the check has left the GPU unusable for this process.
+    """
+    key = (device.index or 0, op, backend, dtype)
+    if key in _verdicts:
+        return _verdicts[key]
+    if os.environ.get("CXV_SELF_CHECK") == "0" or not (may_run or torch.cuda.is_available()):
+        return None
+    if not torch.cuda.is_available():
+        return "cannot run its self-check, because PyTorch finds no GPU"
+    cached, reason = _read_verdict(op, backend, device, dtype)
+    if cached:
+        return _set_verdict(key, reason)
+    if not may_run:
+        return None
+    # Waiting for a check in one of these two cases would break the capture, or stop the thread that the check needs.
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return "cannot run its self-check during the capture of a CUDA graph: call the op once before"
+    if torch._C._current_graph_task_id() != -1:
+        return "cannot run its self-check in a backward pass: call the op once before"
+    with _lock:
+        if key in _verdicts:  # another thread was first
+            return _verdicts[key]
+        # A new thread has none of the caller's modes: autograd, autocast, streams, transforms, fake tensors.
+        with ThreadPoolExecutor(1) as pool:
+            reason = pool.submit(_check, op, backend, device, dtype).result()
+        return _set_verdict(key, reason)
+
+
+# torch.compile calls the function while it traces, and takes the result for a constant. This is what
+# torch.compiler.assume_constant_result does, which would import torch._dynamo.
+reason_against._dynamo_marked_constant = True
+backends.register_self_check(reason_against)
+
+
+def _set_verdict(key: tuple[int, str, str, torch.dtype], reason: str | None) -> str | None:
+    _verdicts[key] = reason
+    if reason is not None:
+        index, op, backend, _ = key
+        _warn_once(
+            f"{op}: {backend} is not used on {torch.cuda.get_device_name(index)}, because it {reason}. "
+            "Run `python -m cxv_kernels` for details."
+        )
+    return reason
+
+
+def _warn_once(message: str) -> None:
+    if message not in _shown:
+        _shown.add(message)
+        warnings.warn(f"{message} (This warning is shown once.)", stacklevel=5)
+
+
+def _cases(op: str) -> list[checks.Case]:
+    """The shapes of a check: odd sizes, and those of a model with heads of 64 channels."""
+    both = [*checks.cases(), *checks.cases(batch=1, heads=2, tokens=1100, dim=64, ragged=False)]
+    return [case for case in both if case.op == op]
+
+
+def _check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run the cases of an op; return None if all pass, else the reason not to use the kernels."""
+    name, start = f"{op}, {backends.dtype_name(dtype)}", time.monotonic()
+    _tell(f"validating {name}, on {torch.cuda.get_device_name(device)}: first use only")
+    for case in _cases(op):
+        reason = f"{backends.FAILED} in {backends.dtype_name(dtype)} ({case.label}: "
+        try:
+            with torch.cuda.device(device):
+                result = checks.run(case, backend, device, dtype)
+        except Exception as error:  # Triton's compiler and launcher raise classes of their own
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError as unusable:
+                _write_verdict(op, backend, device, dtype, f"{reason}{unusable})")
+                raise RuntimeError(
+                    f"{op}: the self-check of {backend} in {backends.dtype_name(dtype)} has left {device} unusable for "
+                    f"this process ({unusable}): start it again, with cxv_kernels.use_backend('reference') if this "
+                    "error repeats"
+                ) from error
+            return f"{reason}{type(error).__name__}: {error})"  # not kept in the file: a missing compiler can be added
+        if not result.passed:
+            reason = f"{reason}error {result.error:.1e}, tolerance {result.tolerance:.1e})"
+            _write_verdict(op, backend, device, dtype, reason)
+            return reason
+    _log.info("%s: %s passed in %.1f s", name, backend, time.monotonic() - start)
+    _write_verdict(op, backend, device, dtype, None)
+    return None
+
+
+def _tell(message: str) -> None:
+    """Log a line, or print it to stderr if the logger does not show it: Triton may compile for half a minute."""
+    if _log.isEnabledFor(logging.INFO):
+        _log.info(message)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def cache_file() -> Path | None:
+    """Return the path of the file with the verdicts, or None if there is to be none."""
+    folder = os.environ.get("CXV_CACHE")
+    if folder == "none":
+        return None
+    try:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxv"
+    except RuntimeError:  # there is no home
+        return None
+    return (Path(folder) if folder else default) / "self_check.json"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, or of the CUDA that it supports."""
+    try:
+        if found := re.search(r"Module\s+([\d.]+)", Path("/proc/driver/nvidia/version").read_text()):
+            return found[1]
+    except OSError:
+        pass
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return f"for CUDA {version.value}"
+
+
+@functools.cache
+def _environment(device: torch.device) -> str:
+    """Everything that a verdict depends on: GPU, driver, versions, and the files of this package."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    package = Path(__file__).parent
+    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".json", ".so", ".pyd"))
+    stats = [(str(path.relative_to(package)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return (
+        f"{torch.cuda.get_device_name(device)}, driver {_driver()}, torch {torch.__version__}, triton {triton}, "
+        f"cxv {__version__}, files {zlib.crc32(repr(stats).encode()):08x}"
+    )
+
+
+def _entry(op: str, backend: str, dtype: torch.dtype) -> str:
+    return f"{op}, {backends.dtype_name(dtype)}, {backend}"
+
+
+def _read_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str | None]:
+    """Return whether the file has a verdict, and the verdict."""
+    global _cached
+    with _cache_lock:
+        if _cached is None:
+            _cached = _read_file()
+        verdicts, entry = _cached.get(_environment(device), {}), _entry(op, backend, dtype)
+        return entry in verdicts, verdicts.get(entry)
+
+
+def _read_file() -> dict[str, dict[str, str | None]]:
+    path = cache_file()
+    try:
+        content = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        values = [verdict for verdicts in content.values() for verdict in verdicts.values()]
+        if not all(verdict is None or isinstance(verdict, str) for verdict in values):
+            raise ValueError("it has entries that are no verdicts")
+    except (OSError, ValueError, AttributeError) as error:
+        _warn_once(f"cxv_kernels: ignoring the self-check verdicts in {path}, which cannot be read ({error}).")
+        return {}
+    return content
+
+
+def _write_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype, reason: str | None) -> None:
+    """Add a verdict to the file; processes that do so at once replace it whole, so it is never half written."""
+    global _cached
+    path = cache_file()
+    if path is None:
+        return
+    with _cache_lock:
+        _cached = content = _read_file()  # other processes may have added to it
+        content.setdefault(_environment(device), {})[_entry(op, backend, dtype)] = reason
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+                json.dump(content, file, indent=1)
+            os.replace(file.name, path)
+        except OSError as error:
+            _warn_once(
+                f"cxv_kernels: cannot write the self-check verdicts to {path} ({error.strerror}), so each process "
+                "checks its GPU kernels again. Set CXV_CACHE to a folder that can be written, or to 'none'."
+            )
