@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import needs_cpp
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import cxv_kernels
@@ -95,6 +96,14 @@ def test_first_use_runs_the_cases_of_the_op_and_dtype_once(op, card, capsys):
     assert capsys.readouterr().err == f"validating {op}, float16, on a card: first use only\n"
     assert selected(op, WIDE) == "triton"
     assert {run[:3] for run in card.runs} == {(op, "triton", dtype) for dtype in (HALF, WIDE)}
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", backends.OPS)
+def test_cases_pass_with_kernels_that_are_right(op):
+    results = [checks.run(case, "cpu", "cpu", HALF) for case in self_check._cases(op)]
+    assert len({result.case.shapes for result in results}) > 1
+    assert [result for result in results if not result.passed] == []
 
 
 @pytest.mark.filterwarnings("error")
