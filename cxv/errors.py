@@ -10,9 +10,8 @@ _MEMORY_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_
 class InputError(ValueError):
     """Something the user can put right: a bad argument, a missing file, a run that diverged.
 
-    The message is one line that names the argument or the file, what came, and what is allowed. Arguments are in
-    backticks, like `` `batch_size` ``. The command line prints the message without a traceback, and flags in place of
-    the arguments.
+    The message is one line that names the argument or the file, the value, and the allowed values. Arguments are in
+    backticks. The command line prints the message without a traceback, and flags in place of the arguments.
     """
 
 
