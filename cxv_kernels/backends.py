@@ -129,6 +129,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     ``"auto"``, and so do the replicas of ``nn.DataParallel``; ``asyncio.to_thread`` copies the caller's context. The
     backward pass uses the backend of its forward pass, whichever thread runs it. A function of ``torch.compile`` is
     compiled again when the setting changes (before PyTorch 2.14 it follows the latest setting of any thread).
+    ``torch.utils.checkpoint`` calls a function again in the backward pass: wrap it in :func:`bind_backend`.
 
     Raises:
         ValueError: unknown name.

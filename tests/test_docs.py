@@ -178,8 +178,8 @@ def test_links_lead_somewhere(name):
             assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], target
 
 
-def test_the_readme_is_five_minutes_long():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
 # --- the site and the notebook ---
