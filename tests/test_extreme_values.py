@@ -133,7 +133,9 @@ def check_with(compute: Callable, name: str, inputs: list[Tensor]) -> None:
     wants = with_gradients(oracle, exact, grad)
     sizes = [float(exponents(x).abs().max()) for x in exact[:2]]
     units, exponent = [1.0] * 4, 4.0  # relu's projection is a sum
-    if "relu" in name:  # of degree 0 in φ: the terms of its gradients are of the size of 1/φ
+    if "relu" in name:  # of degree 0 in φ: the terms of its gradients are of the size of 1/φ, a query's of its own
+        of_queries = exponents(exact[0]).abs().amax(-1)
+        sizes[0] = float(of_queries[of_queries > 0].min()) if of_queries.any() else 0.0
         units[1:3] = [min(1.0, size) or 1.0 for size in sizes]
     else:
         exponent = max(1.0, sum(sizes))
