@@ -95,9 +95,18 @@ def _warn_once(message: str) -> None:
 
 
 def _cases(op: str) -> list[checks.Case]:
-    """The shapes of a check: odd sizes, and those of a model with heads of 64 channels."""
-    both = [*checks.cases(), *checks.cases(batch=1, heads=2, tokens=1100, dim=64, ragged=False)]
-    return [case for case in both if case.op == op]
+    """The shapes of a check: odd sizes, heads of 64 channels, and many tokens.
+
+    The Performer's relu has few tokens, so that none of its features is near 0: the rounding of its sign would change
+    the gradient of a right kernel.
+    """
+    short = [
+        *checks.cases(batch=1, heads=2, tokens=70),
+        *checks.cases(batch=1, heads=1, tokens=130, dim=64, ragged=False),
+    ]
+    long = checks.cases(batch=1, heads=2, tokens=1100, dim=64, ragged=False)
+    long = [case for case in long if (case.op, case.label) != ("performer_attention", "relu")]
+    return [case for case in [*short, *long] if case.op == op]
 
 
 def _check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
