@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..models import CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP
 from ..models.arguments import image_size
 from ..models.backbone import Backbone
+from ..models.variants import variant_of
 from ..training.data import MEAN, STD
 
 _CFG = {
@@ -80,7 +81,7 @@ def _create(
         pretrained_cfg, overlay = None, {**pretrained_cfg, **overlay}
     features = {"out_indices": min(3, kwargs.get("depth", 3)), "feature_cls": "getter"}
     built = build_model_with_cfg(
-        model,
+        variant_of(model, kwargs),
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
