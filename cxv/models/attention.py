@@ -78,7 +78,7 @@ class Attention(ResidualBranch):
         self.register_parameter("pos_embed", None)  # learned positions (1, H·W, C), or None
 
     def pre_attention(self, x: Tensor) -> Tensor:
-        """What q, k and v are computed from: x with learned positions and the norm, where there are any."""
+        """The input of the maps to q, k and v: x, with learned positions and the norm if the branch has them."""
         if self.pos_embed is not None:
             if x.shape[2] * x.shape[3] != self.pos_embed.shape[1]:
                 raise ValueError(
@@ -88,7 +88,7 @@ class Attention(ResidualBranch):
         return self.normed(x)
 
     def apply_rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k (B, heads, N, D) with their rotary positions, where they have them."""
+        """q and k (B, heads, N, D), turned by their positions if ``rotary`` is set."""
         return (rotate(q), rotate(k)) if self.rotary else (q, k)
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -285,13 +285,14 @@ class ResidualBranch(nn.Module):
             return record_call(self, x)
         grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
         noise = self._draw_noise(x.device)
-        if (
+        whole = (
             not self.use_fused
-            or not all(map(is_unmodified, self.children()))
+            or not all(map(is_unmodified, self.children()))  # a modified layer sees the whole batch, once
             or (grad and not self.recompute)
             or (compiling and (not grad or torch.compiler.is_exporting()))
             or (not compiling and records_or_transforms())
-        ):
+        )
+        if whole:
             return self._run(x, self.first_image, *noise)
         if compiling:  # the compiler plans memory itself; dropout draws from seeds: there is no random state to restore
             return checkpoint(self._run, x, self.first_image, *noise, use_reentrant=False, preserve_rng_state=False)
@@ -314,7 +315,7 @@ class ResidualBranch(nn.Module):
         return out
 
     def normed(self, x: Tensor) -> Tensor:
-        """What the branch computes on, (B, C, H, W): x, or its norm."""
+        """The input of the branch, (B, C, H, W): x, or its norm."""
         return x if self.pre_norm is None else to_pixels(self.pre_norm(to_tokens(x)), x)
 
     def _chunk_size(self, x: Tensor) -> int:

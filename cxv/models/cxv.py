@@ -111,7 +111,7 @@ class CPV(CXV):
     """Convolutional Performer for Vision; CPV-5/4 has 1,345,994 parameters at 10 classes.
 
     Args:
-        attn_kernel: ``"softmax"`` (what the released code runs) or ``"relu"`` (what the text says).
+        attn_kernel: ``"softmax"`` (the released code) or ``"relu"`` (the text).
         attn_eps, stabilizer: as in :func:`cxv_kernels.performer_attention`. ``attn_eps=0`` is FAVOR+ proper; the
             default's 1e-4 comes to outweigh the keys in training, so that heads mostly average.
             ``stabilizer="batch"`` is the released code.

@@ -161,5 +161,5 @@ _ARGUMENTS = inspect.signature(Variant).parameters.keys() - {"kwargs"}
 
 
 def variant_of(build: Callable[..., nn.Module], kwargs: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    """Return what builds a model from ``kwargs``: ``build``, or its variant if an argument of section 5 is among them."""
+    """Return the class for ``kwargs``: ``build``, or its variant if an argument of section 5 is among them."""
     return _VARIANTS.get(build, build) if _ARGUMENTS & kwargs.keys() else build

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cxv
 import cxv_kernels
-import cxv_kernels.flops  # noqa: F401  registers the formulas
+import cxv_kernels.flops
 
 CASES = [
     ("cpv-1/2", {}),
@@ -31,22 +31,22 @@ IMAGES = torch.randn(3, 3, 8, 8)
 SIZES = ((6, 4), (9, 4), (9, 5))  # tokens and channels of q, k and v
 
 
-def count(function: Callable[[], Tensor]) -> tuple[int, int]:
-    """The FLOPs of the function and of the backward pass of its result."""
+def count(function: Callable[..., Tensor], *inputs: Tensor, **options) -> tuple[int, int]:
+    """The FLOPs of ``function(*inputs, **options)`` and of the backward pass of its result."""
     with FlopCounterMode(display=False) as counter:
-        loss = function().square().sum()
+        loss = function(*inputs, **options).square().sum()
         forward = counter.get_total_flops()
         loss.backward()
     return forward, counter.get_total_flops() - forward
 
 
 @needs_cpp
-@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "default")
+@pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "default"
+)
 def test_flops_of_a_model_fused_equal_reference(name, options):
-    reference, fused = (
-        count(lambda m=cxv.create_model(name, embed_dim=16, img_size=8, use_fused=f, **options): m(IMAGES))
-        for f in (False, True)
-    )
+    models = [cxv.create_model(name, embed_dim=16, img_size=8, use_fused=f, **options) for f in (False, True)]
+    reference, fused = (count(model, IMAGES) for model in models)
     assert min(reference) > 0
     assert fused == reference
 
@@ -83,7 +83,7 @@ def test_flops_of_an_op_fused_equal_reference(op):
     subsets = [range(len(tensors)), *([i] for i in range(len(tensors)) if op != "nystrom_attention")]
     for needed in subsets:
         inputs = [t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
-        reference, fused = (count(lambda b=b: function(*inputs, backend=b)) for b in ("reference", "cpu"))
+        reference, fused = (count(function, *inputs, backend=backend) for backend in ("reference", "cpu"))
         assert min(reference) > 0
         assert fused == reference, needed
 

@@ -43,7 +43,12 @@ OWN = {
         "relu": {"feature_map": "relu"},
         "3x3": {"attn_kernel_size": 3},
     },
-    cxv.HybridViP: {"default": {}, "relu": {"attn_kernel": "relu"}, "batch-stabilizer": {"stabilizer": "batch"}},
+    cxv.HybridViP: {
+        "default": {},
+        "odd-heads": {"num_heads": 3, "head_dim": 5},
+        "relu": {"attn_kernel": "relu"},
+        "batch-stabilizer": {"stabilizer": "batch"},
+    },
     cxv.HybridViN: {"default": {"num_landmarks": 16}},
     cxv.HybridViLT: {"default": {}, "elu": {"feature_map": "elu"}},
 }

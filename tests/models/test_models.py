@@ -77,38 +77,10 @@ def test_any_image_size_and_channels(name, size, in_chans):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_use_fused_changes_nothing_but_the_kernels(name):
-    reference, fused = (small(name, drop_rate=0.0, use_fused=u).double() for u in (False, True))
-    assert list(reference.state_dict()) == list(fused.state_dict())
-    fused.load_state_dict(reference.state_dict())
-    x = torch.randn(3, 3, 9, 9, dtype=torch.float64)
-    for training in (False, True):
-        a, b = (m.train(training)(x) for m in (reference, fused))
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-        grads = [torch.autograd.grad(y.square().sum(), m.parameters()) for y, m in ((a, reference), (b, fused))]
-        for g, h in zip(*grads, strict=True):
-            torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("mode", ["fused", "checkpointed"])
-@pytest.mark.parametrize("name", NAMES)
-def test_dropout_drops_the_same_fused_or_not(name, mode, monkeypatch):
-    """One seed, one mask: in float64 the gradients of the whole model agree with dropout on, chunk by chunk."""
-    monkeypatch.setattr("cxv.models.blocks.CHUNK_TOKENS", 2 * 9 * 9)  # chunks of two images, the last of one
-    reference, fused = (small(name, use_fused=u).double().train() for u in (False, True))
-    fused.load_state_dict(reference.state_dict())
-    if mode == "checkpointed":
-        fused.set_grad_checkpointing()
-    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
-    results = []
-    for model in (reference, fused):
-        torch.manual_seed(7)
-        y = model(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
-        assert not torch.equal(model(x), y)  # the next mask is another
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+@pytest.mark.parametrize("use_fused", [False, True], ids=["reference", "fused"])
+def test_dropout_draws_another_mask_at_each_call(use_fused):
+    model, x = small("cltv-5/4", use_fused=use_fused).train(), torch.randn(2, 3, 8, 8)
+    assert not torch.equal(model(x), model(x))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-2/2", "hybrid-vin-2/2", "hybrid-vilt-2/2"])
@@ -259,19 +231,6 @@ def test_projection_follows_the_seed_and_can_be_redrawn():
     assert not torch.equal(before, redrawn)
     attn.redraw_projection_(torch.Generator().manual_seed(1))
     assert torch.equal(attn.projection, redrawn)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_grad_checkpointing_changes_no_gradient(name):
-    model = small(name, use_fused=True)
-    x = torch.randn(2, 3, 8, 8)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(5)  # dropout is replayed
-        gradients.append(torch.autograd.grad(model(x).square().sum(), model.parameters()))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_features_head_and_classifier():
