@@ -52,24 +52,13 @@ class Attention(ResidualBranch):
 
     Args:
         dim: C. num_heads: heads. head_dim: channels of a head; None is C / heads.
-        drop_rate: dropout after the output map. pre_norm: a LayerNorm before the branch.
-        use_fused, recompute, drop_path_rate: see ``ResidualBranch``.
+        **kwargs: those of ``ResidualBranch``; dropout follows the output map.
     """
 
     rotary = False  # turn q and k by their positions
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        head_dim: int | None = None,
-        drop_rate: float = 0.0,
-        use_fused: bool = False,
-        pre_norm: bool = False,
-        recompute: bool = True,
-        drop_path_rate: float = 0.0,
-    ):
-        super().__init__(drop_rate, use_fused, dim if pre_norm else None, recompute, drop_path_rate)
+    def __init__(self, dim: int, num_heads: int, head_dim: int | None = None, **kwargs: Any):
+        super().__init__(dim, **kwargs)
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads must divide the embedding dimension {dim}, got {num_heads}")
         self.num_heads = num_heads

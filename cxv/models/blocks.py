@@ -249,8 +249,8 @@ class ResidualBranch(nn.Module):
     ``use_fused=False``.
 
     Args:
-        drop_rate: probability of a zero in training. use_fused: see above; False also pins the reference.
-        pre_norm: channels of a LayerNorm before the branch; None for none.
+        dim: C. drop_rate: probability of a zero in training. pre_norm: a LayerNorm before the branch.
+        use_fused: see above; False also pins the reference.
         recompute: False keeps the activations for backward instead, on the whole batch: faster, with more memory.
         drop_path_rate: probability that an image skips the branch in training.
     """
@@ -262,14 +262,15 @@ class ResidualBranch(nn.Module):
 
     def __init__(
         self,
-        drop_rate: float,
-        use_fused: bool,
-        pre_norm: int | None = None,
+        dim: int,
+        drop_rate: float = 0.0,
+        use_fused: bool = False,
+        pre_norm: bool = False,
         recompute: bool = True,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.pre_norm = None if pre_norm is None else nn.LayerNorm(pre_norm)
+        self.pre_norm = nn.LayerNorm(dim) if pre_norm else None
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.use_fused = use_fused
         self.recompute = recompute
@@ -348,21 +349,12 @@ class ResidualBranch(nn.Module):
 
 
 class Mlp(ResidualBranch):
-    """x + the MLP of x: 1×1 convolution, GELU, dropout, 1×1 convolution, dropout."""
+    """x + the MLP of x: 1×1 convolution, GELU, dropout, 1×1 convolution, dropout. More arguments: ResidualBranch's."""
 
     num_dropouts = 2
 
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        drop_rate: float,
-        use_fused: bool = False,
-        pre_norm: bool = False,
-        recompute: bool = True,
-        drop_path_rate: float = 0.0,
-    ):
-        super().__init__(drop_rate, use_fused, dim if pre_norm else None, recompute, drop_path_rate)
+    def __init__(self, dim: int, hidden_dim: int, *args: Any, **kwargs: Any):
+        super().__init__(dim, *args, **kwargs)
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
