@@ -101,7 +101,7 @@ loop.load_data = altered
 # each process its part of the batch, the dropout on; a process alone the whole batch
 _GRADIENTS = """
 import copy
-from cxv.models.residual import ResidualBranch
+from cxv.models.blocks import ResidualBranch
 from cxv.training.distributed import World, process_group
 def gradients(model, world, x, y):
     torch.manual_seed(1)

@@ -33,8 +33,8 @@ from ..checkpoint import (
     set_rng_state,
 )
 from ..errors import InputError, first_line, out_of_memory
+from ..models.blocks import ResidualBranch
 from ..models.registry import REFUSALS, build_model, create_model, downsampling, has_fused_ops
-from ..models.residual import ResidualBranch
 from .augment import Augmentation, Chain, FlipCrop, RandAugment
 from .config import (
     ARGS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cxv_kernels.tracing import refuse_torchscript
 from cxv_kernels.validation import python_numbers
 
-from .arguments import check_at_least, classifier
+from ..arguments import check_at_least, classifier
 
 LEVELS = 4
 

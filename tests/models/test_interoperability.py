@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 import cxv
 import cxv_kernels
 from cxv.export import export_model, load_exported
-from cxv.models.residual import is_plain
+from cxv.models.blocks import is_unmodified
+from cxv.models.variants import CNVVariant
 from cxv.training import InputError, TrainConfig, evaluate, interrupt, load_data
 from cxv.training.augment import RandAugment
 from cxv.training.config import resolve
@@ -175,11 +176,11 @@ def _sparsify(layer):
         pytest.param(lambda layer: layer.register_forward_hook(lambda *_: None), id="hook"),
     ],
 )
-def test_changed_layers_are_not_plain(change):
+def test_is_unmodified_after_a_change(change):
     layer = nn.Linear(8, 8)
-    assert is_plain(layer)
+    assert is_unmodified(layer)
     change(layer)
-    assert not is_plain(layer)
+    assert not is_unmodified(layer)
 
 
 SEEN: list[bool] = []
@@ -193,7 +194,7 @@ class Spy(nn.Module):
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x):
-        SEEN.append(is_plain(self.layer))
+        SEEN.append(is_unmodified(self.layer))
         return self.layer(x)
 
 
@@ -225,7 +226,7 @@ def _flat(model, x):
 
 
 @pytest.mark.parametrize("use", [_export, _vmap, _grad, _fake, _flat], ids=lambda use: use.__name__.strip("_"))
-def test_transformed_weights_stay_plain(use):
+def test_is_unmodified_under_a_transform(use):
     SEEN.clear()
     use(Spy(), torch.zeros(2, 4))
     assert SEEN
@@ -364,8 +365,8 @@ def _model(cls, **options):
 
     def build(n):
         counts = {"img_size": (n(8), n(8)), "in_chans": n(1), "num_classes": n(3), "embed_dim": n(16), "depth": n(1)}
-        rates = {"num_heads": n(2), "mlp_ratio": n(1.5), "drop_rate": n(0.25), "stem_stride": n(1)}
-        model = cls(**counts, **rates, **{name: n(value) for name, value in options.items()})
+        rates = {"num_heads": n(2), "mlp_ratio": n(1.5), "drop_rate": n(0.25), "drop_path_rate": n(0.25)}
+        model = cls(**counts, **rates, stem_stride=n(1), **{name: n(value) for name, value in options.items()})
         model.reset_classifier(n(4))
         out = model(torch.zeros(1, 1, 8, 8))
         if isinstance(model, cxv.CXV):
@@ -431,8 +432,9 @@ CALLS = {
     ),
     "explain_backend": lambda n: cxv_kernels.explain_backend("kv_state", dim=n(8)),
     "replace_attention": _converted,
-    "CPV": _model(cxv.CPV, attn_eps=0.25, local_heads=1, local_window=4, stem_convs=2, stem_padding=1, conv_every=1),
-    "CNV": _model(cxv.CNV, num_landmarks=4, residual_conv_kernel=3, norm_every=1),
+    "CPV": _model(cxv.CPV, attn_eps=0.25, local_heads=1, local_window=4),
+    "CNV": _model(cxv.CNV, num_landmarks=4, residual_conv_kernel=3),
+    "CNVVariant": _model(CNVVariant, stem_convs=2, stem_padding=1, conv_every=1, norm_every=1),
     "CLTV": _model(cxv.CLTV, attn_kernel_size=3),
     "HybridViP": _model(cxv.HybridViP, attn_eps=0.25, head_dim=4),
     "HybridViN": _model(cxv.HybridViN, num_landmarks=4, residual_conv_kernel=3, head_dim=4),

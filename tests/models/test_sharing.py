@@ -511,7 +511,7 @@ def test_a_model_without_pooling(tmp_path, name):
 
 
 def test_the_documentation_runs(tmp_path, monkeypatch):
-    page = Path(__file__).parent.parent / "docs" / "sharing.md"
+    page = Path(__file__).parents[2] / "docs" / "sharing.md"
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

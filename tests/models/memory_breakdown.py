@@ -181,7 +181,7 @@ def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> dict[str, i
     channels, depth, size, stride = model.embed_dim, len(model.layers), dtype.itemsize, model.stem[0].stride[0]
     pixels = batch * -(-height // stride) * -(-width // stride)
     layer_inputs = pixels * (channels // 2 + (depth - 1) * channels) * size
-    dropping = [b.num_drops for layer in model.layers for b in (layer.attn, layer.mlp) if b.drop_rate and b.training]
+    dropping = [b.num_dropouts for layer in model.layers for b in (layer.attn, layer.mlp) if b.drop_rate and b.training]
     kinds = dict.fromkeys(KINDS, 0)
     kinds[STEM] = images.numel() * size + pixels * (channels // 4) * size  # the image converted, the first output
     wide = max(size, 4)  # of what is never rounded to 16 bits

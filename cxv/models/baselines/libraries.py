@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import nn
 
-from .arguments import image_size
+from ..arguments import image_size
 
 
 def _library(name: str, model: str) -> ModuleType:

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cxv
 import cxv_kernels
-from cxv.models.cxv import Mlp
-from cxv.models.residual import ResidualBranch
+from cxv.models.blocks import Mlp, ResidualBranch
+from cxv.models.variants import variant_of
 
 SIDE = 8
 SHARED = {
@@ -43,14 +43,20 @@ OWN = {
         "relu": {"feature_map": "relu"},
         "3x3": {"attn_kernel_size": 3},
     },
-    cxv.HybridViP: {"default": {}, "relu": {"attn_kernel": "relu"}, "batch-stabilizer": {"stabilizer": "batch"}},
+    cxv.HybridViP: {
+        "default": {},
+        "odd-heads": {"num_heads": 3, "head_dim": 5},
+        "relu": {"attn_kernel": "relu"},
+        "batch-stabilizer": {"stabilizer": "batch"},
+    },
     cxv.HybridViN: {"default": {"num_landmarks": 16}},
     cxv.HybridViLT: {"default": {}, "elu": {"feature_map": "elu"}},
 }
+DROP_PATH = {"drop-path": {"drop_path_rate": 0.5, "depth": 3}}
 CASES = [
     pytest.param(model, options, id=f"{model.__name__}-{name}")
     for model, own in OWN.items()
-    for name, options in (own | (SHARED if issubclass(model, cxv.CXV) else {})).items()
+    for name, options in (own | DROP_PATH | (SHARED if issubclass(model, cxv.CXV) else {})).items()
 ]
 CXV_MODELS = pytest.mark.parametrize("kind", [cxv.CPV, cxv.CNV, cxv.CLTV], ids=lambda kind: kind.__name__)
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
@@ -58,7 +64,7 @@ CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["st
 
 @pytest.fixture(autouse=True)
 def _chunks_of_two_images(monkeypatch):
-    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * (SIDE * SIDE + 1))
+    monkeypatch.setattr("cxv.models.blocks.CHUNK_TOKENS", 2 * (SIDE * SIDE + 1))
 
 
 def build(kind, use_fused: bool, checkpointing: bool = False, **options) -> nn.Module:
@@ -69,7 +75,7 @@ def build(kind, use_fused: bool, checkpointing: bool = False, **options) -> nn.M
         defaults["num_heads"] = 2
     else:
         defaults |= {"num_heads": 2, "head_dim": 8}
-    model = kind(**defaults | options, use_fused=use_fused).double()
+    model = variant_of(kind, options)(**defaults | options, use_fused=use_fused).double()
     if checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -144,14 +150,14 @@ class Centered(ResidualBranch):
 
     couples_images = True
 
-    def branch(self, x, drop):
-        return drop(x.flatten(2).transpose(1, 2) - x.mean(), x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x)
+    def forward_chunk(self, x, dropout):
+        return dropout(x - x.mean(), residual=x)
 
 
 def test_coupled_images_run_as_one_batch():
     """A branch of anybody's own that says so sees the whole batch, with and without gradients."""
     x = torch.randn(5, 16, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
-    plain, fused = Centered(0.0, use_fused=False), Centered(0.0, use_fused=True)
+    plain, fused = Centered(16, use_fused=False), Centered(16, use_fused=True)
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)

@@ -275,7 +275,7 @@ def test_fx(name, fused):
 def test_weight_decay_leaves_out_positions_and_class_tokens():
     from timm.optim import param_groups_weight_decay
 
-    for model in (cxv.CPV(positions="learned", img_size=8, **SMALL), create("hybrid_vip_6_8")):
+    for model in (create("cpv_5_4", positions="learned"), create("hybrid_vip_6_8")):
         plain, decayed = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
         names = {id(p): name for name, p in model.named_parameters()}
         kept = {names[id(p)].split(".")[-1] for p in decayed["params"]}

@@ -10,7 +10,7 @@ from memory_breakdown import LOW, autocast, build, loss_of, random_batch
 from torch.profiler import ProfilerActivity, profile
 
 import cxv
-from cxv.models.residual import CHUNK_TOKENS
+from cxv.models.blocks import CHUNK_TOKENS
 from cxv_kernels.testing import peak_memory
 
 pytestmark = needs_cpp

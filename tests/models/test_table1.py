@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from conftest import needs_cpp
 from torch import nn
 
 import cxv
 from cxv.models.registry import TABLE_1, has_fused_ops
+from cxv.models.variants import CPVVariant
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
@@ -17,7 +17,7 @@ OURS = ("cnv-5/4", "cltv-5/4", "cpv-5/4")
 
 
 def build(name: str, **kwargs) -> nn.Module:
-    if TABLE_1[name].__module__.endswith("baselines") and not name.startswith("resnet"):
+    if TABLE_1[name].__module__.endswith("libraries") and not name.startswith("resnet"):
         pytest.importorskip("vit_pytorch" if name[:3] in ("cct", "cvt") else "timm")
     return cxv.create_model(name, **kwargs)
 
@@ -54,25 +54,6 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.models.vision_transformer", None)
     with pytest.raises(ImportError, match=r"vit is built with timm.models.vision_transformer, .*cxv\[baselines\]"):
         cxv.create_model("vit-10/4")
-
-
-@needs_cpp
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrids_fused_match_their_reference(name, monkeypatch):
-    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 65)  # chunks of two images, the last of one
-    small = {"embed_dim": 16, "head_dim": 6, "img_size": 8, "num_classes": 4}
-    reference, fused = (
-        cxv.create_model(name.replace("6/8", "2/3"), use_fused=u, **small).double().train() for u in (False, True)
-    )
-    fused.load_state_dict(reference.state_dict())
-    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    results = []
-    for model in (reference, fused):
-        torch.manual_seed(7)  # the same elements are dropped
-        y = model(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
 def test_a_hybrid_refuses_another_image_size():
@@ -139,10 +120,28 @@ def test_variants_train_and_round_trip(family, variant):
     assert torch.equal(twin.eval()(x), reference.eval()(x))
 
 
+def test_variant_is_restored_from_a_file(tmp_path):
+    """The file has the arguments by their own names, as files of earlier code do."""
+    options = {"embed_dim": 16, "img_size": 8, "stem_convs": 3, "positions": "learned", "conv_residual": "conv"}
+    model = cxv.create_model("cpv-2/2", **options).eval()
+    cxv.save_safetensors(model, tmp_path / "a.safetensors")
+    loaded = cxv.create_model("cpv-2/2", checkpoint=tmp_path / "a.safetensors").eval()
+    assert type(loaded) is CPVVariant
+    assert loaded.model_kwargs.items() >= options.items()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_arguments_of_variants_are_unknown_to_other_models():
+    for build in (lambda: cxv.CPV(stem_convs=3), lambda: cxv.create_model("hybrid-vip-6/8", stem_convs=3)):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'stem_convs'"):
+            build()
+
+
 @pytest.mark.parametrize(("convs", "count"), [(1, 1.326), (2, 1.343), (3, 1.348)])
 def test_stem_variants_have_the_parameters_of_table_2(convs, count):
     """Millions, without the channel norms, which the paper's counter does not see."""
-    parameters = cxv.CNV(stem_convs=convs).named_parameters()
+    parameters = cxv.create_model("cnv-5/4", stem_convs=convs).named_parameters()
     assert round(sum(p.numel() for name, p in parameters if ".conv_norm.norm." not in name) / 1e6, 3) == count
 
 
@@ -155,9 +154,9 @@ def test_variants_refuse_what_is_not_allowed():
         ({"local_heads": 5}, r"local_heads must be in \[0, 4\], got 5"),
     ):
         with pytest.raises(ValueError, match=message):
-            cxv.CPV(**options)
+            cxv.create_model("cpv-5/4", **options)
     with pytest.raises(ValueError, match="learned positions were made for 64 tokens"):
-        cxv.CPV(depth=1, embed_dim=16, img_size=8, positions="learned")(torch.zeros(1, 3, 9, 9))
+        cxv.create_model("cpv-1/4", embed_dim=16, img_size=8, positions="learned")(torch.zeros(1, 3, 9, 9))
 
 
 def test_local_attention_is_softmax_over_the_neighborhood():
@@ -183,7 +182,7 @@ def test_rotary_positions_depend_on_the_distance_alone():
 
 
 def test_haar_is_orthonormal():
-    from cxv.models.wavemix import haar
+    from cxv.models.baselines.wavemix import haar
 
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
     low, details = haar(x)

