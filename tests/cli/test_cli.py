@@ -144,7 +144,7 @@ def test_train_help_has_groups_and_shows_every_default(capsys):
         (entry,) = re.findall(
             rf"^  {cli_flag(option.name)}(?=[ ,\n]).*\n(?:    .*\n)*", groups[option.metadata["group"]], re.MULTILINE
         )
-        assert ("(default: " in entry) == (option.type is not bool), entry
+        assert ("(default:" in entry) == (option.type is not bool), entry
         assert "`" not in entry.replace("`cxv models`", "")
 
 
