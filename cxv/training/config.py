@@ -124,7 +124,9 @@ class TrainConfig:
 
     model: str | None = _model("name of the model, see `cxv models`", metavar="NAME", default="cpv-5/4", shown=_MODEL)
     init: str | None = _model(
-        "start with the weights of this run, .pt or .safetensors file", metavar="PATH", shown="random weights"
+        "start with the weights of this run, .pt or .safetensors file; another number of classes gets a new classifier",
+        metavar="PATH",
+        shown="random weights",
     )
     embed_dim: int | None = _model("number of channels", shown="the model's own, 128", **_COUNT)
     drop_rate: float | None = _model(
@@ -190,7 +192,9 @@ class TrainConfig:
         "most epochs of DualOpT's SGD", shown="a third of `epochs`, rounded up", changeable=True, **_FROM_ZERO
     )
     patience: int | None = _recipe(
-        "epochs without an improvement of top-1 that end the training with an optimizer", default=20, **_COUNT
+        "epochs without an improvement of top-1 that end an optimizer's phase; an equal top-1 is one",
+        default=20,
+        **_COUNT,
     )
     batch_size: int | None = _recipe("images in a batch, over all processes of torchrun", default=128, **_COUNT)
     accumulate: int | None = _recipe("batches whose gradients make one step", default=1, **_COUNT)
@@ -232,7 +236,9 @@ class TrainConfig:
         "after augmented images, train on the original ones from the best weights", default=False, changeable=True
     )
     progressive: tuple[tuple[int, int], ...] | None = _recipe(
-        "train at growing image sizes, for example 16:10,24:4,32:6", metavar="SIZE:EPOCHS,…", shown="one size"
+        "train at growing image sizes, for example 16:10,24:4,32:6, with a model that takes any size",
+        metavar="SIZE:EPOCHS,…",
+        shown="one size",
     )
     seed: int | None = _recipe("seed of weights, order, dropout and subsets", default=0, **_FROM_ZERO)
     seeds: tuple[int, ...] | None = _recipe(

@@ -1,4 +1,4 @@
-"""Where images come from: what is decoded of each kind of dataset, and the error for each thing that can be wrong."""
+"""Sources of images: the decoded images of each kind of dataset, and an error for each possible defect."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""What a run survives: signals in mid-epoch, a full disk, a damaged checkpoint, overflows of fp16."""
+"""Accidents that a run survives: signals in mid-epoch, a full disk, a damaged checkpoint, overflows of fp16."""
 
 import os
 import shutil

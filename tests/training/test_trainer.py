@@ -1,4 +1,4 @@
-"""The loop and its checkpoints: what a run writes, and that no accident costs more than the epoch it hits."""
+"""The trainer and its checkpoints: the files of a run, accidents and resuming, refusals, steps."""
 
 import json
 import os
