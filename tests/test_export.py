@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_support import TINY, assert_error, call
 from conftest import needs_cpp
-from test_cli import TINY, assert_error, call
 from torch.utils import cpp_extension
 
 import cxv

@@ -14,14 +14,7 @@ SCRIPT_FOLDERS = ("benchmarks", "benchmarks/paper", "tools")  # scripts that imp
 LAYERS = (
     ("cxv.errors",),
     ("cxv.checkpoint",),
-    ("cxv.models",),
-    (
-        "cxv.training.augment",
-        "cxv.training.cache",
-        "cxv.training.data",
-        "cxv.training.progress",
-        "cxv.training.sources",
-    ),
+    ("cxv.data", "cxv.models"),
     ("cxv.training",),
     ("cxv.export", "cxv.sharing", "cxv.hub", "cxv.timm"),
     ("cxv", "cxv.cli", "cxv.__main__"),
@@ -179,14 +172,14 @@ def test_tests_import_nothing_from_benchmarks():
 @pytest.mark.parametrize(
     ("text", "module", "expected"),
     [
-        ("from ..errors import InputError", "cxv.training.loop", {("cxv.errors", False)}),
+        ("from ..errors import InputError", "cxv.training.trainer", {("cxv.errors", False)}),
         (
             "from . import cxv, registry",
             "cxv.models.hybrid",
             {("cxv.models.cxv", False), ("cxv.models.registry", False)},
         ),
         ("from .models import CPV", "cxv", {("cxv.models", False)}),
-        ("import cxv.training.loop", "benchmarks.plots", {("cxv.training.loop", False)}),
+        ("import cxv.training.trainer", "benchmarks.plots", {("cxv.training.trainer", False)}),
         ("from _harness import Row", "tools.tune", {("benchmarks._harness", False)}),
         ("class A:\n    def f(self):\n        from cxv import cli", "cxv_kernels.checks", {("cxv.cli", True)}),
         ("if TYPE_CHECKING:\n    from .cli import main", "cxv.export", set()),

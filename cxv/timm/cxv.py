@@ -12,12 +12,12 @@ except ImportError as error:
     raise ImportError("cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'") from error
 
 from ..checkpoint import read_checkpoint
+from ..data.loader import MEAN, STD
 from ..errors import InputError
 from ..models import CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP
 from ..models.arguments import image_size
 from ..models.backbone import Backbone
 from ..models.variants import variant_of
-from ..training.data import MEAN, STD
 
 _CFG = {
     "url": "",

@@ -25,14 +25,14 @@ from torch.utils._pytree import tree_leaves
 
 import cxv
 import cxv_kernels
+from cxv.data.augment import RandAugment
+from cxv.data.loader import balanced_subset, batches
 from cxv.export import export_model, load_exported
 from cxv.models.blocks import is_unmodified
 from cxv.models.variants import CNVVariant
 from cxv.training import InputError, TrainConfig, evaluate, interrupt, load_data
-from cxv.training.augment import RandAugment
 from cxv.training.config import resolve
-from cxv.training.data import balanced_subset, batches
-from cxv.training.loop import predict
+from cxv.training.engine import predict
 
 MODELS = ("cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vip-1/2", "hybrid-vin-1/2", "hybrid-vilt-1/2")
 

@@ -1,4 +1,4 @@
-"""The loop and its checkpoints: what a run writes, and that no accident costs more than the epoch it hits."""
+"""The trainer and its checkpoints: the files of a run, accidents and resuming, refusals, steps."""
 
 import json
 import os
@@ -14,30 +14,17 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from training_support import TIMES, TINY, Probe, assert_same_run, curve, run
 
 import cxv
 from cxv.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
+from cxv.data.loader import load_data
 from cxv.models import registry
 from cxv.models.registry import TABLE_1, has_fused_ops
 from cxv.training import InputError, TrainConfig, evaluate, load_model, train
-from cxv.training import loop as loop_module
-from cxv.training.data import load_data
+from cxv.training import engine as engine_module
+from cxv.training import trainer as trainer_module
 from cxv.training.interrupt import deferred_interrupts, interruptible
-
-TINY = {
-    "model": "cpv-1/2",
-    "embed_dim": 16,
-    "data": "digits",
-    "limit_train": 96,
-    "limit_test": 40,
-    "batch_size": 32,
-    "lr": 3e-3,
-    "epochs": 3,
-    "sgd_epochs": 2,
-    "threads": 1,
-}
-AUGMENTED = {"rand_augment": (2, 9), "post_train": True, "validation": 40, "epochs": 2, "sgd_epochs": 1}
-TIMES = ("images_per_second", "seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -48,35 +35,6 @@ def one_thread():
     torch.set_num_threads(before[0])
     torch.set_rng_state(before[1])
     random.setstate(before[2])
-
-
-def run(output, **kwargs):
-    lines = []
-    result = train(TrainConfig(**{**TINY, "output": str(output), **kwargs}), log=lines.append)
-    return result, "\n".join(lines)
-
-
-def curve(output):
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def flat(state, name=""):
-    """Nested dictionaries and sequences as one dictionary."""
-    if not isinstance(state, (dict, list, tuple)):
-        return {name: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state)
-    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}").items()}
-
-
-def assert_same_run(a, b):
-    """The same curve, and the same bits in every state that a checkpoint has."""
-    assert curve(a) == curve(b)
-    for name in ("last.pt", "best.pt"):
-        x, y = (flat({**read_checkpoint(path / name), "args": None, "history": None}) for path in (a, b))
-        assert x.keys() == y.keys()
-        for k in x:
-            assert torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k], (name, k)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +65,7 @@ def test_files_of_a_run(whole):
     assert str(output) in log
     best = max(rows[:3], key=lambda row: (row["test_top1"], row["epoch"]))
     assert (
-        f"switch to SGD after epoch 3: AdamW is capped (--epochs 3); reloaded the best weights, of epoch "
+        f"switch to SGD after epoch 3: AdamW has reached `epochs` 3; reloaded the best weights, of epoch "
         f"{best['epoch']} ({best['test_top1']:.2f} %)"
     ) in log
 
@@ -165,30 +123,16 @@ def test_unfused_is_passed_to_the_model_and_can_be_changed_on_loading(tmp_path, 
     assert {"num_classes": 10, "in_chans": 1, "img_size": 8, "embed_dim": 16}.items() <= seen[0].items()
 
 
-def test_switch_when_stale_is_logged_with_its_reason(tmp_path, monkeypatch):
+def test_switch_after_patience_is_logged_with_its_reason(tmp_path, monkeypatch):
     scripted = iter([(1.0, 50.0), (1.0, 60.0), (1.0, 40.0), (1.0, 40.0), (1.0, 61.0), (1.0, 0.0), (1.0, 0.0)])
-    monkeypatch.setattr(loop_module, "evaluate", lambda *a: next(scripted))
+    monkeypatch.setattr(engine_module, "evaluate", lambda *a: next(scripted))
     result, log = run(tmp_path / "a", patience=2, epochs=50, sgd_epochs=50)
     assert (
-        "switch to SGD after epoch 4: AdamW is stale (top-1 made no progress for 2 epochs); "
+        "switch to SGD after epoch 4: AdamW has not improved top-1 for 2 epochs; "
         "reloaded the best weights, of epoch 2 (60.00 %)"
     ) in log
-    assert "finished: SGD is stale (top-1 made no progress for 2 epochs)" in log
+    assert "finished: SGD has not improved top-1 for 2 epochs" in log
     assert (result.best_top1, result.best_epoch, result.epochs) == (61.0, 5, 7)
-
-
-class Probe(nn.Module):
-    """Records the dtype that autocast gives a linear layer."""
-
-    def __init__(self, num_classes, in_chans, img_size, use_fused):
-        super().__init__()
-        self.head = nn.Linear(in_chans * img_size**2, num_classes)
-        self.seen = set()
-
-    def forward(self, x):
-        y = self.head(x.flatten(1))
-        self.seen.add((self.training, x.dtype, y.dtype))
-        return y
 
 
 def test_bf16_runs_the_forward_inside_autocast_and_the_loss_in_fp32(tmp_path, monkeypatch):
@@ -204,7 +148,7 @@ def test_bf16_runs_the_forward_inside_autocast_and_the_loss_in_fp32(tmp_path, mo
         return cross_entropy(logits, *args, **kwargs)
 
     monkeypatch.setattr(registry, "create_model", create)
-    monkeypatch.setattr(loop_module.F, "cross_entropy", recorded)
+    monkeypatch.setattr(engine_module.F, "cross_entropy", recorded)
     run(tmp_path / "a", precision="bf16", embed_dim=None, epochs=1, sgd_epochs=0)
     assert made[0].seen == {(t, torch.float32, torch.bfloat16) for t in (True, False)}
     assert set(losses) == {torch.float32}
@@ -214,16 +158,16 @@ def test_bf16_runs_the_forward_inside_autocast_and_the_loss_in_fp32(tmp_path, mo
 
 _KILLED = """
 import os, signal, sys
-from cxv.training import TrainConfig, loop, train
+from cxv.training import TrainConfig, engine, train
 config, epoch, batch = eval(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-batches, epochs = loop.batches, [0]
+batches, epochs = engine.batches, [0]
 def deadly(data, batch_size, device, generator=None, **kwargs):
     epochs[0] += generator is not None
     for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
         if generator is not None and epochs[0] == epoch and i == batch:
             os.kill(os.getpid(), signal.SIGKILL)
         yield pair
-loop.batches = deadly
+engine.batches = deadly
 train(config)
 """
 
@@ -252,7 +196,7 @@ def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path
 def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_path, monkeypatch):
     output = tmp_path / "a"
     run(output, epochs=2, sgd_epochs=0)
-    evaluate_, calls = loop_module.evaluate, []
+    evaluate_, calls = engine_module.evaluate, []
 
     def interrupted(*args):
         calls.append(1)
@@ -260,7 +204,7 @@ def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_pa
             raise KeyboardInterrupt
         return evaluate_(*args)
 
-    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    monkeypatch.setattr(engine_module, "evaluate", interrupted)
     lines = []
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(output=str(output), resume=True, epochs=3, sgd_epochs=2), log=lines.append)
@@ -275,13 +219,17 @@ def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_pa
 
 
 def test_a_run_with_the_older_keys_goes_on(whole, tmp_path):
-    """Checkpoints from before version 0.1.0 was released have the British spelling of two keys."""
+    """Checkpoints from before version 0.1.0 was released have other names for five keys."""
     output = tmp_path / "a"
     run(output, sgd_epochs=1)
-    older = {"normalization": "normalisation", "optimizer": "optimiser"}
+    older = {"normalization": "normalisation", "optimizer": "optimiser", "resume_state": "position"}
+    older_state = {"num_bad_epochs": "stale"}
     for path in output.glob("*.pt"):
         checkpoint = {older.get(key, key): value for key, value in read_checkpoint(path).items()}
         assert set(older.values()) <= checkpoint.keys()
+        state = {older_state.get(key, key): value for key, value in checkpoint["optimiser"].items()}
+        reasons = {"patience": "stale", "max_epochs": "capped"}
+        checkpoint["optimiser"] = state | {"switch_reason": reasons.get(state["switch_reason"])}
         path.write_bytes(pack_checkpoint(checkpoint))
     assert load_model(output)[1]["normalization"] == {"mean": 0.5, "std": 0.5}
     train(TrainConfig(output=str(output), resume=True, sgd_epochs=2), log=str)
@@ -298,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
         loss = cross_entropy(logits, y, **kwargs)
         return loss * value if sum(calls) == 5 else loss
 
-    monkeypatch.setattr(loop_module.F, "cross_entropy", broken)
+    monkeypatch.setattr(engine_module.F, "cross_entropy", broken)
     message = rf"the loss is {value} at epoch 2, batch 2 of 3; the last good .*last\.pt \(after epoch 1\)"
     with pytest.raises(InputError, match=message):
         run(output)
@@ -308,13 +256,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
     assert all(t.isfinite().all() for t in checkpoint["model"].values())
 
 
-def test_memory_that_is_short_in_a_fused_op_is_said(tmp_path, monkeypatch):
+def test_out_of_memory_in_a_fused_op_is_reported(tmp_path, monkeypatch):
     """Of which PyTorch's class of exception is lost in the C++ library."""
 
     def full(*_, **__):
         raise RuntimeError("cxv_kernels: aten::convolution has failed: CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(loop_module.F, "cross_entropy", full)
+    monkeypatch.setattr(engine_module.F, "cross_entropy", full)
     with pytest.raises(InputError, match=r"`batch_size` 32: out of memory on cpu .*a smaller one .*last\.pt"):
         run(tmp_path / "a")
 
@@ -349,7 +297,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_grad_scaler_is_used_saved_and_restored(tmp_path, monkeypatch):
     # fp16 is for CUDA; the CPU's half arithmetic is slow but runs the same lines
     autocast = lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16)  # noqa: E731
-    monkeypatch.setattr(loop_module, "autocast_for", autocast)
+    monkeypatch.setattr(trainer_module, "autocast_for", autocast)
     monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
     half = {"precision": "fp16", "embed_dim": None, "sgd_epochs": 1}
     run(tmp_path / "whole", epochs=3, **half)
@@ -379,24 +327,38 @@ def test_a_directory_with_a_run_is_refused_without_resume_or_overwrite(whole, tm
     assert_same_run(output, whole[0])
 
 
+CHANGED = {
+    "model": "cnv-1/2",
+    "data": "cifar10",
+    "seed": 1,
+    "batch_size": 64,
+    "precision": "bf16",
+    "fused": False,
+    "embed_dim": 32,
+    "drop_rate": 0.1,
+    "img_size": 16,
+    "limit_train": 50,
+    "lr": 1.0,
+    "patience": 3,
+    "optimizer": "sgd",
+    "recipe": "paper",
+    "rand_augment": (1, 1),
+    "validation": 10,
+    "hflip": True,
+    "random_crop": 1,
+    "weight_decay": 0.5,
+    "ema_decay": 0.5,
+    "label_smoothing": 0.5,
+    "warmup_epochs": 1.0,
+    "progressive": ((8, 3),),
+}
+
+
 def test_resume_refuses_changed_arguments_by_name(whole):
     output = str(whole[0])
-    for name, value in (
-        ("model", "cnv-1/2"),
-        ("data", "cifar10"),
-        ("seed", 1),
-        ("batch_size", 64),
-        ("precision", "bf16"),
-        ("fused", False),
-        ("embed_dim", 32),
-        ("drop_rate", 0.1),
-        ("img_size", 16),
-        ("limit_train", 50),
-        ("lr", 1.0),
-        ("patience", 3),
-    ):
-        message = rf"other arguments: `{name}` \({TINY.get(name, '.*')} in the run, {value} now\)"
-        with pytest.raises(InputError, match=message):
+    for name, value in CHANGED.items():
+        pattern = re.escape(f"other arguments: `{name}` (") + f"{TINY.get(name, '.*')} in the run, "
+        with pytest.raises(InputError, match=pattern + re.escape(f"{value} now)")):
             train(TrainConfig(output=output, resume=True, **{name: value}))
     with pytest.raises(InputError, match="`epochs`: 2, but the run has done 3"):
         train(TrainConfig(output=output, resume=True, epochs=2))
@@ -408,11 +370,6 @@ def test_output_that_cannot_be_made(tmp_path):
         run(tmp_path / "file")
     with pytest.raises(InputError, match=r"`output`: cannot create .*file/a"):
         run(tmp_path / "file" / "a")
-
-
-def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(InputError, match="holds no run"):
-        train(TrainConfig(output=str(tmp_path), resume=True))
 
 
 def rewrite(output, **changes):
@@ -499,7 +456,7 @@ def test_bad_arguments_are_named_and_write_nothing(tmp_path, kwargs, message):
     assert not (tmp_path / "a").exists()
 
 
-def test_what_only_the_first_image_shows_is_said_and_writes_nothing(tmp_path, monkeypatch):
+def test_model_that_refuses_an_image_writes_nothing(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("a kernel's many words\non several lines")
 
@@ -523,9 +480,9 @@ def test_paths_a_device_and_numbers_of_numpy(tmp_path):
 
 def test_the_log_says_which_model_is_the_default(tmp_path):
     _, log = run(tmp_path / "a", model=None, embed_dim=None, epochs=1, sgd_epochs=0)
-    assert "no --model given: cpv-2/4 with --embed-dim 64, the default for digits" in log
+    assert "no `model` given: cpv-2/4 with `embed_dim` 64, the default for digits" in log
     _, log = run(tmp_path / "b", epochs=1, sgd_epochs=0)
-    assert "no --model" not in log
+    assert "no `model`" not in log
 
 
 @pytest.mark.slow
@@ -594,7 +551,7 @@ def test_accumulated_batches_are_the_large_batch(tmp_path):
 
 def test_an_interrupted_run_with_accumulation_goes_on_bit_for_bit(tmp_path, monkeypatch):
     run(tmp_path / "a", batch_size=8, accumulate=3)
-    batches, calls = loop_module.batches, []
+    batches, calls = engine_module.batches, []
 
     def signaled(*args, **kwargs):
         for pair in batches(*args, **kwargs):
@@ -603,11 +560,11 @@ def test_an_interrupted_run_with_accumulation_goes_on_bit_for_bit(tmp_path, monk
                 signal.raise_signal(signal.SIGINT)
             yield pair
 
-    monkeypatch.setattr(loop_module, "batches", signaled)
+    monkeypatch.setattr(engine_module, "batches", signaled)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", batch_size=8, accumulate=3)
     monkeypatch.undo()
-    assert read_checkpoint(tmp_path / "b" / "last.pt")["position"]["step"] == 2
+    assert read_checkpoint(tmp_path / "b" / "last.pt")["resume_state"]["step"] == 2
     train(TrainConfig(output=str(tmp_path / "b"), resume=True), log=str)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 

@@ -6,11 +6,10 @@ import sys
 import pytest
 import torch
 
-from cxv.errors import InputError
-from cxv.training import cache as cache_module
-from cxv.training import data as data_module
-from cxv.training.augment import RandAugment
-from cxv.training.data import (
+from cxv.data import cache as cache_module
+from cxv.data import loader as loader_module
+from cxv.data.augment import RandAugment
+from cxv.data.loader import (
     MEAN,
     STD,
     ImageSet,
@@ -20,6 +19,7 @@ from cxv.training.data import (
     normalize,
     to_device,
 )
+from cxv.errors import InputError
 
 # --- digits
 
@@ -122,7 +122,7 @@ def test_validation_takes_each_class_by_its_share_from_the_training_images_alone
     assert whole.validation is None
 
 
-def test_limit_train_counts_what_is_left_to_train_on(folder):
+def test_limit_train_excludes_validation_images(folder):
     data = load_data("digits", limit_train=100, validation=50)
     assert (len(data.train), len(data.validation)) == (100, 50)
     data = load_data("folder", folder, validation=3)
@@ -176,7 +176,7 @@ def test_groups_of_batches_give_the_same_as_one_at_a_time(monkeypatch):
     data = load_data("digits", limit_train=50, splits=("train",)).train
 
     def drawn(group_bytes, skip):
-        monkeypatch.setattr(data_module, "GROUP_BYTES", group_bytes)
+        monkeypatch.setattr(loader_module, "GROUP_BYTES", group_bytes)
         augment, generator = RandAugment(2, 9), torch.Generator().manual_seed(3)
         return list(batches(data, 8, generator=generator, augment=augment, epoch=2, skip=skip))
 

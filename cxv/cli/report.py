@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import atomic_write
+from ..data.datasets import need
+from ..data.loader import ImageSet
 from ..errors import InputError
-from .data import ImageSet, need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +47,9 @@ class Report:
         self.confusion = torch.bincount(labels * n + self.predicted, minlength=n * n).view(n, n)
         """(true, predicted) counts."""
         self.accuracy = 100 * self.confusion.diag() / self.confusion.sum(1)
-        """Per cent of the images of each class that are recognized; nan for a class without images."""
+        """Per cent of the images of each class that are predicted as it; nan for a class without images."""
         self.precision = 100 * self.confusion.diag() / self.confusion.sum(0)
-        """Per cent of the images taken for each class that are of it; nan where there are none."""
+        """Per cent of the images predicted as each class that belong to it; nan if there are none."""
         wrong = (self.predicted != labels).nonzero().flatten()
         of_truth = self.logits.log_softmax(1)[wrong, labels[wrong]]
         self.mistakes = wrong[of_truth.argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of uint8 images, on any device."""
+"""Augmentation of whole batches of images, on any device, and growing image sizes."""
 
 import math
 import zlib
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cxv_kernels.validation import python_numbers, to_number
 
-from .sources import need
+from .datasets import need
 
 NUM_BINS = 31
 """The magnitudes that RandAugment knows: 0 to 30."""
@@ -76,8 +76,8 @@ class Chain:
         return torch.cat([step.draws(num_images, epoch) for step in self.steps], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        for step, own in zip(self.steps, draws.split([step.columns for step in self.steps], dim=1), strict=True):
-            images = step(images, own)
+        for step, step_draws in zip(self.steps, draws.split([step.columns for step in self.steps], dim=1), strict=True):
+            images = step(images, step_draws)
         return images
 
 
@@ -155,3 +155,36 @@ _OPS: tuple[tuple[Callable[[int], float], bool, Callable[[ModuleType, Tensor, fl
     (lambda size: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
     (lambda size: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
 )
+
+
+Stages = tuple[tuple[int, int], ...]
+"""(side in pixels, epochs), in order."""
+
+SIDES = (0.5, 0.75, 1.0)
+"""The sides of a recipe's stages, over that of the images."""
+SHARES = (0.5, 0.2)
+"""The epochs of a recipe's first stages, over all; the last stage has the rest."""
+
+
+def default_stages(img_size: int, epochs: int) -> Stages:
+    """Half of the epochs at half the side, a fifth at three quarters, the rest at the full size."""
+    first, second = (int(share * epochs) for share in SHARES)
+    counts = (first, second, epochs - first - second)
+    sizes = (max(1, round(side * img_size)) for side in SIDES)
+    return tuple((size, count) for size, count in zip(sizes, counts, strict=True) if count)
+
+
+def image_size_of(stages: Stages | None, epoch: int) -> int | None:
+    """The side of the images in an epoch (from 1); None for that of the data."""
+    for size, epochs in stages or ():
+        epoch -= epochs
+        if epoch <= 0:
+            return size
+    return None
+
+
+def resize_batch(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, S, S), float → (B, C, size, size), bilinear and antialiased."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -5,8 +5,8 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import autoaugment
 
-from cxv.training.augment import _OPS, NUM_BINS, RandAugment
-from cxv.training.data import ImageSet, batches, normalize
+from cxv.data.augment import _OPS, NUM_BINS, RandAugment
+from cxv.data.loader import ImageSet, batches, normalize
 
 
 def uint8_images(n, channels=3, size=24):

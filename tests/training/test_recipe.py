@@ -5,22 +5,24 @@ import statistics
 
 import pytest
 import torch
-from test_training import AUGMENTED, TINY, assert_same_run, curve, run
+from training_support import AUGMENTED, TINY, assert_same_run, curve, run
 
 from cxv.checkpoint import read_checkpoint
+from cxv.data import RandAugment, load_data
 from cxv.training import DualOpT, InputError, TrainConfig, load_model, train, train_seeds
 from cxv.training import config as config_module
-from cxv.training import loop as loop_module
+from cxv.training import engine as engine_module
+from cxv.training import trainer as trainer_module
 from cxv.training.config import resolve
 from cxv.training.seeds import has_seeds
 
 
-def test_post_training_is_a_second_dualopt_on_clean_images_from_the_best_weights(augmented):
+def test_post_training_repeats_dualopt_on_clean_images(augmented):
     output, result, log = augmented
     rows = curve(output)
     assert [row["phase"] for row in rows] == ["adamw", "adamw", "sgd"] * 2
     assert [row["augmented"] for row in rows] == [True] * 3 + [False] * 3
-    assert "post-training on clean images after epoch 3: SGD is capped (--sgd-epochs 1); reloaded the best" in log
+    assert "post-training on clean images after epoch 3: SGD has reached `sgd_epochs` 1; reloaded the best" in log
     assert "epoch   1 RA-AdamW" in log
     assert "epoch   4 AdamW" in log
     assert result.epochs == 6
@@ -28,16 +30,16 @@ def test_post_training_is_a_second_dualopt_on_clean_images_from_the_best_weights
 
 
 def test_each_phase_sees_the_images_it_should(tmp_path, monkeypatch):
-    seen, batches = [], loop_module.batches
+    seen, batches = [], engine_module.batches
 
     def recorded(data, batch_size, device, generator=None, **kwargs):
         if generator is not None:
             seen.append((kwargs["augment"], kwargs["epoch"]))
         return batches(data, batch_size, device, generator, **kwargs)
 
-    monkeypatch.setattr(loop_module, "batches", recorded)
+    monkeypatch.setattr(engine_module, "batches", recorded)
     run(tmp_path / "a", **AUGMENTED, seed=5)
-    augment = loop_module.RandAugment(2, 9, seed=5)
+    augment = RandAugment(2, 9, seed=5)
     assert seen == [(augment, 1), (augment, 2), (augment, 3), (None, 4), (None, 5), (None, 6)]
 
 
@@ -58,7 +60,7 @@ def test_every_phase_starts_from_the_best_weights_with_a_fresh_optimizer(tmp_pat
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_resume_is_bit_exact_in_every_phase(augmented, tmp_path, monkeypatch, stop):
     """Stopped in the middle of each epoch, from the second on."""
-    output, calls, batches = tmp_path / "a", [0], loop_module.batches
+    output, calls, batches = tmp_path / "a", [0], engine_module.batches
 
     def cut(data, batch_size, device, generator=None, **kwargs):
         calls[0] += generator is not None
@@ -67,7 +69,7 @@ def test_resume_is_bit_exact_in_every_phase(augmented, tmp_path, monkeypatch, st
                 raise RuntimeError("the power is cut")
             yield pair
 
-    monkeypatch.setattr(loop_module, "batches", cut)
+    monkeypatch.setattr(engine_module, "batches", cut)
     with pytest.raises(RuntimeError, match="the power is cut"):
         run(output, **AUGMENTED)
     monkeypatch.undo()
@@ -87,42 +89,59 @@ def test_post_training_can_be_added_to_a_run_that_is_over(augmented, tmp_path):
         train(TrainConfig(output=str(output), resume=True, post_train=False), log=str)
 
 
-def test_held_out_images_select_and_the_test_set_only_reports(tmp_path, monkeypatch):
-    # (validation, test) by epoch: the test set's best is not the validation's
-    script = iter([(50.0, 60.0), (70.0, 55.0), (60.0, 90.0), (60.0, 58.0), (65.0, 57.0), (64.0, 56.0)])
-    pending = []
+def test_validation_selects_and_the_test_set_is_evaluated_once_at_the_end(tmp_path, monkeypatch):
+    """With the weights of the selected epoch; also after an interruption, and never again."""
+    output, scores, evaluated = tmp_path / "a", iter([50.0, 70.0, 60.0, 60.0, 65.0, 64.0]), []
+    evaluate = engine_module.evaluate
 
     def scripted(model, data, *args):
-        if not pending:
-            pending.extend(next(script))
-        return 1.0, pending.pop(0 if len(data) == 30 else -1)
+        evaluated.append(len(data))
+        if len(data) == 40 and len(evaluated) == 7:
+            raise KeyboardInterrupt
+        return (1.0, next(scores)) if len(data) == 30 else evaluate(model, data, *args)
 
-    monkeypatch.setattr(loop_module, "evaluate", scripted)
-    result, log = run(tmp_path / "a", validation=30, patience=2, epochs=50, sgd_epochs=50)
-    assert [row["phase"] for row in curve(tmp_path / "a")] == ["adamw"] * 4 + ["sgd"] * 2  # stale by validation alone
+    monkeypatch.setattr(engine_module, "evaluate", scripted)
+    with pytest.raises(KeyboardInterrupt):
+        run(output, validation=30, patience=2, epochs=50, sgd_epochs=50)
+    assert evaluated == [30] * 6 + [40]
+    lines = []
+    result = train(TrainConfig(output=str(output), resume=True), log=lines.append)
+    assert evaluated == [30] * 6 + [40] * 2
+    rows = curve(output)
+    assert [row["phase"] for row in rows] == ["adamw"] * 4 + ["sgd"] * 2  # patience counts validation's top-1
     assert (result.best_top1, result.best_epoch) == (70.0, 2)
-    assert result.summary == json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert result.summary == {
-        "best_test": {"epoch": 3, "test_top1": 90.0, "validation_top1": 60.0},
-        "best_validation": {"epoch": 2, "test_top1": 55.0, "validation_top1": 70.0},
-        "last": {"epoch": 6, "test_top1": 56.0, "validation_top1": 64.0},
-    }
-    assert (
-        "test top-1: best by test 90.00 % (epoch 3), at the best validation (70.00 %) 55.00 % (epoch 2), "
-        "last 56.00 % (epoch 6)"
-    ) in log
+    assert [row["epoch"] for row in rows if "test_top1" in row or "test_loss" in row] == [2]
+    data = load_data("digits", limit_train=96, limit_test=40, validation=30)
+    model, checkpoint = load_model(output)
+    loss, top1 = evaluate(model, data.test, 32)
+    assert (rows[1]["test_loss"], rows[1]["test_top1"]) == (loss, top1)
+    assert (checkpoint["epoch"], curve(output)[1]["test_loss"]) == (2, checkpoint["history"][-1]["test_loss"])
+    summary = {"best_validation": {"epoch": 2, "test_top1": top1, "validation_top1": 70.0}}
+    assert result.summary == json.loads((output / "summary.json").read_text()) == summary
+    log = "\n".join(lines)
+    assert f"test top-1: {top1:.2f} % (epoch 2), evaluated once, at the best validation top-1 70.00 %" in log
     assert "96 training, 30 validation and 40 test images" in log
-    assert read_checkpoint(tmp_path / "a" / "best.pt")["epoch"] == 2
+    train(TrainConfig(output=str(output), resume=True), log=str)
+    assert len(evaluated) == 8
+
+
+def test_validation_again_after_more_epochs_scores_the_new_selection_alone(tmp_path):
+    run(tmp_path / "a", validation=30, epochs=1, sgd_epochs=0)
+    assert "test_top1" in curve(tmp_path / "a")[0]
+    train(TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=3, sgd_epochs=2), log=str)
+    run(tmp_path / "b", validation=30)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert sum("test_top1" in row for row in curve(tmp_path / "a")) == 1
 
 
 @pytest.mark.parametrize(("optimizer", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
-def test_one_optimizer_alone_is_torchs(tmp_path, monkeypatch, optimizer, kind):
-    made, make = [], loop_module._optimizer
-    monkeypatch.setattr(loop_module, "_optimizer", lambda *a: made.append(make(*a)) or made[-1])
+def test_one_optimizer_alone_equals_torch(tmp_path, monkeypatch, optimizer, kind):
+    made, make = [], trainer_module._make_optimizer
+    monkeypatch.setattr(trainer_module, "_make_optimizer", lambda *a: made.append(make(*a)) or made[-1])
     _, log = run(tmp_path / "a", optimizer=optimizer, lr=0.02, sgd_epochs=None)
     assert [(row["phase"], row["lr"]) for row in curve(tmp_path / "a")] == [(optimizer, 0.02)] * 3
     assert type(made[0].optimizer) is kind
-    assert f"finished: {config_module.NAMES[optimizer]} is capped (--epochs 3)" in log
+    assert f"finished: {config_module.NAMES[optimizer]} has reached `epochs` 3" in log
     assert "reloaded" not in log
     train(TrainConfig(output=str(tmp_path / "a"), resume=True, epochs=4), log=str)
     assert len(curve(tmp_path / "a")) == 4
@@ -206,12 +225,6 @@ def test_bad_recipes_are_named(kwargs, message):
         resolved(**kwargs)
 
 
-def test_resume_refuses_another_recipe(augmented):
-    for name, value in (("optimizer", "sgd"), ("rand_augment", (1, 1)), ("validation", 10), ("recipe", "paper")):
-        with pytest.raises(InputError, match=f"other arguments: `{name}` "):
-            train(TrainConfig(output=str(augmented[0]), resume=True, **{name: value}))
-
-
 def test_a_run_from_before_these_arguments_goes_on(augmented, tmp_path):
     output = tmp_path / "a"
     run(output, epochs=2, sgd_epochs=0)
@@ -235,7 +248,7 @@ def test_seeds_train_in_folders_and_are_summarized(tmp_path):
     total = train_seeds(config, log=lines.append)
     assert total == json.loads((root / "summary.json").read_text())
     assert sorted(path.name for path in root.iterdir()) == ["seed-0", "seed-1", "seed-5", "summary.json"]
-    for key in ("best_test", "best_validation", "last"):
+    for key in ("best_validation",):
         values = [total["runs"][seed][key]["test_top1"] for seed in ("0", "1", "5")]
         each = [json.loads((root / f"seed-{seed}" / "summary.json").read_text()) for seed in (0, 1, 5)]
         assert values == [summary[key]["test_top1"] for summary in each]
@@ -258,7 +271,7 @@ def test_seeds_train_in_folders_and_are_summarized(tmp_path):
 
 def test_seeds_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     small = {**TINY, "epochs": 2, "sgd_epochs": 0}
-    evaluate, calls = loop_module.evaluate, []
+    evaluate, calls = engine_module.evaluate, []
 
     def interrupted(*args):
         calls.append(1)
@@ -267,7 +280,7 @@ def test_seeds_go_on_where_they_were_stopped(tmp_path, monkeypatch):
         return evaluate(*args)
 
     lines = []
-    monkeypatch.setattr(loop_module, "evaluate", interrupted)
+    monkeypatch.setattr(engine_module, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_seeds(TrainConfig(**small, seeds=(3, 4, 5), output=str(tmp_path / "a")), log=lines.append)
     assert f"cxv train --resume --output {tmp_path / 'a'}" in lines[-1]

@@ -1,4 +1,4 @@
-"""Where images come from: CIFAR's archives, Tiny ImageNet's, folders of image files; listed at once, decoded later."""
+"""Sources of images: CIFAR's archives, Tiny ImageNet's, folders of image files. Listed at once, decoded later."""
 
 import hashlib
 import importlib
@@ -92,16 +92,16 @@ def cifar_sources(
         with _downloading(name, data_dir, archive, url):
             return dataset(str(data_dir), train=split == "train", download=True)
 
-    def images(data: Any, rows: Tensor) -> Tensor:
-        found = torch.from_numpy(data[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
-        return found if found.shape[-1] == img_size else resize(found, img_size)
+    def select_images(data: Any, rows: Tensor) -> Tensor:
+        images = torch.from_numpy(data[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+        return images if images.shape[-1] == img_size else resize(images, img_size)
 
     def decoding(split: str) -> Decoding:
-        found = load(split)
-        labels = torch.tensor(found.targets)
+        dataset_split = load(split)
+        labels = torch.tensor(dataset_split.targets)
         keep = select(labels, split)
-        chunks = ((images(found.data, rows), labels[rows]) for rows in keep.split(CHUNK))
-        return Decoding(list(found.classes), (len(keep), 3, img_size, img_size), chunks)
+        chunks = ((select_images(dataset_split.data, rows), labels[rows]) for rows in keep.split(CHUNK))
+        return Decoding(list(dataset_split.classes), (len(keep), 3, img_size, img_size), chunks)
 
     files = {
         split: [root / file for file, _ in getattr(dataset, f"{split}_list")] + [root / dataset.meta["filename"]]
@@ -151,7 +151,7 @@ def tiny_imagenet_sources(
         raise InputError(
             f"`data_dir`: {root} is not Tiny ImageNet as it was published ({_TINY_LAYOUT}): {one_line(error)}"
         ) from error
-    empty = next((f"{split}: {w}" for split, groups in files.items() for w, found in groups.items() if not found), None)
+    empty = next((f"{split}: {w}" for split, groups in files.items() for w, paths in groups.items() if not paths), None)
     if empty is not None:
         raise InputError(f"`data_dir`: {root} has no image of a class ({empty}); expected {_TINY_LAYOUT}")
     classes = [words.get(wnid, wnid).strip() for wnid in wnids]
@@ -179,14 +179,14 @@ def folder_sources(
             raise InputError(f"`data_dir`: {root} has no directory {' or '.join(n + '/' for n in names)}")
     files = {split: _list_images(folder) for split, folder in where.items()}
     classes = list(next(iter(files.values())))
-    for split, found in files.items():
-        if list(found) != classes:
+    for split, names_of_split in files.items():
+        if list(names_of_split) != classes:
             first = where[splits[0]]
             only = [
                 f"only in {folder}: {', '.join(sorted(names))}"
                 for folder, names in (
-                    (first, set(classes) - set(found)),
-                    (where[split], set(found) - set(classes)),
+                    (first, set(classes) - set(names_of_split)),
+                    (where[split], set(names_of_split) - set(classes)),
                 )
                 if names
             ]
@@ -275,7 +275,7 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, img_size: int, on_co
 
     with Progress(len(paths), f"decoding {split}") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(paths), CHUNK):
-            images, found = [], labels[first : first + CHUNK].clone()
+            images, chunk_labels = [], labels[first : first + CHUNK].clone()
             for i, image in enumerate(pool.map(decode, paths[first : first + CHUNK])):
                 if isinstance(image, Tensor):
                     images.append(image)
@@ -283,24 +283,24 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, img_size: int, on_co
                     raise InputError(f"{image}; `on_corrupt` skip leaves such images out") from image
                 else:
                     print(f"skipped {image}", file=sys.stderr)
-                    found[i] = ~found[i]
+                    chunk_labels[i] = ~chunk_labels[i]
                 progress.update(1)
             if images:
-                yield torch.stack(images), found
+                yield torch.stack(images), chunk_labels
             else:
-                yield torch.empty(0, 3, img_size, img_size, dtype=torch.uint8), found
+                yield torch.empty(0, 3, img_size, img_size, dtype=torch.uint8), chunk_labels
 
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
     """The image files of each class folder, both in sorted order; hidden and other files are passed over."""
     directories = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    found = {directory.name: _images_in(directory) for directory in directories}
+    images = {directory.name: _images_in(directory) for directory in directories}
     for directory in directories:
-        if not found[directory.name]:
+        if not images[directory.name]:
             raise InputError(f"{directory}: this class folder has no image")
-    if not found:
+    if not images:
         raise InputError(f"{folder}: no class folders in it; expected {folder / 'CLASS' / 'IMAGE'}")
-    return found
+    return images
 
 
 def _images_in(directory: Path) -> list[Path]:

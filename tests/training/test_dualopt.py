@@ -70,17 +70,17 @@ def test_a_tie_is_progress_and_its_weights_are_kept():
     assert opt.end_epoch(50.0) is True
     train_epoch(model, opt)
     assert opt.end_epoch(49.0) is False
-    assert opt.stale == 1
+    assert opt.num_bad_epochs == 1
     train_epoch(model, opt)
     tied = snapshot(model)
     assert opt.end_epoch(50.0) is True
-    assert (opt.stale, opt.best_epoch) == (0, 3)
+    assert (opt.num_bad_epochs, opt.best_epoch) == (0, 3)
     train_epoch(model, opt)
     opt.load_best()
     assert_same(model, tied)
 
 
-def test_switch_when_stale_reloads_the_best_weights_with_a_fresh_sgd():
+def test_switch_after_patience_reloads_the_best_weights_with_a_fresh_sgd():
     model = make_model()
     opt = DualOpT(model, patience=3)
     script = [10.0, 30.0, 20.0, 29.9, 25.0]
@@ -92,7 +92,7 @@ def test_switch_when_stale_reloads_the_best_weights_with_a_fresh_sgd():
         elif opt.phase == "adamw":
             assert not torch.equal(model[0].weight, best["0.weight"])
     assert opt.phase == "sgd"
-    assert (opt.switch_epoch, opt.switch_reason, opt.stale) == (5, "stale", 0)
+    assert (opt.switch_epoch, opt.switch_reason, opt.num_bad_epochs) == (5, "patience", 0)
     assert (opt.best_top1, opt.best_epoch) == (30.0, 2)
     assert_same(model, best)  # the running statistics of the BatchNorm too
     assert type(opt.optimizer) is torch.optim.SGD
@@ -117,7 +117,7 @@ def test_parameters_alone_leave_the_buffers():
     assert not torch.equal(model[1].running_mean, best["1.running_mean"])
 
 
-def test_a_cap_ends_the_phase_without_staleness():
+def test_max_epochs_end_the_phase():
     model = make_model()
     opt = DualOpT(model, patience=20, max_epochs=(2, 3))
     phases = []
@@ -127,7 +127,7 @@ def test_a_cap_ends_the_phase_without_staleness():
         opt.end_epoch(top1)
     assert phases == ["adamw"] * 2 + ["sgd"] * 3
     assert opt.finished
-    assert (opt.switch_epoch, opt.switch_reason, opt.phase_over) == (2, "capped", "capped")
+    assert (opt.switch_epoch, opt.switch_reason, opt.stop_reason) == (2, "max_epochs", "max_epochs")
     with pytest.raises(RuntimeError, match="both phases"):
         opt.end_epoch(6)
 
@@ -139,12 +139,12 @@ def test_the_best_so_far_is_shared_by_both_phases():
         opt.end_epoch(top1)
     assert opt.phase == "sgd"
     assert opt.end_epoch(89) is False  # the best of this phase, but not the best
-    assert opt.stale == 1
+    assert opt.num_bad_epochs == 1
     assert opt.end_epoch(90) is True
     assert opt.best_epoch == 5
     assert [opt.end_epoch(t) for t in (85, 86)] == [False, False]
     assert opt.finished
-    assert opt.phase_over == "stale"
+    assert opt.stop_reason == "patience"
 
 
 def test_a_phase_can_be_left_out():
@@ -164,7 +164,7 @@ def test_a_phase_can_be_left_out():
 
 @pytest.mark.parametrize("saved_after", [2, 5], ids=["adamw", "sgd"])
 def test_state_dict_round_trip_goes_on_bit_for_bit(saved_after):
-    script = [10, 30, 20, 20, 25, 31, 12, 31, 0, 0]  # stale after 4 with patience 2, then SGD
+    script = [10, 30, 20, 20, 25, 31, 12, 31, 0, 0]  # AdamW ends after 4 with patience 2, then SGD
 
     def run(model, opt, epochs):
         for i in epochs:
@@ -191,7 +191,7 @@ def test_state_dict_round_trip_goes_on_bit_for_bit(saved_after):
     assert second_opt.phase == first_opt.phase
     run(second, second_opt, range(saved_after, 10))
     assert_same(second, snapshot(whole))
-    for name in ("epoch", "stale", "best_top1", "best_epoch", "switch_epoch", "switch_reason", "finished"):
+    for name in ("epoch", "num_bad_epochs", "best_top1", "best_epoch", "switch_epoch", "switch_reason", "finished"):
         assert getattr(second_opt, name) == getattr(whole_opt, name), name
     whole_opt.load_best()
     second_opt.load_best()
@@ -339,11 +339,11 @@ def test_restart_begins_anew_from_the_best_weights_and_the_best_so_far_goes_on()
     assert opt.finished
     opt.restart()
     assert_same(model, best)
-    assert (opt.phase, opt.finished, opt.epoch, opt.stale) == ("adamw", False, 4, 0)
+    assert (opt.phase, opt.finished, opt.epoch, opt.num_bad_epochs) == ("adamw", False, 4, 0)
     assert (opt.best_top1, opt.best_epoch, opt.switch_epoch) == (30, 2, None)
     assert not opt.optimizer.state  # no moments from before
     assert [opt.end_epoch(t) for t in (29, 29)] == [False, False]
-    assert (opt.phase, opt.switch_epoch, opt.switch_reason) == ("sgd", 6, "stale")
+    assert (opt.phase, opt.switch_epoch, opt.switch_reason) == ("sgd", 6, "patience")
     assert opt.end_epoch(30) is True
     sgd = DualOpT(make_model(), max_epochs=(0, 1))
     sgd.end_epoch(1)

@@ -1,6 +1,6 @@
-"""Datasets as uint8 images, decoded once and in memory, mapped from a file or on the device, and batches of them.
+"""Datasets as uint8 images, decoded once (in memory, mapped from a file, or on a device), and batches of them.
 
-The paper scales each channel by mean = std = 0.5, Tiny ImageNet's by its own; RandAugment, where wanted, comes before.
+The paper normalizes each channel with mean = std = 0.5, Tiny ImageNet with its own statistics.
 """
 
 import difflib
@@ -17,7 +17,8 @@ from cxv_kernels.validation import python_numbers
 
 from ..errors import InputError
 from .cache import Decoded, cache_folder, check_memory, crc, decode
-from .sources import (
+from .datasets import (
+    Select,
     Source,
     cifar_sources,
     folder_sources,
@@ -39,11 +40,11 @@ TINY_IMAGENET = {
 }
 """Tiny ImageNet's own mean and std of a channel, from [0, 1], as the paper's scripts have them."""
 GROUP_BYTES = 2**22
-"""Of images that are gathered and augmented at once, several batches of small ones: few calls serve many images."""
+"""Bytes of images that are gathered and augmented at once; several batches of small images share these calls."""
 DEVICE_SHARE = 0.25
-"""Of the device's free memory, what a dataset may take without being told to."""
+"""The share of a device's free memory that a dataset takes by default, at most."""
 
-_DIGITS_SEED = 0  # of the held-out fifth: another --seed must not move images between training and test
+_DIGITS_SEED = 0  # of the held-out fifth: another ``seed`` must not move images between training and test
 
 
 @dataclass
@@ -167,29 +168,15 @@ def load_data(
             ``"validation"``; ``limit_train`` counts what is left to train on.
         on_corrupt: ``"error"`` or ``"skip"``: what to do about an image that cannot be decoded.
         splits: which of ``"train"`` and ``"test"`` to load.
-        cache_dir: where the decoded images are kept; see :mod:`cxv.training.cache`. ``"none"``: in memory alone.
+        cache_dir: where the decoded images are kept; see :mod:`cxv.data.cache`. ``"none"``: in memory alone.
         normalization: in place of the dataset's own (the paper's): ``mean`` and ``std`` of pixels in [0, 1].
         log: takes a line about the cache or images that were skipped; default: print it.
 
     Raises:
         InputError: anything wrong with these arguments or with the files, or too little memory for them.
     """
-    if name not in DATASETS:
-        raise InputError(f"`data`: unknown dataset {name!r}{_closest(name)}; allowed: {', '.join(DATASETS)}")
-    if on_corrupt not in ("error", "skip"):
-        raise InputError(f"`on_corrupt`: expected error or skip, got {on_corrupt!r}")
-    for arg, value in (
-        ("img_size", img_size),
-        ("limit_train", limit_train),
-        ("limit_test", limit_test),
-        ("validation", validation),
-    ):
-        if value is not None and not (isinstance(value, Integral) and value >= 1 and not isinstance(value, bool)):
-            raise InputError(f"`{arg}`: expected a whole number, at least 1, got {value}")
-    if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
-        raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
-    if validation is not None and "train" not in splits:
-        raise InputError(f"`validation`: taken from the training images, and splits are {splits!r}")
+    sizes = {"img_size": img_size, "limit_train": limit_train, "limit_test": limit_test, "validation": validation}
+    _check_arguments(name, on_corrupt, splits, sizes)
     if limit_train is not None:
         limit_train += validation or 0
     limits = {"train": limit_train, "test": limit_test}
@@ -203,15 +190,8 @@ def load_data(
     if name == "digits":
         data = _digits(splits, img_size, select)
     else:
-        chosen = (splits, img_size, select)
-        if name == "folder":
-            sources = folder_sources(data_dir, *chosen, on_corrupt)
-        elif name == "tiny-imagenet":
-            sources = tiny_imagenet_sources(data_dir or "data", *chosen, on_corrupt)
-        else:
-            sources = cifar_sources(name, data_dir or "data", *chosen)
         loaded = {}
-        for source in sources:
+        for source in _sources(name, data_dir, splits, img_size, select, on_corrupt):
             limit = limits[source.split]
             variant = f"{name} {on_corrupt}" + ("" if limit is None else f" limit {limit} seed {seed}")
             loaded[source] = decode(source, variant, cache_folder(cache_dir), log)
@@ -219,6 +199,20 @@ def load_data(
     for split in data.splits.values():
         split.normalization = normalization
     return data if validation is None else _hold_out(data, validation, seed)
+
+
+def _check_arguments(name: str, on_corrupt: str, splits: Sequence[str], sizes: dict[str, int | None]) -> None:
+    if name not in DATASETS:
+        raise InputError(f"`data`: unknown dataset {name!r}{_closest(name)}; allowed: {', '.join(DATASETS)}")
+    if on_corrupt not in ("error", "skip"):
+        raise InputError(f"`on_corrupt`: expected error or skip, got {on_corrupt!r}")
+    for arg, value in sizes.items():
+        if value is not None and not (isinstance(value, Integral) and value >= 1 and not isinstance(value, bool)):
+            raise InputError(f"`{arg}`: expected a whole number, at least 1, got {value}")
+    if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
+        raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
+    if sizes["validation"] is not None and "train" not in splits:
+        raise InputError(f"`validation`: taken from the training images, and splits are {splits!r}")
 
 
 @python_numbers
@@ -248,28 +242,28 @@ def _hold_out(data: Data, n: int, seed: int) -> Data:
         mine = order[labels[order] == c]
         share[mine] = (torch.arange(len(mine), dtype=share.dtype) + 0.5) / len(mine)
     order = order[torch.argsort(share[order], stable=True)]
-    held, rest = order[:n].sort().values, order[n:].sort().values
+    validation, rest = order[:n].sort().values, order[n:].sort().values
     if len(labels[rest].unique()) < len(labels.unique()):
         raise InputError(f"`validation`: {n} of {len(labels)} training images leave a class without one to train on")
-    splits = {"train": rest, VALIDATION: held}
+    splits = {"train": rest, VALIDATION: validation}
     return replace(data, splits=data.splits | {name: data.train.subset(i) for name, i in splits.items()})
 
 
 def _readable(name: str, loaded: dict[Source, Decoded], log: Callable[[str], None]) -> Data:
     """The dataset of the images that could be decoded."""
     splits = {}
-    for source, found in loaded.items():
-        good = found.labels >= 0
-        labels = found.labels[good]
+    for source, decoded in loaded.items():
+        good = decoded.labels >= 0
+        labels = decoded.labels[good]
         skipped = [str(source.paths[i]) for i in (~good).nonzero().flatten().tolist()]
         if skipped:
             log(f"{source.split}: skipped {len(skipped)} of {len(good)} images that could not be read")
-        lost = set((~found.labels[~good]).tolist()) - set(labels.tolist())
+        lost = set((~decoded.labels[~good]).tolist()) - set(labels.tolist())
         if lost:
-            where = f"{source.split} images of {found.classes[min(lost)]}"
+            where = f"{source.split} images of {decoded.classes[min(lost)]}"
             raise InputError(f"`data_dir`: {source.root}: not one of the {where} could be read")
-        splits[source.split] = ImageSet(found.images, labels, skipped, _fingerprint=found.fingerprint)
-    return Data(name, found.classes, source.img_size, splits)
+        splits[source.split] = ImageSet(decoded.images, labels, skipped, _fingerprint=decoded.fingerprint)
+    return Data(name, decoded.classes, source.img_size, splits)
 
 
 def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
@@ -303,13 +297,13 @@ def batches(
     augment: "Augmentation | None" = None,
     epoch: int = 0,
     skip: int = 0,
-    share: Callable[[Tensor], Tensor] | None = None,
+    shard: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``(images, labels)``: (B, C, S, S) float32, normalized, and (B,) int64, on ``device``.
 
     In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
-    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``share`` takes
-    the rows of a batch and returns those to give of it.
+    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``shard`` selects
+    the rows of a batch that this process gets.
     """
     device = torch.device(device)
     order = torch.arange(len(data)) if generator is None else torch.randperm(len(data), generator=generator)
@@ -318,7 +312,7 @@ def batches(
     together = max(1, GROUP_BYTES // (batch_size * data.pixels[:1].numel()))
     for first in range(skip - skip % together, len(parts), together):
         group = parts[first : first + together]
-        group = group if share is None else [share(rows) for rows in group]
+        group = group if shard is None else [shard(rows) for rows in group]
         rows = torch.cat(list(group))
         images, labels = data.take(rows, device)
         if augment is not None:
@@ -341,16 +335,26 @@ def normalize(images: Tensor, mean: float | Sequence[float] = MEAN, std: float |
     return images.float().div_(255).sub_(of_channels(mean)).div_(of_channels(std))
 
 
-def _digits(splits: Sequence[str], img_size: int | None, select: Callable[[Tensor, str], Tensor]) -> Data:
+def _sources(
+    name: str, data_dir: Any, splits: Sequence[str], img_size: int | None, select: Select, on_corrupt: str
+) -> list[Source]:
+    if name == "folder":
+        return folder_sources(data_dir, splits, img_size, select, on_corrupt)
+    if name == "tiny-imagenet":
+        return tiny_imagenet_sources(data_dir or "data", splits, img_size, select, on_corrupt)
+    return cifar_sources(name, data_dir or "data", splits, img_size, select)
+
+
+def _digits(splits: Sequence[str], img_size: int | None, select: Select) -> Data:
     datasets, selection = need("sklearn.datasets"), need("sklearn.model_selection")
     bunch = datasets.load_digits()
     x = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]  # levels 0..16
     y = torch.from_numpy(bunch.target).long()
     train, test = selection.train_test_split(range(len(y)), test_size=0.2, random_state=_DIGITS_SEED, stratify=y)
-    held = {"train": torch.tensor(train), "test": torch.tensor(test)}
+    rows_of = {"train": torch.tensor(train), "test": torch.tensor(test)}
     loaded = {}
     for split in splits:
-        rows = held[split]
+        rows = rows_of[split]
         rows = rows[select(y[rows], split)]
         images = x[rows]
         if img_size not in (None, images.shape[-1]):

@@ -1,20 +1,17 @@
-"""What there is to look at: the report of ``cxv eval``, the numbers for TensorBoard."""
+"""The report of ``cxv eval``."""
 
 import base64
 import io
 import re
-import shutil
-import sys
 
 import numpy
 import pytest
 import torch
 from PIL import Image
-from test_training import curve, run
 
-from cxv.training import InputError, TrainConfig, train
-from cxv.training.data import ImageSet
-from cxv.training.report import Report, check_suffix
+from cxv.cli.report import Report, check_suffix
+from cxv.data.loader import ImageSet
+from cxv.errors import InputError
 
 
 def report(labels, predicted, classes, channels=3):
@@ -74,40 +71,3 @@ def test_a_report_that_cannot_be_written_is_named(tmp_path):
         check_suffix("a.pdf")
     with pytest.raises(InputError, match=r"cannot write .*nowhere"):
         report([0, 1], [0, 0], ["a", "b"]).write(tmp_path / "nowhere" / "a.html")
-
-
-def points(folder):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder)).Reload()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("phase/text_summary")]
-    return scalars, texts
-
-
-def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
-    output = tmp_path / "a"
-    _, log = run(output, epochs=2, tensorboard=True)
-    assert "curves.png, tensorboard" in log
-    # a killed run leaves points that its checkpoint does not know of; here the older ones are missing too
-    shutil.rmtree(output / "tensorboard")
-    train(TrainConfig(output=str(output), resume=True, sgd_epochs=3), log=str)
-    rows = curve(output)
-    scalars, texts = points(output / "tensorboard")
-    for tag, key in (
-        ("loss/train", "train_loss"),
-        ("top1/test", "test_top1"),
-        ("top1/best", "best_top1"),
-        ("lr", "lr"),
-    ):
-        assert scalars[tag] == [(row["epoch"], pytest.approx(row[key])) for row in rows], tag
-    assert len(rows) == len(scalars["images_per_second"]) == 5
-    assert texts == [(1, "AdamW"), (3, "SGD")]
-    train(TrainConfig(output=str(output), resume=True, tensorboard=False), log=str)
-
-
-def test_without_tensorboard_the_flag_is_refused_before_an_epoch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(InputError, match=r"`tensorboard`: needs .*pip install 'cxv\[tensorboard\]'"):
-        run(tmp_path / "a", tensorboard=True)
-    assert curve(tmp_path / "a") == []

@@ -1,4 +1,4 @@
-"""Where images come from: what is decoded of each kind of dataset, and the error for each thing that can be wrong."""
+"""Sources of images: the decoded images of each kind of dataset, and an error for each possible defect."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ from conftest import write_image
 from PIL import Image
 
 from cxv.cli import main
+from cxv.data import cache as cache_module
+from cxv.data import datasets as datasets_module
+from cxv.data.datasets import decode_image
+from cxv.data.loader import TINY_IMAGENET, load_data
 from cxv.errors import InputError
-from cxv.training import cache as cache_module
 from cxv.training import load_model
-from cxv.training import sources as sources_module
-from cxv.training.data import TINY_IMAGENET, load_data
-from cxv.training.sources import decode_image
 
 
 def truncate(path):
@@ -50,10 +50,10 @@ def test_val_serves_as_test_and_other_files_are_passed_over(folder):
     assert (len(data.train), len(data.test), data.classes) == (12, 6, ["ant", "bee", "cow"])
 
 
-def test_limits_decode_only_what_they_keep(folder, monkeypatch):
+def test_limits_decode_only_selected_images(folder, monkeypatch):
     seen = []
-    decode = sources_module.decode_image
-    monkeypatch.setattr(sources_module, "decode_image", lambda *a: (seen.append(str(a[0])), decode(*a))[1])
+    decode = datasets_module.decode_image
+    monkeypatch.setattr(datasets_module, "decode_image", lambda *a: (seen.append(str(a[0])), decode(*a))[1])
     data = load_data("folder", folder, limit_train=6, limit_test=3, img_size=8, seed=1)
     assert data.train.labels.bincount().tolist() == [2, 2, 2]
     assert data.test.labels.bincount().tolist() == [1, 1, 1]
@@ -172,7 +172,7 @@ def test_argument_errors(folder):
 
 def test_a_set_that_does_not_fit_the_memory_is_refused_before_decoding(folder, monkeypatch):
     monkeypatch.setattr(cache_module, "available_memory", lambda: 2 * 2**30)
-    monkeypatch.setattr(sources_module, "_decoded", lambda *a: None)
+    monkeypatch.setattr(datasets_module, "_decoded", lambda *a: None)
     with pytest.raises(InputError, match=r"take 9\.37 GiB .* 2\.00 GiB is available: give a `cache_dir`"):
         load_data("folder", folder, img_size=16720)
 
@@ -291,7 +291,7 @@ def test_tiny_imagenet_is_downloaded_whole_or_not_at_all(tiny, tmp_path, monkeyp
     assert asked == [("tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")] * 2
 
 
-def test_tiny_imagenet_that_cannot_be_had_or_is_incomplete_says_what_is_expected(tiny, tmp_path, monkeypatch):
+def test_tiny_imagenet_missing_or_incomplete_names_the_expected_files(tiny, tmp_path, monkeypatch):
     from torchvision.datasets import utils
 
     def closed(*args, **kwargs):

@@ -12,11 +12,11 @@ from conftest import write_image
 from safetensors import safe_open
 
 import cxv
+from cxv.data import cache as cache_module
+from cxv.data import datasets as datasets_module
+from cxv.data.cache import cache_folder
+from cxv.data.loader import load_data
 from cxv.errors import InputError
-from cxv.training import cache as cache_module
-from cxv.training import sources as sources_module
-from cxv.training.cache import cache_folder
-from cxv.training.data import load_data
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
@@ -29,9 +29,9 @@ def cache(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the images decoded so far."""
-    names, decode = [], sources_module.decode_image
+    names, decode = [], datasets_module.decode_image
     monkeypatch.setattr(
-        sources_module, "decode_image", lambda path, *a: (len(a) == 2 and names.append(path.name), decode(path, *a))[1]
+        datasets_module, "decode_image", lambda path, *a: (len(a) == 2 and names.append(path.name), decode(path, *a))[1]
     )
     return names
 
@@ -157,7 +157,7 @@ def test_choices_have_caches_of_their_own(folder, cache, decoded):
     assert same(load(folder, cache)[0], whole)
 
 
-def test_skipped_images_are_known_from_the_cache_too(folder, cache):
+def test_cache_remembers_skipped_images(folder, cache):
     bad = folder / "train" / "bee" / "2.png"
     bad.write_bytes(b"")
     first, log = load(folder, cache, on_corrupt="skip")
@@ -173,14 +173,14 @@ def test_skipped_images_are_known_from_the_cache_too(folder, cache):
 
 _LOAD = """
 import os, sys, time
-from cxv.training import sources
-from cxv.training.data import load_data
-decode, n = sources.decode_image, []
+from cxv.data import datasets
+from cxv.data.loader import load_data
+decode, n = datasets.decode_image, []
 def slow(path, *a):
     time.sleep(0.05)
     n.append(path)
     return decode(path, *a)
-sources.decode_image = slow
+datasets.decode_image = slow
 data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2], img_size=8)
 print("decoded", len(n), "fingerprints", data.train.fingerprint(), data.test.fingerprint())
 """
@@ -213,7 +213,7 @@ def test_a_process_that_is_killed_leaves_nothing_in_the_way(folder, cache):
 
 _FULL = """
 import resource, sys
-from cxv.training.data import load_data
+from cxv.data.loader import load_data
 if sys.argv[3] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))  # bytes a file may have
 data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2])
@@ -222,7 +222,7 @@ print(data.train.fingerprint(), data.test.fingerprint())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_file_that_cannot_be_written_to_its_end_is_done_without(folder, cache):
+def test_cache_file_that_cannot_be_written_is_skipped(folder, cache):
     done = subprocess.run(
         [sys.executable, "-c", _FULL, str(folder), str(cache), "limit"], env=ENV, capture_output=True, text=True
     )
@@ -234,7 +234,7 @@ def test_a_file_that_cannot_be_written_to_its_end_is_done_without(folder, cache)
     assert not list(cache.glob("*train*.safetensors"))
 
 
-def test_a_disk_without_room_is_known_before_anything_is_decoded(folder, cache, decoded, monkeypatch):
+def test_cache_on_a_full_disk_is_skipped_before_decoding(folder, cache, decoded, monkeypatch):
     usage = cache_module.shutil.disk_usage
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
     data, log = load(folder, cache)
@@ -243,7 +243,7 @@ def test_a_disk_without_room_is_known_before_anything_is_decoded(folder, cache, 
     assert len(decoded) == 18
 
 
-def test_a_folder_that_cannot_be_made_is_done_without(folder, cache):
+def test_cache_folder_that_cannot_be_made_is_skipped(folder, cache):
     cache.write_text("a file")
     data, log = load(folder, cache)
     assert f"train: no cache of the decoded images in {cache} (" in log
@@ -258,7 +258,7 @@ def test_images_larger_than_the_memory_are_mapped(folder, cache, monkeypatch):
     assert (len(data.train), len(data.validation), len(data.test)) == (9, 3, 6)
 
 
-def test_where_it_is(monkeypatch, tmp_path):
+def test_cache_folder_defaults(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXV_CACHE")
     assert cache_folder(None) == tmp_path / "cxv"

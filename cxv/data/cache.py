@@ -1,8 +1,8 @@
-"""Decoded images on the disk, mapped into memory: decoded once, shared by processes, larger than memory if need be.
+"""A cache of decoded images: files that are mapped into memory, shared by processes, and may be larger than memory.
 
-A split is one safetensors file: ``images`` (N, C, S, S) uint8 and ``labels`` (M,) int64, and in its header what it was
-decoded from and a CRC-32 of it all. The files are in ``--cache-dir``, else in ``$CXV_CACHE``, else in ``cxv`` of
-``$XDG_CACHE_HOME`` or ``~/.cache``; "none" is none. They can be deleted at any time.
+A split is one safetensors file with ``images`` (N, C, S, S) uint8 and ``labels`` (M,) int64. Its header describes the
+source and has a CRC-32 of everything. The files are in ``cache_dir``, else in ``$CXV_CACHE``, else in ``cxv`` of
+``$XDG_CACHE_HOME`` or ``~/.cache``; "none" turns the cache off. You can delete the files at any time.
 """
 
 import errno
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import InputError
-from .sources import Source
+from .datasets import Source
 
 FORMAT = "cxv-images-1"
 NONE = "none"
@@ -52,10 +52,10 @@ def cache_folder(folder: str | Path | None) -> Path | None:
 
 
 def decode(source: Source, variant: str, folder: Path | None, log: Log) -> Decoded:
-    """The images of ``source`` from the cache in ``folder``, which is made, or made anew, where it does not fit.
+    """Read the images of ``source`` from the cache in ``folder``; decode them into it if they are missing or outdated.
 
-    ``variant`` tells apart what can be chosen from the same files. One process decodes while others wait for it.
-    Without a folder, or where it cannot be written, the images are decoded into memory, and ``log`` says so.
+    ``variant`` distinguishes different choices from the same files. One process decodes while others wait for it.
+    Without a folder, or if it cannot be written, the images are decoded into memory, and ``log`` says so.
 
     Raises:
         InputError: an image is damaged, or neither the disk nor the memory has room.
@@ -66,19 +66,19 @@ def decode(source: Source, variant: str, folder: Path | None, log: Log) -> Decod
     name = zlib.crc32(f"{source.root.absolute()} {variant}".encode())
     path = folder / f"{source.root.name}-{source.split}-{source.img_size}-{name:08x}.safetensors"
     try:
-        found = _read(path, source, version, log)
-        if found is not None:
-            return found
+        cached = _read(path, source, version, log)
+        if cached is not None:
+            return cached
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path, log):
-            found = _read(path, source, version, lambda line: None)
-            if found is not None:  # another process was first
-                return found
+            cached = _read(path, source, version, lambda line: None)
+            if cached is not None:  # another process was first
+                return cached
             _write(path, source, version)
-        found = _read(path, source, version, log)
-        if found is not None:
-            return found
-        reason = "what was written cannot be read back"
+        cached = _read(path, source, version, log)
+        if cached is not None:
+            return cached
+        reason = "the file cannot be read back"
     except (OSError, NotImplementedError) as error:  # full, read-only, no locks on this file system, …
         reason = getattr(error, "strerror", None) or str(error)
     log(f"{source.split}: no cache of the decoded images in {folder} ({reason}); decoding into memory")
@@ -109,7 +109,7 @@ def _alone(path: Path, log: Log) -> Iterator[None]:
 
 
 def _read(path: Path, source: Source, version: str, log: Log) -> Decoded | None:
-    """The cache, if there is one and it is whole and of this version of the source."""
+    """Read the cache file; None if there is none, or it is damaged or of another version of the source."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -121,13 +121,13 @@ def _read(path: Path, source: Source, version: str, log: Log) -> Decoded | None:
         if facts["format"] != FORMAT or facts["version"] != version:
             log(f"{source.split}: the images in {source.root} have changed, decoding them anew")
             return None
-        found = crc(labels[labels >= 0], crc(images))
-        if _seal(facts, found, labels) != facts["crc32"]:
+        fingerprint = crc(labels[labels >= 0], crc(images))
+        if _seal(facts, fingerprint, labels) != facts["crc32"]:
             raise ValueError("wrong checksum")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         log(f"{path} is damaged ({error}), decoding the images anew")
         return None
-    return Decoded(facts["classes"], images, labels, found)
+    return Decoded(facts["classes"], images, labels, fingerprint)
 
 
 def _write(path: Path, source: Source, version: str) -> None:
@@ -140,14 +140,14 @@ def _write(path: Path, source: Source, version: str) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
-    temporary = path.with_suffix(".tmp")  # the lock is ours: what a killed process left is written over
+    temporary = path.with_suffix(".tmp")  # the lock is ours, so the file of a killed process can be overwritten
     try:
         with open(temporary, "wb") as f:
             f.seek(room + 8 * count)
             labels, kept, images_crc = [], 0, 0
-            for images, some in decoding.chunks:
+            for images, chunk_labels in decoding.chunks:
                 f.write(_content(images))
-                labels, kept, images_crc = [*labels, some], kept + len(images), crc(images, images_crc)
+                labels, kept, images_crc = [*labels, chunk_labels], kept + len(images), crc(images, images_crc)
             all_labels = torch.cat(labels)
             facts["crc32"] = _seal(facts, crc(all_labels[all_labels >= 0], images_crc), all_labels)
             f.seek(0)
@@ -189,15 +189,15 @@ def _in_memory(source: Source) -> Decoded:
     check_memory(math.prod(decoding.shape))
     images = torch.empty(decoding.shape, dtype=torch.uint8)
     labels, kept = [], 0
-    for some, found in decoding.chunks:
-        images[kept : kept + len(some)] = some
-        labels, kept = [*labels, found], kept + len(some)
+    for chunk, chunk_labels in decoding.chunks:
+        images[kept : kept + len(chunk)] = chunk
+        labels, kept = [*labels, chunk_labels], kept + len(chunk)
     images, all_labels = images[:kept], torch.cat(labels)
     return Decoded(decoding.classes, images, all_labels, crc(all_labels[all_labels >= 0], crc(images)))
 
 
 def check_memory(size: int) -> None:
-    """See that ``size`` bytes of images find room in memory.
+    """Check that ``size`` bytes of images fit into memory.
 
     Raises:
         InputError: they do not.
@@ -213,13 +213,13 @@ def check_memory(size: int) -> None:
 
 def available_memory() -> int | None:
     """Bytes of memory that a process can still take, the container's limit included; None where unknown."""
-    found = []
+    bytes_left = []
     with suppress(OSError), open("/proc/meminfo") as f:
-        found += [int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")]
+        bytes_left += [int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")]
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError):  # not there, or "max"
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return min(found, default=None)
+            bytes_left.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return min(bytes_left, default=None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import AUGMENTED, TINY, assert_same_run, curve, run
+from training_support import AUGMENTED, TINY, assert_same_run, curve, run
 
 import cxv
 from cxv.checkpoint import read_checkpoint
@@ -33,7 +33,7 @@ import json, os, socket, sys, time, traceback
 import matplotlib.figure, sklearn.datasets, sklearn.model_selection  # once, not in every process
 import torch, torch._dynamo, torchvision.transforms.functional
 from cxv import cli
-from cxv.training import loop
+from cxv.training import engine, trainer
 torch.set_num_threads(1)
 
 def free_port():
@@ -73,29 +73,29 @@ print(json.dumps(ends))
 
 # in the process that it is for: a signal before a batch of an epoch
 _SIGNAL = """
-batches, epochs = loop.batches, [0]
+batches, epochs = engine.batches, [0]
 def signaled(data, batch_size, device, generator=None, **kwargs):
     epochs[0] += generator is not None
     for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
         if generator is not None and epochs[0] == {epoch} and i == 1:
             os.kill(os.getpid(), {signal})
         yield pair
-loop.batches = signaled
+engine.batches = signaled
 """
 
 _BROKEN_DISK = """
 def full(path, *args):
-    raise loop.InputError(f"cannot write {path}: No space left on device")
-loop.atomic_write = full
+    raise trainer.InputError(f"cannot write {path}: No space left on device")
+trainer.atomic_write = full
 """
 
 _OTHER_DATA = """
-load_data = loop.load_data
+load_data = trainer.load_data
 def altered(*args, **kwargs):
     data = load_data(*args, **kwargs)
     data.train.pixels = data.train.pixels + 1
     return data
-loop.load_data = altered
+trainer.load_data = altered
 """
 
 # each process its part of the batch, the dropout on; a process alone the whole batch
@@ -105,7 +105,7 @@ from cxv.models.blocks import ResidualBranch
 from cxv.training.distributed import World, process_group
 def gradients(model, world, x, y):
     torch.manual_seed(1)
-    part = world.part(len(x))
+    part = world.shard(len(x))
     for module in model.modules():
         if isinstance(module, ResidualBranch):
             module.first_image = part.start
@@ -118,7 +118,7 @@ with process_group():
     for name in ("cpv-2/2", "cnv-2/2", "cltv-2/2", "hybrid-vip-2/2"):
         for checkpointing in (False, True)[: 1 if name.startswith("hybrid") else 2]:
             torch.manual_seed(0)
-            model = loop.build_model(name, dict(embed_dim=16, img_size=8, use_fused=True)).double()
+            model = trainer.build_model(name, dict(embed_dim=16, img_size=8, use_fused=True)).double()
             if checkpointing:
                 model.set_grad_checkpointing()
             x, y = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.arange(5)
@@ -248,7 +248,7 @@ def test_an_error_of_one_process_ends_all_and_is_reported_once(jobs, name, repor
     assert log(root, name, 1 - reporter, 2) == ""
 
 
-def test_what_is_evaluated_by_parts_is_the_model_that_is_saved(jobs):
+def test_sharded_evaluation_scores_the_saved_model(jobs):
     """With a batch norm, whose statistics differ between processes while they train."""
     root, ends, _ = jobs
     assert ends["wavemix"] == [0, 0], log(root, "wavemix", 0, 2)
@@ -260,11 +260,11 @@ def test_what_is_evaluated_by_parts_is_the_model_that_is_saved(jobs):
 
 @pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (7, 3), (9, 3), (5, 1)])
 def test_parts_cover_a_batch_once(n, size):
-    parts = [World(rank, size).part(n) for rank in range(size)]
+    parts = [World(rank, size).shard(n) for rank in range(size)]
     assert [i for part in parts for i in part] == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     rows = torch.arange(10, 10 + 2 * n)
-    shares = [World(rank, size).share(rows, max(n, 1)) for rank in range(size)]
+    shares = [World(rank, size).shard_rows(rows, max(n, 1)) for rank in range(size)]
     assert torch.cat(shares).unique().tolist() == rows.tolist()
 
 
@@ -283,11 +283,11 @@ def test_torchrun_stopped_by_sigterm_saves_what_is_done(tmp_path):
         *args,
     ]
     with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (output / "best.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert f"go on with  cxv train --resume --output {output}" in out, err
-    assert read_checkpoint(output / "last.pt")["position"] is not None
+    assert read_checkpoint(output / "last.pt")["resume_state"] is not None

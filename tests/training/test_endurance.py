@@ -1,4 +1,4 @@
-"""What a run survives: signals in mid-epoch, a full disk, a damaged checkpoint, overflows of fp16."""
+"""Accidents that a run survives: signals in mid-epoch, a full disk, a damaged checkpoint, overflows of fp16."""
 
 import os
 import shutil
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import AUGMENTED, TINY, Probe, assert_same_run, curve, run
+from training_support import AUGMENTED, TINY, Probe, assert_same_run, curve, run
 
 import cxv
 from cxv.checkpoint import read_checkpoint
 from cxv.models import registry
 from cxv.training import InputError, TrainConfig, train
-from cxv.training import loop as loop_module
+from cxv.training import engine as engine_module
+from cxv.training import trainer as trainer_module
 from cxv.training.interrupt import Interrupted
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
@@ -49,7 +50,7 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
     split,
     batch,
 ):
-    output, epochs, batches = tmp_path / "a", [0], loop_module.batches
+    output, epochs, batches = tmp_path / "a", [0], engine_module.batches
 
     def signaled(data, batch_size, device, generator=None, **kwargs):
         epochs[0] += generator is not None
@@ -59,14 +60,14 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
                 signal.raise_signal(number)
             yield pair
 
-    monkeypatch.setattr(loop_module, "batches", signaled)
+    monkeypatch.setattr(engine_module, "batches", signaled)
     with pytest.raises(Interrupted) as caught:
         run(output, **AUGMENTED)
     assert caught.value.signal == number
     monkeypatch.undo()
     step = {"train": batch, "test": 3}[split]
     checkpoint = read_checkpoint(output / "last.pt")
-    assert (checkpoint["epoch"], checkpoint["position"]["step"]) == (epoch - 1, step)
+    assert (checkpoint["epoch"], checkpoint["resume_state"]["step"]) == (epoch - 1, step)
     torch.manual_seed(99)
     _, log = resume(output)
     assert f"resumed after epoch {epoch - 1} and {step} batches of the next" in log
@@ -76,11 +77,11 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
 
 _LIMITED = """
 import resource, sys
-from cxv.training import InputError, TrainConfig, loop, train
+from cxv.training import InputError, TrainConfig, engine, train
 def limited(*args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # bytes a file may have
     return evaluate(*args)
-evaluate, loop.evaluate = loop.evaluate, lambda *a: (limited if epochs.pop() == int(sys.argv[2]) else evaluate)(*a)
+evaluate, engine.evaluate = engine.evaluate, lambda *a: (limited if epochs.pop() == int(sys.argv[2]) else evaluate)(*a)
 epochs = list(range(9, 0, -1))
 try:
     train(eval(sys.argv[1]))
@@ -112,7 +113,7 @@ def test_a_limit_or_quota_that_no_checkpoint_fits_is_reported_before_the_epoch(t
     output, (soft, hard) = tmp_path / "a", resource.getrlimit(resource.RLIMIT_FSIZE)
     run(output, epochs=1, sgd_epochs=0)
     epochs = []
-    monkeypatch.setattr(loop_module, "batches", lambda *args, **kwargs: epochs.append(args))
+    monkeypatch.setattr(engine_module, "batches", lambda *args, **kwargs: epochs.append(args))
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # the next checkpoint fits, not what it may grow to
     try:
         with pytest.raises(InputError, match=r"`output`: .*a has no room for a checkpoint of 0\.\d MB: File too large"):
@@ -138,14 +139,14 @@ def tmpfs(tmp_path):
 
 
 def test_a_file_system_that_fills_up_or_becomes_read_only(augmented, tmpfs, monkeypatch):
-    output, evaluate, filler = tmpfs / "a", loop_module.evaluate, tmpfs / "filler"
+    output, evaluate, filler = tmpfs / "a", engine_module.evaluate, tmpfs / "filler"
 
     def filling(model, data, *args):
         if read_checkpoint(output / "last.pt")["epoch"] == 2 and not filler.exists():  # the third finds no room
             filler.write_bytes(bytes(shutil.disk_usage(tmpfs).free))
         return evaluate(model, data, *args)
 
-    monkeypatch.setattr(loop_module, "evaluate", filling)
+    monkeypatch.setattr(engine_module, "evaluate", filling)
     with pytest.raises(InputError, match=r"cannot write .*: No space left on device; what .*last\.pt has is kept"):
         run(output, **AUGMENTED)
     monkeypatch.undo()
@@ -154,7 +155,7 @@ def test_a_file_system_that_fills_up_or_becomes_read_only(augmented, tmpfs, monk
         resume(output)
     filler.unlink()
     steps = []
-    monkeypatch.setattr(loop_module._Epoch, "_train_step", lambda *args: steps.append(args))
+    monkeypatch.setattr(engine_module.Engine, "_train_step", lambda *args: steps.append(args))
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
     with pytest.raises(InputError, match=r"cannot write .*: Read-only file system"):
         resume(output)
@@ -171,13 +172,13 @@ def test_a_disk_without_room_is_reported_before_the_epoch(tmp_path, monkeypatch)
     output, usage = tmp_path / "a", shutil.disk_usage(tmp_path)
     free = [10**9]
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=free[-1]))
-    evaluate = loop_module.evaluate
+    evaluate = engine_module.evaluate
 
     def filling(*args):
         free.append(200_000)
         return evaluate(*args)
 
-    monkeypatch.setattr(loop_module, "evaluate", filling)
+    monkeypatch.setattr(engine_module, "evaluate", filling)
     with pytest.raises(InputError, match=r"`output`: .*a has 0\.2 MB free, and the next checkpoints need 0\.\d MB"):
         run(output)
     assert read_checkpoint(output / "last.pt")["epoch"] == len(curve(output)) == 1
@@ -303,13 +304,13 @@ def test_kill_9_at_any_instant(augmented, tmp_path):
     assert_same_run(output, augmented[0])
 
 
-def test_a_resumed_run_is_at_work_at_once(tmp_path, monkeypatch):
+def test_resumed_run_starts_within_two_seconds(tmp_path, monkeypatch):
     """The full CPV-5/4, in CPU time, as the machine may be busy."""
     small = {"model": "cpv-5/4", "embed_dim": None, "limit_train": 4, "limit_test": 4, "batch_size": 4}
     run(tmp_path / "a", **small, epochs=1, sgd_epochs=0)
-    at_work, step = [], loop_module._Epoch._train_step
+    at_work, step = [], engine_module.Engine._train_step
     monkeypatch.setattr(
-        loop_module._Epoch, "_train_step", lambda *args: (at_work.append(time.process_time()), step(*args))
+        engine_module.Engine, "_train_step", lambda *args: (at_work.append(time.process_time()), step(*args))
     )
     start = time.process_time()
     resume(tmp_path / "a", epochs=2)
@@ -318,10 +319,10 @@ def test_a_resumed_run_is_at_work_at_once(tmp_path, monkeypatch):
 
 def test_steps_that_overflow_in_fp16_are_counted_and_shown(tmp_path, monkeypatch):
     # fp16 is for CUDA; the CPU's half arithmetic is slow but runs the same lines
-    monkeypatch.setattr(loop_module, "autocast_for", lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16))
+    monkeypatch.setattr(trainer_module, "autocast_for", lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16))
     monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**24)
-    monkeypatch.setattr(loop_module.torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(engine_module.torch.amp, "GradScaler", scaler)
     _, log = run(tmp_path / "a", precision="fp16", embed_dim=None, epochs=4, sgd_epochs=0)
     skipped = [row["skipped_steps"] for row in curve(tmp_path / "a")]
     assert skipped[0] == 3  # every step of the first epoch
@@ -332,12 +333,12 @@ def test_steps_that_overflow_in_fp16_are_counted_and_shown(tmp_path, monkeypatch
 
 
 def test_a_signal_in_fp16_saves_the_scaler(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "autocast_for", lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16))
+    monkeypatch.setattr(trainer_module, "autocast_for", lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16))
     monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
-    monkeypatch.setattr(loop_module.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20))
+    monkeypatch.setattr(engine_module.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20))
     half = {"precision": "fp16", "embed_dim": None, "epochs": 2, "sgd_epochs": 1, "clip_grad": 0.1}
     run(tmp_path / "whole", **half)
-    steps, step = [], loop_module._Epoch._train_step
+    steps, step = [], engine_module.Engine._train_step
 
     def signaled(epoch, *args):
         step(epoch, *args)
@@ -345,11 +346,11 @@ def test_a_signal_in_fp16_saves_the_scaler(tmp_path, monkeypatch):
         if len(steps) == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop_module._Epoch, "_train_step", signaled)
+    monkeypatch.setattr(engine_module.Engine, "_train_step", signaled)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", **half)
     saved = read_checkpoint(tmp_path / "parts" / "last.pt")
-    assert saved["position"]["step"] == 2
-    assert saved["position"]["skipped"] > 0
+    assert saved["resume_state"]["step"] == 2
+    assert saved["resume_state"]["skipped"] > 0
     resume(tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
