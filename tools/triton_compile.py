@@ -1,7 +1,7 @@
 """Compiles the Triton kernels exactly as they would be launched, for a card that need not be there.
 
-The launches are recorded, not guessed: every case of :mod:`cxv_kernels.checks` and a training step of each model run on
-the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes each kernel with its arguments.
+The launches are recorded, not guessed: every case of :mod:`cxv_kernels.testing` and a training step of each model run
+on the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes each kernel with its arguments.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import cxv
 import cxv_kernels
-from cxv_kernels import _triton, backends, checks
+from cxv_kernels import _triton, dispatch, testing
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "clt
 
 @contextmanager
 def recording(take: Callable[..., None], arch: int | None = None) -> Iterator[None]:
-    """In the block the Triton backend serves every device as it serves ``arch``, and ``take`` gets its launches."""
+    """In the block the Triton backend supports every device as it supports ``arch``, and ``take`` gets its launches."""
     previous = _triton.recorder, _triton.recorded_arch
     _triton.recorder, _triton.recorded_arch = take, arch
     try:
-        with backends.use_backend("triton"):
+        with dispatch.use_backend("triton"):
             yield
     finally:
         _triton.recorder, _triton.recorded_arch = previous
@@ -126,7 +126,7 @@ def launches(
 
     Args:
         features: the Performer's random features, or None for ⌊D ln D⌋.
-        ragged: sizes that divide by nothing, as :func:`cxv_kernels.checks.cases` has them; no models.
+        ragged: sizes that divide by nothing, as :func:`cxv_kernels.testing.cases` has them; no models.
         only: ops ("conv_norm"), single cases of theirs ("performer_attention relu") and models ("cpv-1/4"), which are
             recorded at ``dim`` 32 alone.
     """
@@ -137,7 +137,7 @@ def launches(
 
     name = str(dtype).removeprefix("torch.")
     with recording(lambda *_: None, arch):
-        served = {op for op in backends.OPS if backends.explain_backend(op, dtype=dtype)["triton"] == "serves"}
+        served = {op for op in cxv_kernels.OPS if dispatch.explain_backend(op, dtype=dtype)["triton"] == "supported"}
 
     def during(case: str, units: int, exps: float, run: Callable[[], Any]) -> None:
         def take(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def launches(
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
             found.append(Launch(case, None, name, (), (), {}, 0, units, exps, words[:300]))
 
-    for case in checks.cases(batch, heads, tokens, dim, ragged, features=features):
+    for case in testing.cases(batch, heads, tokens, dim, ragged, features=features):
         if case.op in served and wanted(f"{case.op} {case.label}"):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
             width = {"dropout": 1, "gelu_dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
@@ -164,7 +164,7 @@ def launches(
                 f"{case.op} {case.label}",
                 units,
                 exps,
-                lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
+                lambda c=case, i=inputs: testing.outputs_and_gradients(c, i, "triton", dtype),
             )
     if "conv_norm" in served and wanted(IMPLICIT_GEMM) and arch >= 80 and not ragged:
         x = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
@@ -190,18 +190,18 @@ def _training_step(name: str, dtype: torch.dtype) -> None:
 @contextmanager
 def implicit_gemm() -> Iterator[None]:
     """In the block, Triton's conv_norm uses its own convolution."""
-    module = importlib.import_module("cxv_kernels.conv_norm.triton")
-    before, module.implicit_gemm = module.implicit_gemm, True
+    module = importlib.import_module("cxv_kernels.ops.conv_norm.triton")
+    before, module.prefers_implicit_gemm = module.prefers_implicit_gemm, lambda *_: True
     try:
         yield
     finally:
-        module.implicit_gemm = before
+        module.prefers_implicit_gemm = before
 
 
-def _exps(case: checks.Case, dim: int, features: int | None) -> float:
+def _exps(case: testing.Case, dim: int, features: int | None) -> float:
     """Of a token's features."""
     if case.op.startswith("performer"):
-        return 0 if case.label == "relu" else features or checks.num_random_features(dim)
+        return 0 if case.label == "relu" else features or testing.num_random_features(dim)
     return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout", "gelu_dropout") else dim
 
 

@@ -30,7 +30,7 @@ import torch
 from _harness import DTYPES, TOLERANCE, environment, interleaved, positive, relative_error
 from triton_compile import CARDS, Compiled, compile_all, launches
 
-from cxv_kernels import _triton, checks, configs
+from cxv_kernels import _triton, configs, testing
 
 # Tried for each option that the packaged entry of a kernel has.
 SPACE = {
@@ -86,7 +86,7 @@ class Entry:
 
 
 def entries(arch: int, dim: int, dtype: str, random_features: int | None = None) -> list[Entry]:
-    """Every entry that the checks' cases look up at this size; ``random_features`` as :func:`checks.cases` has them."""
+    """Every entry that the cases look up at this size; ``random_features`` as :func:`testing.cases` has them."""
     found: dict[tuple[str, str], Entry] = {}
     lookup, now = configs.lookup, ""
 
@@ -100,7 +100,7 @@ def entries(arch: int, dim: int, dtype: str, random_features: int | None = None)
 
     configs.lookup = watch
     try:
-        for case in checks.cases(1, 4, 1024, dim, ragged=False, features=random_features):
+        for case in testing.cases(1, 4, 1024, dim, ragged=False, features=random_features):
             now = f"{case.op} {case.label}"
             launches(DTYPES[dtype], arch, dim=dim, features=random_features, only=(now,))
     finally:
@@ -177,15 +177,15 @@ def time_candidates(entry: Entry, table: configs.Table, device: torch.device, bu
     kind = DTYPES[entry.dtype]
     case = next(
         case
-        for case in checks.cases(*SHAPE, entry.dim, ragged=False, device=device, features=entry.features)
+        for case in testing.cases(*SHAPE, entry.dim, ragged=False, device=device, features=entry.features)
         if f"{case.op} {case.label}" == entry.cases[0]
     )
     inputs = [torch.randn(shape, device=device).to(kind) for shape in case.shapes]
-    exact = checks.outputs_and_gradients(case, [x.double() for x in inputs], "reference", kind)
+    exact = testing.outputs_and_gradients(case, [x.double() for x in inputs], "reference", kind)
 
     def run(options: Options) -> list[torch.Tensor]:
         with configs.override(entry.put(table, options)):
-            return checks.outputs_and_gradients(case, inputs, "triton", kind)
+            return testing.outputs_and_gradients(case, inputs, "triton", kind)
 
     ready = []
     for i, options in enumerate(entry.candidates):

@@ -9,7 +9,7 @@ from test_fused_attention import ATTENTION, assert_fused_matches, performer
 from torch.library import opcheck
 
 import cxv_kernels
-from cxv_kernels import checks, configs, orthogonal_projection, performer_features
+from cxv_kernels import configs, orthogonal_projection, performer_features, testing
 
 every_variant = pytest.mark.parametrize("variant", ATTENTION)
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -35,9 +35,11 @@ def out_and_gradients(attend, inputs, backend="triton", **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in checks.cases(1, 2, 70) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}")
+@pytest.mark.parametrize(
+    "case", [c for c in testing.cases(1, 2, 70) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}"
+)
 def test_checks(case, dtype):
-    result = checks.run(case, "triton", "cpu", dtype)
+    result = testing.run(case, "triton", "cpu", dtype)
     assert result.passed, f"error {result.error:.1e}, {result.ratio:.2f} of the tolerance"
 
 
@@ -245,12 +247,12 @@ def test_gradients_where_eps_dominates():
 
 def test_what_is_declined():
     q = heads(1, 1, 4, 129, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="serves heads of at most 128 channels, not 129"):
+    with pytest.raises(RuntimeError, match="supports 1 to 128 channels, not 129"):
         cxv_kernels.linear_attention(q, q, q, backend="triton")
     x, projection = heads(1, 1, 4, 8, dtype=torch.float32), torch.randn(513, 8)
-    with pytest.raises(RuntimeError, match="serves at most 512 features, not 513"):
+    with pytest.raises(RuntimeError, match="supports at most 512 features, not 513"):
         cxv_kernels.performer_attention(x, x, x, projection, backend="triton")
-    with pytest.raises(RuntimeError, match="serves no bfloat16 in its interpreter"):
+    with pytest.raises(RuntimeError, match="does not support bfloat16 in its interpreter"):
         cxv_kernels.linear_attention(*[x.bfloat16()] * 3, backend="triton")
 
 

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from .. import backends
-from ..autograd import apply_fused
-from ..validation import (
+from ... import dispatch
+from ...validation import (
     accumulate_dtype,
     autocast_enabled,
     autocast_inputs,
@@ -13,7 +12,7 @@ from ..validation import (
     check_tensor,
     computing,
 )
-from .op import ConvNorm
+from .op import conv_norm_op
 from .reference import conv_norm_reference
 
 __all__ = ["conv_norm"]
@@ -77,9 +76,9 @@ def conv_norm(
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     eps = check_eps(eps)
     with computing("conv_norm", x=x, weight=weight, bias=bias, gamma=gamma, beta=beta):
-        serving = backends.resolve("conv_norm", x, backend, weight.shape[0])
-        if serving == "reference":
+        selected = dispatch.resolve("conv_norm", x, backend, weight.shape[0])
+        if selected == "reference":
             bias = None if bias is None else bias.to(x.dtype)
             return conv_norm_reference(x, weight.to(x.dtype), bias, gamma, beta, eps)
         dtype = accumulate_dtype(x.dtype)
-        return apply_fused(ConvNorm, x, weight, bias, gamma.to(dtype), beta.to(dtype), eps, serving)[0]
+        return conv_norm_op(x, weight, bias, gamma.to(dtype), beta.to(dtype), eps, selected)[0]

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..validation import accumulate_dtype
+from ...validation import accumulate_dtype
 
 
 def conv_norm_reference(

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import launch
-from ..autograd import like_layout, new_gradients
-from ..validation import accumulate_dtype
+from ..._triton import launch
+from ...autograd import like_layout, new_gradients
+from ...validation import accumulate_dtype
 
 
 @triton.jit

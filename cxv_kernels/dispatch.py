@@ -1,9 +1,8 @@
 """Which implementation runs a call of an op, and why.
 
-A backend is registered per op with a capability check: a function of (device, dtype, dim) that returns ``None`` if the
-backend supports them, else the reason as text; ``dim`` is the largest number of channels of a head (0: any).
-``"auto"`` takes the first backend of :func:`dispatch_order` that supports the call and, on a GPU, passes its self-check
-(:mod:`cxv_kernels.self_check`). If there is none, it takes the reference, with one warning per reason.
+Each op registers what its kernels of a backend support (:class:`Support`). ``"auto"`` takes the first backend of
+:func:`dispatch_order` that supports the call and, on a GPU, passes its self-check (:mod:`cxv_kernels.self_check`). If
+there is none, it takes the reference, with one warning per reason.
 """
 
 import contextlib
@@ -11,31 +10,39 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
+from . import _triton
+from .library import CPP_MISSING, CUDA_MISSING
 from .validation import FLOAT_DTYPES
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
-OPS = (
-    "linear_attention",
-    "kv_state",
-    "performer_attention",
-    "performer_features",
-    "nystrom_attention",
-    "conv_norm",
-    "dropout",
-    "gelu_dropout",
-)
 
 Result = TypeVar("Result")
-Check = Callable[[torch.device, torch.dtype, int], str | None]
 SelfCheck = Callable[[str, str, torch.device, torch.dtype, bool], str | None]
+
+
+@dataclass(frozen=True)
+class Support:
+    """The dtypes and channels (of a head, or of conv_norm's output) that the kernels of a backend support.
+
+    ``tensor_cores``: Triton kernels that multiply matrices; they need sm_80.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    min_channels: int = 1
+    max_channels: int = 2**31
+    tensor_cores: bool = False
+
+
+CUDA_DTYPES = (torch.float16, torch.float32)  # of the CUDA C++ kernels; bfloat16 is Triton's
 
 FAILED = "failed its self-check"  # how the reason against such a backend begins; the self-check warns about it
 
-_checks: dict[str, dict[str, Check]] = {op: {} for op in OPS}
+_table: dict[str, dict[str, Support]] = {}
 _announced: set[str] = set()
 # Dynamo reads a ContextVar, and compiles again when its value changes, since PyTorch 2.14; it cannot set one.
 _DYNAMO_READS_CONTEXTVARS = torch.__version__ >= (2, 14)
@@ -112,9 +119,14 @@ def _validate(name: str) -> str:
     return ",".join(parts)
 
 
-def register(op: str, backend: str, check: Check) -> None:
-    """Declare that ``backend`` implements ``op`` wherever ``check(device, dtype, dim)`` returns ``None``."""
-    _checks[op][backend] = check
+def register(op: str, **backends: Support) -> None:
+    """Declare an op and what its kernels of each backend support."""
+    _table[op] = backends
+
+
+def registered_ops() -> tuple[str, ...]:
+    """Return the names of all ops."""
+    return tuple(_table)
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
@@ -173,10 +185,77 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def unsupported(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def unsupported_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
     """Return the reason why ``backend`` does not support ``op`` for this device, dtype and channels, or None."""
-    check = _checks[op].get(backend)
-    return f"has no kernel for {op}" if check is None else check(device, dtype, dim)
+    support = _table[op].get(backend)
+    if support is None:
+        return f"has no kernel for {op}"
+    reason = _DEVICE_CHECKS[backend](device, dtype, support)
+    if reason is None and channels and not support.min_channels <= channels <= support.max_channels:
+        reason = f"supports {support.min_channels} to {support.max_channels} channels, not {channels}"
+    return reason
+
+
+def _cpu_unsupported_reason(device: torch.device, dtype: torch.dtype, support: Support) -> str | None:
+    return CPP_MISSING or (None if device.type == "cpu" else f"supports the CPU, not {device.type}")
+
+
+@functools.cache
+def cuda_compiled_for(device: int) -> int:
+    """10·major + minor of what the CUDA library's code for this GPU was compiled for: 75 on a newer one, if sm_75's
+    PTX is all it has; 0: it has none."""
+    return torch.ops.cxv_kernels.cuda_compiled_for(device)
+
+
+def _cuda_unsupported_reason(device: torch.device, dtype: torch.dtype, support: Support) -> str | None:
+    if CUDA_MISSING or device.type != "cuda":
+        return CUDA_MISSING or f"supports CUDA devices, not {device.type}"
+    if dtype not in support.dtypes:
+        return f"supports {' and '.join(map(dtype_name, support.dtypes))}, not {dtype_name(dtype)}"
+    if not torch.cuda.is_available():
+        return None  # asked about a GPU in general
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (7, 5):
+        return f"supports sm_75 and later, not sm_{major}{minor}"
+    if torch.compiler.is_compiling():
+        return None  # the rest cannot be asked here; the kernels report it themselves
+    if cuda_compiled_for(torch.cuda.current_device() if device.index is None else device.index) == 0:
+        built = f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        return f"was built for other cards than this sm_{major}{minor}: {built}"
+    return None
+
+
+def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, support: Support) -> str | None:
+    if _triton.TRITON_MISSING:
+        return _triton.TRITON_MISSING
+    if _triton.recorder is not None:
+        return _before_ampere(_triton.recorded_arch or 80, dtype, support)
+    if _triton.interpreting():
+        if device.type != "cpu":
+            return f"runs in its interpreter (TRITON_INTERPRET=1), which supports the CPU, not {device.type}"
+        wrong = dtype == torch.bfloat16
+        return "does not support bfloat16 in its interpreter, whose products would be wrong" if wrong else None
+    if device.type != "cuda":
+        return f"supports CUDA devices, not {device.type} (but for its interpreter: TRITON_INTERPRET=1)"
+    if dtype == torch.float64:
+        return "supports float16, bfloat16 and float32 on a GPU, not float64"
+    if not torch.cuda.is_available():
+        return None  # asked about a GPU in general
+    major, minor = torch.cuda.get_device_capability(device)
+    return _before_ampere(10 * major + minor, dtype, support)
+
+
+def _before_ampere(arch: int, dtype: torch.dtype, support: Support) -> str | None:
+    if arch >= 80 or not (support.tensor_cores or dtype == torch.bfloat16):
+        return None
+    return f"supports {'matrix products' if support.tensor_cores else 'bfloat16'} from sm_80 on, not sm_{arch}"
+
+
+_DEVICE_CHECKS = {
+    "cpu": _cpu_unsupported_reason,
+    "cuda": _cuda_unsupported_reason,
+    "triton": _triton_unsupported_reason,
+}
 
 
 def explain_backend(
@@ -188,21 +267,21 @@ def explain_backend(
         dim: channels of a head (of the output for ``conv_norm``); 0: any.
 
     Returns:
-        A backend's name → ``"serves"`` if it supports the op, else the reason why it does not; and ``"auto"`` → the
+        A backend's name → ``"supported"``, or the reason why it does not support the op; and ``"auto"`` → the
         backend that is used by default, with the reasons against the others if that is the reference. A GPU kernel
         that has not been validated yet is used if it passes its self-check, which runs at the first call.
 
     Raises:
         ValueError: unknown op; TypeError: no floating dtype.
     """
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+    if op not in _table:
+        raise ValueError(f"op must be one of {', '.join(map(repr, _table))}, got {op!r}")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     device = torch.device(device)
-    named = {name: unsupported(op, name, device, dtype, dim) or "serves" for name in BACKENDS[2:]}
+    named = {name: unsupported_reason(op, name, device, dtype, dim) or "supported" for name in BACKENDS[2:]}
     selected, reasons = _first(op, None, device, dtype, dim, may_run=False)
-    return {"auto": selected or f"reference ({_because(reasons, device)})", "reference": "serves"} | named
+    return {"auto": selected or f"reference ({_because(reasons, device)})", "reference": "supported"} | named
 
 
 def _first(
@@ -211,7 +290,7 @@ def _first(
     device: torch.device,
     dtype: torch.dtype,
     dim: int,
-    declined: Callable[[str], str | None] = lambda _: None,
+    check_options: Callable[[str], str | None] = lambda _: None,
     may_run: bool = True,
 ) -> tuple[str | None, list[str]]:
     """Return the first backend that computes the call, or None, and the reasons of those before it.
@@ -222,7 +301,7 @@ def _first(
     """
     reasons: list[str] = []
     for name in dispatch_order(device) if names is None else names:
-        reason = declined(name) or unsupported(op, name, device, dtype, dim)
+        reason = check_options(name) or unsupported_reason(op, name, device, dtype, dim)
         if reason is None and names is None and device.type == "cuda":
             reason = _self_check(op, name, device, dtype, may_run)
         if reason is None or name == "reference":
@@ -240,15 +319,15 @@ def resolve(
     tensor: torch.Tensor,
     backend: str | None = None,
     dim: int = 0,
-    declined: Callable[[str], str | None] = lambda _: None,
+    check_options: Callable[[str], str | None] = lambda _: None,
 ) -> str:
     """Return the backend that computes ``op`` for inputs like ``tensor`` (its device and dtype).
 
     Args:
         backend: a name from :data:`BACKENDS`, or ``None`` for the one that :func:`use_backend` has set.
         dim: channels of a head (of the output for ``conv_norm``); 0: any.
-        declined: a function of a fused backend's name that returns the reason why it does not support the call's other
-            arguments, or ``None``.
+        check_options: a function of a fused backend's name that returns the reason why it does not support the
+            call's other arguments, or ``None``.
 
     Returns:
         A name from :data:`BACKENDS` other than "auto".
@@ -262,8 +341,8 @@ def resolve(
     device, dtype = tensor.device, tensor.dtype
     names = None if wanted == "auto" else wanted.split(",")
     if names is None and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
-        declined = lambda _: "is not available to TorchScript"  # noqa: E731
-    name, reasons = _first(op, names, device, dtype, dim, declined)
+        check_options = lambda _: "is not available to TorchScript"  # noqa: E731
+    name, reasons = _first(op, names, device, dtype, dim, check_options)
     if name is not None:
         return name
     if wanted != "auto":

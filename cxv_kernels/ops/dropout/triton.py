@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import launch
+from ..._triton import launch
 from .reference import BLOCK, keep_threshold
 
 _RUN = 16  # neighbors that take the same half of the same word, of neighboring counters

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...validation import accumulate_dtype, check_count
 from ..linear_attention.reference import divide, hide_keys, rescaled
-from ..validation import accumulate_dtype, check_count
 
 KERNELS = ("softmax", "relu")
 STABILIZERS = ("head", "batch")

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..autograd import apply_fused
-from ..validation import autocast_inputs, check_count, check_dense, check_number, check_same, check_tensor, computing
-from .op import Dropout, GeluDropout
+from ... import dispatch
+from ...validation import autocast_inputs, check_count, check_dense, check_number, check_same, check_tensor, computing
+from .op import dropout_op, gelu_dropout_op
 from .reference import dropout_reference, gelu_dropout_reference, keep_mask, keep_threshold
 
 __all__ = ["dropout", "dropout_mask", "dropout_seed", "gelu_dropout"]
@@ -91,12 +90,12 @@ def dropout(
         check_same("residual", residual, "x", x)
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree")
-    serving = backends.resolve("dropout", x, backend)
+    selected = dispatch.resolve("dropout", x, backend)
     with computing("dropout", x=x, residual=residual, seed=seed):
-        if serving == "reference":
+        if selected == "reference":
             return dropout_reference(x.contiguous(), p, seed, residual, offset)
         residual = None if residual is None else residual.contiguous()
-        return apply_fused(Dropout, x.contiguous(), residual, seed, p, offset, serving)
+        return dropout_op(x.contiguous(), residual, seed, p, offset, selected)
 
 
 def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend: str | None = None) -> Tensor:
@@ -115,8 +114,8 @@ def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend:
         ValueError, TypeError, RuntimeError: as :func:`dropout`.
     """
     p, offset = _check(x, p, seed, offset)
-    serving = backends.resolve("gelu_dropout", x, backend)
+    selected = dispatch.resolve("gelu_dropout", x, backend)
     with computing("gelu_dropout", x=x, seed=seed):
-        if serving == "reference":
+        if selected == "reference":
             return gelu_dropout_reference(x.contiguous(), p, seed, offset)
-        return apply_fused(GeluDropout, x.contiguous(), seed, p, offset, serving)
+        return gelu_dropout_op(x.contiguous(), seed, p, offset, selected)

@@ -4,8 +4,8 @@ from functools import partial
 
 from torch import Tensor
 
-from .. import backends
-from ..validation import (
+from ... import dispatch
+from ...validation import (
     autocast_inputs,
     check_attention,
     check_choice,
@@ -14,7 +14,7 @@ from ..validation import (
     check_tensor,
     computing,
 )
-from .op import declined, nystrom_attention_fused
+from .op import nystrom_attention_fused, unsupported_options
 from .reference import PINV_INITS, nystrom_attention_reference
 
 __all__ = ["nystrom_attention"]
@@ -72,11 +72,11 @@ def nystrom_attention(
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
     with computing("nystrom_attention", q=q, k=k, v=v, residual_weight=residual_weight):
-        dim, decline = max(q.shape[3], v.shape[3]), partial(declined, pinv_init)
-        serving = backends.resolve("nystrom_attention", q, backend, dim, decline)
-        if serving == "reference" or q.numel() == 0 or v.numel() == 0:
+        dim, check_options = max(q.shape[3], v.shape[3]), partial(unsupported_options, pinv_init)
+        selected = dispatch.resolve("nystrom_attention", q, backend, dim, check_options)
+        if selected == "reference" or q.numel() == 0 or v.numel() == 0:
             return nystrom_attention_reference(q, k, v, landmarks, residual_weight, pinv_init)
-        return nystrom_attention_fused(q, k, v, landmarks, residual_weight, serving)
+        return nystrom_attention_fused(q, k, v, landmarks, residual_weight, selected)
 
 
 def _check_residual(weight: Tensor, q: Tensor, v: Tensor) -> None:

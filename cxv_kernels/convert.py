@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .backends import use_backend
-from .linear_attention import linear_attention
-from .nystrom_attention import nystrom_attention
-from .performer_attention import num_random_features, orthogonal_projection, performer_attention
+from .dispatch import use_backend
+from .ops.linear_attention.functional import linear_attention
+from .ops.nystrom_attention.functional import nystrom_attention
+from .ops.performer_attention.functional import num_random_features, orthogonal_projection, performer_attention
 from .tracing import record_call, refuse_torchscript
 from .validation import check_choice, check_count, is_plain_tensor, to_numbers
 
@@ -160,14 +160,14 @@ def replace_attention(
         and hasattr(child, "proj")
     ]
     reasons = {path: reason for path, _, _, child in found if (reason := _why_not(child)) is not None}
-    declined = "; ".join(f"{path} {reason}" for path, reason in reasons.items())
+    unsupported = "; ".join(f"{path} {reason}" for path, reason in reasons.items())
     if len(reasons) == len(found):
         raise ValueError(
             f"model: {type(model).__name__} has no softmax attention that could be replaced: "
-            f"{declined or 'none of its modules has qkv, num_heads and proj'}"
+            f"{unsupported or 'none of its modules has qkv, num_heads and proj'}"
         )
     if reasons:
-        warnings.warn(f"replace_attention leaves alone: {declined}", stacklevel=2)
+        warnings.warn(f"replace_attention leaves alone: {unsupported}", stacklevel=2)
     if any(getattr(getattr(child, "attn_drop", None), "p", 0) for path, _, _, child in found if path not in reasons):
         warnings.warn(
             f"{mechanism} attention has no attention map, so that attn_drop, the dropout on it, is gone", stacklevel=2

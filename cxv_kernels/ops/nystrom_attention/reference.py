@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..validation import accumulate_dtype
+from ...validation import accumulate_dtype
 
 PINV_INITS = ("head", "batch")
 

@@ -3,6 +3,7 @@
 README.md has the math. A tile is (pixels, channels), whichever of them is dense in memory, with a pixel's channels all.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import launch
-from ..validation import accumulate_dtype
+from ..._triton import launch
+from ...testing import tolerance
+from ...validation import accumulate_dtype
 from .op import convolution, convolution_backward
 
-# Forward convolves in a kernel of its own, whose epilogue normalizes in registers, where x is channels_last and there
-# are at most 256 channels. Off: no GPU has shown yet where it is faster than cuDNN and the pass after it.
-implicit_gemm = False
+_MAX_GEMM_CHANNELS = 256  # of the output, which one program of the implicit GEMM holds in registers
+_gemm_is_faster: dict[tuple, bool] = {}  # of a shape, once it has been timed
 
 _MAX_SPLITS = 512  # programs of backward, each with sums of its own: fixed, so that their order depends on shapes alone
 
@@ -310,24 +311,85 @@ def _launch_convolution(
     )
 
 
+def _norm_after_cudnn(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The default: PyTorch's convolution, then the norm in place over its result."""
+    bias, gamma, beta, eps = rest
+    rstd = x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
+    out = _dense(convolution(x, weight))
+    tiles, arguments = _tiles(out, 32)
+    launch("conv_norm", _norm, (tiles,), out, bias, gamma, beta, rstd, eps, **arguments)
+    return out, rstd
+
+
+def _implicit_gemm(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """A convolution of channels_last images in a kernel of its own, whose epilogue normalizes in registers."""
+    rstd = x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)  # 16 bytes of it along C_in
+    *vectors, eps = rest
+    _launch_convolution(x, weight, *vectors, out, rstd, eps, True)
+    return out, rstd
+
+
+def prefers_implicit_gemm(x: Tensor, weight: Tensor, *rest: Any) -> bool:
+    """Return whether the implicit GEMM is faster here. It is timed with ``torch.backends.cudnn.benchmark`` alone, once.
+
+    The default stays where the two results differ by more than their roundings, and where the kernel cannot run.
+    """
+    if not (torch.backends.cudnn.benchmark and x.numel() and _can_time(x.device)):
+        return False
+    precision = torch.backends.cudnn.conv.fp32_precision
+    key = (x.device, x.dtype, x.shape, x.stride(), weight.shape, weight.stride(), rest[0] is None, precision)
+    if key not in _gemm_is_faster:
+        _gemm_is_faster[key] = _time_implicit_gemm(x, weight, *rest)
+    return _gemm_is_faster[key]
+
+
+def _can_time(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    with torch.cuda.device(device):
+        return not torch.cuda.is_current_stream_capturing()
+
+
+def _time_implicit_gemm(x: Tensor, weight: Tensor, *rest: Any) -> bool:
+    default, candidate = (lambda: _norm_after_cudnn(x, weight, *rest)), (lambda: _implicit_gemm(x, weight, *rest))
+    try:
+        (expected, _), (found, _) = default(), candidate()
+    except RuntimeError:  # the kernel does not compile, or needs more than the GPU has
+        return False
+    depth, amplification = 9 * x.shape[1], 2 * 4  # of two results whose convolution is rounded before the norm
+    bound = tolerance(expected, x.dtype, depth, amplification)
+    if not float((found - expected).abs().max()) <= bound:  # nor with a NaN
+        return False
+    return _milliseconds(candidate, x.device) < _milliseconds(default, x.device)
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The median of five calls."""
+    times = []
+    with torch.cuda.device(device):
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return sorted(times)[2]
+
+
 @torch.no_grad()
 def conv_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``cxv_kernels_triton::conv_norm_forward``, see csrc/ops.cpp."""
-    gamma, beta, bias = gamma.contiguous(), beta.contiguous(), None if bias is None else bias.contiguous()
-    rstd = x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
-    one_format = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    if implicit_gemm and one_format and weight.shape[0] <= 256:
-        shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        weight = weight.contiguous(memory_format=torch.channels_last)  # 16 bytes of it along C_in
-        _launch_convolution(x, weight, bias, gamma, beta, out, rstd, eps, True)
-        return out, rstd
-    out = _dense(convolution(x, weight))
-    tiles, arguments = _tiles(out, 32)
-    launch("conv_norm", _norm, (tiles,), out, bias, gamma, beta, rstd, eps, **arguments)
-    return out, rstd
+    arguments = (x, weight, None if bias is None else bias.contiguous(), gamma.contiguous(), beta.contiguous(), eps)
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and weight.shape[0] <= _MAX_GEMM_CHANNELS and prefers_implicit_gemm(*arguments):
+        return _implicit_gemm(*arguments)
+    return _norm_after_cudnn(*arguments)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..validation import accumulate_dtype
+from ...validation import accumulate_dtype
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 
