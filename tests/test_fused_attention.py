@@ -277,9 +277,9 @@ def test_performer_options_without_a_kernel():
     q, k, v = qkv()
     projection = torch.randn(5, 32, dtype=q.dtype)
     attend = partial(cxv_kernels.performer_attention, q, k, v)
-    with pytest.raises(RuntimeError, match="cpu does not serve stabilizer='batch'"):
+    with pytest.raises(RuntimeError, match="cpu does not support stabilizer='batch'"):
         attend(projection, stabilizer="batch", backend="cpu")
-    with pytest.raises(RuntimeError, match="cpu does not serve a projection that requires grad"):
+    with pytest.raises(RuntimeError, match="cpu does not support a projection that requires grad"):
         attend(projection.requires_grad_(), backend="cpu")
     assert attend(projection, backend="reference").requires_grad
 
