@@ -77,7 +77,7 @@ def extensions() -> tuple[list[Extension], dict]:
     if reason:
         if os.environ.get("CXV_CUDA") == "1":
             raise SystemExit(f"cxv: CXV_CUDA=1, but {reason}")
-        say(f"C++ kernels are left out: {reason}. Every op runs in plain PyTorch.")
+        say(f"C++ kernels are left out: {reason}. The reference serves every op.")
         return [], {}
     if os.environ.get("CXV_CUDA", "") not in ("", "0", "1"):
         raise SystemExit(f"cxv: CXV_CUDA must be 0 or 1, got {os.environ['CXV_CUDA']!r}")
