@@ -22,7 +22,7 @@ from ..autograd import (
 from ..validation import FLOAT_DTYPES, accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
-_TRITON = "cxv_kernels.linear_attention.triton"
+_TRITON = "cxv_kernels.ops.linear_attention.triton.launch"
 define(
     "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, str feature_map, float eps)"
     " -> (Tensor out, Tensor state, Tensor key_stat)",

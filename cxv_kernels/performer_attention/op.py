@@ -23,7 +23,7 @@ from ..linear_attention.op import serves_attention, triton_state
 from ..validation import accumulate_dtype
 from .reference import LEAST_EPS, performer_attention_reference, performer_features_reference
 
-_TRITON = "cxv_kernels.performer_attention.triton"
+_TRITON = "cxv_kernels.ops.performer_attention.triton"
 define(
     "performer_attention_forward(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, str kernel,"
     " float eps) -> (Tensor out, Tensor state, Tensor key_stat, Tensor key_max)",
