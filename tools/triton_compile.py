@@ -116,12 +116,15 @@ def recording(take: Callable[..., None], arch: int = 80) -> Iterator[None]:
         if 0 not in grid:
             take(kernel, grid, arguments, {"enable_fp_fusion": True} | options)
 
+    def capability(_: torch.device) -> int:
+        return arch
+
     with ExitStack() as patches:
         for name in LAUNCHERS.values():
             module = importlib.import_module(name)
             if hasattr(module, "launch"):
                 patches.enter_context(mock.patch.object(module, "launch", launch))
-        patches.enter_context(mock.patch.object(_triton, "capability", lambda _: arch))
+        patches.enter_context(mock.patch.object(_triton, "capability", capability))
         patches.enter_context(backends.use_backend("triton"))
         yield
 

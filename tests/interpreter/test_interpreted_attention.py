@@ -79,7 +79,7 @@ def test_more_channels_than_a_block(variant, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @every_variant
 def test_splits_are_added(variant, dtype):
-    """Several splits of the tokens, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
+    """Several splits, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
     q, k, v = qkv(3, 1, 50, 140, 16, 16, dtype)
     key_mask = torch.rand(3, 140) > 0.5
     key_mask[1], key_mask[2] = torch.arange(140) < 3, False

@@ -20,17 +20,12 @@ from ..linear_attention.triton.primitives import (
 
 
 @triton.jit
-def features(
-    x_ptr,  # (B, H, N, D)
-    w_ptr,  # (F, D)
-    key_max_ptr,  # (B·H): the keys' maximum; None: a query's is its own
-    phi_ptr,  # (B, H, N, F): φ, or its gradient
-    grad_x_ptr,  # (B, H, N, D), or None: forward
-    strides,
-    sizes,
-    P: tl.constexpr,
-):
-    """φ(x) of the tokens of a split, or the gradient of x."""
+def features(x_ptr, w_ptr, key_max_ptr, phi_ptr, grad_x_ptr, strides, sizes, P: tl.constexpr):
+    """φ(x) of the tokens of a split, or the gradient of x.
+
+    x, grad_x (B, H, N, D), w (F, D), key_max (B·H), phi (B, H, N, F): φ, or its gradient. Without grad_x: forward.
+    Without key_max, as for queries: each row has its own maximum.
+    """
     x_strides, w_strides, phi_strides, grad_x_strides = strides
     H, N, TOKENS, SPLITS = sizes
     ACC: tl.constexpr = w_ptr.dtype.element_ty

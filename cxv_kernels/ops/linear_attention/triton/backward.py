@@ -1,4 +1,13 @@
-"""The backward passes over queries and keys."""
+"""query_backward, with its sums and their reduction, and key_backward: the kernels of the backward pass.
+
+Tensors, beside those of forward.py:
+
+- rows (B·H, 3, N): of each query row_factor, the reciprocal denominator and δ.
+- sums (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den. stats (B·H, SPLITS, F + 1): Σ p δ; Σ δ/den.
+- grad_state (B·H, F, E): R_m = Σ p dO. grad_stats (B·H, 3, F): ρ_m; the largest |R_m|; 1/z_m, unless EXP.
+- packed_grad (B·H, F, 2 E + 32), where features come in several blocks: R, favor_relu's for dφ; for 16 bits
+  load_exponents and hi_lo_factors of ρ. packed_rho (B·H, F + E): its ρ; EPS Σ R_m/z_m.
+"""
 
 import triton
 import triton.language as tl
@@ -48,11 +57,11 @@ def query_backward(
     w_ptr,  # (F, D) or None
     state_ptr,
     stat_ptr,
-    packed_state_ptr,  # as query_pass's
+    packed_state_ptr,
     grad_q_ptr,  # (B, H, N, D), or None: not needed
-    rows_ptr,  # (B·H, 3, N): input of query_backward_sums, or None
-    sums_ptr,  # (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den. None: not needed, or left to query_backward_sums
-    stats_ptr,  # (B·H, SPLITS, F + 1): Σ p δ; Σ δ/den
+    rows_ptr,  # input of query_backward_sums, or None
+    sums_ptr,  # None: not needed, or left to query_backward_sums
+    stats_ptr,
     strides,
     sizes,
     P: tl.constexpr,
@@ -249,17 +258,7 @@ def store_query_sums(sums_ptr, stats_ptr, i_row, o_f, first, unit, b_r, b_rho, b
 
 @triton.jit
 def query_backward_sums(
-    grad_out_ptr,  # (B, H, N, E)
-    q_ptr,  # (B, H, N, D)
-    w_ptr,  # (F, D) or None
-    state_ptr,
-    stat_ptr,
-    rows_ptr,  # (B·H, 3, N): row_factor, reciprocal denominator, δ
-    sums_ptr,  # as query_backward's
-    stats_ptr,
-    strides,
-    sizes,
-    P: tl.constexpr,
+    grad_out_ptr, q_ptr, w_ptr, state_ptr, stat_ptr, rows_ptr, sums_ptr, stats_ptr, strides, sizes, P: tl.constexpr
 ):
     """A split's sums for a block of features of the state's gradient."""
     grad_out_strides, q_strides, w_strides = strides
@@ -308,14 +307,7 @@ def query_backward_sums(
 
 @triton.jit
 def query_backward_reduce(
-    sums_ptr,  # as query_backward left them
-    stats_ptr,
-    state_ptr,
-    stat_ptr,
-    grad_state_ptr,  # (B·H, F, E): R_m = Σ p dO
-    grad_stats_ptr,  # (B·H, 3, F): ρ_m; the largest |R_m|; 1/z_m, unless EXP
-    SPLITS,
-    P: tl.constexpr,
+    sums_ptr, stats_ptr, state_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, SPLITS, P: tl.constexpr
 ):
     """Add the splits of a head in their order, for a block of features."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
@@ -397,14 +389,7 @@ def exponent_base(stat_ptr, P: tl.constexpr):
 
 @triton.jit
 def pack_gradient(
-    grad_state_ptr,
-    grad_stats_ptr,
-    stat_ptr,
-    key_max_ptr,
-    packed_grad_ptr,  # (B·H, F, 2 E + 32): R, favor_relu's for dφ; for 16 bits load_exponents and hi_lo_factors of ρ
-    packed_rho_ptr,  # (B·H, F + E): its ρ; EPS Σ R_m/z_m
-    stat_stride,
-    P: tl.constexpr,
+    grad_state_ptr, grad_stats_ptr, stat_ptr, key_max_ptr, packed_grad_ptr, packed_rho_ptr, stat_stride, P: tl.constexpr
 ):
     """Do the work of load_gradient once: with several blocks of features, each tile of tokens would repeat it."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -470,7 +455,7 @@ def key_backward(
     key_max_ptr,  # (B·H)
     grad_state_ptr,
     grad_stats_ptr,
-    packed_grad_ptr,  # pack_gradient's, if there are several blocks of features, or None
+    packed_grad_ptr,  # None: one block of features; so packed_rho_ptr
     packed_rho_ptr,
     grad_k_ptr,  # None: not needed; so grad_v_ptr
     grad_v_ptr,

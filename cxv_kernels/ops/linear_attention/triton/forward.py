@@ -1,4 +1,13 @@
-"""The key pass, the reduction of its splits, and the query pass."""
+"""key_pass, reduce and query_pass: the kernels of the forward pass.
+
+Tensors, beside state and stat (primitives.py):
+
+- q, k (B, H, N, D), v, out (B, H, N, E), w (F, D) or None, mask (B, N) or None.
+- sums (B·H, SPLITS, F + 1, E): Σ e v; Σ v. stats (B·H, SPLITS, 2, F + 1): the maximum; Σ e, and the number of tokens.
+- key_max (B·H): favor's maximum, in base 2.
+- packed_state (B·H, F, E + 32), where features come in several blocks, or None: U, load_weight_columns,
+  load_minus_factors.
+"""
 
 import triton
 import triton.language as tl
@@ -29,18 +38,8 @@ from .primitives import (
 
 
 @triton.jit
-def key_pass(
-    k_ptr,  # (B, H, N, D)
-    v_ptr,  # (B, H, N, E), or None: the maxima alone
-    w_ptr,  # (F, D) or None
-    mask_ptr,  # (B, N) or None
-    sums_ptr,  # (B·H, SPLITS, F + 1, E): Σ e v; Σ v
-    stats_ptr,  # (B·H, SPLITS, 2, F + 1): the maximum; Σ e, and the number of tokens
-    strides,
-    sizes,
-    P: tl.constexpr,
-):
-    """Sum the keys of a split for a block of features, each relative to its own maximum."""
+def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes, P: tl.constexpr):
+    """Sum the keys of a split for a block of features, each relative to its own maximum. No v: maxima alone."""
     k_strides, v_strides, w_strides, mask_strides = strides
     H, N, TOKENS, SPLITS = sizes
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
@@ -118,16 +117,11 @@ def key_pass(
 
 
 @triton.jit
-def reduce(
-    sums_ptr,  # as key_pass left them
-    stats_ptr,
-    state_ptr,  # (B·H, F + 2, E), or (B·H, F, E) if RAW
-    stat_ptr,  # (B·H, 2 F + 1), or (B·H, F) if RAW
-    key_max_ptr,  # (B·H): favor's maximum, in base 2
-    SPLITS,
-    P: tl.constexpr,
-):
-    """Add the splits of a head in their order, for a block of columns. RAW: S and z; of softmax S/z and log2 z."""
+def reduce(sums_ptr, stats_ptr, state_ptr, stat_ptr, key_max_ptr, SPLITS, P: tl.constexpr):
+    """Add the splits of a head in their order, for a block of columns.
+
+    RAW: state (B·H, F, E) and stat (B·H, F) are S and z themselves, for softmax S/z and log2 z.
+    """
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     i_bh, i_e = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_f, o_e = tl.arange(0, P.BLOCK_F), i_e * P.BLOCK_E + tl.arange(0, P.BLOCK_E)
@@ -204,7 +198,7 @@ def reduce(
 
 @triton.jit
 def load_weights(stat_ptr, o_f, P: tl.constexpr):
-    """Load the features' weights [BLOCK_F] for a query. Load them where they are used: kept, they cost registers."""
+    """Load the features' weights for a query [BLOCK_F]. Load them at each use: over a loop, they cost registers."""
     none = float("-inf") if P.LOG_WEIGHTS else 0.0
     return tl.load(stat_ptr + P.F + 1 + o_f, mask=o_f < P.F, other=none)
 
@@ -227,7 +221,7 @@ def state_unit(state_ptr, P: tl.constexpr):
 
 @triton.jit
 def load_state(state_ptr, stat_ptr, packed_state_ptr, o_f, unit, P: tl.constexpr, T: tl.constexpr):
-    """Load U / unit [BLOCK_F, BLOCK_E] in T, times the features' weights where they are factors."""
+    """Load U / unit [BLOCK_F, BLOCK_E] in T, times the features' weights if they are factors."""
     o_e = tl.arange(0, P.BLOCK_E)
     mask = (o_f < P.F)[:, None] & (o_e < P.E)[None, :]
     if packed_state_ptr is not None:
@@ -258,12 +252,7 @@ def load_minus_factors(stat_ptr, packed_state_ptr, o_f, P: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def pack_state(
-    state_ptr,
-    stat_ptr,
-    packed_state_ptr,  # (B·H, F, E + 32): U, load_weight_columns, load_minus_factors
-    P: tl.constexpr,
-):
+def pack_state(state_ptr, stat_ptr, packed_state_ptr, P: tl.constexpr):
     """Do the work of load_state once: with several blocks of features, each tile of tokens would repeat it."""
     i_bh = tl.program_id(0).to(tl.int64)
     state_ptr, stat_ptr = state_ptr + i_bh * (P.F + 2) * P.E, stat_ptr + i_bh * (2 * P.F + 1)
@@ -337,17 +326,7 @@ def query_rows(b_q, running_max, b_den, stat_ptr, P: tl.constexpr):
 
 
 @triton.jit
-def query_pass(
-    q_ptr,  # (B, H, N, D)
-    w_ptr,  # (F, D) or None
-    state_ptr,
-    stat_ptr,
-    packed_state_ptr,  # pack_state's, if there are several blocks of features, or None
-    out_ptr,  # (B, H, N, E)
-    strides,
-    sizes,
-    P: tl.constexpr,
-):
+def query_pass(q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr, out_ptr, strides, sizes, P: tl.constexpr):
     """out = c̄·Σp + p·U for the queries of a split."""
     q_strides, w_strides, out_strides = strides
     H, N, TOKENS, SPLITS = sizes

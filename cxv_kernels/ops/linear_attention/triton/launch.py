@@ -85,15 +85,7 @@ class LaunchPlan:
         eps: favor's and favor_relu's constant, relu's share of the denominator; the other maps do not read it.
     """
 
-    def __init__(
-        self,
-        op: str,
-        feature_map: str,
-        like: Tensor,
-        value_dim: int,
-        projection: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> None:
+    def __init__(self, op, feature_map, like, value_dim, projection=None, eps=0.0):
         dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax", "elu_exact")
         self.op, self.projection, self.acc = op, projection, accumulate_dtype(like.dtype)
         self.split_w: Tensor | None = None  # split_projection's
@@ -180,9 +172,7 @@ class LaunchPlan:
         self.launch(key_pass, (heads * splits * self.blocks(params),), *tensors, strides, sizes, **params)
         return sums, stats, splits
 
-    def key_pass(
-        self, k: Tensor, v: Tensor, key_mask: Tensor | None, raw: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def key_pass(self, k: Tensor, v: Tensor, key_mask: Tensor | None, raw: bool = False) -> tuple[Tensor, ...]:
         """The key pass and its reduction.
 
         Returns:
@@ -214,27 +204,14 @@ class LaunchPlan:
         self.launch(query_pass, grid, *tensors, strides, sizes, BLOCKS=blocks, **(params | {"EPS": self.eps}))
         return out
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        state: Tensor,
-        stat: Tensor,
-        key_max: Tensor,
-        needed: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad_out, q, k, v, key_mask, state, stat, key_max, needed):
         """dq, dk and dv as far as needed, else empty (0)."""
         grad_q, *grads = self.query_backward(grad_out, q, state, stat, needed[0], any(needed[1:]))
         if not any(needed[1:]):
             return grad_q, *new_gradients((k, v), needed[1:])
         return grad_q, *self.key_backward(k, v, key_mask, state[:, :, -2], stat, key_max, *grads, needed[1:])
 
-    def query_backward(
-        self, grad_out: Tensor, q: Tensor, state: Tensor, stat: Tensor, for_queries: bool, for_keys: bool
-    ) -> tuple[Tensor, ...]:
+    def query_backward(self, grad_out, q, state, stat, for_queries, for_keys):
         """dq if needed, else empty (0); and where the keys need it the state's gradient: R (B, H, F, E), and ρ, the
         largest |R| and 1/z of the features (B, H, 3, F)."""
         params, sizes = self.splits(query_backward, q, partial=True)
@@ -266,9 +243,7 @@ class LaunchPlan:
         rows = (heads, splits, self.features + 1)
         return like.new_empty((*rows, self.value_dim)), like.new_empty(rows)
 
-    def _query_backward_reduce(
-        self, sums: Tensor, stats: Tensor, splits: int, state: Tensor, stat: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _query_backward_reduce(self, sums, stats, splits, state, stat):
         grad_state = state.new_empty((*state.shape[:2], self.features, self.value_dim))
         grad_stats = state.new_empty((*state.shape[:2], 3, self.features))
         options = self._options(query_backward_reduce)
@@ -279,9 +254,7 @@ class LaunchPlan:
         self.launch(query_backward_reduce, grid, *tensors, splits, **params)
         return grad_state, grad_stats
 
-    def _pack_gradient(
-        self, grad_state: Tensor, grad_stats: Tensor, stat: Tensor, key_max: Tensor, params: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _pack_gradient(self, grad_state, grad_stats, stat, key_max, params):
         """R and ρ for a kernel that reads them in several blocks for each tile of tokens."""
         heads, width = tuple(stat.shape[:2]), 2 * self.value_dim + PACKED.value
         packed = grad_state.new_empty((*heads, self.features, width), dtype=self.dtype)
@@ -293,18 +266,7 @@ class LaunchPlan:
         self.launch(pack_gradient, (heads[0] * heads[1],), *tensors, stat.stride(1), **self.state_params, **blocks)
         return packed, rho
 
-    def key_backward(
-        self,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        mean: Tensor | None,
-        stat: Tensor,
-        key_max: Tensor,
-        grad_state: Tensor,
-        grad_stats: Tensor,
-        needed: list[bool],
-    ) -> tuple[Tensor, Tensor]:
+    def key_backward(self, k, v, key_mask, mean, stat, key_max, grad_state, grad_stats, needed):
         """dk and dv as far as needed, else empty (0). ``mean``: c̄ (B, H, E), or None for 0."""
         params, sizes = self.splits(key_backward, k, partial=False)
         grads = new_gradients((k, v), needed)

@@ -101,12 +101,7 @@ def load_projection(w_ptr, w_strides, o_f, P: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def split_projection(
-    w_ptr,  # (F, D)
-    split_ptr,  # (2, F, D): hi and lo of SCALE·W
-    w_strides,
-    P: tl.constexpr,
-):
+def split_projection(w_ptr, split_ptr, w_strides, P: tl.constexpr):
     """Do the work of load_projection once: with several blocks of features, each tile of tokens would repeat it."""
     i = tl.program_id(0) * P.BLOCK + tl.arange(0, P.BLOCK)
     in_bounds = i < P.F * P.D
