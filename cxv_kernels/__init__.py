@@ -7,8 +7,6 @@ heads. Nested tensors must be padded, with a ``key_mask``; sparse tensors must b
 
 import torch
 
-from . import linear_attention as _linear_attention  # noqa: F401  the Triton kernels' folder, until they are in ops/
-from . import performer_attention as _performer_attention  # noqa: F401
 from . import self_check  # noqa: F401  validates GPU kernels on their first use
 from ._version import __version__
 from .convert import replace_attention

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +9,18 @@ from torch import Tensor
 
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
 
-# What compiles kernels without a GPU takes the launches instead: (kernel, grid, arguments, options), as for the
-# architecture ``recorded_arch`` (80, 90, …). Meanwhile the kernels support every device as they support that.
-recorder: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
-recorded_arch: int | None = None
-
 
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU, by its interpreter: ``TRITON_INTERPRET=1`` before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def capability(device: torch.device) -> int:
+    """10·major + minor of the device's compute capability; 0: not a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -31,8 +33,6 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **optio
     if 0 in grid:
         return
     options.setdefault("enable_fp_fusion", True)
-    if recorder is not None:
-        return recorder(kernel, grid, arguments, options)
     device = next(a for a in arguments if isinstance(a, Tensor)).device
     try:
         if device.type == "cuda" and device.index != torch.cuda.current_device():

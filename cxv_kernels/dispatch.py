@@ -228,25 +228,17 @@ def _cuda_unsupported_reason(device: torch.device, dtype: torch.dtype, support: 
 def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, support: Support) -> str | None:
     if _triton.TRITON_MISSING:
         return _triton.TRITON_MISSING
-    if _triton.recorder is not None:
-        return _before_ampere(_triton.recorded_arch or 80, dtype, support)
     if _triton.interpreting():
         if device.type != "cpu":
             return f"runs in its interpreter (TRITON_INTERPRET=1), which supports the CPU, not {device.type}"
         wrong = dtype == torch.bfloat16
         return "does not support bfloat16 in its interpreter, whose products would be wrong" if wrong else None
-    if device.type != "cuda":
+    arch = _triton.capability(device)
+    if not arch and device.type != "cuda":
         return f"supports CUDA devices, not {device.type} (but for its interpreter: TRITON_INTERPRET=1)"
     if dtype == torch.float64:
         return "supports float16, bfloat16 and float32 on a GPU, not float64"
-    if not torch.cuda.is_available():
-        return None  # asked about a GPU in general
-    major, minor = torch.cuda.get_device_capability(device)
-    return _before_ampere(10 * major + minor, dtype, support)
-
-
-def _before_ampere(arch: int, dtype: torch.dtype, support: Support) -> str | None:
-    if arch >= 80 or not (support.tensor_cores or dtype == torch.bfloat16):
+    if not 0 < arch < 80 or not (support.tensor_cores or dtype == torch.bfloat16):  # 0: asked about a GPU in general
         return None
     return f"supports {'matrix products' if support.tensor_cores else 'bfloat16'} from sm_80 on, not sm_{arch}"
 

@@ -22,7 +22,7 @@ from cxv_kernels.library import CPP_MISSING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-from triton_compile import MODELS, recording
+from triton_compile import LAUNCHERS, MODELS, recording
 
 ALL = [True] * 3  # the gradients that are needed
 
@@ -122,18 +122,13 @@ def arguments(op, like):
         yield "gelu_dropout_backward", lambda _: (grad, q, seed, 0.3, 0)
 
 
-def triton_module(op):
-    folder = "" if op in ("performer_attention", "linear_attention") else "ops."
-    return importlib.import_module(f"cxv_kernels.{folder}{op}.triton")
-
-
 @needs_triton
 @pytest.mark.parametrize("op", ["performer_attention", "linear_attention", "conv_norm", "nystrom_attention", "dropout"])
 def test_launchers_never_look_at_the_numbers(op):
     """On tensors of a GPU that have no numbers: a launcher that waits for one raises. So a CUDA graph can hold it."""
     if not served(op):
         pytest.skip(f"the Triton backend has no {op}")
-    module = triton_module(op)
+    module = importlib.import_module(LAUNCHERS[op])
     launched = []
     with FakeTensorMode(allow_non_fake_inputs=True), recording(lambda k, g, a, _: launched.append((k, g, a)), 90):
 
@@ -157,7 +152,7 @@ def test_launchers_never_look_at_the_numbers(op):
 @pytest.mark.parametrize("op", ["performer_attention", "linear_attention"])
 def test_no_copy_of_strided_inputs(op):
     """Forward and backward the kernels get the chunks of one q|k|v as they lie."""
-    module = triton_module(op)
+    module = importlib.import_module(LAUNCHERS[op])
     q, k, v = torch.randn(2, 40, 3, 4, 16).permute(2, 0, 3, 1, 4)
     grad = torch.randn(2, 40, 4, 16).transpose(1, 2)
     w = (torch.randn(20, 16),) if op == "performer_attention" else ()
@@ -179,7 +174,8 @@ def test_tf32_is_the_users_to_allow(setting, precision):
             cxv_kernels.linear_attention(x, x, x)
     finally:
         matmul.fp32_precision = before
-    assert {options["PRECISION"] for options in launched if "PRECISION" in options} == {precision}
+    params = [options["P"].values for options in launched]
+    assert {values["PRECISION"] for values in params if "PRECISION" in values} == {precision}
 
 
 @needs_triton

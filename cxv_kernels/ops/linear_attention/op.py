@@ -11,7 +11,7 @@ from ...dispatch import CUDA_DTYPES, Support, register
 from ...validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
-_TRITON = "cxv_kernels.linear_attention.triton"
+_TRITON = "cxv_kernels.ops.linear_attention.triton.launch"
 
 
 def _fake(q, k, v, key_mask, feature_map, eps):

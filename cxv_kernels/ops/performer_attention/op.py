@@ -9,7 +9,7 @@ from ...validation import accumulate_dtype
 from ..linear_attention.op import triton_state
 from .reference import LEAST_EPS, performer_attention_reference, performer_features_reference
 
-_TRITON = "cxv_kernels.performer_attention.triton"
+_TRITON = "cxv_kernels.ops.performer_attention.triton"
 
 
 def _fake(q, k, v, projection, key_mask, kernel, eps):

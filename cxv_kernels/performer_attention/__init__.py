@@ -1,1 +1,0 @@
-"""The Triton kernels, until they move to ops/performer_attention/triton.py."""
