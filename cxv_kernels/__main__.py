@@ -1,4 +1,4 @@
-"""``python -m cxv_kernels``: what this machine can run, why not the rest, and every op checked against float64."""
+"""``python -m cxv_kernels``: the backends that this machine supports, and every op checked against float64."""
 
 import argparse
 import platform

@@ -160,7 +160,7 @@ def test_kernels_do_not_import_the_models():
 
 
 def test_works_without_the_compiled_libraries(tmp_path):
-    """A copy of the Python files alone: what an installation without a compiler is."""
+    """A copy of the Python files alone, as installed without a compiler."""
     import shutil
     from pathlib import Path
 
