@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import interpreting
+from cxv_kernels.library import CPP_MISSING
 
 # tests/test_triton.py and tests/test_host_gpu.py run these folders in processes of their own
 ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ

@@ -21,7 +21,7 @@ LAYERS = (
 )
 # A function imports a module of ours for one reason only: the module needs a package or a build that may be missing.
 FUNCTION_LEVEL = {
-    ("cxv_kernels._extension", "cxv_kernels._C"),  # exists only if it was built
+    ("cxv_kernels.library", "cxv_kernels._C"),  # exists only if it was built
     ("tools.compile_report", "tools.triton_compile"),  # needs Triton
 }
 
@@ -181,7 +181,7 @@ def test_tests_import_nothing_from_benchmarks():
         ("from .models import CPV", "cxv", {("cxv.models", False)}),
         ("import cxv.training.trainer", "benchmarks.plots", {("cxv.training.trainer", False)}),
         ("from _harness import Row", "tools.tune", {("benchmarks._harness", False)}),
-        ("class A:\n    def f(self):\n        from cxv import cli", "cxv_kernels.checks", {("cxv.cli", True)}),
+        ("class A:\n    def f(self):\n        from cxv import cli", "cxv_kernels.testing", {("cxv.cli", True)}),
         ("if TYPE_CHECKING:\n    from .cli import main", "cxv.export", set()),
         ("import torch, json\nfrom collections import abc", "cxv.errors", set()),
     ],

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cxv_kernels
-from cxv_kernels.linear_attention.reference import FEATURE_MAPS
-from cxv_kernels.nystrom_attention.reference import PINV_INITS
-from cxv_kernels.performer_attention.reference import KERNELS, STABILIZERS
+from cxv_kernels.ops.linear_attention.reference import FEATURE_MAPS
+from cxv_kernels.ops.nystrom_attention.reference import PINV_INITS
+from cxv_kernels.ops.performer_attention.reference import KERNELS, STABILIZERS
 from cxv_kernels.validation import check_choice, check_eps, python_numbers
 
 from .arguments import check_at_least, check_odd

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cxv
-from cxv_kernels import backends
+from cxv_kernels import dispatch
 from cxv_kernels.testing import peak_memory
 
 LOW = (torch.float16, torch.bfloat16)  # under autocast, with the weights in float32
@@ -175,7 +175,7 @@ def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> dict[str, i
     Of a layer: what conv_norm reads and writes (which attention reads), what the MLP reads, and one number per pixel;
     under ``set_grad_checkpointing`` what the layer reads, alone.
     """
-    if backends.resolve("conv_norm", images) == "reference":
+    if dispatch.resolve("conv_norm", images) == "reference":
         return None
     batch, _, height, width = images.shape
     channels, depth, size, stride = model.embed_dim, len(model.layers), dtype.itemsize, model.stem[0].stride[0]

@@ -799,8 +799,8 @@ def _outside(q):
 def test_compiled_code_follows_the_setting(function, reads, monkeypatch):
     """It is compiled once for each backend, without a break, and a block inside it ends with it."""
     if not reads:
-        monkeypatch.setattr(cxv_kernels.backends, "_DYNAMO_READS_CONTEXTVARS", False)
-    elif not cxv_kernels.backends._DYNAMO_READS_CONTEXTVARS:
+        monkeypatch.setattr(cxv_kernels.dispatch, "_DYNAMO_READS_CONTEXTVARS", False)
+    elif not cxv_kernels.dispatch._DYNAMO_READS_CONTEXTVARS:
         pytest.skip("before PyTorch 2.14")
     torch._dynamo.reset()
     graphs = []
