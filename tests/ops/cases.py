@@ -22,7 +22,7 @@ from cxv_kernels import (
     performer_features,
 )
 from cxv_kernels._triton import interpreting
-from cxv_kernels.checks import tolerance
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
