@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 # instructions a clock and multiprocessor; an HMMA.1688.F32 (1024 multiply-adds) takes its tensor cores 2 clocks.
 T4_BYTES_PER_NS, T4_SMS, T4_GHZ = 320.0, 40, 1.59
 T4_WARPS, T4_REGISTERS, T4_SHARED, T4_BLOCKS = 32, 65536, 64 * 1024, 16
-MACS = {"HMMA.1688": 1024, "HMMA.16816": 2048}
+MACS = {"HMMA.1688": 1024}
 
-DTYPES = {"__half": 2, "__nv_bfloat16": 2, "float": 4}
+DTYPES = {"__half": 2, "float": 4}
 MAPS = ("favor", "favor_relu", "softmax", "rectifier", "elu")  # cxv::cuda::Map
 PROJECTED = MAPS[:2]
 ROLES = {"Lb1": "queries", "Lb0": "keys", "StepE0": "max", "StepE1": "forward", "StepE2": "backward"}
@@ -121,7 +121,7 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
     for part in dump("-sass", "-arch", f"sm_{arch}", str(library())).split("Function : ")[1:]:
         mangled, _, body = part.partition("\n")
         match = re.fullmatch(
-            r"_ZN3cxv4cuda\d+(fold|read|grad|features)I(6__half|13__nv_bfloat16|f)Li(\d+)ELNS0_3MapE(\d)E(.*)E?EvNS_.*",
+            r"_ZN3cxv4cuda\d+(fold|read|grad|features)I(6__half|f)Li(\d+)ELNS0_3MapE(\d)E(.*)E?EvNS_.*",
             mangled.strip(),
         )
         if match is None:
@@ -234,5 +234,5 @@ def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, default=75, choices=(75, 80, 90))
+    parser.add_argument("--arch", type=int, default=75, choices=(75,))
     print(report(parser.parse_args().arch))

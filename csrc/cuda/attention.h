@@ -24,31 +24,29 @@ struct AttentionKernels {
   Features features_max, features_forward, features_backward;
   int (*compiled_for)();  // the compute capability, times 10, whose code the current device runs; 0: none
 };
-extern const AttentionKernels kHalfAttention, kBFloat16Attention, kFloatAttention;  // float: with a projection only
+extern const AttentionKernels kHalfAttention, kFloatAttention;
 
-void fit_to_card(LinearAttention& p, int compute_major, int multiprocessors);
+void fit_to_card(LinearAttention& p, int multiprocessors);
 int64_t scratch_size(const LinearAttention& p, bool backward);  // p fits the card
 
-// D and E that these kernels serve, and what they do not, in words.
-inline void check_sizes(const LinearAttention& p, int64_t most) {
-  STD_TORCH_CHECK(p.dim <= most && p.value_dim <= most, "cxv_kernels: on CUDA this op serves heads of at most ", most,
-                  " channels (D and E), got ", p.dim, " and ", p.value_dim);
+// Raises what these kernels do not support.
+inline void check_supported(const LinearAttention& p) {
+  STD_TORCH_CHECK(p.dtype == DType::kFloat || p.dtype == DType::kHalf,
+                  "cxv_kernels: on CUDA attention supports float16 and float32");
+  STD_TORCH_CHECK(p.dim <= 64 && p.value_dim <= 64,
+                  "cxv_kernels: on CUDA attention supports heads of at most 64 "
+                  "channels (D and E), got ",
+                  p.dim, " and ", p.value_dim);
 }
 
 // The kernels for p's dtype on q's device, which p then fits.
 inline const AttentionKernels& attention_kernels(LinearAttention& p, const Tensor& q) {
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, which, q.get_device_index()) == cudaSuccess,
-                    "cxv_kernels: the device does not tell its compute capability and multiprocessors");
-    return value;
-  };
-  // A newer card may run sm_75's code, which is all that a library of its PTX alone has.
-  STD_TORCH_CHECK(p.dtype != DType::kBFloat16 || kBFloat16Attention.compiled_for() >= 80,
-                  "cxv_kernels: bfloat16 needs tensor cores of compute capability 8.0 and up, and kernels built for "
-                  "them (TORCH_CUDA_ARCH_LIST): use float16 or float32");
-  fit_to_card(p, attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrMultiProcessorCount));
-  return p.dtype == DType::kBFloat16 ? kBFloat16Attention : p.dtype == DType::kHalf ? kHalfAttention : kFloatAttention;
+  int multiprocessors = 0;
+  STD_TORCH_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.get_device_index()) == cudaSuccess,
+      "cxv_kernels: the number of the device's multiprocessors is unknown");
+  fit_to_card(p, multiprocessors);
+  return p.dtype == DType::kHalf ? kHalfAttention : kFloatAttention;
 }
 
 inline cudaStream_t stream_of(const Tensor& q) {

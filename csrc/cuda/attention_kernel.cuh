@@ -9,8 +9,8 @@
 //   grad     rows of tokens × columns of features: grad_q, or grad_k and grad_v
 //
 // An exponential map's exponents are in base 2, log₂e in D^-¼ W; W is the sum of two 16-bit operands, so that exponents
-// are exact to 2⁻²⁰. Statistics, state, sums and division are fp32. The order of every sum follows from N, D, E, M and
-// the card's generation.
+// are exact to 2⁻²⁰. Statistics, state, sums and division are fp32. The order of every sum follows from N, D, E and
+// M.
 #pragma once
 
 #include <cmath>
@@ -283,213 +283,213 @@ template <class T, int P, Map map, bool queries>
 __global__ void __launch_bounds__(FoldShape<T, P, map>::kThreads, FoldShape<T, P, map>::kResident)
     fold(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
          const __grid_constant__ FoldSide side) {
-  if constexpr (kHasMma<T>) {
-    using Shape = FoldShape<T, P, map>;
-    using Relative = cuda::Relative<kExponential<map>>;
-    constexpr int Rows = Shape::kTokens, Tiles = Shape::kTiles, Threads = Shape::kThreads, K = P / 16;
-    const int64_t feature_blocks = kProjected<map> ? (p.features + Shape::kFeatures - 1) / Shape::kFeatures : 1;
-    const int64_t item = blockIdx.x / feature_blocks, head = item / side.splits;
-    const bool first_block = blockIdx.x % feature_blocks == 0;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
-    const int feature = int(blockIdx.x % feature_blocks) * Shape::kFeatures + warp * Tiles * 16;
-    const bool elu = map == Map::kRectifier && p.feature_map == FeatureMap::kElu;
-    const float c = constant_of<map>(p);
+  using Shape = FoldShape<T, P, map>;
+  using Relative = cuda::Relative<kExponential<map>>;
+  constexpr int Rows = Shape::kTokens, Tiles = Shape::kTiles, Threads = Shape::kThreads, K = P / 16;
+  const int64_t feature_blocks = kProjected<map> ? (p.features + Shape::kFeatures - 1) / Shape::kFeatures : 1;
+  const int64_t item = blockIdx.x / feature_blocks, head = item / side.splits;
+  const bool first_block = blockIdx.x % feature_blocks == 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
+  const int feature = int(blockIdx.x % feature_blocks) * Shape::kFeatures + warp * Tiles * 16;
+  const bool elu = map == Map::kRectifier && p.feature_map == FeatureMap::kElu;
+  const float c = constant_of<map>(p);
 
-    T* next = reinterpret_cast<T*>(shared_memory);
-    const Tile<T, Rows, P> x{next, is_turned(side.x)}, y{next + Tile<T, Rows, P>::kCount, is_turned(side.y)};
-    // Per token: what is subtracted from its exponents or multiplies its e; the weight ω in Σ e ω; and in Σ ι y.
-    float* shift = reinterpret_cast<float*>(y.data + Tile<T, Rows, P>::kCount);
-    float *omega = shift + Rows, *iota = omega + Rows;
+  T* next = reinterpret_cast<T*>(shared_memory);
+  const Tile<T, Rows, P> x{next, is_turned(side.x)}, y{next + Tile<T, Rows, P>::kCount, is_turned(side.y)};
+  // Per token: what is subtracted from its exponents or multiplies its e; the weight ω in Σ e ω; and in Σ ι y.
+  float* shift = reinterpret_cast<float*>(y.data + Tile<T, Rows, P>::kCount);
+  float *omega = shift + Rows, *iota = omega + Rows;
 
-    Pair<T> high[Tiles][K][4], low[Tiles][K][4];
-    const float scale = input_scale<map>(p);
-    if constexpr (kProjected<map>) {
+  Pair<T> high[Tiles][K][4], low[Tiles][K][4];
+  const float scale = input_scale<map>(p);
+  if constexpr (kProjected<map>) {
 #pragma unroll
-      for (int i = 0; i < Tiles * K * 4; ++i) {
-        const int tile = i / (4 * K), k = i / 4 % K, q = i % 4;
-        const SplitPair<T> w(p, scale, feature + tile * 16 + g + q % 2 * 8, 16 * k + t + q / 2 * 8);
-        high[tile][k][q] = w.high;
-        low[tile][k][q] = w.low;
+    for (int i = 0; i < Tiles * K * 4; ++i) {
+      const int tile = i / (4 * K), k = i / 4 % K, q = i % 4;
+      const SplitPair<T> w(p, scale, feature + tile * 16 + g + q % 2 * 8, 16 * k + t + q / 2 * 8);
+      high[tile][k][q] = w.high;
+      low[tile][k][q] = w.low;
+    }
+  }
+
+  // Σ e ω in a row's first column. The keys' ω are ones: a product then adds e as it is rounded for Σ e y, so that of
+  // values that are equal U is 0.
+  constexpr bool kOnes = sizeof(T) == 2 && !queries;
+  const Pair<T> ones[4] = {pack<T>(1, 1), pack<T>(1, 1)};
+  float sum[Tiles][K][2][4] = {}, weighed[Tiles][4] = {}, top[Tiles][2], largest[Tiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * Tiles; ++i) top[i / 2][i % 2] = Relative::kNone, largest[i / 2][i % 2] = -INFINITY;
+  float plain = 0, plain_omega = 0;  // Σ ι y of a channel, Σ ιω
+
+  const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + head / p.heads * p.mask_stride[0];
+  const float* token = work.token + head * 3 * side.tokens;
+  const T* const x_head = head_of<T>(side.x, p, head);
+  const T* const y_head = head_of<T>(side.y, p, head);
+  Transfer<T, Rows, P, Threads> x_chunks, y_chunks;
+  const auto fetch = [&](int64_t tile) {
+    x_chunks.fetch(side.x, x_head, tile * Rows, side.tokens, int(p.dim), mask, p.mask_stride[1]);
+    y_chunks.fetch(side.y, y_head, tile * Rows, side.tokens, int(p.value_dim), mask, p.mask_stride[1]);
+  };
+  const Range<Rows> range(side.tokens, side.splits, item % side.splits);
+  // A tile is under way while another is computed, where registers are left for it.
+  constexpr bool kAhead = sizeof(T) == 2 && !(kProjected<map> && P == 64);
+  if (kAhead && range.begin < range.end) fetch(range.begin);
+  for (int64_t tile = range.begin; tile < range.end; ++tile) {
+    __syncthreads();
+    if (!kAhead) fetch(tile);
+    x_chunks.put(x);
+    y_chunks.put(y);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * Rows; i += Threads) {
+      const int row = i / 2;
+      const int64_t n = tile * Rows + row;
+      const bool seen = n < side.tokens && (mask == nullptr || mask[n * p.mask_stride[1]]);
+      float s = kExponential<map> ? 0.f : 1.f;
+      if (map == Map::kFavor && !queries) {  // two threads share a token's norm
+        float squares = 0;
+        for (int d = i % 2; d < P; d += 2) {
+          const float z = widen(x.at(row, d));
+          squares = fmaf(z, z, squares);
+        }
+        s = norm_scale(p) * (squares + __shfl_xor_sync(~0u, squares, 1));
+      }
+      if (i % 2 != 0) continue;
+      if (queries && seen) s = token[n];
+      shift[row] = seen ? s : kExponential<map> ? INFINITY : 0.f;
+      omega[row] = !seen ? 0.f : queries ? token[side.tokens + n] : 1.f;
+      iota[row] = !seen ? 0.f : queries ? token[2 * side.tokens + n] : 1.f;
+    }
+    if (kAhead && tile + 1 < range.end) fetch(tile + 1);
+    __syncthreads();
+
+    if (kProjected<map> && first_block && c != 0) {
+      for (int row = threadIdx.x / P; row < Rows; row += Threads / P) {
+        plain = fmaf(iota[row], widen(y.at(row, threadIdx.x % P)), plain);
+        plain_omega = fmaf(iota[row], omega[row], plain_omega);
       }
     }
 
-    // Σ e ω in a row's first column. The keys' ω are ones: a product then adds e as it is rounded for Σ e y, so that of
-    // values that are equal U is 0.
-    constexpr bool kOnes = sizeof(T) == 2 && !queries;
-    const Pair<T> ones[4] = {pack<T>(1, 1), pack<T>(1, 1)};
-    float sum[Tiles][K][2][4] = {}, weighed[Tiles][4] = {}, top[Tiles][2], largest[Tiles][2];
-#pragma unroll
-    for (int i = 0; i < 2 * Tiles; ++i) top[i / 2][i % 2] = Relative::kNone, largest[i / 2][i % 2] = -INFINITY;
-    float plain = 0, plain_omega = 0;  // Σ ι y of a channel, Σ ιω
-
-    const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + head / p.heads * p.mask_stride[0];
-    const float* token = work.token + head * 3 * side.tokens;
-    const T* const x_head = head_of<T>(side.x, p, head);
-    const T* const y_head = head_of<T>(side.y, p, head);
-    Transfer<T, Rows, P, Threads> x_chunks, y_chunks;
-    const auto fetch = [&](int64_t tile) {
-      x_chunks.fetch(side.x, x_head, tile * Rows, side.tokens, int(p.dim), mask, p.mask_stride[1]);
-      y_chunks.fetch(side.y, y_head, tile * Rows, side.tokens, int(p.value_dim), mask, p.mask_stride[1]);
-    };
-    const Range<Rows> range(side.tokens, side.splits, item % side.splits);
-    // A tile is under way while another is computed, where registers are left for it.
-    constexpr bool kAhead = sizeof(T) == 2 && !(kProjected<map> && P == 64);
-    if (kAhead && range.begin < range.end) fetch(range.begin);
-    for (int64_t tile = range.begin; tile < range.end; ++tile) {
-      __syncthreads();
-      if (!kAhead) fetch(tile);
-      x_chunks.put(x);
-      y_chunks.put(y);
-      __syncthreads();
-      for (int i = threadIdx.x; i < 2 * Rows; i += Threads) {
-        const int row = i / 2;
-        const int64_t n = tile * Rows + row;
-        const bool seen = n < side.tokens && (mask == nullptr || mask[n * p.mask_stride[1]]);
-        float s = kExponential<map> ? 0.f : 1.f;
-        if (map == Map::kFavor && !queries) {  // two threads share a token's norm
-          float squares = 0;
-          for (int d = i % 2; d < P; d += 2) {
-            const float z = widen(x.at(row, d));
-            squares = fmaf(z, z, squares);
-          }
-          s = norm_scale(p) * (squares + __shfl_xor_sync(~0u, squares, 1));
-        }
-        if (i % 2 != 0) continue;
-        if (queries && seen) s = token[n];
-        shift[row] = seen ? s : kExponential<map> ? INFINITY : 0.f;
-        omega[row] = !seen ? 0.f : queries ? token[side.tokens + n] : 1.f;
-        iota[row] = !seen ? 0.f : queries ? token[2 * side.tokens + n] : 1.f;
-      }
-      if (kAhead && tile + 1 < range.end) fetch(tile + 1);
-      __syncthreads();
-
-      if (kProjected<map> && first_block && c != 0) {
-        for (int row = threadIdx.x / P; row < Rows; row += Threads / P) {
-          plain = fmaf(iota[row], widen(y.at(row, threadIdx.x % P)), plain);
-          plain_omega = fmaf(iota[row], omega[row], plain_omega);
-        }
-      }
-
 #pragma unroll 1
-      for (int group = 0; group < Rows; group += 32) {
-        float a[Tiles][2][2][4] = {};  // z of 32 tokens: 16 by 16, 8 by 8
+    for (int group = 0; group < Rows; group += 32) {
+      float a[Tiles][2][2][4] = {};  // z of 32 tokens: 16 by 16, 8 by 8
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if constexpr (kProjected<map>) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-              Pair<T> f[4];
-              load_fragment<Operand::kB>(f, x.data, x.ld(), group + 16 * j, 16 * k, x.turned);
-#pragma unroll
-              for (int i = 0; i < Tiles; ++i) {
-                mma(a[i][j], high[i][k], f);
-                if constexpr (sizeof(T) == 2) mma(a[i][j], low[i][k], f);
-              }
-            }
-          } else {
-            Pair<T> f[4];
-            load_fragment<Operand::kA>(f, x.data, x.ld(), feature, group + 16 * j, !x.turned);
-            unpack_fragment(a[0][j], f);
-          }
-        }
-        Pair<T> e[Tiles][2][4];
-#pragma unroll
-        for (int i = 0; i < Tiles; ++i) {
-          float high_a[2] = {top[i][0], top[i][1]};
-#pragma unroll
-          for (int q = 0; q < 16; ++q) {
-            float& z = a[i][q / 8][q / 4 % 2][q % 4];
-            const float s = shift[group + q / 4 * 8 + t + q % 2];
-            const int r = q / 2 % 2;
-            if (map == Map::kFavor && s < INFINITY) largest[i][r] = fmaxf(largest[i][r], z);
-            z = map == Map::kFavor ? z - s : kExponential<map> ? exponent_of<map>(z, scale) - s : rectify<map>(z, elu) * s;
-            high_a[r] = fmaxf(high_a[r], z);
-          }
-          float factor[2];
-          bool risen = false;
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            high_a[r] = Relative::top_of(row_max(high_a[r]));
-            risen |= high_a[r] > top[i][r];
-          }
-          if (__any_sync(~0u, risen)) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              factor[r] = Relative::factor(top[i][r], high_a[r]);
-              top[i][r] = high_a[r];
-              weighed[i][2 * r] *= factor[r];
-            }
-#pragma unroll
-            for (int q = 0; q < 8 * K; ++q) sum[i][q / 8][q / 4 % 2][q % 4] *= factor[q / 2 % 2];
-          }
-          const float base[2] = {Relative::base(top[i][0]), Relative::base(top[i][1])};
-#pragma unroll
-          for (int q = 0; q < 16; ++q) {
-            float& z = a[i][q / 8][q / 4 % 2][q % 4];
-            z = Relative::value(z, base[q / 2 % 2]);
-          }
-#pragma unroll
-          for (int j = 0; j < 2; ++j) pack_fragment(e[i][j], a[i][j]);
-          if constexpr (kOnes) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) mma<0>(weighed[i], e[i][j], ones);
-          } else {
-#pragma unroll
-            for (int q = 0; q < 16; ++q) {
-              float& w = weighed[i][q / 2 % 2 * 2];
-              w = fmaf(a[i][q / 8][q / 4 % 2][q % 4], omega[group + q / 4 * 8 + t + q % 2], w);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < 2; ++j) {
+        if constexpr (kProjected<map>) {
 #pragma unroll
           for (int k = 0; k < K; ++k) {
             Pair<T> f[4];
-            load_fragment<Operand::kB>(f, y.data, y.ld(), 16 * k, group + 16 * j, !y.turned);
+            load_fragment<Operand::kB>(f, x.data, x.ld(), group + 16 * j, 16 * k, x.turned);
 #pragma unroll
-            for (int i = 0; i < Tiles; ++i) mma(sum[i][k], e[i][j], f);
+            for (int i = 0; i < Tiles; ++i) {
+              mma(a[i][j], high[i][k], f);
+              if constexpr (sizeof(T) == 2) mma(a[i][j], low[i][k], f);
+            }
           }
+        } else {
+          Pair<T> f[4];
+          load_fragment<Operand::kA>(f, x.data, x.ld(), feature, group + 16 * j, !x.turned);
+          unpack_fragment(a[0][j], f);
+        }
+      }
+      Pair<T> e[Tiles][2][4];
+#pragma unroll
+      for (int i = 0; i < Tiles; ++i) {
+        float high_a[2] = {top[i][0], top[i][1]};
+#pragma unroll
+        for (int q = 0; q < 16; ++q) {
+          float& z = a[i][q / 8][q / 4 % 2][q % 4];
+          const float s = shift[group + q / 4 * 8 + t + q % 2];
+          const int r = q / 2 % 2;
+          if (map == Map::kFavor && s < INFINITY) largest[i][r] = fmaxf(largest[i][r], z);
+          z = map == Map::kFavor  ? z - s
+              : kExponential<map> ? exponent_of<map>(z, scale) - s
+                                  : rectify<map>(z, elu) * s;
+          high_a[r] = fmaxf(high_a[r], z);
+        }
+        float factor[2];
+        bool risen = false;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          high_a[r] = Relative::top_of(row_max(high_a[r]));
+          risen |= high_a[r] > top[i][r];
+        }
+        if (__any_sync(~0u, risen)) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            factor[r] = Relative::factor(top[i][r], high_a[r]);
+            top[i][r] = high_a[r];
+            weighed[i][2 * r] *= factor[r];
+          }
+#pragma unroll
+          for (int q = 0; q < 8 * K; ++q) sum[i][q / 8][q / 4 % 2][q % 4] *= factor[q / 2 % 2];
+        }
+        const float base[2] = {Relative::base(top[i][0]), Relative::base(top[i][1])};
+#pragma unroll
+        for (int q = 0; q < 16; ++q) {
+          float& z = a[i][q / 8][q / 4 % 2][q % 4];
+          z = Relative::value(z, base[q / 2 % 2]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) pack_fragment(e[i][j], a[i][j]);
+        if constexpr (kOnes) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) mma<0>(weighed[i], e[i][j], ones);
+        } else {
+#pragma unroll
+          for (int q = 0; q < 16; ++q) {
+            float& w = weighed[i][q / 2 % 2 * 2];
+            w = fmaf(a[i][q / 8][q / 4 % 2][q % 4], omega[group + q / 4 * 8 + t + q % 2], w);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          Pair<T> f[4];
+          load_fragment<Operand::kB>(f, y.data, y.ld(), 16 * k, group + 16 * j, !y.turned);
+#pragma unroll
+          for (int i = 0; i < Tiles; ++i) mma(sum[i][k], e[i][j], f);
+        }
+    }
+  }
+
+  const int64_t width = p.value_dim + 3;
+  float* partial = work.partial + item * (p.features + 1) * width;
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float own = weighed[i][2 * r], w = kOnes ? own : row_sum(own), z = row_max(largest[i][r]);
+      const int64_t m = feature + i * 16 + r * 8 + g;
+      if (m >= p.features) continue;
+      float* record = partial + m * width;
+      if (t == 0) {
+        record[0] = top[i][r];
+        record[1] = w;
+        record[2] = z;
+      }
+#pragma unroll
+      for (int q = 0; q < 4 * K; ++q) {
+        const int channel = q / 2 * 8 + t + q % 2;
+        if (channel < p.value_dim) record[3 + channel] = sum[i][q / 4][q / 2 % 2][2 * r + q % 2];
       }
     }
-
-    const int64_t width = p.value_dim + 3;
-    float* partial = work.partial + item * (p.features + 1) * width;
-#pragma unroll
-    for (int i = 0; i < Tiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float own = weighed[i][2 * r], w = kOnes ? own : row_sum(own), z = row_max(largest[i][r]);
-        const int64_t m = feature + i * 16 + r * 8 + g;
-        if (m >= p.features) continue;
-        float* record = partial + m * width;
-        if (t == 0) {
-          record[0] = top[i][r];
-          record[1] = w;
-          record[2] = z;
-        }
-#pragma unroll
-        for (int q = 0; q < 4 * K; ++q) {
-          const int channel = q / 2 * 8 + t + q % 2;
-          if (channel < p.value_dim) record[3 + channel] = sum[i][q / 4][q / 2 % 2][2 * r + q % 2];
-        }
+  if (kProjected<map> && first_block && c != 0) {
+    float* sums = reinterpret_cast<float*>(shared_memory);
+    __syncthreads();
+    sums[threadIdx.x] = plain;
+    if (threadIdx.x % P == 0) sums[Threads + threadIdx.x / P] = plain_omega;
+    __syncthreads();
+    float* record = partial + p.features * width;
+    if (threadIdx.x < P) {
+      float total = 0, total_omega = 0;
+      for (int i = 0; i < Threads / P; ++i) {
+        total += sums[i * P + threadIdx.x];
+        total_omega += sums[Threads + i];
       }
-    if (kProjected<map> && first_block && c != 0) {
-      float* sums = reinterpret_cast<float*>(shared_memory);
-      __syncthreads();
-      sums[threadIdx.x] = plain;
-      if (threadIdx.x % P == 0) sums[Threads + threadIdx.x / P] = plain_omega;
-      __syncthreads();
-      float* record = partial + p.features * width;
-      if (threadIdx.x < P) {
-        float total = 0, total_omega = 0;
-        for (int i = 0; i < Threads / P; ++i) {
-          total += sums[i * P + threadIdx.x];
-          total_omega += sums[Threads + i];
-        }
-        if (threadIdx.x < p.value_dim) record[3 + threadIdx.x] = total;
-        if (threadIdx.x == 0) record[1] = total_omega;
-      }
+      if (threadIdx.x < p.value_dim) record[3 + threadIdx.x] = total;
+      if (threadIdx.x == 0) record[1] = total_omega;
     }
   }
 }
@@ -727,7 +727,7 @@ __global__ void __launch_bounds__(PrepareShape<P>::kThreads, 1)
   if (threadIdx.x == 0) {
     vector[P] = scale;
     // Of exponential maps the logarithm: of a small c the product underflows.
-    vector[P + 1] = !kExponential<map>        ? c * total * rescaled
+    vector[P + 1] = !kExponential<map>   ? c * total * rescaled
                     : c > 0 && total > 0 ? log2f(c) + log2f(total)
                                          : -INFINITY;
     vector[P + 2] = rescaled;
@@ -997,12 +997,13 @@ struct Online {
     }
   }
 
-  // plain: what makes p of a sum relative to the maximum; share: Σ p; unit: 1/den, of exponential maps c Σ z/den; log, of
-  // exponential maps: log₂ of the denominator in units of 2^exponent.
+  // plain: what makes p of a sum relative to the maximum; share: Σ p; unit: 1/den, of exponential maps c Σ z/den; log,
+  // of exponential maps: log₂ of the denominator in units of 2^exponent.
   float plain[2], share[2], unit[2], log[2];
 
   // constant: c Σ z, rescaled as z is, of exponential maps its log₂
-  __device__ __forceinline__ void finish(const LinearAttention& p, const float (&h)[2], float constant, float rescaled) {
+  __device__ __forceinline__ void finish(const LinearAttention& p, const float (&h)[2], float constant,
+                                         float rescaled) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = row_sum(sum[r]);
@@ -1032,32 +1033,30 @@ template <class T, int P, Map map>
 __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kRead>::kThreads, 1)
     read(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
          const __grid_constant__ ReadSide side) {
-  if constexpr (kHasMma<T>) {
-    constexpr int K = P / 16;
-    using R = Reader<T, P, map, Pass::kRead>;
-    R r(p, work, blockIdx.x / side.blocks);
-    const float* vector = work.vector + r.head * (P + 3);
-    const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
-    for (int64_t tile = range.begin; tile < range.end; ++tile) {
-      r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), nullptr);
-      float h[2] = {0, 0}, a[2][4], sum[K][2][4] = {};
-      if (map == Map::kFavor) r.half_norms(h);
-      Online<map> online;
-      r.each_group([&](int feature, int k) {
-        r.scores(a, feature, k);
-        online.next(r, a, feature, [&](int row, float factor) {
+  constexpr int K = P / 16;
+  using R = Reader<T, P, map, Pass::kRead>;
+  R r(p, work, blockIdx.x / side.blocks);
+  const float* vector = work.vector + r.head * (P + 3);
+  const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
+  for (int64_t tile = range.begin; tile < range.end; ++tile) {
+    r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), nullptr);
+    float h[2] = {0, 0}, a[2][4], sum[K][2][4] = {};
+    if (map == Map::kFavor) r.half_norms(h);
+    Online<map> online;
+    r.each_group([&](int feature, int k) {
+      r.scores(a, feature, k);
+      online.next(r, a, feature, [&](int row, float factor) {
 #pragma unroll
-          for (int i = 0; i < 4 * K; ++i) sum[i / 4][i / 2 % 2][2 * row + i % 2] *= factor;
-        });
-        r.accumulate(sum, a, r.rows, feature);
+        for (int i = 0; i < 4 * K; ++i) sum[i / 4][i / 2 % 2][2 * row + i % 2] *= factor;
       });
-      online.finish(p, h, vector[P + 1], vector[P + 2]);
-      const float scale = vector[P];
-      r.store(side.out_x, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
-        const float center = vector[16 * k + 8 * half + r.t + i % 2];
-        return fmaf(online.share[i / 2], center, scale * online.plain[i / 2] * sum[k][half][i]);
-      });
-    }
+      r.accumulate(sum, a, r.rows, feature);
+    });
+    online.finish(p, h, vector[P + 1], vector[P + 2]);
+    const float scale = vector[P];
+    r.store(side.out_x, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
+      const float center = vector[16 * k + 8 * half + r.t + i % 2];
+      return fmaf(online.share[i / 2], center, scale * online.plain[i / 2] * sum[k][half][i]);
+    });
   }
 }
 
@@ -1099,121 +1098,117 @@ template <class T, int P, Map map, bool queries>
 __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kGrad>::kThreads, 1)
     grad(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
          const __grid_constant__ ReadSide side) {
-  if constexpr (kHasMma<T>) {
-    constexpr int K = P / 16;
-    constexpr bool exponents = kExponential<map>;
-    using R = Reader<T, P, map, Pass::kGrad>;
-    R r(p, work, blockIdx.x / side.blocks);
-    const float* vector = work.vector + r.head * (P + 3);
-    const float scale = vector[P];
-    const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + r.head / p.heads * p.mask_stride[0];
-    const bool of_x = side.out_x.data != nullptr, of_y = side.out_y.data != nullptr;
-    const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
-    for (int64_t tile = range.begin; tile < range.end; ++tile) {
-      Pair<T> y[K][4];
-      r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), mask);
-      r.load(y, side.y, tile * R::Rows, side.tokens, int(p.value_dim), mask);
-      const int64_t row[2] = {tile * R::Rows + 16 * r.warp + r.g, tile * R::Rows + 16 * r.warp + r.g + 8};
-      float h[2] = {0, 0}, a[2][4], G[2][4] = {};
-      if (map == Map::kFavor) r.half_norms(h);
+  constexpr int K = P / 16;
+  constexpr bool exponents = kExponential<map>;
+  using R = Reader<T, P, map, Pass::kGrad>;
+  R r(p, work, blockIdx.x / side.blocks);
+  const float* vector = work.vector + r.head * (P + 3);
+  const float scale = vector[P];
+  const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + r.head / p.heads * p.mask_stride[0];
+  const bool of_x = side.out_x.data != nullptr, of_y = side.out_y.data != nullptr;
+  const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
+  for (int64_t tile = range.begin; tile < range.end; ++tile) {
+    Pair<T> y[K][4];
+    r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), mask);
+    r.load(y, side.y, tile * R::Rows, side.tokens, int(p.value_dim), mask);
+    const int64_t row[2] = {tile * R::Rows + 16 * r.warp + r.g, tile * R::Rows + 16 * r.warp + r.g + 8};
+    float h[2] = {0, 0}, a[2][4], G[2][4] = {};
+    if (map == Map::kFavor) r.half_norms(h);
 
-      // Per token: what is subtracted from exponents; what multiplies its gradient; δ; of keys whether it is seen.
-      float shift[2] = {0, 0}, factor[2] = {1, 1}, delta[2] = {0, 0}, seen[2] = {1, 1};
-      if constexpr (queries) {
-        Online<map> online;
-        r.each_group([&](int feature, int k) {
-          r.scores(a, feature, k);
-          online.next(r, a, feature, [&](int row, float factor) { delta[row] *= factor; });
-          r.products(G, y, feature, [](int) { return 0.f; });
+    // Per token: what is subtracted from exponents; what multiplies its gradient; δ; of keys whether it is seen.
+    float shift[2] = {0, 0}, factor[2] = {1, 1}, delta[2] = {0, 0}, seen[2] = {1, 1};
+    if constexpr (queries) {
+      Online<map> online;
+      r.each_group([&](int feature, int k) {
+        r.scores(a, feature, k);
+        online.next(r, a, feature, [&](int row, float factor) { delta[row] *= factor; });
+        r.products(G, y, feature, [](int) { return 0.f; });
 #pragma unroll
-          for (int i = 0; i < 8; ++i) delta[i / 2 % 2] = fmaf(a[i / 4][i % 4], G[i / 4][i % 4], delta[i / 2 % 2]);
-        });
-        online.finish(p, h, vector[P + 1], vector[P + 2]);
-        float along[2] = {0, 0};  // dO·c̄
-        if (map == Map::kRectifier)
+        for (int i = 0; i < 8; ++i) delta[i / 2 % 2] = fmaf(a[i / 4][i % 4], G[i / 4][i % 4], delta[i / 2 % 2]);
+      });
+      online.finish(p, h, vector[P + 1], vector[P + 2]);
+      float along[2] = {0, 0};  // dO·c̄
+      if (map == Map::kRectifier)
 #pragma unroll
-          for (int i = 0; i < 4 * K; ++i) {
-            const float2 z = unpack(y[i / 4][i % 4]);
-            const int channel = i / 4 * 16 + i / 2 % 2 * 8 + r.t;
-            along[i % 2] = fmaf(z.x, vector[channel], fmaf(z.y, vector[channel + 1], along[i % 2]));
-          }
-        float* token = work.token == nullptr ? nullptr : work.token + r.head * 3 * side.tokens;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          shift[i] = exponents ? Online<map>::Relative::base(online.top[i]) : 0.f;
-          factor[i] = exponents ? online.plain[i] : online.unit[i];
-          delta[i] = online.plain[i] * row_sum(delta[i]);
-          if (map == Map::kRectifier) delta[i] += (online.share[i] - 1) * row_sum(along[i]) / scale;
-          if (token != nullptr && r.t == 0 && row[i] < side.tokens) {
-            token[row[i]] = exponents ? online.log[i] : online.unit[i];
-            token[side.tokens + row[i]] = -scale * delta[i];
-            token[2 * side.tokens + row[i]] = online.unit[i];
-          }
+        for (int i = 0; i < 4 * K; ++i) {
+          const float2 z = unpack(y[i / 4][i % 4]);
+          const int channel = i / 4 * 16 + i / 2 % 2 * 8 + r.t;
+          along[i % 2] = fmaf(z.x, vector[channel], fmaf(z.y, vector[channel + 1], along[i % 2]));
         }
-        if (!of_x) continue;
-      } else {
+      float* token = work.token == nullptr ? nullptr : work.token + r.head * 3 * side.tokens;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (row[i] >= side.tokens || (mask != nullptr && !mask[row[i] * p.mask_stride[1]])) seen[i] = 0;
-          if (exponents) shift[i] = seen[i] != 0 ? h[i] : INFINITY;
-          factor[i] = seen[i] * side.lower;
+      for (int i = 0; i < 2; ++i) {
+        shift[i] = exponents ? Online<map>::Relative::base(online.top[i]) : 0.f;
+        factor[i] = exponents ? online.plain[i] : online.unit[i];
+        delta[i] = online.plain[i] * row_sum(delta[i]);
+        if (map == Map::kRectifier) delta[i] += (online.share[i] - 1) * row_sum(along[i]) / scale;
+        if (token != nullptr && r.t == 0 && row[i] < side.tokens) {
+          token[row[i]] = exponents ? online.log[i] : online.unit[i];
+          token[side.tokens + row[i]] = -scale * delta[i];
+          token[2 * side.tokens + row[i]] = online.unit[i];
         }
       }
-
-      InputGradient<R> dx;
-      float dy[K][2][4] = {}, total[2] = {0, 0};
-      r.each_group([&](int feature, int k) {
-        if constexpr (exponents)
-          r.scores(a, feature, k, [&](int i) { return r.weight_of(feature, i) - shift[i / 2 % 2]; });
-        else
-          r.scores(a, feature, k);
-        if (of_x)
-          r.products(G, y, feature, [&](int i) { return queries ? -delta[i / 2 % 2] : r.offset_of(feature, i); });
-        float da[2][4], plain[2][4];
-        if constexpr (map == Map::kElu) unpack_fragment(plain, r.x[k]);
+      if (!of_x) continue;
+    } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& z = a[i / 4][i % 4];
-          const float w = exponents ? 0.f : r.weight_of(feature, i);
-          const float e = exponents ? ptx::exp2(z) : rectify<map>(z, r.elu);
-          const float d = (exponents ? e : rectify_gradient<map>(e, r.elu) * w) * G[i / 4][i % 4];
-          z = exponents ? e : e * w;
-          da[i / 4][i % 4] = map == Map::kElu ? d * exponent_gradient<map>(plain[i / 4][i % 4]) : d;
-          total[i / 2 % 2] += d;
-        }
-        if constexpr (!queries)
-          if (of_y) r.accumulate(dy, a, r.rows, feature);
-        if (!of_x) return;
-        if constexpr (kProjected<map>) {
-          dx.add(r, da, feature);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) dx.sum[k][i / 4][i % 4] = da[i / 4][i % 4];
-        }
-      });
-
-      // Exponents carry log₂e, and the softmax pair's input D^-¼ too.
-      const float of_features =
-          scale * (map == Map::kSoftmax ? r.scale * kLn2 : map == Map::kFavor ? kLn2 : 1.f);
-      const float of_norm = map == Map::kFavor && !(queries && normalized<map>(p)) ? scale * rsqrtf(float(p.dim)) : 0.f;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
-      if (of_x)
-        r.store(side.out_x, tile * R::Rows, side.tokens, int(p.dim), [&](int k, int half, int i) {
-          float d = of_features * (kProjected<map> ? dx.top[i / 2] : 1.f) * dx.sum[k][half][i];
-          if (map == Map::kFavor) {
-            const float2 x = unpack(r.x[k][2 * half + i / 2]);
-            d -= of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
-          }
-          return factor[i / 2] * d;
-        });
-      if constexpr (!queries)
-        if (of_y)
-          r.store(side.out_y, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
-            const float plain = kProjected<map> ? seen[i / 2] * vector[16 * k + 8 * half + r.t + i % 2] : 0.f;
-            return fmaf(scale * factor[i / 2], dy[k][half][i], plain);
-          });
+      for (int i = 0; i < 2; ++i) {
+        if (row[i] >= side.tokens || (mask != nullptr && !mask[row[i] * p.mask_stride[1]])) seen[i] = 0;
+        if (exponents) shift[i] = seen[i] != 0 ? h[i] : INFINITY;
+        factor[i] = seen[i] * side.lower;
+      }
     }
+
+    InputGradient<R> dx;
+    float dy[K][2][4] = {}, total[2] = {0, 0};
+    r.each_group([&](int feature, int k) {
+      if constexpr (exponents)
+        r.scores(a, feature, k, [&](int i) { return r.weight_of(feature, i) - shift[i / 2 % 2]; });
+      else
+        r.scores(a, feature, k);
+      if (of_x) r.products(G, y, feature, [&](int i) { return queries ? -delta[i / 2 % 2] : r.offset_of(feature, i); });
+      float da[2][4], plain[2][4];
+      if constexpr (map == Map::kElu) unpack_fragment(plain, r.x[k]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& z = a[i / 4][i % 4];
+        const float w = exponents ? 0.f : r.weight_of(feature, i);
+        const float e = exponents ? ptx::exp2(z) : rectify<map>(z, r.elu);
+        const float d = (exponents ? e : rectify_gradient<map>(e, r.elu) * w) * G[i / 4][i % 4];
+        z = exponents ? e : e * w;
+        da[i / 4][i % 4] = map == Map::kElu ? d * exponent_gradient<map>(plain[i / 4][i % 4]) : d;
+        total[i / 2 % 2] += d;
+      }
+      if constexpr (!queries)
+        if (of_y) r.accumulate(dy, a, r.rows, feature);
+      if (!of_x) return;
+      if constexpr (kProjected<map>) {
+        dx.add(r, da, feature);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) dx.sum[k][i / 4][i % 4] = da[i / 4][i % 4];
+      }
+    });
+
+    // Exponents carry log₂e, and the softmax pair's input D^-¼ too.
+    const float of_features = scale * (map == Map::kSoftmax ? r.scale * kLn2 : map == Map::kFavor ? kLn2 : 1.f);
+    const float of_norm = map == Map::kFavor && !(queries && normalized<map>(p)) ? scale * rsqrtf(float(p.dim)) : 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
+    if (of_x)
+      r.store(side.out_x, tile * R::Rows, side.tokens, int(p.dim), [&](int k, int half, int i) {
+        float d = of_features * (kProjected<map> ? dx.top[i / 2] : 1.f) * dx.sum[k][half][i];
+        if (map == Map::kFavor) {
+          const float2 x = unpack(r.x[k][2 * half + i / 2]);
+          d -= of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
+        }
+        return factor[i / 2] * d;
+      });
+    if constexpr (!queries)
+      if (of_y)
+        r.store(side.out_y, tile * R::Rows, side.tokens, int(p.value_dim), [&](int k, int half, int i) {
+          const float plain = kProjected<map> ? seen[i / 2] * vector[16 * k + 8 * half + r.t + i % 2] : 0.f;
+          return fmaf(scale * factor[i / 2], dy[k][half][i], plain);
+        });
   }
 }
 
@@ -1233,100 +1228,96 @@ template <class T, int P, Map map, Step step>
 __global__ void __launch_bounds__(ReadShape<T, P, map, Pass::kFeatures>::kThreads, 1)
     features(const __grid_constant__ LinearAttention p, const __grid_constant__ Work work,
              const __grid_constant__ FeaturesSide side) {
-  if constexpr (kHasMma<T>) {
-    using R = Reader<T, P, map, Pass::kFeatures>;
-    R r(p, work, blockIdx.x / side.blocks);
-    const float c = float(p.eps), unit = map == Map::kFavor ? rsqrtf(float(p.features)) : 1.f;
-    T* const phi = head_of<T>(side.phi, p, r.head);
-    const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
-    float largest = -INFINITY;
-    for (int64_t tile = range.begin; tile < range.end; ++tile) {
-      r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), nullptr);
-      const int64_t row[2] = {tile * R::Rows + 16 * r.warp + r.g, tile * R::Rows + 16 * r.warp + r.g + 8};
-      float h[2] = {0, 0}, a[2][4], shift[2] = {0, 0};
-      const auto feature_of = [&](int feature, int i) { return r.loaded + feature + i / 4 * 8 + r.t + i % 2; };
-      if constexpr (map == Map::kFavor) {
-        r.half_norms(h);
-        // The largest exponent, which without eps is that of all of it.
-        const bool keys = side.key_max != nullptr;
-        if (step == Step::kMax || !keys) {
-          float high[2] = {-INFINITY, -INFINITY};
-          r.each_group([&](int feature, int k) {
-            r.scores(a, feature, k);
+  using R = Reader<T, P, map, Pass::kFeatures>;
+  R r(p, work, blockIdx.x / side.blocks);
+  const float c = float(p.eps), unit = map == Map::kFavor ? rsqrtf(float(p.features)) : 1.f;
+  T* const phi = head_of<T>(side.phi, p, r.head);
+  const Range<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
+  float largest = -INFINITY;
+  for (int64_t tile = range.begin; tile < range.end; ++tile) {
+    r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), nullptr);
+    const int64_t row[2] = {tile * R::Rows + 16 * r.warp + r.g, tile * R::Rows + 16 * r.warp + r.g + 8};
+    float h[2] = {0, 0}, a[2][4], shift[2] = {0, 0};
+    const auto feature_of = [&](int feature, int i) { return r.loaded + feature + i / 4 * 8 + r.t + i % 2; };
+    if constexpr (map == Map::kFavor) {
+      r.half_norms(h);
+      // The largest exponent, which without eps is that of all of it.
+      const bool keys = side.key_max != nullptr;
+      if (step == Step::kMax || !keys) {
+        float high[2] = {-INFINITY, -INFINITY};
+        r.each_group([&](int feature, int k) {
+          r.scores(a, feature, k);
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
-              if (feature_of(feature, i) < p.features) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], a[i / 4][i % 4]);
-          });
+          for (int i = 0; i < 8; ++i)
+            if (feature_of(feature, i) < p.features) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], a[i / 4][i % 4]);
+        });
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            high[i] = row_max(high[i]) - (c == 0 ? h[i] : 0.f);
-            if (row[i] < side.tokens) largest = fmaxf(largest, high[i]);
-            shift[i] = high[i] + h[i];
-          }
-        } else {
-          for (int i = 0; i < 2; ++i) shift[i] = side.key_max[r.head] * kLog2e + h[i];
+        for (int i = 0; i < 2; ++i) {
+          high[i] = row_max(high[i]) - (c == 0 ? h[i] : 0.f);
+          if (row[i] < side.tokens) largest = fmaxf(largest, high[i]);
+          shift[i] = high[i] + h[i];
         }
-      }
-      if constexpr (step == Step::kForward) {
-        r.each_group([&](int feature, int k) {
-          r.scores(a, feature, k);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int at = i / 2 % 2, m = feature_of(feature, i);
-            const float z = a[i / 4][i % 4], e = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify<map>(z, false);
-            if (row[at] < side.tokens && m < p.features)
-              narrow((e + c) * unit, phi + row[at] * side.phi.stride[2] + m * side.phi.stride[3]);
-          }
-        });
-      }
-      if constexpr (step == Step::kBackward) {
-        InputGradient<R> dx;
-        float total[2] = {0, 0};
-        r.each_group([&](int feature, int k) {
-          r.scores(a, feature, k);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int at = i / 2 % 2, m = feature_of(feature, i);
-            float& z = a[i / 4][i % 4];
-            const float slope = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify_gradient<map>(z, false);
-            z = row[at] < side.tokens && m < p.features
-                    ? unit * slope * widen(phi[row[at] * side.phi.stride[2] + m * side.phi.stride[3]])
-                    : 0.f;
-            total[at] += z;
-          }
-          dx.add(r, a, feature);
-        });
-        const float of_norm = map == Map::kFavor ? rsqrtf(float(p.dim)) : 0.f;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
-        r.store(side.grad_x, tile * R::Rows, side.tokens, int(p.dim), [&](int k, int half, int i) {
-          const float2 x = unpack(r.x[k][2 * half + i / 2]);
-          const float d = (map == Map::kFavor ? kLn2 : 1.f) * dx.top[i / 2] * dx.sum[k][half][i];
-          return d - of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
-        });
+      } else {
+        for (int i = 0; i < 2; ++i) shift[i] = side.key_max[r.head] * kLog2e + h[i];
       }
     }
-    if constexpr (step == Step::kMax) {
-      largest = warp_max(largest);
-      if (threadIdx.x % 32 == 0) side.block_max[blockIdx.x * (R::Threads / 32) + r.warp] = largest * kLn2;
+    if constexpr (step == Step::kForward) {
+      r.each_group([&](int feature, int k) {
+        r.scores(a, feature, k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int at = i / 2 % 2, m = feature_of(feature, i);
+          const float z = a[i / 4][i % 4], e = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify<map>(z, false);
+          if (row[at] < side.tokens && m < p.features)
+            narrow((e + c) * unit, phi + row[at] * side.phi.stride[2] + m * side.phi.stride[3]);
+        }
+      });
     }
+    if constexpr (step == Step::kBackward) {
+      InputGradient<R> dx;
+      float total[2] = {0, 0};
+      r.each_group([&](int feature, int k) {
+        r.scores(a, feature, k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int at = i / 2 % 2, m = feature_of(feature, i);
+          float& z = a[i / 4][i % 4];
+          const float slope = map == Map::kFavor ? ptx::exp2(z - shift[at]) : rectify_gradient<map>(z, false);
+          z = row[at] < side.tokens && m < p.features
+                  ? unit * slope * widen(phi[row[at] * side.phi.stride[2] + m * side.phi.stride[3]])
+                  : 0.f;
+          total[at] += z;
+        }
+        dx.add(r, a, feature);
+      });
+      const float of_norm = map == Map::kFavor ? rsqrtf(float(p.dim)) : 0.f;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) total[i] = row_sum(total[i]);
+      r.store(side.grad_x, tile * R::Rows, side.tokens, int(p.dim), [&](int k, int half, int i) {
+        const float2 x = unpack(r.x[k][2 * half + i / 2]);
+        const float d = (map == Map::kFavor ? kLn2 : 1.f) * dx.top[i / 2] * dx.sum[k][half][i];
+        return d - of_norm * total[i / 2] * (i % 2 ? x.y : x.x);
+      });
+    }
+  }
+  if constexpr (step == Step::kMax) {
+    largest = warp_max(largest);
+    if (threadIdx.x % 32 == 0) side.block_max[blockIdx.x * (R::Threads / 32) + r.warp] = largest * kLn2;
   }
 }
 
 // -- Launches ---------------------------------------------------------------------------------------------------------
 
-// Splits for fold, which follow from N, D, E, M and the card's generation: the partial states take at most an eighth of
-// what the tokens take; from sm_80 on, which has more to fill and holds them in its L2 cache, a quarter.
-inline void fit(LinearAttention& p, int compute_major, int multiprocessors) {
-  const int64_t widest = p.features > p.value_dim ? p.features : p.value_dim;
-  const int64_t run = (compute_major >= 8 ? 8 : 16) * (widest > 64 ? widest : 64);
+// Splits for fold, which follow from N, D, E and M: the partial states take at most an eighth of what the tokens take.
+inline void fit(LinearAttention& p, int multiprocessors) {
+  const int64_t widest = p.features > p.value_dim ? p.features : p.value_dim, run = 16 * (widest > 64 ? widest : 64);
   const auto splits = [run](int64_t tokens) {
     const int64_t count = (tokens + run - 1) / run;
     return count < 1 ? 1 : count > 64 ? 64 : count;
   };
   p.key_splits = splits(p.keys);
   p.query_splits = splits(p.queries);
-  p.resident_blocks = multiprocessors * (compute_major >= 8 ? 2 : 1);
+  p.resident_blocks = multiprocessors;
 }
 
 // What the scratch arrays take, in floats; `base` (256-byte aligned) makes them, null only counts.

@@ -29,9 +29,7 @@ struct Launch {
 // f(Passes<T, P, map>) for the p's size and map.
 template <class T, class F>
 void for_passes(const LinearAttention& p, F&& f) {
-  for_map(p.feature_map, [&](auto map) {
-    if constexpr (sizeof(T) == 2 || kProjected<map()>) for_size(p, [&](auto size) { f(Passes<T, size(), map()>()); });
-  });
+  for_map(p.feature_map, [&](auto map) { for_size(p, [&](auto size) { f(Passes<T, size(), map()>()); }); });
 }
 
 template <class T, class F>

@@ -37,8 +37,7 @@ struct Launch {
 template <class F>
 void for_dtype(cxv::DType dtype, F&& f) {
   if (dtype == cxv::DType::kHalf) return f(__half{});
-  if (dtype == cxv::DType::kBFloat16) return f(__nv_bfloat16{});
-  STD_TORCH_CHECK(dtype == cxv::DType::kFloat, "cxv_kernels: on CUDA conv_norm does not serve float64");
+  STD_TORCH_CHECK(dtype == cxv::DType::kFloat, "cxv_kernels: on CUDA conv_norm supports float16 and float32");
   f(float{});
 }
 

@@ -15,8 +15,7 @@ using torch::stable::accelerator::DeviceGuard;
 // p.projection is that of `projection`, made contiguous.
 void set_projection(LinearAttention& p, Tensor& projection, const Tensor& q, const std::string& kernel) {
   STD_TORCH_CHECK(kernel == "softmax" || kernel == "relu", "cxv_kernels: kernel must be softmax or relu, got ", kernel);
-  STD_TORCH_CHECK(p.dtype != cxv::DType::kDouble, "cxv_kernels: on CUDA this op does not serve float64");
-  cxv::cuda::check_sizes(p, cxv::cuda::kMaxWidth);
+  cxv::cuda::check_supported(p);
   STD_TORCH_CHECK(projection.dim() == 2 && projection.size(0) > 0 && projection.size(1) == p.dim,
                   "cxv_kernels: projection must be (M, D) with M > 0 and D = ", p.dim);
   cxv::check_accumulator("projection", projection, q, {projection.size(0), p.dim});

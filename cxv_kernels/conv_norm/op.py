@@ -116,7 +116,7 @@ class ConvNormBackward(FusedFunction):
 
 
 backends.register("conv_norm", "cpu", serves_cpu)
-backends.register("conv_norm", "cuda", serves_cuda(3072, (torch.float32, torch.float16, torch.bfloat16), narrowest=3))
+backends.register("conv_norm", "cuda", serves_cuda(3072, (torch.float32, torch.float16), narrowest=3))
 
 
 def _serves(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

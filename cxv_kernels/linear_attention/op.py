@@ -19,7 +19,7 @@ from ..autograd import (
     serves_cpu,
     serves_cuda,
 )
-from ..validation import FLOAT_DTYPES, accumulate_dtype
+from ..validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
 
 _TRITON = "cxv_kernels.linear_attention.triton"
@@ -185,5 +185,5 @@ def serves_attention(device: torch.device, dtype: torch.dtype, dim: int) -> str 
 backends.register("linear_attention", "cpu", serves_cpu)
 backends.register("kv_state", "cpu", serves_cpu)
 for _op in ("linear_attention", "kv_state"):
-    backends.register(_op, "cuda", serves_cuda(128, FLOAT_DTYPES))
+    backends.register(_op, "cuda", serves_cuda(64, (torch.float32, torch.float16)))
     backends.register(_op, "triton", serves_attention)

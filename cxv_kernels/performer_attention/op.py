@@ -197,5 +197,5 @@ class PerformerFeaturesBackward(FusedFunction):
 backends.register("performer_attention", "cpu", serves_cpu)
 backends.register("performer_features", "cpu", serves_cpu)
 for _op in ("performer_attention", "performer_features"):
-    backends.register(_op, "cuda", serves_cuda(64, (torch.float32, torch.float16, torch.bfloat16)))
+    backends.register(_op, "cuda", serves_cuda(64, (torch.float32, torch.float16)))
     backends.register(_op, "triton", serves_attention)

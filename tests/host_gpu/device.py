@@ -73,7 +73,7 @@ def _aten() -> Path:
     return target
 
 
-def _kernels(folder: Path, arch: int, pool: ThreadPoolExecutor) -> None:
+def _kernels(folder: Path, pool: ThreadPoolExecutor) -> None:
     """csrc/cuda, every launch replaced, as the package's ``_cuda``."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     sources = sorted((folder / "csrc" / "cuda").iterdir())
@@ -83,7 +83,7 @@ def _kernels(folder: Path, arch: int, pool: ThreadPoolExecutor) -> None:
         source.write_text(text)
     flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{SIMT}", "-fsanitize=thread", "-DUSE_CUDA", "-xc++", "-c"]
     flags += [f"-I{folder}/csrc/include", f"-I{TORCH}/include", "-include", "cuda_runtime.h"]
-    flags += ["-DSIMT_SM80"] * (arch >= 80) + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     objects = [(source, folder / f"{source.stem}.o") for source in sources if source.suffix == ".cu"]
     jobs = [pool.submit(run, "g++", *flags, source, "-o", target) for source, target in objects]
     for job in jobs:
@@ -122,5 +122,5 @@ def build(folder: Path, arch: int) -> HostGPU:
         jobs = [pool.submit(part) for part in (_aten, _runtime, emulator)]
         for job in jobs:
             job.result()
-        _kernels(folder, arch, pool)
+        _kernels(folder, pool)
     return HostGPU(folder, arch)

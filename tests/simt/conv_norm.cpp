@@ -27,7 +27,6 @@ const char* guarded(F&& f) {
 template <class F>
 void for_dtype(DType dtype, F&& f) {
   if (dtype == DType::kHalf) return f(__half{});
-  if (dtype == DType::kBFloat16) return f(__nv_bfloat16{});
   f(float{});
 }
 }  // namespace

@@ -31,10 +31,10 @@ def emulator() -> Path:
     return target
 
 
-def build(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+def build(source: str, folder: Path) -> ctypes.CDLL:
     """tests/simt/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
     kernels, library = folder / "kernels.o", folder / "simt.so"
-    _compile("-O1", "-fsanitize=thread", *flags, "-c", str(SIMT / source), "-o", str(kernels))
+    _compile("-O1", "-fsanitize=thread", "-c", str(SIMT / source), "-o", str(kernels))
     _compile("-shared", str(emulator()), str(kernels), "-o", str(library))
     return ctypes.CDLL(str(library))
 

@@ -33,18 +33,17 @@ const char* guarded(F&& f) {
   return nullptr;
 }
 
-// f(Passes) for what is compiled: of dtypes but half one size, and on sm_80 of both, to keep the compiler's time down.
+// f(Passes) for what is compiled: with a projection one size of float, to keep the compiler's time down.
 template <class F>
 void for_passes(const LinearAttention& p, F&& f) {
   for_map(p.feature_map, [&](auto map) {
-#if CXV_SM80
-    if (p.dtype == DType::kHalf) return f(Passes<__half, 32, map()>());
-    if (p.dtype == DType::kBFloat16) return f(Passes<__nv_bfloat16, 32, map()>());
-#else
     if (p.dtype == DType::kHalf) return for_size(p, [&](auto size) { f(Passes<__half, size(), map()>()); });
-    if constexpr (kProjected<map()>)
-      if (p.dtype == DType::kFloat) return f(Passes<float, 16, map()>());
-#endif
+    if (p.dtype == DType::kFloat) {
+      if constexpr (kProjected<map()>)
+        return f(Passes<float, 16, map()>());
+      else
+        return for_size(p, [&](auto size) { f(Passes<float, size(), map()>()); });
+    }
     throw std::runtime_error("not compiled");
   });
 }
@@ -52,7 +51,7 @@ void for_passes(const LinearAttention& p, F&& f) {
 // What the caller asks for, on a card of two multiprocessors.
 LinearAttention fitted(const LinearAttention& in) {
   LinearAttention p = in;
-  fit(p, CXV_SM80 ? 8 : 7, 2);
+  fit(p, 2);
   return p;
 }
 
@@ -74,7 +73,7 @@ const char* simt_attention(LinearAttention* in, Call call, unsigned seed) {
     for_passes(p, [&](auto passes) {
       Work work;
       const bool backward = call == Call::kBackward;
-      const int size = CXV_SM80 ? 32 : padded_size(p);
+      const int size = padded_size(p);
       auto scratch = unwritten(carve(p, size, backward, nullptr, &work) + 64);
       carve(p, size, backward, scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) / 4 % 64), &work);
       const auto launch = [&](auto kernel, int64_t blocks, int threads, int bytes, const auto& argument) {

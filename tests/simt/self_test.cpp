@@ -122,8 +122,7 @@ const char* simt_product(int dtype, const float* A, const float* B, float* D, bo
   return guarded([&] {
     simt::launch(1, 32, 2 * 16 * 24 * 4, 1, [&] {
       if (dtype == 0) product<__half>(A, B, D, transposed, swapped);
-      if (dtype == 1) product<__nv_bfloat16>(A, B, D, transposed, swapped);
-      if (dtype == 2) product<float>(A, B, D, transposed, swapped);
+      if (dtype == 1) product<float>(A, B, D, transposed, swapped);
     });
   });
 }
