@@ -1,4 +1,4 @@
-"""The tensor-core kernels (csrc/cuda/attention_kernel.cuh) without a GPU: run on the host under the emulator."""
+"""The tensor-core kernels (csrc/cuda/linear_attention) without a GPU: run on the host under the emulator."""
 
 import ctypes
 import itertools
@@ -27,12 +27,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LINEAR, FAVOR = ("softmax", "elu", "relu"), ("favor", "favor_exact", "favor_relu")
 MAPS = (*LINEAR, *FAVOR)
 EPS = {"relu": 1e-6, "favor": 1e-4, "favor_relu": 1e-3}
-FORWARD, BACKWARD, STATE, STATE_GRADIENTS = range(4)
+# cxv::cuda::Call
+FORWARD, BACKWARD, STATE, STATE_BACKWARD, FEATURES_MAX, FEATURES_FORWARD, FEATURES_BACKWARD = range(7)
 
 
 @pytest.fixture(scope="module")
 def sm75(tmp_path_factory):
-    return build("kernels.cpp", tmp_path_factory.mktemp("sm75"))
+    return build("linear_attention.cpp", tmp_path_factory.mktemp("sm75"))
 
 
 def projection_for(feature_map, dim, features=None):
@@ -42,7 +43,7 @@ def projection_for(feature_map, dim, features=None):
 
 
 def describe(arena, feature_map, q, k, v, projection=None, key_mask=None, eps=None):
-    """cxv::LinearAttention with its inputs, state and statistics, and the last two as tensors."""
+    """cxv::LinearAttentionParams with its inputs, state and statistics, and the last two as tensors."""
     batch, heads, queries, dim = q.shape
     features = dim if projection is None else projection.shape[0]
     a = Arguments(DTYPES.index(q.dtype), NUMBERS[feature_map], EPS.get(feature_map, 0) if eps is None else eps)
@@ -223,10 +224,13 @@ def test_features(sm75, feature_map, is_query, dtype):
         a.eps = eps
         phi, grad = arena.result(grad_phi.shape, dtype), arena.result(x.shape, dtype, x.stride())
         key_max.zero_()
-        a.out, a.key_max = View(phi), None if is_query else key_max.data_ptr()
-        call(sm75.simt_features, ctypes.byref(a), 3)
+        a.out = View(phi)
+        if not is_query and kernel == "softmax":
+            call(sm75.simt_attention, ctypes.byref(a), FEATURES_MAX, 2)
+        a.key_max = None if is_query else key_max.data_ptr()
+        call(sm75.simt_attention, ctypes.byref(a), FEATURES_FORWARD, 3)
         a.grad_out, a.grad_q = View(arena.put(grad_phi)), View(grad)
-        call(sm75.simt_features, ctypes.byref(a), 4)
+        call(sm75.simt_attention, ctypes.byref(a), FEATURES_BACKWARD, 4)
     wide = x.double().requires_grad_()
     want = performer_features_reference(wide, projection.double(), is_query, kernel, eps)
     assert_close("phi", phi, want, dtype)
@@ -245,14 +249,14 @@ def test_kv_state(sm75, feature_map, dtype):
     with Arena(sm75) as arena:
         a, (state, stat, _) = describe(arena, feature_map, k, k, v, key_mask=mask)
         grads = [arena.result(t.shape, t.dtype, t.stride()) for t in (k, v)]
-        if feature_map == "softmax":  # as op.py does: what the normalization does to the gradient
+        if feature_map == "softmax":  # as op.py does: the gradient of the normalization
             grad_z = -(grad_state * state_.detach()).sum(-1).float()
         a.grad_state, a.grad_z = (arena.put(t).data_ptr() for t in (grad_state, grad_z))
         a.grad_k, a.grad_v = map(View, grads)
         if feature_map == "elu":
             a.feature_map = NUMBERS["kv_state elu"]
         call(sm75.simt_attention, ctypes.byref(a), STATE, 1)
-        call(sm75.simt_attention, ctypes.byref(a), STATE_GRADIENTS, 2)
+        call(sm75.simt_attention, ctypes.byref(a), STATE_BACKWARD, 2)
     assert_close("state", state, state_, dtype)
     if feature_map != "softmax":
         assert_close("z", stat, z_, dtype)
@@ -389,17 +393,24 @@ def test_features_that_see_the_same_of_v(sm75, case, feature_map):
 
 
 def test_the_report_knows_the_launches(sm75):
-    """cuda_report.launch repeats what FoldShape and ReadShape say in C++."""
+    """cuda_report.launch repeats what SumsShape and TokensShape say in C++."""
     threads, shared = (ctypes.c_int * 16)(), (ctypes.c_int * 16)()
-    maps = {"favor": "favor", "favor_relu": "favor_relu", "softmax": "softmax", "rectifier": "relu", "elu": "elu"}
+    maps = ("favor", "favor_relu", "softmax", "relu", "elu")
     for dtype, number, size in (("__half", 2, 16), ("__half", 2, 32), ("__half", 2, 64), ("float", 1, 16)):
-        for name, feature_map in maps.items():
+        for name in maps:
             projected = name in cuda_report.PROJECTED
             for features in (110, 266) if projected else (size,):
-                a = Arguments(number, NUMBERS[feature_map], 1e-4, 1, 1, 100, 100, size, size)
+                a = Arguments(number, NUMBERS[name], 1e-4, 1, 1, 100, 100, size, size)
                 a.features = features
                 assert sm75.simt_launches(ctypes.byref(a), threads, shared) == 10
-                for i, kernel in {0: "fold", 3: "read", 5: "grad", 6: "fold", 9: "grad"}.items():
+                passes = {
+                    0: "key_pass",
+                    3: "query_pass",
+                    5: "query_backward",
+                    6: "query_backward_sums",
+                    9: "key_backward",
+                }
+                for i, kernel in passes.items():
                     assert (threads[i], shared[i]) == cuda_report.launch(kernel, dtype, size, name, features)
 
 

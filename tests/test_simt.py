@@ -1,4 +1,4 @@
-"""The emulator under which CUDA kernels run on the host (tests/simt): what it catches, and that it multiplies right."""
+"""The emulator that runs CUDA kernels on the host (tests/simt): it finds errors and multiplies right."""
 
 import ctypes
 

@@ -1,4 +1,5 @@
-// Tensor cores: every line of PTX, and the fragments that mma reads. Without nvcc, tests/simt/simt.h stands in for ptx.
+// Elements of 16 and 32 bits, and tensor cores: every line of PTX, and the fragments that mma reads. Without nvcc,
+// tests/simt/simt.h stands in for ptx.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -36,6 +37,10 @@ __device__ __forceinline__ int forget(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+__device__ __forceinline__ float forget(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
 
 __device__ __forceinline__ float exp2(float x) {
   float y;
@@ -50,6 +55,12 @@ __device__ __forceinline__ float exp2(float x) {
 
 namespace cxv {
 namespace cuda {
+
+// One element to and from the number that kernels compute with.
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline void from_float(float x, float* p) { *p = x; }
+__device__ inline void from_float(float x, __half* p) { *p = __float2half_rn(x); }
 
 // Two neighboring elements of a fragment: a register of tensor cores.
 template <class T>
@@ -139,7 +150,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<float> (&a)[4], co
     }
   }
 }
-// Both halves.
+// All 16 columns.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[2][4], const Pair<T> (&a)[4], const Pair<T> (&b)[4]) {
   mma<0>(c[0], a, b);

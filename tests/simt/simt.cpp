@@ -358,6 +358,16 @@ void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 void simt::launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const std::function<void()>& body) {
   machine.run(blocks, threads, shared_bytes, seed, body);
 }
+const char* simt::guarded(const std::function<void()>& f) {
+  static std::string error;
+  try {
+    f();
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
 void simt::set_arena(const void* begin, int64_t bytes, const uint8_t* allowed) {
   arena = {static_cast<const char*>(begin), bytes, allowed};
 }

@@ -55,6 +55,7 @@ inline float exp2(float x) {  // ex2.approx.ftz: off by up to two units in the l
   return std::bit_cast<float>(std::bit_cast<uint32_t>(y) + off);
 }
 inline int forget(int x) { return x; }
+inline float forget(float x) { return x; }
 }  // namespace cxv::cuda::ptx
 
 namespace simt {
@@ -65,5 +66,8 @@ void launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const 
 // The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
 // are not checked.
 void set_arena(const void* begin, int64_t bytes, const uint8_t* allowed);
+
+// Runs f; returns what went wrong, or null.
+const char* guarded(const std::function<void()>& f);
 
 }  // namespace simt
