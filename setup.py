@@ -1,10 +1,10 @@
 """Builds the C++ and CUDA libraries; pyproject.toml says all else.
 
-What a machine lacks is left out with one clear line, and the package works without it:
+If the machine lacks something, a library is skipped with one line on stderr, and the package works without it:
 no compiler → no C++ kernels; no nvcc, a CPU-only torch or another CUDA major than torch's → no CUDA kernels.
 
-CXV_CUDA=0 leaves CUDA out, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honored; its default
-does not look at the machine, so that a wheel serves every card from the T4 on.
+CXV_CUDA=0 skips CUDA, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honored; its default does not
+look at the machine, so that a wheel runs on every card from the T4 on.
 """
 
 import os
@@ -20,6 +20,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: newer ones load the same library
+CUDA_OPS = ("conv_norm", "linear_attention", "performer_attention")  # those with CUDA kernels
 DEFAULT_ARCHS = "7.5+PTX"  # newer cards can run the PTX, in float16 and float32; there Triton is preferred
 
 
@@ -77,7 +78,7 @@ def extensions() -> tuple[list[Extension], dict]:
     if reason:
         if os.environ.get("CXV_CUDA") == "1":
             raise SystemExit(f"cxv: CXV_CUDA=1, but {reason}")
-        say(f"C++ kernels are left out: {reason}. The reference serves every op.")
+        say(f"C++ kernels are skipped: {reason}. Plain PyTorch is used for every op.")
         return [], {}
     if os.environ.get("CXV_CUDA", "") not in ("", "0", "1"):
         raise SystemExit(f"cxv: CXV_CUDA must be 0 or 1, got {os.environ['CXV_CUDA']!r}")
@@ -85,7 +86,7 @@ def extensions() -> tuple[list[Extension], dict]:
     if reason and os.environ.get("CXV_CUDA") == "1":
         raise SystemExit(f"cxv: CXV_CUDA=1, but {reason}")
     if reason:
-        say(f"CUDA kernels are left out: {reason}.")
+        say(f"CUDA kernels are skipped: {reason}.")
 
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -103,15 +104,15 @@ def extensions() -> tuple[list[Extension], dict]:
     extensions = [
         CppExtension(
             "cxv_kernels._cpu",
-            ["csrc/ops.cpp", *sources("csrc/cpu/*.cpp")],
-            extra_compile_args={"cxx": cxx},
+            ["csrc/ops.cpp", *sources("csrc/host/*.cpp"), *sources("csrc/cpu/**/*.cpp")],
+            extra_compile_args={"cxx": [*cxx, "-DCXV_DEVICE=CPU"]},
             py_limited_api=True,
         )
     ]
     try:
         import pybind11
     except ImportError:
-        say("the build's facts (cxv_kernels._C) are left out: pybind11 is not installed where this is built.")
+        say("the build's facts (cxv_kernels._C) are skipped: pybind11 is not installed where this is built.")
     else:
         extensions.append(
             Extension(
@@ -127,8 +128,11 @@ def extensions() -> tuple[list[Extension], dict]:
         extensions.append(
             CUDAExtension(
                 "cxv_kernels._cuda",
-                sources("csrc/cuda/*.cu"),
-                extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]},
+                [*(f"csrc/host/{op}.cpp" for op in CUDA_OPS), *sources("csrc/cuda/**/*.cu")],
+                extra_compile_args={
+                    "cxx": [*cxx, "-DCXV_DEVICE=CUDA"],
+                    "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", target],
+                },
                 py_limited_api=True,
             )
         )
@@ -138,12 +142,14 @@ def extensions() -> tuple[list[Extension], dict]:
 
         def build_extensions(self) -> None:
             self.built: list[str] = []
+            self.all_temporary = self.build_temp
             try:
                 super().build_extensions()
             except Exception as error:  # a toolchain that does not even tell its version
                 self.leave_out("the compiled libraries", error)
 
         def build_extension(self, ext: Extension) -> None:
+            self.build_temp = str(Path(self.all_temporary, ext.name))  # csrc/host is compiled for each device
             try:
                 super().build_extension(ext)
                 self.built.append(ext.name)

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 
 #define CXV_STRING_(...) #__VA_ARGS__  // a reason may have commas
 #define CXV_STRING(...) CXV_STRING_(__VA_ARGS__)
@@ -30,9 +30,9 @@ PYBIND11_MODULE(_C, m) {
         info["cuda_missing"] = CXV_STRING(CXV_CUDA_MISSING);
         return info;
       },
-      "dict[str, str]: compiler, oldest torch served, torch built with, CUDA version and architectures (empty: none, "
-      "and"
-      " cuda_missing says why).");
+      "dict[str, str]: compiler, oldest supported torch, torch built with, CUDA version and architectures (empty: "
+      "none, "
+      "and cuda_missing says why).");
   m.def(
       "cpu_isa",
       [] {

@@ -1,4 +1,4 @@
-"""The tensor-core kernels (csrc/cuda/attention_kernel.cuh) without a GPU: run on the host under the emulator."""
+"""The tensor-core kernels (csrc/cuda/linear_attention) without a GPU: run on the host under the emulator."""
 
 import ctypes
 import itertools
@@ -27,17 +27,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LINEAR, FAVOR = ("softmax", "elu", "relu"), ("favor", "favor_exact", "favor_relu")
 MAPS = (*LINEAR, *FAVOR)
 EPS = {"relu": 1e-6, "favor": 1e-4, "favor_relu": 1e-3}
-FORWARD, BACKWARD, STATE, STATE_GRADIENTS = range(4)
+# cxv::cuda::Call
+FORWARD, BACKWARD, STATE, STATE_BACKWARD, FEATURES_MAX, FEATURES_FORWARD, FEATURES_BACKWARD = range(7)
 
 
 @pytest.fixture(scope="module")
 def sm75(tmp_path_factory):
-    return build("kernels.cpp", tmp_path_factory.mktemp("sm75"))
-
-
-@pytest.fixture(scope="module")
-def sm80(tmp_path_factory):
-    return build("kernels.cpp", tmp_path_factory.mktemp("sm80"), "-DSIMT_SM80")
+    return build("linear_attention.cpp", tmp_path_factory.mktemp("sm75"))
 
 
 def projection_for(feature_map, dim, features=None):
@@ -47,7 +43,7 @@ def projection_for(feature_map, dim, features=None):
 
 
 def describe(arena, feature_map, q, k, v, projection=None, key_mask=None, eps=None):
-    """cxv::LinearAttention with its inputs, state and statistics, and the last two as tensors."""
+    """cxv::LinearAttentionParams with its inputs, state and statistics, and the last two as tensors."""
     batch, heads, queries, dim = q.shape
     features = dim if projection is None else projection.shape[0]
     a = Arguments(DTYPES.index(q.dtype), NUMBERS[feature_map], EPS.get(feature_map, 0) if eps is None else eps)
@@ -158,20 +154,61 @@ class TestAgainstFloat64:
         expanded = mask[:, None].expand(2, 3, 70)[:, 1]
         check(sm75, feature_map, 3, 70, 12, 20, batch=2, heads=1, mask=expanded, layout="nchw")
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_sm80(self, sm80, feature_map, dtype):
-        check(sm80, feature_map, 67, 130, 30, 32, dtype, layout="nchw", seed=6)
-        check(sm80, feature_map, 130, 33, 17, 20, dtype)
+    def test_odd_sizes(self, sm75, feature_map):
+        check(sm75, feature_map, 67, 130, 30, 32, layout="nchw", seed=6)
+        check(sm75, feature_map, 130, 33, 17, 20)
 
     @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
     def test_no_tokens(self, sm75, feature_map, queries, keys):
         check(sm75, feature_map, queries, keys, 5, 6)
 
 
-@pytest.mark.parametrize("feature_map", FAVOR)
+@pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("layout", ["bhnd", "nchw"])
 def test_float32_on_cuda_cores(sm75, feature_map, layout):
     check(sm75, feature_map, 33, 40, 13, 16, torch.float32, layout=layout, seed=1)
+
+
+@pytest.mark.parametrize("feature_map", LINEAR)
+class TestUnprojectedFloat32:
+    """Of heads of every size; projections take the emulator too long."""
+
+    def test_odd_sizes(self, sm75, feature_map):
+        check(sm75, feature_map, 63, 130, 17, 5, torch.float32, layout="nchw")
+
+    def test_strided_views(self, sm75, feature_map):
+        check(sm75, feature_map, 130, 63, 32, 32, torch.float32, layout="gaps", seed=2)
+
+    def test_widest(self, sm75, feature_map):
+        check(sm75, feature_map, 63, 130, 64, 50, torch.float32, heads=1, seed=3)
+
+    def test_several_splits(self, sm75, feature_map):
+        check(sm75, feature_map, 1100, 1100, 5, 6, torch.float32, heads=1, seed=4)
+
+    def test_key_mask(self, sm75, feature_map):
+        mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.4
+        mask[1] = False  # no key is seen
+        check(sm75, feature_map, 33, 70, 12, 20, torch.float32, batch=2, heads=1, mask=mask, seed=5)
+
+    @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+    def test_no_tokens(self, sm75, feature_map, queries, keys):
+        check(sm75, feature_map, queries, keys, 5, 6, torch.float32)
+
+    def test_no_channels(self, sm75, feature_map):
+        check(sm75, feature_map, 7, 6, 5, 0, torch.float32)
+
+    def test_a_hidden_key_may_be_anything(self, sm75, feature_map):
+        q, k, v, g = (make((1, 1, 9, 8), torch.float32, i) for i in range(4))
+        k[:, :, 4], v[:, :, 4] = torch.nan, torch.inf
+        mask = torch.arange(9)[None] != 4
+        assert all(t.isfinite().all() for t in run(sm75, feature_map, q, k, v, g, key_mask=mask))
+
+    def test_nan_is_not_hidden(self, sm75, feature_map):
+        for i in range(3):
+            q, k, v, g = inputs = [make((1, 1, 9, 8), torch.float32, i) for i in range(4)]
+            inputs[i][0, 0, 2, 3] = torch.nan
+            got = run(sm75, feature_map, q, k, v, g)[0].isnan()
+            assert torch.equal(got, linear_attention_reference(q, k, v, feature_map).isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -187,19 +224,23 @@ def test_features(sm75, feature_map, is_query, dtype):
         a.eps = eps
         phi, grad = arena.result(grad_phi.shape, dtype), arena.result(x.shape, dtype, x.stride())
         key_max.zero_()
-        a.out, a.key_max = View(phi), None if is_query else key_max.data_ptr()
-        call(sm75.simt_features, ctypes.byref(a), 3)
+        a.out = View(phi)
+        if not is_query and kernel == "softmax":
+            call(sm75.simt_attention, ctypes.byref(a), FEATURES_MAX, 2)
+        a.key_max = None if is_query else key_max.data_ptr()
+        call(sm75.simt_attention, ctypes.byref(a), FEATURES_FORWARD, 3)
         a.grad_out, a.grad_q = View(arena.put(grad_phi)), View(grad)
-        call(sm75.simt_features, ctypes.byref(a), 4)
+        call(sm75.simt_attention, ctypes.byref(a), FEATURES_BACKWARD, 4)
     wide = x.double().requires_grad_()
     want = performer_features_reference(wide, projection.double(), is_query, kernel, eps)
     assert_close("phi", phi, want, dtype)
     assert_close("dx", grad, torch.autograd.grad(want, wide, grad_phi.double())[0], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("feature_map", LINEAR)
-def test_kv_state(sm75, feature_map):
-    k, v = make((2, 2, 150, 20), torch.float16, 0, "nchw"), make((2, 2, 150, 12), torch.float16, 1)
+def test_kv_state(sm75, feature_map, dtype):
+    k, v = make((2, 2, 150, 20), dtype, 0, "nchw"), make((2, 2, 150, 12), dtype, 1)
     mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(4)) > 0.4
     grad_state, grad_z = (make((2, 2, 20, *s), torch.float32, 2) for s in ((12,), ()))
     inputs = [t.double().requires_grad_() for t in (k, v)]
@@ -208,19 +249,19 @@ def test_kv_state(sm75, feature_map):
     with Arena(sm75) as arena:
         a, (state, stat, _) = describe(arena, feature_map, k, k, v, key_mask=mask)
         grads = [arena.result(t.shape, t.dtype, t.stride()) for t in (k, v)]
-        if feature_map == "softmax":  # as op.py does: what the normalization does to the gradient
+        if feature_map == "softmax":  # as op.py does: the gradient of the normalization
             grad_z = -(grad_state * state_.detach()).sum(-1).float()
         a.grad_state, a.grad_z = (arena.put(t).data_ptr() for t in (grad_state, grad_z))
         a.grad_k, a.grad_v = map(View, grads)
         if feature_map == "elu":
             a.feature_map = NUMBERS["kv_state elu"]
         call(sm75.simt_attention, ctypes.byref(a), STATE, 1)
-        call(sm75.simt_attention, ctypes.byref(a), STATE_GRADIENTS, 2)
-    assert_close("state", state, state_, torch.float16)
+        call(sm75.simt_attention, ctypes.byref(a), STATE_BACKWARD, 2)
+    assert_close("state", state, state_, dtype)
     if feature_map != "softmax":
-        assert_close("z", stat, z_, torch.float16)
+        assert_close("z", stat, z_, dtype)
     for name, got, want in zip(("dk", "dv"), grads, wants, strict=True):
-        assert_close(name, got, want, torch.float16)
+        assert_close(name, got, want, dtype)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -233,8 +274,8 @@ class TestNumerics:
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
     def test_needed_gradients_alone_have_the_same_bits(self, sm75, feature_map):
-        """Every subset of the gradients of q, k and v; the others stay unwritten. float32: projections alone."""
-        for dtype in (torch.float16, torch.float32)[: 1 + (feature_map in FAVOR)]:
+        """Every subset of the gradients of q, k and v; the others stay unwritten."""
+        for dtype in (torch.float16, torch.float32):
             q, k, v, g = (make((1, 2, 70, c), dtype, i) for i, c in enumerate((12, 12, 9, 9)))
             projection = projection_for(feature_map, 12)
             every = run(sm75, feature_map, q, k, v, g, projection)[1:4]
@@ -328,13 +369,12 @@ class TestNumerics:
             assert_close(name, got, expected, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("case", ["one_visible_key", "equal_keys", "constant_v"])
-def test_features_that_see_the_same_of_v(sm80, case, feature_map, dtype):
+def test_features_that_see_the_same_of_v(sm75, case, feature_map):
     """U is float32's rounding alone, so that in units of U what relu's eps does to δ, (Σp − 1) dO·c̄, is huge. Of relu
     every other query sees nothing, and of the rest Σp is far from 1."""
-    q, k, v, g = (make((1, 2, n, 16), dtype, i) for i, n in enumerate((40, 20, 20, 40)))
+    q, k, v, g = (make((1, 2, n, 16), torch.float16, i) for i, n in enumerate((40, 20, 20, 40)))
     size = 2**-10 if feature_map == "relu" else 1
     q, k = torch.where(torch.arange(40)[:, None] % 2 > 0, q.abs(), -q.abs()) * size, k.abs() * size
     mask = torch.arange(20)[None] == 3 if case == "one_visible_key" else None
@@ -343,44 +383,50 @@ def test_features_that_see_the_same_of_v(sm80, case, feature_map, dtype):
     if case == "constant_v":
         v = v[:, :, :1].repeat(1, 1, 20, 1)
     projection = projection_for(feature_map, 16)
-    results = run(sm80, feature_map, q, k, v, g, projection, mask)
+    results = run(sm75, feature_map, q, k, v, g, projection, mask)
     inputs = [t.double().requires_grad_() for t in (q, k, v)]
     want = reference(feature_map, *inputs, projection, mask)
     wants = want, *torch.autograd.grad(want, inputs, g.double())
     terms = float(g.abs().max() * v.abs().max()) * 16
     for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
-        assert_close(name, got, expected, dtype, terms)
+        assert_close(name, got, expected, torch.float16, terms)
 
 
 def test_the_report_knows_the_launches(sm75):
-    """cuda_report.launch repeats what FoldShape and ReadShape say in C++."""
+    """cuda_report.launch repeats what SumsShape and TokensShape say in C++."""
     threads, shared = (ctypes.c_int * 16)(), (ctypes.c_int * 16)()
-    maps = {"favor": "favor", "favor_relu": "favor_relu", "softmax": "softmax", "rectifier": "relu", "elu": "elu"}
+    maps = ("favor", "favor_relu", "softmax", "relu", "elu")
     for dtype, number, size in (("__half", 2, 16), ("__half", 2, 32), ("__half", 2, 64), ("float", 1, 16)):
-        for name, feature_map in maps.items():
+        for name in maps:
             projected = name in cuda_report.PROJECTED
-            for features in (110, 266) if projected else () if dtype == "float" else (size,):
-                a = Arguments(number, NUMBERS[feature_map], 1e-4, 1, 1, 100, 100, size, size)
+            for features in (110, 266) if projected else (size,):
+                a = Arguments(number, NUMBERS[name], 1e-4, 1, 1, 100, 100, size, size)
                 a.features = features
                 assert sm75.simt_launches(ctypes.byref(a), threads, shared) == 10
-                for i, kernel in {0: "fold", 3: "read", 5: "grad", 6: "fold", 9: "grad"}.items():
+                passes = {
+                    0: "key_pass",
+                    3: "query_pass",
+                    5: "query_backward",
+                    6: "query_backward_sums",
+                    9: "key_backward",
+                }
+                for i, kernel in passes.items():
                     assert (threads[i], shared[i]) == cuda_report.launch(kernel, dtype, size, name, features)
 
 
 @pytest.mark.parametrize(("name", "means", "scales"), [v for v in NAMED_VALUES if "1e-40" not in v[0]], ids=str)
-def test_extreme_values(sm75, sm80, name, means, scales):
+def test_extreme_values(sm75, name, means, scales):
     """Where float32 underflows and float64 does not; tests/test_extreme_values.py has the oracle."""
     keywords = ATTENTION[name][0].keywords
     kernel, eps = keywords.get("kernel", "softmax"), keywords.get("eps", 1e-6)
     if name.startswith("favor"):
         feature_map = "favor_relu" if kernel == "relu" else "favor" if eps else "favor_exact"
-        cases = [(sm75, torch.float16), (sm75, torch.float32), (sm80, torch.bfloat16)]
     else:
-        feature_map, cases = keywords["feature_map"], [(sm75, torch.float16), (sm80, torch.bfloat16)]
+        feature_map = keywords["feature_map"]
     projection = PROJECTION.float() if name.startswith("favor") else None
-    for simt, dtype in cases:
 
-        def with_gradients(q, k, v, grad, simt=simt):
-            return run(simt, feature_map, q, k, v, grad, projection, eps=eps)[:4]
+    def with_gradients(q, k, v, grad):
+        return run(sm75, feature_map, q, k, v, grad, projection, eps=eps)[:4]
 
+    for dtype in (torch.float16, torch.float32):
         check_with(with_gradients, name, draw(0, dtype, means, scales))

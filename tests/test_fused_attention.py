@@ -262,14 +262,14 @@ def test_raw_ops_refuse_what_does_not_fit():
         op(q, k, v[:, :, :5], None, "elu", 0.0)
     with pytest.raises(RuntimeError, match="k has a dtype that does not go with q's"):
         op(q, k.float(), v, None, "elu", 0.0)
-    with pytest.raises(RuntimeError, match="key_mask must be bool"):
+    with pytest.raises(RuntimeError, match="key_mask has size 3 in dimension 1, expected 150"):
         op(q, k, v, torch.ones(2, 3, dtype=torch.bool), "elu", 0.0)
     op = ops.performer_attention_forward
     with pytest.raises(RuntimeError, match="kernel must be softmax or relu, got cosine"):
         op(q, k, v, torch.randn(5, 32).double(), None, "cosine", 0.0)
-    with pytest.raises(RuntimeError, match=r"projection must be \(M, D\) with M > 0 and D = 32"):
+    with pytest.raises(RuntimeError, match="projection has size 31 in dimension 1, expected 32"):
         op(q, k, v, torch.randn(5, 31).double(), None, "softmax", 0.0)
-    with pytest.raises(RuntimeError, match="projection has a shape or dtype that does not go with q's"):
+    with pytest.raises(RuntimeError, match="projection has a dtype that does not go with q's"):
         op(q, k, v, torch.randn(5, 32), None, "softmax", 0.0)
 
 

@@ -55,28 +55,6 @@ def test_ops(gpu):
     assert " passed" in done.stdout.splitlines()[-1]
 
 
-OLD_CODE = """
-import torch, cxv_kernels
-q = torch.randn(1, 1, 8, 16, device="cuda", dtype=torch.bfloat16)
-print(cxv_kernels.explain_backend("linear_attention", "cuda", q.dtype)["cuda"])
-try:
-    torch.ops.cxv_kernels.linear_attention_forward(q, q, q, None, "softmax", 0.0)
-except RuntimeError as error:
-    print(error)
-print(cxv_kernels.linear_attention(*3 * [q.half()], backend="cuda").isfinite().all().item())
-"""
-
-
-@card(75)
-def test_a_newer_card_with_older_code_alone(gpu):
-    """Of a library that is sm_75's PTX, which has no bfloat16, a newer card computes nothing."""
-    done = run(gpu, "-c", OLD_CODE, HOST_GPU_ARCH="90")
-    asked, said, *_, found = done.stdout.splitlines()
-    assert asked.startswith("runs sm_75's code on this sm_90, without bfloat16: build it with TORCH_CUDA_ARCH_LIST=9.0")
-    assert "bfloat16 needs tensor cores of compute capability 8.0 and up, and kernels built for them" in said
-    assert found == "True", done.stderr
-
-
 FIRST_USE = """
 import sys, torch, cxv_kernels
 from cxv_kernels import self_check, testing

@@ -80,7 +80,7 @@ def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], li
         except (RuntimeError, subprocess.CalledProcessError) as error:
             return rows, [f"No CUDA kernels for sm_{arch}: {error}"]
         for kernel in kernels:
-            row = {"kernel": kernel.name, "role": kernel.role, "map": kernel.map, "size": kernel.size, "arch": arch}
+            row = {"kernel": kernel.name, "step": kernel.step, "map": kernel.map, "size": kernel.size, "arch": arch}
             row |= {"dtype": kernel.dtype, "registers": kernel.registers, "spills": kernel.spills}
             rows.append(row | {"tensor_core_share": kernel.tensor_core_share})
         if kernels:

@@ -20,12 +20,13 @@ ROOT = Path(__file__).parent.parent
 # instructions a clock and multiprocessor; an HMMA.1688.F32 (1024 multiply-adds) takes its tensor cores 2 clocks.
 T4_BYTES_PER_NS, T4_SMS, T4_GHZ = 320.0, 40, 1.59
 T4_WARPS, T4_REGISTERS, T4_SHARED, T4_BLOCKS = 32, 65536, 64 * 1024, 16
-MACS = {"HMMA.1688": 1024, "HMMA.16816": 2048}
+MACS = {"HMMA.1688": 1024}
 
-DTYPES = {"__half": 2, "__nv_bfloat16": 2, "float": 4}
-MAPS = ("favor", "favor_relu", "softmax", "rectifier", "elu")  # cxv::cuda::Map
-PROJECTED = MAPS[:2]
-ROLES = {"Lb1": "queries", "Lb0": "keys", "StepE0": "max", "StepE1": "forward", "StepE2": "backward"}
+DTYPES = {"__half": 2, "float": 4}
+MAPS = {3: "favor", 5: "favor_relu", 0: "softmax", 2: "relu", 6: "elu"}  # cxv::FeatureMap; relu is kv_state's elu too
+PROJECTED = ("favor", "favor_relu")
+PASSES = ("key_pass", "query_pass", "query_backward", "query_backward_sums", "key_backward")
+STEPS = ("max", "forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Kernel:
     dtype: str
     size: int
     map: str
-    role: str  # of the queries or the keys, or which step of performer_features
+    step: str  # of performer_features
     registers: int
     stack: int
     sass: tuple[tuple[int, str], ...]
@@ -121,30 +122,31 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
     for part in dump("-sass", "-arch", f"sm_{arch}", str(library())).split("Function : ")[1:]:
         mangled, _, body = part.partition("\n")
         match = re.fullmatch(
-            r"_ZN3cxv4cuda\d+(fold|read|grad|features)I(6__half|13__nv_bfloat16|f)Li(\d+)ELNS0_3MapE(\d)E(.*)E?EvNS_.*",
+            rf"_ZN3cxv4cuda\d+({'|'.join(PASSES)}|features)I(6__half|f)Li(\d+)ELNS_10FeatureMapE(\d)E"
+            r"(?:LNS0_4StepE(\d)E)?EEvNS_.*",
             mangled.strip(),
         )
         if match is None:
             continue
-        name, dtype, size, map_, role = match.groups()
+        name, dtype, size, map_, step = match.groups()
         sass = tuple(
             (int(address, 16), re.sub(r"^@!?U?P\w+ ", "", text.strip()))
             for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/][^;]*);", body)
         )
         dtype = {"f": "float"}.get(dtype, dtype.lstrip("0123456789"))
-        role = next((word for sign, word in ROLES.items() if sign in role), "")
-        found.append(Kernel(name, dtype, int(size), MAPS[int(map_)], role, *used[mangled.strip()][:2], sass))
+        step = STEPS[int(step)] if step else ""
+        found.append(Kernel(name, dtype, int(size), MAPS[int(map_)], step, *used[mangled.strip()][:2], sass))
     return tuple(found)
 
 
 def launch(name: str, dtype: str, size: int, map_: str, features: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a launch: what FoldShape and ReadShape say, which a test compares."""
+    """(threads, bytes of shared memory) of a launch: what SumsShape and TokensShape say, which a test compares."""
     width, pad, projected = DTYPES[dtype], 8, map_ in PROJECTED
 
     def tile(rows: int) -> int:
         return max(rows, size) * (min(rows, size) + pad) * width
 
-    if name == "fold":
+    if name in ("key_pass", "query_backward_sums"):
         tokens = 32 if width == 4 else 64
         return 32 * (4 if projected else size // 16), 2 * tile(tokens) + 3 * tokens * 4
     warps = 4 if width == 4 else 8
@@ -172,22 +174,21 @@ def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[
     (the state's sums, W into shared memory) and all waiting is left out. Nothing here is measured.
     """
     size = next(n for n in (16, 32, 64) if dim <= n)
-    found = {(k.name, k.role): k for k in kernels(75) if (k.dtype, k.size, k.map) == ("__half", size, map_)}
+    found = {k.name: k for k in kernels(75) if (k.dtype, k.size, k.map) == ("__half", size, map_)}
     padded, projected = (features + 15) // 16 * 16 if map_ in PROJECTED else size, map_ in PROJECTED
     z = 2 * size * padded if projected else 0  # multiply-adds of the exponents
     product = size * padded
     passes = [
-        ("keys", "fold", "keys", 2, z + product + 8 * padded),
-        ("queries", "read", "", 2, z + product),
-        ("queries' gradients", "grad", "queries", 3, 2 * (z + product) + product * projected),
-        ("gradient of the state", "fold", "queries", 2, z + product),
-        ("keys' gradients", "grad", "keys", 4, z + 2 * product + product * projected),
+        ("key_pass", 2, z + product + 8 * padded),
+        ("query_pass", 2, z + product),
+        ("query_backward", 3, 2 * (z + product) + product * projected),
+        ("query_backward_sums", 2, z + product),
+        ("key_backward", 4, z + 2 * product + product * projected),
     ]
     rows = []
-    for label, name, role, tensors, macs in passes:
-        kernel = found[name, role]
-        exps = padded * (2 if (name, role) == ("grad", "queries") else 1) if map_ in ("favor", "softmax") else 0
-        loop = kernel.inner_loops
+    for name, tensors, macs in passes:
+        exps = padded * (2 if name == "query_backward" else 1) if map_ in ("favor", "softmax") else 0
+        loop = found[name].inner_loops
         in_loop = sum(n * sum(t.startswith(i) for t in loop) for i, n in MACS.items())
         # the share of instructions that come with a multiply-add is that of the inner loops
         instructions = len(loop) * macs / in_loop if in_loop else 0
@@ -197,7 +198,7 @@ def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[
             "exps": exps / 16 / T4_SMS / T4_GHZ,
             "issue": instructions / 4 / T4_SMS / T4_GHZ,
         }
-        facts = {"pass": label, "bytes": 2 * dim * tensors, "flops": 2 * macs, "exps": exps}
+        facts = {"pass": name, "bytes": 2 * dim * tensors, "flops": 2 * macs, "exps": exps}
         rows.append(facts | {"ns": costs, "predicted_ns": max(costs.values()), "bound": max(costs, key=costs.get)})
     return rows
 
@@ -208,10 +209,10 @@ def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
         f"| kernel, sm_{arch} | registers | spills | shared memory | HMMA | of multiply-adds | warps on sm_75 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for k in sorted(kernels(arch), key=lambda k: (k.dtype, k.map, k.size, k.name, k.role)):
+    for k in sorted(kernels(arch), key=lambda k: (k.dtype, k.map, k.size, k.name, k.step)):
         shared = launch(k.name, k.dtype, k.size, k.map, features)[1]
         lines.append(
-            f"| {k.name}{k.role and ' ' + k.role} {k.dtype} {k.size} {k.map} | {k.registers} | {k.spills} | "
+            f"| {k.name}{k.step and ' ' + k.step} {k.dtype} {k.size} {k.map} | {k.registers} | {k.spills} | "
             f"{shared / 1024:.1f} KB | {k.count('HMMA')} | {k.tensor_core_share:.0%} | {resident_warps(k, features)} |"
         )
     if arch == 75:
@@ -234,5 +235,5 @@ def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, default=75, choices=(75, 80, 90))
+    parser.add_argument("--arch", type=int, default=75, choices=(75,))
     print(report(parser.parse_args().arch))

@@ -4,9 +4,9 @@
 
 #include <limits>
 
-#include "../include/linear_attention.h"
-#include "../include/tile.h"
-#include "worker.h"
+#include "../core/linear_attention.h"
+#include "simd/tile.h"
+#include "simd/worker.h"
 
 namespace cxv {
 namespace CXV_ISA {
@@ -18,13 +18,13 @@ class Features {
   static constexpr int W = kWidth<A>;
 
  public:
-  static int64_t scratch(const LinearAttention& p) {
+  static int64_t scratch(const LinearAttentionParams& p) {
     return p.projection == nullptr ? 0
                                    : kTile * (2 * padded<A>(p.dim) + 1) + p.dim * padded<A>(p.features) +
                                          p.features * padded<A>(p.dim) + 4 * W;
   }
 
-  Features(const LinearAttention& p, Scratch<A>& scratch)
+  Features(const LinearAttentionParams& p, Scratch<A>& scratch)
       : map_(p.feature_map),
         projected_(p.projection != nullptr),
         D_(p.dim),
@@ -61,7 +61,7 @@ class Features {
   void load(A* tile, const T* x, const int64_t* stride, int64_t rows) {
     if (!projected_) return pack(tile, Mp_, x, stride[2], stride[3], rows, D_, scale_);
     pack(x_, Dp_, x, stride[2], stride[3], rows, D_, scale_);
-    product<A>(tile, Mp_, x_, Dp_, 1, Wt_, Mp_, (rows + kRows - 1) / kRows * kRows, Mp_, D_, false);
+    product<A>(tile, Mp_, x_, Dp_, 1, Wt_, Mp_, round_up(rows), Mp_, D_, false);
     if (map_ == FeatureMap::kFavorRelu) return;
     for (int64_t r = 0; r < rows; ++r) half_norm_[r] = A(0.5) * dot(x_ + r * Dp_, x_ + r * Dp_, Dp_);
   }
@@ -133,7 +133,7 @@ class Features {
   // Stores the gradient of the tokens that load() read last, given that of the tile (rows × Mp, padding 0).
   template <class T>
   void store_gradient(T* grad, const int64_t* stride, A* tile, int64_t rows, bool keys) {
-    const int64_t all_rows = (rows + kRows - 1) / kRows * kRows;
+    const int64_t all_rows = round_up(rows);
     const A* source = tile;
     if (projected_) {
       product<A>(dx_, Dp_, tile, Mp_, 1, W_, Dp_, all_rows, Dp_, M_, false);
@@ -153,9 +153,10 @@ class Features {
     unpack(grad, stride[2], stride[3], source, projected_ ? Dp_ : Mp_, rows, D_, scale_);
   }
 
-  // elu's φ(q) z / Σ φ(q) z, z up to a factor, and in `slope`, if not null, φ'(q) z / Σ φ(q) z. False where a sum is so
-  // small that what has underflowed of it counts: then exact_elu_queries has to do it, from the tile as it was.
-  bool elu_queries(A* tile, const A* z, int64_t rows, A* slope) const {
+  // elu's φ(q) z / Σ φ(q) z, z up to a factor, and in `feature_grad`, if not null, φ'(q) z / Σ φ(q) z. False where a
+  // sum is so small that what has underflowed of it counts: then exact_elu_queries has to do it, from the tile as it
+  // was.
+  bool elu_queries(A* tile, const A* z, int64_t rows, A* feature_grad) const {
     const A least = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
     for (int64_t r = 0; r < rows; ++r) {
       A* row = tile + r * Mp_;
@@ -163,19 +164,19 @@ class Features {
       for (int64_t d = 0; d < Mp_; d += W) {
         const V x = load_at(row, 0, d), w = cxv::CXV_ISA::load<A>(z + d), u = exp(below_zero(x)) * w;
         const V y = u * (above_zero(x) + 1);
-        if (slope != nullptr) store<A>(slope + r * Mp_ + d, u);
+        if (feature_grad != nullptr) store<A>(feature_grad + r * Mp_ + d, u);
         store<A>(row + d, y);
         sum += y;
       }
       const A total = reduce_add<A>(sum);
       if (!(total >= least)) return false;
       divide(row, total);
-      if (slope != nullptr) divide(slope + r * Mp_, total);
+      if (feature_grad != nullptr) divide(feature_grad + r * Mp_, total);
     }
     return true;
   }
   // The same by exponents: `bias` is log z.
-  void exact_elu_queries(A* tile, const A* bias, int64_t rows, A* slope) const {
+  void exact_elu_queries(A* tile, const A* bias, int64_t rows, A* feature_grad) const {
     for (int64_t r = 0; r < rows; ++r) {
       A* row = tile + r * Mp_;
       for (int64_t d = M_; d < Mp_; ++d) row[d] = -A(INFINITY);
@@ -188,18 +189,18 @@ class Features {
       for (int64_t d = 0; d < Mp_; d += W) {
         const V x = load_at(row, 0, d);
         const V u = exp(below_zero(x) + cxv::CXV_ISA::load<A>(bias + d) - shift), y = u * (above_zero(x) + 1);
-        if (slope != nullptr) store<A>(slope + r * Mp_ + d, u);
+        if (feature_grad != nullptr) store<A>(feature_grad + r * Mp_ + d, u);
         store<A>(row + d, y);
         sum += y;
       }
       const A sum_of_row = reduce_add<A>(sum), total = sum_of_row == 0 ? A(1) : sum_of_row;
       divide(row, total);
-      if (slope != nullptr) divide(slope + r * Mp_, total);
+      if (feature_grad != nullptr) divide(feature_grad + r * Mp_, total);
     }
   }
 
   // Forgets token r of those that load() read last, which is hidden.
-  void hide(int64_t r) {
+  void apply_mask(int64_t r) {
     if (!projected_) return;
     for (int64_t d = 0; d < Dp_; ++d) x_[r * Dp_ + d] = 0;
   }

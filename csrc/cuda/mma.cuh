@@ -1,7 +1,7 @@
-// Tensor cores: every line of PTX, and the fragments that mma reads. Without nvcc, tests/simt/simt.h stands in for ptx.
+// Elements of 16 and 32 bits, and tensor cores: every line of PTX, and the fragments that mma reads. Without nvcc,
+// tests/simt/simt.h stands in for ptx.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -32,20 +32,13 @@ __device__ __forceinline__ void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-#define CXV_MMA_M16N8K16(name, type)                                                                      \
-  __device__ __forceinline__ void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                            \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                  \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                  \
-  }
-CXV_MMA_M16N8K16(mma_m16n8k16_f16, "f16")
-CXV_MMA_M16N8K16(mma_m16n8k16_bf16, "bf16")
-#undef CXV_MMA_M16N8K16
-
 // The same number, of which the compiler knows nothing: what is computed from it is computed again, not kept.
 __device__ __forceinline__ int forget(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ float forget(float x) {
+  asm volatile("" : "+f"(x));
   return x;
 }
 
@@ -60,20 +53,14 @@ __device__ __forceinline__ float exp2(float x) {
 }  // namespace cxv
 #endif
 
-#if defined(__CUDA_ARCH__) ? __CUDA_ARCH__ >= 800 : defined(SIMT_SM80)
-#define CXV_SM80 1
-#else
-#define CXV_SM80 0
-#endif
-
 namespace cxv {
 namespace cuda {
 
-// Does this architecture have an mma for T? float's is done by shuffles.
-template <class T>
-constexpr bool kHasMma = true;
-template <>
-inline constexpr bool kHasMma<__nv_bfloat16> = CXV_SM80;
+// One element to and from the number that kernels compute with.
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline void from_float(float x, float* p) { *p = x; }
+__device__ inline void from_float(float x, __half* p) { *p = __float2half_rn(x); }
 
 // Two neighboring elements of a fragment: a register of tensor cores.
 template <class T>
@@ -96,18 +83,10 @@ __device__ __forceinline__ Pair<__half> pack<__half>(float low, float high) {
   const __half2 x = __floats2half2_rn(low, high);
   return {*reinterpret_cast<const uint32_t*>(&x)};
 }
-template <>
-__device__ __forceinline__ Pair<__nv_bfloat16> pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-  return {*reinterpret_cast<const uint32_t*>(&x)};
-}
 
 __device__ __forceinline__ float2 unpack(Pair<float> x) { return {x.low, x.high}; }
 __device__ __forceinline__ float2 unpack(Pair<__half> x) {
   return __half22float2(*reinterpret_cast<const __half2*>(&x.bits));
-}
-__device__ __forceinline__ float2 unpack(Pair<__nv_bfloat16> x) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&x.bits));
 }
 
 // -- Fragments: 16×16 elements in four registers per lane -------------------------------------------------------------
@@ -148,17 +127,8 @@ __device__ __forceinline__ void load_fragment(Pair<T> (&f)[4], const T* tile, in
 // c += A B for 8 of B's columns: half 0 or 1.
 template <int half>
 __device__ __forceinline__ void mma(float (&c)[4], const Pair<__half> (&a)[4], const Pair<__half> (&b)[4]) {
-#if CXV_SM80
-  ptx::mma_m16n8k16_f16(c, {a[0].bits, a[1].bits, a[2].bits, a[3].bits}, b[2 * half].bits, b[2 * half + 1].bits);
-#else
   ptx::mma_m16n8k8_f16(c, a[0].bits, a[1].bits, b[2 * half].bits);
   ptx::mma_m16n8k8_f16(c, a[2].bits, a[3].bits, b[2 * half + 1].bits);
-#endif
-}
-template <int half>
-__device__ __forceinline__ void mma(float (&c)[4], const Pair<__nv_bfloat16> (&a)[4],
-                                    const Pair<__nv_bfloat16> (&b)[4]) {
-  ptx::mma_m16n8k16_bf16(c, {a[0].bits, a[1].bits, a[2].bits, a[3].bits}, b[2 * half].bits, b[2 * half + 1].bits);
 }
 // The same on CUDA cores: what a tensor core does within a warp, by shuffles. Right, not fast.
 template <int half>
@@ -180,7 +150,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<float> (&a)[4], co
     }
   }
 }
-// Both halves.
+// All 16 columns.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[2][4], const Pair<T> (&a)[4], const Pair<T> (&b)[4]) {
   mma<0>(c[0], a, b);

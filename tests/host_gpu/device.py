@@ -1,4 +1,4 @@
-"""Builds the host as a GPU, with csrc/cuda's kernels in the emulator (tests/simt): what a process needs to see one."""
+"""Builds the fake CUDA device, with csrc/cuda's kernels in the emulator (tests/simt)."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def missing() -> str | None:
 
 
 def run(*command: object) -> None:
-    """A compiler; what it says if it fails."""
+    """Run a compiler; raise with its output if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -73,24 +73,28 @@ def _aten() -> Path:
     return target
 
 
-def _kernels(folder: Path, arch: int, pool: ThreadPoolExecutor) -> None:
-    """csrc/cuda, every launch replaced, as the package's ``_cuda``."""
+def _kernels(folder: Path, pool: ThreadPoolExecutor) -> None:
+    """The package's ``_cuda``, every launch replaced."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    sources = sorted((folder / "csrc" / "cuda").iterdir())
-    for source in sources:
+    for source in (folder / "csrc" / "cuda").rglob("*.cu*"):
         text = LAUNCH.sub(r"simt::launch_on(\5, \2, \3, \4, \1, \6);", source.read_text())
         assert "<<<" not in text, f"{source.name} has a launch that {LAUNCH.pattern} does not find"
         source.write_text(text)
-    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{SIMT}", "-fsanitize=thread", "-DUSE_CUDA", "-xc++", "-c"]
-    flags += [f"-I{folder}/csrc/include", f"-I{TORCH}/include", "-include", "cuda_runtime.h"]
-    flags += ["-DSIMT_SM80"] * (arch >= 80) + ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    objects = [(source, folder / f"{source.stem}.o") for source in sources if source.suffix == ".cu"]
-    jobs = [pool.submit(run, "g++", *flags, source, "-o", target) for source, target in objects]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{SIMT}", "-fsanitize=thread", "-DUSE_CUDA", "-DCXV_DEVICE=CUDA"]
+    flags += [f"-I{TORCH}/include", "-include", "cuda_runtime.h", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    sources = [
+        folder / "csrc" / "host" / f"{op}.cpp" for op in ("conv_norm", "linear_attention", "performer_attention")
+    ]
+    sources += sorted((folder / "csrc" / "cuda").rglob("*.cu"))
+    objects = [folder / f"{i}.o" for i in range(len(sources))]
+    jobs = [
+        pool.submit(run, "g++", *flags, "-xc++", "-c", pair[0], "-o", pair[1])
+        for pair in zip(sources, objects, strict=True)
+    ]
     for job in jobs:
         job.result()
     linked = [f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
-    targets = [target for _, target in objects]
-    run("g++", "-shared", *targets, emulator(), "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
+    run("g++", "-shared", *objects, emulator(), "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
 
 
 @dataclass(frozen=True)
@@ -122,5 +126,5 @@ def build(folder: Path, arch: int) -> HostGPU:
         jobs = [pool.submit(part) for part in (_aten, _runtime, emulator)]
         for job in jobs:
             job.result()
-        _kernels(folder, arch, pool)
+        _kernels(folder, pool)
     return HostGPU(folder, arch)

@@ -1,33 +1,19 @@
-// csrc/cuda/conv_norm_kernel.cuh on the host, for ctypes (tests/test_cuda_conv_norm.py).
+// csrc/cuda/conv_norm.cuh on the host, for ctypes (tests/test_cuda_conv_norm.py).
 #include "simt.h"
 
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/conv_norm_kernel.cuh"
+#include "../../csrc/cuda/conv_norm.cuh"
 
 namespace {
 using namespace cxv;
 using namespace cxv::cuda;
 
-std::string error;
-
-template <class F>
-const char* guarded(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
-  return nullptr;
-}
-
 template <class F>
 void for_dtype(DType dtype, F&& f) {
   if (dtype == DType::kHalf) return f(__half{});
-  if (dtype == DType::kBFloat16) return f(__nv_bfloat16{});
   f(float{});
 }
 }  // namespace
@@ -36,27 +22,28 @@ extern "C" {
 
 void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
 
-const char* simt_norm_forward(const ConvNorm* p, unsigned seed) {
-  return guarded([&] {
+const char* simt_norm_forward(const ConvNormParams* p, unsigned seed) {
+  return simt::guarded([&] {
     for_dtype(p->dtype, [&](auto t) {
-      norm_forward_pass<decltype(t)>(*p, [&](auto kernel, int64_t blocks, int bytes, const auto&... arguments) {
-        simt::launch(blocks, kNormThreads, bytes, seed, [&] { kernel(arguments...); });
-      });
+      norm_forward_pass<decltype(t)>(
+          *p, [&](auto kernel, int64_t blocks, int threads, int bytes, const auto&... arguments) {
+            simt::launch(blocks, threads, bytes, seed, [&] { kernel(arguments...); });
+          });
     });
   });
 }
 
-const char* simt_norm_backward(ConvNorm* p, const View* x, const View* weight, int64_t in_channels, int64_t height,
-                               int64_t width, bool conv_needed, unsigned seed) {
-  return guarded([&] {
+const char* simt_norm_backward(ConvNormParams* p, const View* x, const View* weight, int64_t in_channels,
+                               int64_t height, int64_t width, bool conv_needed, unsigned seed) {
+  return simt::guarded([&] {
     p->splits = norm_splits(*p);
     std::vector<float> partial(p->splits * 3 * p->channels, NAN), mean_weight(in_channels * 9 + 1, NAN);
     std::vector<int> lost(p->channels + 1, -1);
     p->partial = partial.data();
     const NormWork work = {*x, *weight, in_channels, height, width, mean_weight.data(), lost.data()};
     for_dtype(p->dtype, [&](auto t) {
-      const auto launch = [&](auto kernel, int64_t blocks, int bytes, const auto&... arguments) {
-        simt::launch(blocks, kNormThreads, bytes, seed, [&] { kernel(arguments...); });
+      const auto launch = [&](auto kernel, int64_t blocks, int threads, int bytes, const auto&... arguments) {
+        simt::launch(blocks, threads, bytes, seed, [&] { kernel(arguments...); });
       };
       norm_backward_pass<decltype(t)>(*p, work, conv_needed, launch);
     });

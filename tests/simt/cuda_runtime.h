@@ -5,18 +5,14 @@
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 struct cudaFuncAttributes {
   int ptxVersion;
 };
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, Kernel) {
-#ifdef SIMT_SM80
-  of->ptxVersion = 80;
-#else
   of->ptxVersion = 75;
-#endif
   return cudaSuccess;
 }
 

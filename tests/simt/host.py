@@ -31,16 +31,16 @@ def emulator() -> Path:
     return target
 
 
-def build(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+def build(source: str, folder: Path) -> ctypes.CDLL:
     """tests/simt/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
     kernels, library = folder / "kernels.o", folder / "simt.so"
-    _compile("-O1", "-fsanitize=thread", *flags, "-c", str(SIMT / source), "-o", str(kernels))
+    _compile("-O1", "-fsanitize=thread", "-c", str(SIMT / source), "-o", str(kernels))
     _compile("-shared", str(emulator()), str(kernels), "-o", str(library))
     return ctypes.CDLL(str(library))
 
 
 def call(function, *arguments) -> None:
-    """A function of the library; what it returns is what went wrong."""
+    """Call a function of the library, which returns an error message or null."""
     function.restype = ctypes.c_char_p
     failure = function(*arguments)
     assert failure is None, failure.decode()
@@ -60,7 +60,7 @@ NUMBERS = {"softmax": 0, "kv_state elu": 1, "relu": 2, "favor": 3, "favor_exact"
 
 
 class Arguments(ctypes.Structure):
-    """cxv::LinearAttention, field by field."""
+    """cxv::LinearAttentionParams, field by field."""
 
     _fields_ = [
         ("dtype", ctypes.c_int),
@@ -72,14 +72,11 @@ class Arguments(ctypes.Structure):
         ("mask_stride", ctypes.c_int64 * 2),
         ("key_splits", ctypes.c_int64),
         ("query_splits", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("partial", "state", "key_stat")),
+        *((name, ctypes.c_void_p) for name in ("state", "key_stat")),
         *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("grad_state", "grad_z")),
         ("features", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("projection", "key_max")),
-        *((name, ctypes.c_int64) for name in ("wave_begin", "wave_end")),
-        ("running", ctypes.c_void_p),
-        ("resident_blocks", ctypes.c_int64),
     ]
 
 
@@ -117,7 +114,7 @@ class Arena:
         return y.copy_(x)
 
     def result(self, shape, dtype, strides=None) -> torch.Tensor:
-        """A tensor to be written, full of NaN; what was written may be read again."""
+        """A tensor to be written, full of NaN; a kernel may read it back."""
         x = torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
         return self.put(x.fill_(torch.nan), self.READ | self.WRITE)
 

@@ -1,25 +1,40 @@
-// csrc/cuda's linear-attention kernels on the host, for ctypes (tests/test_cuda_source.py).
+// csrc/cuda/linear_attention on the host, for ctypes (tests/test_cuda_attention.py).
 #include "simt.h"
 
-#include "../../csrc/cuda/linear_attention_kernel.cuh"
-
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/linear_attention/launch.cuh"
+
 namespace {
 
-// An array of accumulators that nobody has written.
-std::vector<double> unwritten(int64_t count) {
-  std::vector<double> array(count + 1);
-  std::memset(array.data(), 0xFF, array.size() * sizeof(double));  // NaN in float, too
+using namespace cxv;
+using namespace cxv::cuda;
+
+constexpr int64_t kResidentBlocks = 2;
+
+// An array that nobody has written.
+std::vector<float> unwritten(int64_t count) {
+  std::vector<float> array(count);
+  std::memset(array.data(), 0xFF, array.size() * sizeof(float));  // NaN
   return array;
 }
 
-std::string error;
+// Runs `call` for what is compiled: with a projection one size of float, to keep the compiler's time down.
+template <class Launch>
+void run_compiled(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch) {
+  for_map(p.feature_map, [&](auto map) {
+    if (p.dtype == DType::kHalf)
+      return for_size(p, [&](auto size) { Passes<__half, size(), map(), Launch>{p, work, launch}.run(call); });
+    if (p.dtype != DType::kFloat) throw std::runtime_error("not compiled");
+    if constexpr (kProjected<map()>)
+      Passes<float, 16, map(), Launch>{p, work, launch}.run(call);
+    else
+      for_size(p, [&](auto size) { Passes<float, size(), map(), Launch>{p, work, launch}.run(call); });
+  });
+}
 
 }  // namespace
 
@@ -27,46 +42,43 @@ extern "C" {
 
 void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
 
-// threads 0: the plan's. The caller fills p but for splits and scratch memory. Returns what went wrong, or null.
-const char* simt_linear_attention(cxv::LinearAttention* in, bool forward, int threads, unsigned seed) {
-  cxv::LinearAttention p = *in;
-  auto plan = cxv::cuda::make_plan(p, cxv::cuda::accumulator_bytes(p));
-  if (threads > 0) plan.threads = threads;
-  cxv::cuda::set_splits(p, plan, forward);
-  const int64_t heads = p.batch * p.heads, matrix = p.dim * p.value_dim;
-  auto partial =
-      unwritten(forward ? heads * p.key_splits * (2 * p.dim + matrix) : heads * p.query_splits * (p.dim + matrix));
-  auto grad_state = unwritten(heads * matrix), grad_z = unwritten(heads * p.dim);
-  p.partial = partial.data();
-  p.grad_state = grad_state.data();
-  p.grad_z = grad_z.data();
-  const auto launch = [&](auto kernel, int64_t blocks, int threads, int bytes) {
-    simt::launch(blocks, threads, bytes, seed, [&] { kernel(p, plan); });
-  };
-  try {
-    cxv::cuda::for_dtype(p.dtype, [&](auto x) {
-      if (forward)
-        cxv::cuda::forward<decltype(x)>(p, plan, launch);
-      else
-        cxv::cuda::backward<decltype(x)>(p, plan, launch);
+// The caller fills p but for splits and scratch memory. These return what went wrong, or null.
+const char* simt_attention(const LinearAttentionParams* in, Call call, unsigned seed) {
+  return simt::guarded([&] {
+    LinearAttentionParams p = *in;
+    set_splits(p);
+    const int64_t heads = p.batch * p.heads;
+    auto grad_state = unwritten(heads * p.features * p.value_dim), grad_z = unwritten(heads * p.features);
+    if (p.grad_state == nullptr) p.grad_state = grad_state.data(), p.grad_z = grad_z.data();
+    Workspace work = {};
+    work.resident_blocks = kResidentBlocks;
+    auto scratch = unwritten(plan_workspace(p, call, nullptr, &work) + 64);
+    plan_workspace(p, call, scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) / 4 % 64), &work);
+    const int64_t maxima = feature_maxima(p, kResidentBlocks);
+    auto feature_max = unwritten(call == Call::kFeaturesMax ? heads * maxima : 0);
+    work.feature_max = feature_max.data();
+    run_compiled(call, p, work, [&](auto kernel, int64_t blocks, int threads, int bytes, const auto&... arguments) {
+      simt::launch(blocks, threads, bytes, seed, [&] { kernel(arguments...); });
     });
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
-  return nullptr;
+    float* const key_max = static_cast<float*>(p.key_max);
+    for (int64_t i = 0; i < int64_t(feature_max.size()); ++i)
+      key_max[i / maxima] = i % maxima == 0 ? feature_max[i] : std::fmax(key_max[i / maxima], feature_max[i]);
+  });
 }
 
-// The largest shared memory of any launch, and whether the threads' registers hold the state.
-int simt_linear_attention_plan(int dim, int value_dim, int accumulator_bytes, int* fits) {
-  cxv::LinearAttention p = {};
-  p.dim = dim;
-  p.value_dim = value_dim;
-  const auto plan = cxv::cuda::make_plan(p, accumulator_bytes);
-  *fits = plan.threads <= cxv::cuda::kMaxThreads && plan.tile % 4 == 0 && plan.chunk % 4 == 0 && plan.tile > 0 &&
-          plan.chunk > 0 && plan.threads * cxv::cuda::kRegisterTiles >= plan.dim / 4 * (plan.value_dim / 4);
-  return std::max({plan.tile_count(), plan.state_count(), plan.backward_count()}) * accumulator_bytes;
+// The threads and shared memory of each launch of forward and backward, which are not run; how many they are.
+int simt_launches(const LinearAttentionParams* in, int* threads, int* shared) {
+  LinearAttentionParams p = *in;
+  set_splits(p);
+  for (View* grad : {&p.grad_q, &p.grad_k, &p.grad_v}) grad->data = grad;  // all are needed
+  Workspace work = {};
+  work.resident_blocks = kResidentBlocks;
+  int count = 0;
+  for (Call call : {Call::kForward, Call::kBackward})
+    run_compiled(call, p, work, [&](auto, int64_t, int block, int bytes, const auto&...) {
+      threads[count] = block;
+      shared[count++] = bytes;
+    });
+  return count;
 }
-
-int simt_linear_attention_max_dim() { return int(cxv::cuda::kMaxDim); }
 }

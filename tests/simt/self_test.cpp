@@ -5,7 +5,6 @@
 #include <string>
 
 #include "../../csrc/cuda/mma.cuh"
-#include "../../csrc/cuda/number.cuh"
 
 namespace cxv::cuda {
 
@@ -35,8 +34,8 @@ void product(const float* A, const float* B, float* D, bool transposed, bool swa
   T* b = a + 16 * ld;
   for (int i = threadIdx.x; i < 256; i += 32) {
     const int row = i / 16, depth = i % 16, at = transposed ? depth * ld + row : row * ld + depth;
-    narrow(A[i], &a[at]);
-    narrow(B[i], &b[at]);
+    from_float(A[i], &a[at]);
+    from_float(B[i], &b[at]);
   }
   __syncthreads();
   Pair<T> fa[4], fb[4];
@@ -89,41 +88,26 @@ void run(const std::string& name) {
 }  // namespace
 }  // namespace cxv::cuda
 
-namespace {
-std::string error;
-template <class F>
-const char* guarded(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
-  return nullptr;
-}
-}  // namespace
-
 extern "C" {
 
 void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
 
 // 64 threads, 800 bytes of shared memory.
 const char* simt_self_test(const char* name, unsigned seed) {
-  return guarded([&] { simt::launch(2, 64, 800, seed, [&] { cxv::cuda::run(name); }); });
+  return simt::guarded([&] { simt::launch(2, 64, 800, seed, [&] { cxv::cuda::run(name); }); });
 }
 
 // y[i + offset] = x[i + offset] in each thread i.
 const char* simt_copy(const float* x, float* y, int offset) {
-  return guarded([&] { simt::launch(1, 32, 0, 0, [&] { y[threadIdx.x + offset] = x[threadIdx.x + offset]; }); });
+  return simt::guarded([&] { simt::launch(1, 32, 0, 0, [&] { y[threadIdx.x + offset] = x[threadIdx.x + offset]; }); });
 }
 
 const char* simt_product(int dtype, const float* A, const float* B, float* D, bool transposed, bool swapped) {
   using namespace cxv::cuda;
-  return guarded([&] {
+  return simt::guarded([&] {
     simt::launch(1, 32, 2 * 16 * 24 * 4, 1, [&] {
       if (dtype == 0) product<__half>(A, B, D, transposed, swapped);
-      if (dtype == 1) product<__nv_bfloat16>(A, B, D, transposed, swapped);
-      if (dtype == 2) product<float>(A, B, D, transposed, swapped);
+      if (dtype == 1) product<float>(A, B, D, transposed, swapped);
     });
   });
 }

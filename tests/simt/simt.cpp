@@ -28,7 +28,7 @@ using cxv::cuda::shared_memory;
 constexpr int kStackBytes = 128 * 1024, kGranule = 2;  // bytes of shared memory that are watched as one
 constexpr int64_t kGranules = sizeof shared_memory / kGranule;
 
-enum class Op { kNone, kSyncWarp, kShuffleXor, kShuffle, kAny, kLdmatrix, kMmaK8, kMmaF16, kMmaBf16, kSyncThreads };
+enum class Op { kNone, kSyncWarp, kShuffleXor, kShuffle, kAny, kLdmatrix, kMma, kSyncThreads };
 
 struct Fiber {
   ucontext_t context;
@@ -221,10 +221,10 @@ struct Matrix {
   bool transposed;
 };
 struct Mma {
-  uint32_t a[4], b[2];
+  uint32_t a[2], b;
 };
 
-float widen_half(uint16_t bits) {
+float to_float(uint16_t bits) {
   static const std::vector<float> table = [] {
     std::vector<float> t(65536);
     for (int i = 0; i < 65536; ++i) {
@@ -237,18 +237,11 @@ float widen_half(uint16_t bits) {
   }();
   return table[bits];
 }
-float widen_bfloat16(uint16_t bits) {
-  const uint32_t x = uint32_t(bits) << 16;
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
 
-// D += A B as the PTX ISA lays m16n8k8 and m16n8k16 out over the lanes: with g = lane / 4 and t = lane % 4, register i
-// of A holds row g + 8 (i & 1), columns 2t, 2t + 1 (+ 8 for i ≥ 2); of B rows 2t, 2t + 1 (+ 8 for i = 1), column g; D
-// holds row g (i < 2) or g + 8, column 2t + (i & 1).
-// A sum as the first tensor cores make it (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021): terms that
-// are aligned to the largest lose the bits after its 24th, and so does the sum.
+// D += A B as the PTX ISA lays m16n8k8 out over the lanes: with g = lane / 4 and t = lane % 4, register i of A holds
+// row g + 8 i, columns 2t, 2t + 1; B holds rows 2t, 2t + 1, column g; D holds row g (i < 2) or g + 8, column 2t + (i &
+// 1). A sum as the first tensor cores make it (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021): terms
+// that are aligned to the largest lose the bits after its 24th, and so does the sum.
 float add_truncated(const double (&terms)[5]) {
   double most = 0, plain = 0;
   for (double x : terms) most = std::max(most, std::fabs(x)), plain += x;
@@ -262,16 +255,15 @@ float add_truncated(const double (&terms)[5]) {
   return std::fabs(rounded) > std::fabs(double(sum) * unit) ? std::nextafter(rounded, 0.f) : rounded;
 }
 
-template <int K, class Widen>
-void multiply(const Mma* const (&in)[32], float* const (&out)[32], Widen widen) {
+void multiply(const Mma* const (&in)[32], float* const (&out)[32]) {
+  constexpr int K = 8;
   float A[16][K], B[8][K];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < K / 4; ++i)
-      for (int half = 0; half < 2; ++half)
-        A[g + 8 * (i & 1)][2 * t + half + 8 * (i >> 1)] = widen(uint16_t(in[lane]->a[i] >> 16 * half));
-    for (int i = 0; i < K / 8; ++i)
-      for (int half = 0; half < 2; ++half) B[g][2 * t + half + 8 * i] = widen(uint16_t(in[lane]->b[i] >> 16 * half));
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 2; ++i) A[g + 8 * i][2 * t + half] = to_float(uint16_t(in[lane]->a[i] >> 16 * half));
+      B[g][2 * t + half] = to_float(uint16_t(in[lane]->b >> 16 * half));
+    }
   }
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
@@ -319,16 +311,14 @@ void Machine::collective(Op op, int first) {
       }
     }
   }
-  if (op == Op::kMmaK8 || op == Op::kMmaF16 || op == Op::kMmaBf16) {
+  if (op == Op::kMma) {
     const Mma* registers[32];
     float* sums[32];
     for (int lane = 0; lane < 32; ++lane) {
       registers[lane] = in(lane, (Mma*)nullptr);
       sums[lane] = static_cast<float*>(out(lane));
     }
-    if (op == Op::kMmaK8) multiply<8>(registers, sums, widen_half);
-    if (op == Op::kMmaF16) multiply<16>(registers, sums, widen_half);
-    if (op == Op::kMmaBf16) multiply<16>(registers, sums, widen_bfloat16);
+    multiply(registers, sums);
   }
 }
 
@@ -360,21 +350,23 @@ void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
   machine.meet(Op::kLdmatrix, &in, r);
 }
 void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  const Mma in = {{a0, a1}, {b}};
-  machine.meet(Op::kMmaK8, &in, c);
-}
-void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const Mma in = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  machine.meet(Op::kMmaF16, &in, c);
-}
-void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const Mma in = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  machine.meet(Op::kMmaBf16, &in, c);
+  const Mma in = {{a0, a1}, b};
+  machine.meet(Op::kMma, &in, c);
 }
 }  // namespace cxv::cuda::ptx
 
 void simt::launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const std::function<void()>& body) {
   machine.run(blocks, threads, shared_bytes, seed, body);
+}
+const char* simt::guarded(const std::function<void()>& f) {
+  static std::string error;
+  try {
+    f();
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+  return nullptr;
 }
 void simt::set_arena(const void* begin, int64_t bytes, const uint8_t* allowed) {
   arena = {static_cast<const char*>(begin), bytes, allowed};

@@ -47,8 +47,6 @@ int __any_sync(unsigned mask, int predicate);
 namespace cxv::cuda::ptx {  // what csrc/cuda/mma.cuh writes in PTX
 void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed);
 void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b);
-void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 inline float exp2(float x) {  // ex2.approx.ftz: off by up to two units in the last place, no subnormals
   const float y = std::exp2(x);
   if (y < 0x1p-126f) return 0;
@@ -57,6 +55,7 @@ inline float exp2(float x) {  // ex2.approx.ftz: off by up to two units in the l
   return std::bit_cast<float>(std::bit_cast<uint32_t>(y) + off);
 }
 inline int forget(int x) { return x; }
+inline float forget(float x) { return x; }
 }  // namespace cxv::cuda::ptx
 
 namespace simt {
@@ -67,5 +66,8 @@ void launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const 
 // The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
 // are not checked.
 void set_arena(const void* begin, int64_t bytes, const uint8_t* allowed);
+
+// Runs f; returns what went wrong, or null.
+const char* guarded(const std::function<void()>& f);
 
 }  // namespace simt

@@ -1,0 +1,588 @@
+// Linear attention in tiles of tokens, for one instruction set. The derivation is in
+// cxv_kernels/linear_attention/README.md; names follow it, and feature_map.h has φ.
+#pragma once
+
+#include "feature_map.h"
+#include "isa/kernels.h"
+
+namespace cxv {
+namespace CXV_ISA {
+
+template <class T>
+class LinearAttentionPass {
+  using A = typename Accumulate<T>::type;
+  using V = Vec<A>;
+  static constexpr int W = kWidth<A>;
+
+ public:
+  LinearAttentionPass(const LinearAttentionParams& p, const Workspace& work)
+      : p_(p),
+        work_(work),
+        M_(p.features),
+        E_(p.value_dim),
+        Mp_(padded<A>(p.features)),
+        Ep_(padded<A>(p.value_dim)),
+        scratch_(Features<A>::scratch(p) + kTile * (3 * Mp_ + 2 * Ep_) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
+        features_(p, scratch_) {}
+
+  // A partial state of the key pass: the maxima (M), z (M), S (M × E) of e, Σ v (E) and the number of keys for c.
+  static int64_t key_partial(const LinearAttentionParams& p) {
+    return 2 * p.features + p.features * p.value_dim + p.value_dim + 1;
+  }
+  // Of the queries' backward pass: dz (M), dS (M × E).
+  static int64_t query_partial(const LinearAttentionParams& p) { return p.features + p.features * p.value_dim; }
+
+  void key_pass(int64_t begin, int64_t end) {
+    A* phi = scratch_.take(kTile * Mp_);
+    A* values = scratch_.take(kTile * Ep_);
+    A* S = scratch_.take(Mp_ * Ep_);
+    A* max = scratch_.take(Mp_);
+    A* z = scratch_.take(Mp_);
+    A* sum = scratch_.take(Ep_);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.key_splits;
+      fill(S, Mp_ * Ep_, 0);
+      fill(z, Mp_, 0);
+      fill(max, Mp_, -A(INFINITY));
+      fill(sum, Ep_, 0);
+      A count = 0;
+      const TokenRange range(p_.keys, p_.key_splits, item % p_.key_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_tile(phi, p_.k, head, n, rows);
+        features_.key_exponents(phi, rows);
+        if (features_.shifted()) raise_max(phi, max, z, S, head, n, rows);
+        features_.keys(phi, all_zero(max) ? nullptr : max, rows);
+        apply_mask(phi, head, n, rows);
+        add_rows(z, phi, Mp_, Mp_, rows);
+        int64_t ld;
+        const A* x = key_values(values, &ld, head, n, rows);
+        product<A>(S, Ep_, phi, 1, Mp_, x, ld, Mp_, Ep_, rows, true);
+        if (features_.constant() != 0) add_rows(sum, x, ld, Ep_, rows);
+        count += seen_rows(head, n, rows);
+      }
+      A* partial = static_cast<A*>(work_.partial) + (item - work_.begin) * key_partial(p_);
+      copy(partial, max, M_);
+      copy(partial + M_, z, M_);
+      for (int64_t m = 0; m < M_; ++m) copy(partial + 2 * M_ + m * E_, S + m * Ep_, E_);
+      copy(partial + 2 * M_ + M_ * E_, sum, E_);
+      partial[2 * M_ + M_ * E_ + E_] = count;
+    }
+  }
+
+  void reduce_keys(int64_t begin, int64_t end) {
+    const int64_t size = key_partial(p_);
+    for (int64_t head = begin; head < end; ++head) {
+      A* S = static_cast<A*>(p_.state) + head * M_ * E_;
+      A* z = static_cast<A*>(p_.key_stat) + head * M_;
+      A* max = static_cast<A*>(work_.running) + head * (M_ + E_ + 1);
+      A* sum = max + M_;
+      const int64_t first = head * p_.key_splits, last = first + p_.key_splits;
+      for (int64_t item = first > work_.begin ? first : work_.begin; item < last && item < work_.end; ++item) {
+        const A* partial = static_cast<const A*>(work_.partial) + (item - work_.begin) * size;
+        if (item == first) {
+          copy(max, partial, M_);
+          copy(z, partial + M_, M_);
+          copy(S, partial + 2 * M_, M_ * E_);
+          copy(sum, partial + 2 * M_ + M_ * E_, E_ + 1);
+          continue;
+        }
+        for (int64_t m = 0; m < M_; ++m) {
+          A old = 1, now = 1;
+          if (features_.shifted()) {
+            const A top = partial[m] > max[m] ? partial[m] : max[m];
+            old = max[m] == top ? A(1) : std::exp(max[m] - top);
+            now = partial[m] == top ? A(1) : std::exp(partial[m] - top);
+            max[m] = top;
+          }
+          z[m] = z[m] * old + partial[M_ + m] * now;
+          const A* from = partial + 2 * M_ + m * E_;
+          for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = S[m * E_ + e] * old + from[e] * now;
+        }
+        for (int64_t e = 0; e <= E_; ++e) sum[e] += partial[2 * M_ + M_ * E_ + e];
+      }
+      if (last <= work_.end) finish(S, z, max, sum, head);
+    }
+  }
+
+  void query_pass(int64_t begin, int64_t end) {
+    A* phi = scratch_.take(kTile * Mp_);
+    A* out = scratch_.take(kTile * Ep_);
+    A* S = scratch_.take(Mp_ * Ep_);
+    A* z = scratch_.take(Mp_);
+    A* weight = scratch_.take(Mp_);
+    int64_t loaded = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.query_splits;
+      if (head != loaded) {
+        load_state(S, p_.state, head);
+        load_statistic(z, weight, head);
+        rescale(S, z);
+        loaded = head;
+      }
+      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_queries(phi, head, n, rows, z, weight, nullptr);
+        if (features_.constant() != 0) add_constant(phi, rows);
+        product<A>(out, Ep_, phi, Mp_, 1, S, Ep_, round_up(rows), Ep_, M_, false);
+        if (!features_.normalized())
+          for (int64_t r = 0; r < rows; ++r)
+            scale_row(out + r * Ep_, Ep_, inverse(features_.dot(phi + r * Mp_, z, Mp_) + eps()));
+        store_tile(p_.out, head, n, out, Ep_, rows, E_);
+      }
+    }
+  }
+
+  // dφ(q) = (dO Sᵀ − c zᵀ)/den with c = φ(q)·(dO Sᵀ)/den, and the sums dS = Σ φ(q)ᵀ dO/den, dz = −Σ φ(q) c/den.
+  // Normalized maps have no denominator: the exponent's gradient is p ⊙ (G − Σ_m p G) with G = dO Sᵀ; dz is its sum.
+  void query_backward(int64_t begin, int64_t end) {
+    A* phi = scratch_.take(kTile * Mp_);
+    A* G = scratch_.take(kTile * Mp_);
+    A* gradient = scratch_.take(kTile * Ep_);
+    A* S = scratch_.take(Mp_ * Ep_);
+    A* St = scratch_.take(E_ * Mp_);
+    A* dS = scratch_.take(Mp_ * Ep_);
+    A* z = scratch_.take(Mp_);
+    A* dz = scratch_.take(Mp_);
+    A* weight = scratch_.take(Mp_);
+    const FeatureMap map = p_.feature_map;
+    A* feature_grad = map == FeatureMap::kEluExact ? scratch_.take(kTile * Mp_) : nullptr;
+    const int64_t Mp = Mp_;
+    const V constant = splat<A>(features_.constant());
+    // dz is of grad_k alone, and the softmax has none here.
+    const bool need_queries = p_.grad_q.data != nullptr, need_keys = has_key_gradients(p_);
+    const bool with_G = need_queries || (p_.grad_k.data != nullptr && map != FeatureMap::kSoftmax);
+    int64_t loaded = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.query_splits;
+      if (head != loaded) {
+        load_state(S, p_.state, head);
+        load_statistic(z, weight, head);
+        rescale(S, z);
+        if (with_G) transpose(St, S);
+        loaded = head;
+      }
+      fill(dS, Mp_ * Ep_, 0);
+      fill(dz, Mp_, 0);
+      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_queries(phi, head, n, rows, z, weight, feature_grad);
+        int64_t ld;
+        const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
+        if (with_G) product<A>(G, Mp_, dO, ld, 1, St, Mp_, round_up(rows), Mp_, E_, false);
+        for (int64_t r = 0; r < rows; ++r) {
+          A* e = phi + r * Mp;
+          A* g = G + r * Mp;
+          if (features_.normalized()) {
+            if (!with_G) break;
+            const V c = splat<A>(features_.dot(e, g, Mp));
+            for (int64_t d = 0; d < Mp; d += W) {
+              const V difference = load<A>(g + d) - c, y = load<A>(e + d) * difference;
+              store<A>(g + d, feature_grad != nullptr ? load<A>(feature_grad + r * Mp + d) * difference : y);
+              if (features_.exact()) store<A>(dz + d, load<A>(dz + d) + y);
+            }
+            continue;
+          }
+          // Padding columns of z and G are 0, so that those of φ do not count.
+          V phi_z{}, phi_G{};
+          for (int64_t d = 0; d < Mp; d += W) {
+            const V y = load<A>(e + d) + constant;
+            phi_z += y * load<A>(z + d);
+            phi_G += y * load<A>(g + d);
+          }
+          const A den = reduce_add<A>(phi_z) + eps();
+          const A inv = inverse(den);
+          const V c = splat<A>(den == 0 ? A(0) : reduce_add<A>(phi_G) * inv), vinv = splat<A>(inv);
+          for (int64_t d = 0; d < Mp; d += W) {
+            const V y = load<A>(e + d), phi_over_den = (y + constant) * vinv;
+            store<A>(e + d, phi_over_den);
+            if (!with_G) continue;
+            store<A>(g + d, (load<A>(g + d) - c * load<A>(z + d)) * vinv * Features<A>::derivative(map, y));
+            store<A>(dz + d, load<A>(dz + d) - c * phi_over_den);
+          }
+        }
+        if (need_keys) product<A>(dS, Ep_, phi, 1, Mp_, dO, ld, Mp_, Ep_, rows, true);
+        if (need_queries) features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, false);
+      }
+      if (!need_keys) continue;
+      A* partial = static_cast<A*>(work_.partial) + (item - work_.begin) * query_partial(p_);
+      for (int64_t m = 0; m < M_; ++m) partial[m] = dz[m] * unit_;
+      for (int64_t m = 0; m < M_; ++m)
+        for (int64_t e = 0; e < E_; ++e) partial[M_ + m * E_ + e] = dS[m * Ep_ + e] * unit_;
+    }
+  }
+
+  void reduce_queries(int64_t begin, int64_t end) {
+    const int64_t size = query_partial(p_);
+    for (int64_t head = begin; head < end; ++head) {
+      A* dS = static_cast<A*>(p_.grad_state) + head * M_ * E_;
+      A* dz = static_cast<A*>(p_.grad_z) + head * M_;
+      const int64_t first = head * p_.query_splits, last = first + p_.query_splits;
+      for (int64_t item = first > work_.begin ? first : work_.begin; item < last && item < work_.end; ++item) {
+        const A* partial = static_cast<const A*>(work_.partial) + (item - work_.begin) * size;
+        if (item == first) {
+          copy(dz, partial, M_);
+          copy(dS, partial + M_, M_ * E_);
+          continue;
+        }
+        for (int64_t m = 0; m < M_; ++m) dz[m] += partial[m];
+        for (int64_t i = 0; i < M_ * E_; ++i) dS[i] += partial[M_ + i];
+      }
+      if (features_.normalized() && last <= work_.end) {
+        // dz = dL − Σ_e dS S; L = log z is in the queries' exponents of the exact maps alone.
+        const A* S = static_cast<const A*>(p_.state) + head * M_ * E_;
+        for (int64_t m = 0; m < M_; ++m) {
+          A sum = 0;
+          for (int64_t e = 0; e < E_; ++e) sum += dS[m * E_ + e] * S[m * E_ + e];
+          dz[m] -= sum;
+        }
+      }
+    }
+  }
+
+  // dφ(k) = v dSᵀ + dz and dv = φ(k) dS.
+  void key_backward(int64_t begin, int64_t end) {
+    A* phi = scratch_.take(kTile * Mp_);
+    A* G = scratch_.take(kTile * Mp_);
+    A* values = scratch_.take(kTile * Ep_);
+    A* gradient = scratch_.take(kTile * Ep_);
+    A* dS = scratch_.take(Mp_ * Ep_);
+    A* dSt = scratch_.take(E_ * Mp_);
+    A* dz = scratch_.take(Mp_);
+    A* shift = scratch_.take(Mp_);
+    A* steepest = scratch_.take(Mp_);  // kEluExact: φ' of a key above 0, over z
+    const int64_t Mp = Mp_;
+    const V constant = splat<A>(features_.constant());
+    const bool need_keys = p_.grad_k.data != nullptr, need_values = p_.grad_v.data != nullptr;
+    FeatureMap map = p_.feature_map;
+    int64_t loaded = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.key_splits;
+      if (head != loaded) {
+        load_state(dS, p_.grad_state, head);
+        copy(dz, static_cast<const A*>(p_.grad_z) + head * M_, M_);
+        if (p_.feature_map == FeatureMap::kFavor)
+          fill(shift, M_, static_cast<const A*>(p_.key_max)[head]);
+        else
+          copy(shift, static_cast<const A*>(p_.key_stat) + head * M_, M_);
+        if (p_.feature_map == FeatureMap::kEluExact) map = elu_scales(steepest, shift, dS, dz);
+        if (need_keys) transpose(dSt, dS);
+        loaded = head;
+      }
+      const TokenRange range(p_.keys, p_.key_splits, item % p_.key_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_tile(phi, p_.k, head, n, rows);
+        features_.key_exponents(phi, rows);
+        features_.keys(phi, map == FeatureMap::kElu ? nullptr : shift, rows);
+        if (need_keys) {
+          int64_t ld;
+          const A* y = value_tile(values, &ld, p_.v, head, n, rows);
+          product<A>(G, Mp_, y, ld, 1, dSt, Mp_, round_up(rows), Mp_, E_, false);
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t d = 0; d < Mp; d += W) {
+            const int64_t i = r * Mp + d;
+            const V e = load<A>(phi + i);
+            if (need_keys) {
+              const V limit = load<A>(steepest + d);
+              const V feature_grad = map != FeatureMap::kEluExact ? Features<A>::derivative(map, e)
+                                     : limit < e                  ? limit
+                                                                  : e;
+              store<A>(G + i, (load<A>(G + i) + load<A>(dz + d)) * feature_grad);
+            }
+            store<A>(phi + i, e + constant);
+          }
+        if (need_values) {
+          apply_mask(phi, head, n, rows);
+          product<A>(gradient, Ep_, phi, Mp_, 1, dS, Ep_, round_up(rows), Ep_, M_, false);
+          store_tile(p_.grad_v, head, n, gradient, Ep_, rows, E_);
+        }
+        if (need_keys) {
+          apply_mask(G, head, n, rows);
+          features_.store_gradient(row<T>(p_.grad_k, head, n), p_.grad_k.stride, G, rows, true);
+        }
+      }
+    }
+  }
+
+  // performer_features: q is x, out φ, grad_out its gradient, key_max what the keys of a head are shifted by, or null
+  // for queries. The factor M^-½ of the softmax kernel is here.
+  void features_max(int64_t begin, int64_t end) {
+    A* phi = scratch_.take(kTile * Mp_);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.query_splits;
+      A max = -A(INFINITY);
+      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_tile(phi, p_.q, head, n, rows);
+        if (p_.eps == 0) features_.subtract_half_norm(phi, rows);
+        for (int64_t r = 0; r < rows; ++r) max = row_max(phi + r * Mp_, max);
+      }
+      static_cast<A*>(work_.partial)[item] = max;
+    }
+  }
+  void features_forward(int64_t begin, int64_t end) {
+    features(begin, end, [&](A* phi, A*, int64_t head, int64_t n, int64_t rows) {
+      add_constant(phi, rows);
+      unpack(row<T>(p_.out, head, n), p_.out.stride[2], p_.out.stride[3], phi, Mp_, rows, M_, feature_scale());
+    });
+  }
+  void features_backward(int64_t begin, int64_t end) {
+    features(begin, end, [&](A* phi, A* G, int64_t head, int64_t n, int64_t rows) {
+      pack(G, Mp_, row<T>(p_.grad_out, head, n), p_.grad_out.stride[2], p_.grad_out.stride[3], rows, M_,
+           feature_scale());
+      for (int64_t i = 0; i < rows * Mp_; i += W)
+        store<A>(G + i, load<A>(G + i) * Features<A>::derivative(p_.feature_map, load<A>(phi + i)));
+      features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, true);
+    });
+  }
+
+ private:
+  static int64_t tile_rows(int64_t n, int64_t end) { return end - n < kTile ? end - n : kTile; }
+  static void fill(A* p, int64_t n, A value) {
+    for (int64_t i = 0; i < n; ++i) p[i] = value;
+  }
+  static void copy(A* dst, const A* src, int64_t n) {
+    if (n > 0) std::memcpy(dst, src, n * sizeof(A));
+  }
+  static A inverse(A den) { return den == 0 ? A(1) : A(1) / den; }
+  A eps() const { return p_.feature_map == FeatureMap::kRelu ? A(p_.eps * unit_) : A(0); }
+  A feature_scale() const { return p_.feature_map == FeatureMap::kFavorRelu ? A(1) : A(1 / std::sqrt(double(M_))); }
+
+  static void scale_row(A* row, int64_t n, A factor) {
+    const V f = splat<A>(factor);
+    for (int64_t i = 0; i < n; i += W) store<A>(row + i, load<A>(row + i) * f);
+  }
+  static void add_rows(A* sum, const A* x, int64_t ld, int64_t cols, int64_t rows) {
+    for (int64_t d = 0; d < cols; d += W) {
+      V total = load<A>(sum + d);
+      for (int64_t r = 0; r < rows; ++r) total += load<A>(x + r * ld + d);
+      store<A>(sum + d, total);
+    }
+  }
+  A seen_rows(int64_t head, int64_t n, int64_t rows) const {
+    if (p_.key_mask == nullptr) return A(rows);
+    const bool* seen = mask(head, n);
+    A count = 0;
+    for (int64_t r = 0; r < rows; ++r) count += seen[r * p_.mask_stride[1]];
+    return count;
+  }
+  void add_constant(A* phi, int64_t rows) const {
+    const V c = splat<A>(features_.constant());
+    for (int64_t i = 0; i < rows * Mp_; i += W) store<A>(phi + i, load<A>(phi + i) + c);
+  }
+  // NaN, if there is one.
+  A row_max(const A* row, A max) const {
+    for (int64_t m = 0; m < M_; ++m) max = row[m] > max || row[m] != row[m] ? row[m] : max;
+    return max;
+  }
+
+  template <class S>
+  S* row(const View& view, int64_t head, int64_t n) const {
+    return at<S>(view, head / p_.heads, head % p_.heads, n);
+  }
+  void load_tile(A* dst, const View& view, int64_t head, int64_t n, int64_t rows) {
+    features_.load(dst, row<T>(view, head, n), view.stride, rows);
+  }
+  void store_tile(const View& view, int64_t head, int64_t n, const A* src, int64_t ld, int64_t rows, int64_t cols) {
+    unpack(row<T>(view, head, n), view.stride[2], view.stride[3], src, ld, rows, cols);
+  }
+  // A tile of values: where they lie when they can be read as they are, else packed into `buffer`.
+  const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows) const {
+    const T* src = row<T>(v, head, n);
+    if constexpr (__is_same(T, A)) {
+      if (v.stride[3] == 1 && E_ == Ep_ && rows % kRows == 0) {
+        *ld = v.stride[2];
+        return src;
+      }
+    }
+    pack(buffer, Ep_, src, v.stride[2], v.stride[3], rows, E_);
+    *ld = Ep_;
+    return buffer;
+  }
+  // The values of keys, zeros for the hidden: 0 · NaN would be seen.
+  const A* key_values(A* buffer, int64_t* ld, int64_t head, int64_t n, int64_t rows) const {
+    if (p_.key_mask == nullptr) return value_tile(buffer, ld, p_.v, head, n, rows);
+    const T* src = row<T>(p_.v, head, n);
+    pack(buffer, Ep_, src, p_.v.stride[2], p_.v.stride[3], rows, E_);
+    const bool* seen = mask(head, n);
+    for (int64_t r = 0; r < rows; ++r)
+      if (!seen[r * p_.mask_stride[1]]) fill(buffer + r * Ep_, Ep_, 0);
+    *ld = Ep_;
+    return buffer;
+  }
+  void load_state(A* dst, const void* src, int64_t head) {
+    const A* from = static_cast<const A*>(src) + head * M_ * E_;
+    for (int64_t m = 0; m < M_; ++m) copy(dst + m * Ep_, from + m * E_, E_);
+  }
+  void transpose(A* dst, const A* src) {
+    for (int64_t e = 0; e < E_; ++e)
+      for (int64_t m = 0; m < M_; ++m) dst[e * Mp_ + m] = src[m * Ep_ + e];
+  }
+  // z, or for the exact maps log z; in `weight` elu's z over the largest.
+  void load_statistic(A* dst, A* weight, int64_t head) {
+    const A* from = static_cast<const A*>(p_.key_stat) + head * M_;
+    if (p_.feature_map == FeatureMap::kSoftmax) return;
+    // A head that sees no key has no bias; of elu's features one alone may have no key above −∞.
+    const A none = p_.feature_map == FeatureMap::kEluExact ? -A(INFINITY) : A(0);
+    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalized() && from[m] == A(INFINITY) ? none : from[m];
+    if (p_.feature_map != FeatureMap::kEluExact) return;
+    A top = -A(INFINITY);
+    for (int64_t m = 0; m < M_; ++m) top = dst[m] > top ? dst[m] : top;
+    for (int64_t m = 0; m < M_; ++m) weight[m] = std::exp(dst[m] - (top > -A(INFINITY) ? top : A(0)));
+  }
+  // A tile of φ(q), or normalized of φ(q) z / Σ φ(q) z.
+  void load_queries(A* phi, int64_t head, int64_t n, int64_t rows, const A* z, const A* weight, A* feature_grad) {
+    load_tile(phi, p_.q, head, n, rows);
+    if (p_.feature_map != FeatureMap::kEluExact) return features_.queries(phi, bias(z), rows);
+    if (features_.elu_queries(phi, weight, rows, feature_grad)) return;
+    load_tile(phi, p_.q, head, n, rows);
+    features_.exact_elu_queries(phi, z, rows, feature_grad);
+  }
+  // kElu where 1/z is so moderate that dS and dz take it, and keys are plain φ; else kEluExact, and 1/z in `steepest`.
+  FeatureMap elu_scales(A* steepest, const A* log_z, A* dS, A* dz) const {
+    bool moderate = true;
+    for (int64_t m = 0; m < M_; ++m) {
+      moderate = moderate && log_z[m] > A(-60);
+      steepest[m] = std::exp(-log_z[m]);
+    }
+    if (!moderate) return FeatureMap::kEluExact;
+    for (int64_t m = 0; m < M_; ++m) {
+      dz[m] *= steepest[m];
+      scale_row(dS + m * Ep_, Ep_, steepest[m]);
+    }
+    return FeatureMap::kElu;
+  }
+  const A* bias(const A* statistic) const { return p_.feature_map == FeatureMap::kFavorExact ? statistic : nullptr; }
+
+  // The result does not depend on a common factor of S, z and eps. A power of two that makes the largest z at least
+  // 2^digits keeps φ(q)·z out of the subnormal numbers whatever q is.
+  void rescale(A* S, A* z) {
+    unit_ = 1;
+    if (features_.normalized()) return;
+    A top = 0;
+    for (int64_t m = 0; m < M_; ++m) top = z[m] > top ? z[m] : top;
+    using Limits = std::numeric_limits<A>;
+    if (!(top > 0 && top <= Limits::max())) return;
+    int exponent = Limits::digits - std::ilogb(top);
+    // An eps that outweighs φ(q)·z is kept near 1.
+    if (p_.feature_map == FeatureMap::kRelu && p_.eps > 0 && -std::ilogb(p_.eps) < exponent)
+      exponent = -std::ilogb(p_.eps);
+    unit_ = std::ldexp(A(1), exponent < Limits::max_exponent ? exponent : Limits::max_exponent - 1);
+    scale_row(S, Mp_ * Ep_, unit_);
+    scale_row(z, Mp_, unit_);
+  }
+
+  const bool* mask(int64_t head, int64_t n) const {
+    return p_.key_mask + (head / p_.heads) * p_.mask_stride[0] + n * p_.mask_stride[1];
+  }
+  // Zeroes the rows of hidden keys.
+  void apply_mask(A* tile, int64_t head, int64_t n, int64_t rows) {
+    if (p_.key_mask == nullptr) return;
+    const bool* seen = mask(head, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (seen[r * p_.mask_stride[1]]) continue;
+      fill(tile + r * Mp_, Mp_, 0);
+      features_.apply_mask(r);
+    }
+  }
+
+  // Raises the running maxima to this tile's and rescales z and S by exp(old − new): exact in one pass. FAVOR+ has one
+  // maximum for all features.
+  void raise_max(const A* x, A* max, A* z, A* S, int64_t head, int64_t n, int64_t rows) const {
+    const bool* seen = p_.key_mask == nullptr ? nullptr : mask(head, n);
+    if (p_.feature_map == FeatureMap::kFavor) {
+      V top = splat<A>(-A(INFINITY));
+      const int64_t whole = M_ / W * W;
+      A rest = max[0];
+      for (int64_t r = 0; r < rows; ++r) {
+        if (seen != nullptr && !seen[r * p_.mask_stride[1]]) continue;
+        for (int64_t m = 0; m < whole; m += W) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
+        for (int64_t m = whole; m < M_; ++m) rest = x[r * Mp_ + m] > rest ? x[r * Mp_ + m] : rest;
+      }
+      const A old = max[0], body = reduce_max<A>(top), now = body > rest ? body : rest;
+      if (now == old) return;
+      fill(max, Mp_, now);
+      const A factor = std::exp(old - now);
+      scale_row(z, Mp_, factor);
+      scale_row(S, Mp_ * Ep_, factor);
+      return;
+    }
+    const bool elu = p_.feature_map == FeatureMap::kEluExact;
+    for (int64_t m = 0; m < Mp_; m += W) {
+      const V old = load<A>(max + m);
+      if (elu && reduce_max<A>(-old) <= 0) continue;  // elu's exponents are at most 0
+      V top = old;
+      for (int64_t r = 0; r < rows; ++r)
+        if (seen == nullptr || seen[r * p_.mask_stride[1]]) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
+      if (elu) top = top > 0 ? V{} : top;
+      store<A>(max + m, top);
+      const V factor = old == top ? splat<A>(1) : exp(old - top);
+      store<A>(z + m, load<A>(z + m) * factor);
+      for (int i = 0; i < W; ++i)
+        if (factor[i] != 1) scale_row(S + (m + i) * Ep_, Ep_, factor[i]);
+    }
+  }
+
+  // Elu's keys need no shift: every feature has had one above 0.
+  bool all_zero(const A* max) const {
+    if (p_.feature_map != FeatureMap::kEluExact) return false;
+    for (int64_t m = 0; m < M_; ++m)
+      if (max[m] != 0) return false;
+    return true;
+  }
+
+  // The last of a head's partial states is in.
+  void finish(A* S, A* z, const A* max, const A* sum, int64_t head) const {
+    const A c = features_.constant(), count = sum[E_];
+    for (int64_t m = 0; m < M_; ++m) {
+      if (features_.normalized()) {
+        // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0. A softmax of −∞ alone is NaN.
+        const A total = z[m], none = p_.feature_map == FeatureMap::kSoftmax && count > 0 ? A(NAN) : A(0);
+        z[m] = total == 0 ? none + A(INFINITY) : max[m] + std::log(total);
+        for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = total == 0 ? none : S[m * E_ + e] / total;
+      } else if (c != 0) {
+        z[m] += c * count;
+        for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] += c * sum[e];
+      }
+    }
+    if (p_.key_max != nullptr)
+      static_cast<A*>(p_.key_max)[head] = p_.feature_map == FeatureMap::kFavor && M_ > 0 && count > 0 ? max[0] : A(0);
+  }
+
+  // φ(q) less its constant, tile by tile: f(phi, a second tile, head, n, rows).
+  template <class F>
+  void features(int64_t begin, int64_t end, F&& f) {
+    A* phi = scratch_.take(kTile * Mp_);
+    A* G = scratch_.take(kTile * Mp_);
+    A* shift = scratch_.take(Mp_);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / p_.query_splits;
+      if (p_.key_max != nullptr) fill(shift, Mp_, static_cast<const A*>(p_.key_max)[head]);
+      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
+      for (int64_t n = range.begin; n < range.end; n += kTile) {
+        const int64_t rows = tile_rows(n, range.end);
+        load_tile(phi, p_.q, head, n, rows);
+        if (p_.key_max != nullptr)
+          features_.keys(phi, shift, rows);
+        else
+          features_.queries(phi, nullptr, rows);
+        f(phi, G, head, n, rows);
+      }
+    }
+  }
+
+  const LinearAttentionParams& p_;
+  const Workspace& work_;
+  const int64_t M_, E_, Mp_, Ep_;
+  Scratch<A> scratch_;
+  Features<A> features_;
+  A unit_ = 1;  // what rescale() has multiplied S and z by
+};
+
+}  // namespace CXV_ISA
+}  // namespace cxv

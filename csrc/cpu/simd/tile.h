@@ -1,0 +1,116 @@
+// Tiles in cache: moving them from and to strided tensors, and the one small matrix product. Torch-free.
+#pragma once
+
+#include "vec.h"
+
+namespace cxv {
+namespace CXV_ISA {
+
+inline constexpr int kRows = 8;       // rows of a register block; tiles have a multiple of it
+inline constexpr int64_t kTile = 64;  // tokens of a tile
+
+CXV_INLINE int64_t round_up(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
+
+// Tokens [begin, end) of one split: the same for every batch and thread count.
+struct TokenRange {
+  int64_t begin, end;
+  TokenRange(int64_t tokens, int64_t splits, int64_t split) {
+    const int64_t tiles = (tokens + kTile - 1) / kTile, per_split = (tiles + splits - 1) / splits;
+    begin = split * per_split * kTile;
+    end = begin + per_split * kTile;
+    if (begin > tokens) begin = tokens;
+    if (end > tokens) end = tokens;
+  }
+};
+
+template <class A>
+CXV_INLINE int64_t padded(int64_t n) {
+  constexpr int64_t unit = kWidth<A> > kRows ? kWidth<A> : kRows;
+  return (n + unit - 1) / unit * unit;
+}
+
+// dst (rows × ld) = scale · src; columns from cols to ld, and rows up to the next multiple of kRows, are zeros.
+template <class T, class A>
+void pack(A* dst, int64_t ld, const T* src, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
+          A scale = 1) {
+  constexpr int W = kWidth<A>;
+  if (col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t c = 0;
+      for (; c + W <= cols; c += W) store<A>(dst + r * ld + c, load_float(src + r * row_stride + c) * scale);
+      for (; c < cols; ++c) dst[r * ld + c] = to_float(src[r * row_stride + c]) * scale;
+      for (; c < ld; ++c) dst[r * ld + c] = 0;
+    }
+  } else {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = 0; r < rows; ++r) dst[r * ld + c] = to_float(src[r * row_stride + c * col_stride]) * scale;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = cols; c < ld; ++c) dst[r * ld + c] = 0;
+  }
+  for (int64_t r = rows; r % kRows != 0; ++r)
+    for (int64_t c = 0; c < ld; ++c) dst[r * ld + c] = 0;
+}
+
+// dst = scale · the first rows × cols of src (rows × ld).
+template <class T, class A>
+void unpack(T* dst, int64_t row_stride, int64_t col_stride, const A* src, int64_t ld, int64_t rows, int64_t cols,
+            A scale = 1) {
+  constexpr int W = kWidth<A>;
+  if (col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t c = 0;
+      for (; c + W <= cols; c += W) store_float(dst + r * row_stride + c, load<A>(src + r * ld + c) * scale);
+      for (; c < cols; ++c) from_float(src[r * ld + c] * scale, dst + r * row_stride + c);
+    }
+  } else {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = 0; r < rows; ++r) from_float(src[r * ld + c] * scale, dst + r * row_stride + c * col_stride);
+  }
+}
+
+template <int J, class A>
+CXV_INLINE void product_block(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb,
+                              int64_t depth, bool add) {
+  constexpr int W = kWidth<A>;
+  Vec<A> acc[kRows][J];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) acc[i][j] = add ? load<A>(c + i * ldc + j * W) : Vec<A>{};
+  for (int64_t l = 0; l < depth; ++l) {
+    Vec<A> row[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) row[j] = load<A>(b + l * ldb + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<A> x = splat<A>(a[i * a_row + l * a_col]);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) acc[i][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) store<A>(c + i * ldc + j * W, acc[i][j]);
+}
+
+// C (rows × cols) = A·B, or += with add. A(i, l) = a[i·a_row + l·a_col], so either operand order of a tile serves;
+// B (depth × cols) is row-major. rows is a multiple of kRows, cols of the vector width.
+template <class A>
+void product(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t ldb, int64_t rows,
+             int64_t cols, int64_t depth, bool add) {
+  constexpr int W = kWidth<A>;
+  for (int64_t j = 0; j < cols;) {
+    const bool two = CXV_VECTOR_BYTES == 64 && j + 2 * W <= cols;  // 16 accumulators need 32 registers
+    for (int64_t i = 0; i < rows; i += kRows) {
+      if (two)
+        product_block<2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_col, b + j, ldb, depth, add);
+      else
+        product_block<1>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_col, b + j, ldb, depth, add);
+    }
+    j += two ? 2 * W : W;
+  }
+}
+
+}  // namespace CXV_ISA
+}  // namespace cxv
