@@ -206,6 +206,8 @@ class LaunchPlan:
 
     def backward(self, grad_out, q, k, v, key_mask, state, stat, key_max, needed):
         """dq, dk and dv as far as needed, else empty (0)."""
+        if not v.shape[3]:  # no output depends on anything
+            return tuple(grad.zero_() for grad in new_gradients((q, k, v), needed))
         grad_q, *grads = self.query_backward(grad_out, q, state, stat, needed[0], any(needed[1:]))
         if not any(needed[1:]):
             return grad_q, *new_gradients((k, v), needed[1:])
@@ -298,14 +300,23 @@ def linear_attention_backward(grad_out, q, k, v, key_mask, state, key_stat, feat
     return plan.backward(grad_out, q, k, v, key_mask, state, key_stat, key_stat, needed)
 
 
+def _with_a_channel(x: Tensor) -> Tensor:
+    """x, or one channel of zeros: without channels S is empty, and z is not."""
+    return x if x.shape[-1] else torch.nn.functional.pad(x, (0, 1))
+
+
 def kv_state_forward(k, v, key_mask, feature_map):
-    return LaunchPlan("kv_state", feature_map, k, v.shape[3]).key_pass(k, v, key_mask, raw=True)[:2]
+    channels, v = v.shape[3], _with_a_channel(v)
+    state, key_stat, _ = LaunchPlan("kv_state", feature_map, k, v.shape[3]).key_pass(k, v, key_mask, raw=True)
+    return state[..., :channels], key_stat
 
 
 def kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed):
     if feature_map != "softmax":  # the kernel divides by z, so that its weights are at most 1
         grad_state, grad_z = grad_state * key_stat[..., None], grad_z * key_stat
     inverse = torch.where(key_stat > TINY.value, key_stat.reciprocal(), 0)
+    channels, v, grad_state = v.shape[3], _with_a_channel(v), _with_a_channel(grad_state)
     grad_stats = torch.stack([grad_z, grad_state.abs().amax(dim=-1), inverse], dim=2)
-    plan = LaunchPlan("kv_state", feature_map, k, v.shape[3])
-    return plan.key_backward(k, v, key_mask, None, key_stat, key_stat, grad_state.contiguous(), grad_stats, needed)
+    plan, state = LaunchPlan("kv_state", feature_map, k, v.shape[3]), grad_state.contiguous()
+    grad_k, grad_v = plan.key_backward(k, v, key_mask, None, key_stat, key_stat, state, grad_stats, needed)
+    return grad_k, grad_v[..., :channels] if needed[1] else grad_v
