@@ -12,6 +12,8 @@ from ._version import __version__
 from .backends import BACKENDS, OPS, bind_backend, explain_backend, get_backend, use_backend
 from .conv_norm import conv_norm
 from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
+from .integrations.accelerate import accelerate
+from .integrations.attention_interface import register_with_transformers
 from .linear_attention import kv_state, linear_attention
 from .nystrom_attention import nystrom_attention
 from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
@@ -24,6 +26,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "__version__",
+    "accelerate",
     "bind_backend",
     "conv_norm",
     "dropout",
@@ -39,6 +42,7 @@ __all__ = [
     "orthogonal_projection",
     "performer_attention",
     "performer_features",
+    "register_with_transformers",
     "replace_attention",
     "use_backend",
 ]
