@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: newer ones load the same library
@@ -169,6 +170,15 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class Modules(build_py):
+    """Puts the schemas of csrc/ops.cpp beside the modules, which read them (cxv_kernels/library.py)."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_file("csrc/ops.cpp", str(Path(self.build_lib) / "cxv_kernels" / "ops.cpp"))
+
+
 ext_modules, cmdclass = extensions()
-cmdclass["bdist_wheel"] = Wheel
+cmdclass |= {"bdist_wheel": Wheel, "build_py": Modules}
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import cxv
 import cxv_kernels
 from cxv.errors import out_of_memory
-from cxv_kernels import backends, checks
+from cxv_kernels import dispatch, testing
 from cxv_kernels.testing import peak_memory, saved_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -290,7 +290,7 @@ class Run:
     def check(self, tolerance: float) -> bool:
         """Compare with float64. Only fused results must be within the tolerance."""
         if self.exact is not None:
-            with checks.without_tf32():
+            with testing.without_tf32():
                 self.row.error = relative_error(self.select(self.forward_backward()), self.exact())
         if self.row.implementation == "fused":
             self.row.tolerance = tolerance
@@ -376,7 +376,7 @@ def random_qkv(batch: int, tokens: int, device: torch.device, dtype: torch.dtype
 
 def fused_row(section: str, op: str, like: Tensor, **values: Any) -> Row:
     """A row for the implementation that the dispatcher selects; marked where that is the reference."""
-    row = Row(section, implementation="fused", backend=backends.resolve(op, like), **values)
+    row = Row(section, implementation="fused", backend=dispatch.resolve(op, like), **values)
     if row.backend == "reference":
         row.status = "= reference"
     return row
@@ -458,11 +458,11 @@ def check_model(row: Row, device: torch.device, dtype: torch.dtype, side: int = 
 
     stored = torch.float32 if dtype in LOW_PRECISION else dtype
     attn = model(True, stored).layers[0].attn
-    row.backend = backends.resolve(attn.op, images.to(dtype))
+    row.backend = dispatch.resolve(attn.op, images.to(dtype))
     if row.backend == "reference":
         row.status = "= reference"
         return
-    with torch.no_grad(), checks.without_tf32():
+    with torch.no_grad(), testing.without_tf32():
         with autocast(device, dtype):
             logits = model(True, stored)(images.to(stored))
         row.error = relative_error([logits], [model(False, torch.float64)(images.double())])

@@ -40,7 +40,7 @@ from _harness import (  # imported before torch: it sets log levels
 from _report import length_times, machine_line, noise_line, op_times
 
 import cxv_kernels
-from cxv_kernels.conv_norm.reference import conv_norm_reference
+from cxv_kernels.ops.conv_norm.reference import conv_norm_reference
 
 # isort: split
 import torch

@@ -53,22 +53,26 @@ def _attention(rows: Sequence[Row], axes: Axes) -> None:
             lines.setdefault((row.name, row.implementation), []).append((row.size, row.peak_bytes / 1e6))
     for (name, implementation), points in sorted(lines.items(), key=lambda item: item[0][0] != "sdpa"):
         axes.plot(*zip(*points, strict=True), STYLES[implementation], ms=5, **_line(name))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted({row.size for row in rows}))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n % 1024 == 0 else f"{n:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda megabytes, _: f"{megabytes:g}"))
-    axes.set_xlabel("tokens N")
-    axes.set_ylabel("MB")
+    _token_axes(axes, sorted({row.size for row in rows}), "MB")
     axes.set_title(f"Attention, forward + backward\nbatch {rows[0].batch}, 4 heads of 32 channels")
-    axes.grid(alpha=0.25)
     names = [name for name in COLORS if any(name == measured for measured, _ in lines)]
     handles = [Line2D([], [], label=LABELS[name], **_line(name) | {"marker": ""}) for name in names]
     for implementation in ("reference", "fused"):
         if any(implementation == measured for _, measured in lines):
             handles.append(Line2D([], [], color=GRAY, ls=STYLES[implementation], lw=2.2, label=implementation))
     axes.legend(handles=handles, loc="upper left")
+
+
+def _token_axes(axes: Axes, lengths: Sequence[int], unit: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n % 1024 == 0 else f"{n:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("tokens N")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.25)
 
 
 def _line(name: str) -> dict:
@@ -171,7 +175,28 @@ def _step_legend(rows: Sequence[Row]) -> list[Line2D]:
     return handles
 
 
-DRAW = {"attn_mem": draw_memory, "model_step": draw_steps}
+def draw_speed(rows: Sequence[Row], path: Path) -> None:
+    """Two panels: the time of forward + backward against N, by batch."""
+    rows = [row for row in rows if row.section == "length" and row.training_ms]
+    batches = sorted({row.batch for row in rows})
+    with rc_context(FONTS):
+        figure = Figure(figsize=(6 * len(batches), 4.6), dpi=150, layout="constrained")
+        for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+            mine = [row for row in rows if row.batch == batch]
+            for name in sorted({row.name for row in mine}, key=lambda name: name != "sdpa"):
+                points = sorted((row.size, row.training_ms) for row in mine if row.name == name)
+                axes.plot(*zip(*points, strict=True), ms=5, label=LABELS[name], **_line(name))
+            lengths = sorted({row.size for row in mine})
+            _token_axes(axes, lengths if len(lengths) < 8 else lengths[::2], "ms")
+            axes.set_title(f"batch {batch}")
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left")
+        name = rows[0].environment["device_name"]
+        figure.suptitle(f"Forward + backward, 4 heads of 32 channels, {rows[0].dtype}, on {name}", fontweight="bold")
+        figure.savefig(path)
+
+
+DRAW = {"attn_mem": draw_memory, "attn_speed": draw_speed, "model_step": draw_steps}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

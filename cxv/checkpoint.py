@@ -45,7 +45,7 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """What a shared file says of its weights. ``metrics``: losses and top-1 (per cent) of ``epoch``; ``args``: those of
 ``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
-_RENAMED = {"normalisation": "normalization", "optimiser": "optimizer"}
+_RENAMED = {"normalisation": "normalization", "optimiser": "optimizer", "position": "resume_state"}
 """Keys of files that were written before version 0.1.0 was released, and their names now."""
 
 

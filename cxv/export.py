@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import cxv_kernels
 from cxv_kernels.validation import python_numbers
 
+from .data.datasets import need
 from .errors import InputError
 from .models.arguments import image_size
-from .training.sources import need
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

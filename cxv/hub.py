@@ -125,24 +125,12 @@ class HubModel(
         model_id: str,
         map_location: str = "cpu",
         use_fused: bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **config: Any,  # what the file itself says is what counts
+        **options: Any,  # of the download, and config.json: the file itself says what counts
     ) -> "HubModel":
         path = Path(model_id) / SAFETENSORS
         if not Path(model_id).is_dir():
-            path = hf_hub_download(
-                model_id,
-                SAFETENSORS,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+            names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            path = hf_hub_download(model_id, SAFETENSORS, **{name: options.get(name) for name in names})
         model, checkpoint = load_model(path, device=map_location, use_fused=use_fused)
         return cls(model, **describe(checkpoint)).eval()
 

@@ -12,10 +12,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from cxv_kernels.validation import is_plain_tensor, to_numbers
 
 from .checkpoint import METADATA, METADATA_KEY, atomic_write, check_metadata, find_checkpoint, read_checkpoint
+from .data.loader import MEAN, STD
 from .errors import InputError
 from .models.backbone import Backbone
 from .models.registry import build_trained
-from .training.data import MEAN, STD
 
 _PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
 """A run's arguments that are nobody else's business."""

@@ -9,16 +9,22 @@ import torch
 
 from . import self_check  # noqa: F401  validates GPU kernels on their first use
 from ._version import __version__
-from .backends import BACKENDS, OPS, bind_backend, explain_backend, get_backend, use_backend
-from .conv_norm import conv_norm
-from .dropout import dropout, dropout_mask, dropout_seed, gelu_dropout
+from .convert import replace_attention
+from .dispatch import BACKENDS, bind_backend, explain_backend, get_backend, registered_ops, use_backend
 from .integrations.accelerate import accelerate
 from .integrations.attention_interface import register_with_transformers
-from .linear_attention import kv_state, linear_attention
-from .nystrom_attention import nystrom_attention
-from .performer_attention import num_random_features, orthogonal_projection, performer_attention, performer_features
-from .surgery import replace_attention
+from .ops.conv_norm.functional import conv_norm
+from .ops.dropout.functional import dropout, dropout_mask, dropout_seed, gelu_dropout
+from .ops.linear_attention.functional import kv_state, linear_attention
+from .ops.nystrom_attention.functional import nystrom_attention
+from .ops.performer_attention.functional import (
+    num_random_features,
+    orthogonal_projection,
+    performer_attention,
+    performer_features,
+)
 
+OPS = registered_ops()
 for _op in OPS:
     torch.fx.wrap(_op)  # torch.fx records a call of cxv_kernels.<op> as one node: its checks need real tensors
 

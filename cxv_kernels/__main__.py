@@ -1,4 +1,4 @@
-"""``python -m cxv_kernels``: what this machine can run, why not the rest, and every op checked against float64."""
+"""``python -m cxv_kernels``: the backends that this machine supports, and every op checked against float64."""
 
 import argparse
 import platform
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, checks, self_check
-from ._extension import CPP_MISSING, build_info
-from .backends import BACKENDS, OPS, explain_backend
+from . import OPS, __version__, self_check, testing
+from .dispatch import BACKENDS, explain_backend
+from .library import CPP_MISSING, build_info
 from .validation import FLOAT_DTYPES
 
 DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
@@ -36,11 +36,11 @@ def _describe() -> None:
 
 
 def _report(device: str) -> int:
-    """Print what serves each op on a device, with the checks' errors; the number of failed checks."""
+    """Print the errors of each op's backends on a device, and what is not supported. Return the number of failures."""
     print(f"\n{device}: largest error of outputs and gradients against float64")
     print(f"  {'op':20} {'backend':10}" + "".join(f"{name:>16}" for name in DTYPES.values()))
-    results = [r for r in checks.run_all(device) if isinstance(r, checks.Result)]
-    declined: dict[str, list[str]] = {}
+    results = [r for r in testing.run_all(device) if isinstance(r, testing.Result)]
+    unsupported: dict[str, list[str]] = {}
     for op in OPS:
         for backend in BACKENDS[1:]:
             cells = []
@@ -54,11 +54,11 @@ def _report(device: str) -> int:
             if any(cell != "-" for cell in cells):
                 print(f"  {op:20} {backend:10}" + "".join(f"{cell:>16}" for cell in cells))
             else:
-                declined.setdefault(
+                unsupported.setdefault(
                     f"{backend}: {explain_backend(op, device)[backend].replace(op, 'such')}", []
                 ).append(op)
-    for reason, ops in declined.items():
-        print(f"  not served by {reason} — {', '.join(ops)}")
+    for reason, ops in unsupported.items():
+        print(f"  not supported by {reason} — {', '.join(ops)}")
     return sum(not r.passed for r in results)
 
 

@@ -1,40 +1,13 @@
-"""Triton's side of the ops: the namespace its kernels register in, and where they run. Nothing here imports Triton."""
+"""How Triton kernels are launched. Nothing here imports Triton."""
 
-import functools
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "cxv_kernels_triton"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
-
-# What compiles kernels without a GPU takes the launches instead: (kernel, grid, arguments, options), as for the
-# architecture ``recorded_arch`` (80, 90, …). Meanwhile the kernels serve every device as they serve that.
-recorder: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
-recorded_arch: int | None = None
-
-
-def define(schema: str, module: str) -> None:
-    """Declare ``cxv_kernels_triton::<schema>``, whose kernels are launched by the function of that name in ``module``.
-
-    The module, and Triton with it, is imported at the first call. The fake implementation is the op's own to register.
-    """
-    name = schema.partition("(")[0]
-
-    @functools.cache
-    def launcher():
-        return getattr(importlib.import_module(module), name)
-
-    _library.define(schema)
-    for key in ("CUDA", "CPU"):  # the CPU: by Triton's interpreter
-        _library.impl(name, lambda *args: launcher()(*args), key)
 
 
 def interpreting() -> bool:
@@ -42,32 +15,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def serves_triton(device: torch.device, dtype: torch.dtype, dim: int, tensor_cores: bool = True) -> str | None:
-    """The capability check of the Triton kernels; ``tensor_cores``: they multiply matrices."""
-    if TRITON_MISSING:
-        return TRITON_MISSING
-    if recorder is not None:
-        return _before_ampere(recorded_arch or 80, dtype, tensor_cores)
-    if interpreting():
-        if device.type != "cpu":
-            return f"runs in its interpreter (TRITON_INTERPRET=1), which serves the CPU, not {device.type}"
-        return (
-            "serves no bfloat16 in its interpreter, whose products would be wrong" if dtype == torch.bfloat16 else None
-        )
-    if device.type != "cuda":
-        return f"serves CUDA devices, not {device.type} (but for its interpreter: TRITON_INTERPRET=1)"
-    if dtype == torch.float64:
-        return "serves float16, bfloat16 and float32 on a GPU, not float64"
-    if not torch.cuda.is_available():
-        return None  # asked about a GPU in general
+def capability(device: torch.device) -> int:
+    """10·major + minor of the device's compute capability; 0: not a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
-    return _before_ampere(10 * major + minor, dtype, tensor_cores)
-
-
-def _before_ampere(arch: int, dtype: torch.dtype, tensor_cores: bool) -> str | None:
-    if arch >= 80 or not (tensor_cores or dtype == torch.bfloat16):
-        return None
-    return f"serves {'matrix products' if tensor_cores else 'bfloat16'} from sm_80 on, not sm_{arch}"
+    return 10 * major + minor
 
 
 def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -80,8 +33,6 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **optio
     if 0 in grid:
         return
     options.setdefault("enable_fp_fusion", True)
-    if recorder is not None:
-        return recorder(kernel, grid, arguments, options)
     device = next(a for a in arguments if isinstance(a, Tensor)).device
     try:
         if device.type == "cuda" and device.index != torch.cuda.current_device():

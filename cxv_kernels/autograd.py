@@ -1,82 +1,15 @@
-"""What the fused ops' autograd shares."""
+"""One factory, :func:`fused_op`, makes a fused op differentiable: its backward pass by the fused backward kernels, and
+every higher order by the reference. The schemas in csrc/ops.cpp tell it which tensors an op saves."""
 
-import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._extension import CPP_MISSING, CUDA_MISSING
-from ._triton import NAMESPACE
+from .library import SCHEMAS, overload, register_fake, register_triton
 from .validation import without_autocast
-
-
-def kernels(backend: str) -> Any:
-    """The namespace of a backend's ops: ``kernels(backend).linear_attention_forward(…)``."""
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # Dynamo would differentiate the kernels themselves there, which PyTorch takes for constants.
-        raise NotImplementedError(
-            "the fused kernels do not support torch.func transforms inside torch.compile: compile less, pass "
-            'backend="reference" to the op, or use_fused=False to the model'
-        )
-    return torch.ops.cxv_kernels_triton if backend == "triton" else torch.ops.cxv_kernels
-
-
-def register_fake(name: str, *namespaces: str) -> Callable[[Callable], Callable]:
-    """Decorate the fake implementation that the ops ``name`` of these namespaces share, or those of all."""
-
-    def register(fake: Callable) -> Callable:
-        for namespace in namespaces or ("cxv_kernels", NAMESPACE):
-            if hasattr(getattr(torch.ops, namespace), name):
-                torch.library.register_fake(f"{namespace}::{name}", fake)
-        return fake
-
-    return register
-
-
-def serves_cpu(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """The capability check of C++ kernels that take every dtype and size."""
-    return CPP_MISSING or (None if device.type == "cpu" else f"serves the CPU, not {device.type}")
-
-
-@functools.cache
-def cuda_compiled_for(device: int) -> int:
-    """10·major + minor of what the CUDA library's code for this GPU was compiled for: 75 on a newer one, if sm_75's
-    PTX is all it has; 0: it has none."""
-    return torch.ops.cxv_kernels.cuda_compiled_for(device)
-
-
-def serves_cuda(
-    widest: int, dtypes: Sequence[torch.dtype], narrowest: int = 1
-) -> Callable[[torch.device, torch.dtype, int], str | None]:
-    """The capability check of CUDA kernels that take these dtypes and numbers of channels."""
-
-    def check(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-        if CUDA_MISSING or device.type != "cuda":
-            return CUDA_MISSING or f"serves CUDA devices, not {device.type}"
-        if dtype not in dtypes:
-            return f"serves {', '.join(str(t).removeprefix('torch.') for t in dtypes)}, not {dtype}"
-        if torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability(device)
-            if (major, minor) < (7, 5):
-                return f"serves sm_75 and later, not sm_{major}{minor}"
-            if dtype == torch.bfloat16 and major < 8:
-                return f"serves no bfloat16 on sm_{major}{minor}, which has none: use float16 or float32"
-            if torch.compiler.is_compiling():
-                arch = 10 * major + minor  # what cannot be asked here the kernels say themselves
-            else:
-                arch = cuda_compiled_for(torch.cuda.current_device() if device.index is None else device.index)
-            built = f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
-            if arch == 0:
-                return f"was built for other cards than this sm_{major}{minor}: {built}"
-            if dtype == torch.bfloat16 and arch < 80:
-                return f"runs sm_{arch}'s code on this sm_{major}{minor}, without bfloat16: {built}, or use float16"
-        if dim and not narrowest <= dim <= widest:
-            return f"serves {narrowest} to {widest} channels, not {dim}"
-        return None
-
-    return check
 
 
 def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -96,13 +29,10 @@ def new_gradients(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Ten
     )
 
 
-def only_needed(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients that an op with ``bool[] needed`` returns, None for those that are not needed."""
-    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
-
-
 class FusedFunction(torch.autograd.Function):
-    """A Function of fused kernels; call it by :func:`apply_fused`."""
+    """A Function of fused kernels; :func:`fused_op` makes its subclasses."""
+
+    op = ""  # the op's name, for messages
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple, *args: Any) -> Any:
@@ -125,12 +55,197 @@ def apply_fused(function: type[FusedFunction], *args: Any) -> Any:
         raise _unsupported(function, "forward-mode AD, as in torch.func.jvp, jacfwd and hessian") from error
 
 
-def _unsupported(function: type, transform: str) -> NotImplementedError:
-    op = function.__module__.rpartition(".")[0]
+def _unsupported(function: type[FusedFunction], transform: str) -> NotImplementedError:
     return NotImplementedError(
-        f'the fused kernels of {op} do not support {transform}: pass backend="reference" to the op, '
+        f'the fused kernels of {function.op} do not support {transform}: pass backend="reference" to the op, '
         "or use_fused=False to the model"
     )
+
+
+def refuse_compiled_transforms() -> None:
+    """Raise ``NotImplementedError`` in a torch.func transform inside torch.compile.
+
+    Dynamo would differentiate the kernels themselves there, which PyTorch takes for constants.
+    """
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "the fused kernels do not support torch.func transforms inside torch.compile: compile less, pass "
+            'backend="reference" to the op, or use_fused=False to the model'
+        )
+
+
+def records_gradients(*tensors: Tensor | None) -> bool:
+    """False if a call with these tensors needs no autograd Function, which takes longer than a small kernel."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    return ctx.saved_tensors
+
+
+def fused_op(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    triton: str | None = None,
+    triton_fake: Callable[..., Any] | None = None,
+    fake_backward: Callable[..., Any] | None = None,
+    forward: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    passed_on: str = "",
+    save: Callable[..., None] = _save,
+    saved: Callable[[Any], tuple[Tensor | None, ...]] = _saved,
+) -> Callable[..., Any]:
+    """Make a differentiable function of an operator of csrc/ops.cpp and its backward operator.
+
+    The schemas of the two say the rest: the backward operator takes the gradients ``grad_…`` of the first outputs (the
+    others carry none), then inputs and outputs of the forward operator by their names, which are what is saved, and
+    ``needed``. It returns a ``grad_<input>`` each (one without a name is the first input's). Tensors precede options.
+
+    Args:
+        name: ``<name>_forward`` or ``<name>``, and ``<name>_backward``, are the operators.
+        reference: called with the inputs among the arguments of the backward operator, by their names; its derivatives
+            are the second and higher ones.
+        fake: the forward operator's fake implementation.
+        triton: the module with its Triton kernels.
+        triton_fake: the fake implementation of those, where their outputs have other shapes.
+        fake_backward: of the backward operator, where the gradients do not lie in memory as the inputs do.
+        forward, backward: functions of the operator and its arguments, for an op that calls them otherwise than by
+            their schemas. ``backward``'s own arguments then say what is saved.
+        passed_on: an input that is added to the result: its gradient is that of the output.
+        save, saved: ``save(ctx, *tensors)`` in place of ``ctx.save_for_backward``, and the function that returns them.
+
+    Returns:
+        A function of the forward operator's arguments and a backend's name. Its attribute ``kernels`` maps a backend's
+        name to its two operators.
+    """
+    forward_name, backward_name = (f"{name}_forward" if f"{name}_forward" in SCHEMAS else name), f"{name}_backward"
+    if triton:
+        register_triton(forward_name, triton)
+        register_triton(backward_name, triton)
+    kernels = {b: (overload(forward_name, b), overload(backward_name, b)) for b in ("cpu", "cuda", "triton")}
+    forward = forward or (lambda kernel, *arguments: kernel(*arguments))
+
+    inputs = [argument.name for argument in SCHEMAS[forward_name].arguments]
+    is_tensor = ["Tensor" in str(argument.type) for argument in SCHEMAS[forward_name].arguments]
+    tensor_inputs = [i for i, tensor in enumerate(is_tensor) if tensor]
+    outputs = [result.name for result in SCHEMAS[forward_name].returns]
+    arguments = [argument.name for argument in SCHEMAS[backward_name].arguments]
+    if backward:
+        arguments = list(inspect.signature(backward).parameters)[1:]
+    else:
+        backward = lambda kernel, *arguments: kernel(*arguments)  # noqa: E731
+    num_grads = sum(argument.startswith("grad_") for argument in arguments)
+    takes_needed = "needed" in arguments
+    kept = [argument for argument in arguments[num_grads:] if argument != "needed"]
+    names = [*inputs, *outputs]  # of what there is to save
+    tensors = [n for n in kept if n in outputs or is_tensor[inputs.index(n)]]
+    options = kept[len(tensors) :]
+    tensors_at, options_at = ([names.index(n) for n in group] for group in (tensors, options))
+    variables = [result.name.removeprefix("grad_") or inputs[0] for result in SCHEMAS[backward_name].returns]
+    variables_at = [inputs.index(n) for n in variables]  # among the inputs
+    in_kept = [tensors.index(n) for n in variables]  # among the saved tensors
+    of_inputs = [i for i, n in enumerate(tensors) if n in inputs]  # the saved tensors that the reference takes
+
+    if fake_backward is None:
+
+        def fake_backward(*values: Any) -> Any:
+            like = [values[num_grads + i] for i in in_kept]
+            grads = new_gradients(like, values[-1] if takes_needed else [True])
+            return grads if takes_needed else grads[0]
+
+    register_fake(forward_name, fake, triton_fake)
+    register_fake(backward_name, fake_backward)
+
+    def run_forward(*values: Any) -> Any:
+        refuse_compiled_transforms()
+        *values, backend = values
+        return forward(kernels[backend][0], *values)
+
+    def keep_for_backward(ctx: Any, values: tuple, results: Any) -> None:
+        results = results if isinstance(results, tuple) else (results,)
+        ctx.backend = values[-1]
+        if results[num_grads:]:
+            ctx.mark_non_differentiable(*results[num_grads:])
+        ctx.set_materialize_grads(num_grads > 1)
+        available = (*values[:-1], *results)
+        ctx.options = [available[i] for i in options_at]
+        save(ctx, *[available[i] for i in tensors_at])
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * (len(inputs) + 1)
+        grads = grads[:num_grads]
+        needed = [ctx.needs_input_grad[i] for i in variables_at]
+        if grads[0] is None:
+            return tuple(found)
+        if passed_on and ctx.needs_input_grad[inputs.index(passed_on)]:
+            found[inputs.index(passed_on)] = grads[0]
+        if any(needed):
+            run = run_backward if torch.compiler.is_compiling() else backward_function.apply  # then of first order
+            results = run(*grads, *saved(ctx), *ctx.options, needed, ctx.backend)
+            for i, grad in zip(variables_at, results, strict=True):
+                found[i] = grad
+        return tuple(found)
+
+    def run_backward(*values: Any) -> tuple[Tensor | None, ...]:
+        refuse_compiled_transforms()
+        *values, needed, backend = values
+        results = backward(kernels[backend][1], *values, *([needed] if takes_needed else []))
+        results = results if isinstance(results, tuple | list) else (results,)
+        like = [values[num_grads + i] for i in in_kept]
+        return tuple(grad.to(x.dtype) if need else None for grad, x, need in zip(results, like, needed, strict=True))
+
+    def keep_for_double_backward(ctx: Any, values: tuple, results: tuple) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.options = values[num_grads + len(tensors) : -2]
+        save(ctx, *values[:num_grads], *[values[num_grads + i] for i in of_inputs])
+
+    def differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        values = saved(ctx)
+        grads, values = values[:num_grads], values[num_grads:]
+        fixed = dict(zip([tensors[i] for i in of_inputs], values, strict=True)) | dict(
+            zip(options, ctx.options, strict=True)
+        )
+        given = [n for n in variables if fixed[n] is not None]  # a bias may be missing
+
+        def of_variables(*differentiable: Tensor) -> Any:
+            return reference(**(fixed | dict(zip(given, differentiable, strict=True))))
+
+        cotangents = [c for n, c in zip(variables, cotangents, strict=True) if n in given]
+        of_grads, of_given = double_backward(of_variables, [fixed[n] for n in given], grads, cotangents)
+        found = dict(zip(given, of_given, strict=True))
+        return (*of_grads, *(found.get(n) for n in tensors), *(None,) * (len(options) + 2))
+
+    op = reference.__module__.split(".")[-2]
+    title = "".join(part.capitalize() for part in name.split("_")) + "Function"
+
+    def make_function(title: str, run: Callable, keep: Callable, backward: Callable) -> type[FusedFunction]:
+        members = {
+            "forward": staticmethod(run),
+            "setup_context": staticmethod(keep),
+            "backward": staticmethod(backward),
+        }
+        return type(title, (FusedFunction,), members | {"op": op, "__module__": __name__})
+
+    function = make_function(title, run_forward, keep_for_backward, differentiate)
+    backward_function = make_function(f"{title}Backward", run_backward, keep_for_double_backward, differentiate_twice)
+
+    def call(*values: Any) -> Any:
+        if records_gradients(*[values[i] for i in tensor_inputs]):
+            return apply_fused(function, *values)
+        return run_forward(*values)
+
+    call.kernels = kernels
+    return call
 
 
 def double_backward(

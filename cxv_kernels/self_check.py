@@ -1,6 +1,6 @@
 """Validates a GPU kernel on its first use, and remembers the verdict.
 
-The first time that ``"auto"`` would use a GPU kernel for an op and dtype, the cases of :mod:`cxv_kernels.checks` run
+The first time that ``"auto"`` would use a GPU kernel for an op and dtype, the cases of :mod:`cxv_kernels.testing` run
 with it, forward and backward, against float64. A kernel that fails is not used. The verdicts are kept in memory, and in
 ``self_check.json`` of the folder ``$CXV_CACHE``, by default ``cxv`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` ("none": no
 file), under the versions of everything that a kernel depends on. ``CXV_SELF_CHECK=0`` uses the kernels unchecked.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, checks
+from . import dispatch, testing
 from ._version import __version__
 
 _log = logging.getLogger("cxv_kernels")
@@ -74,7 +74,7 @@ def reason_against(op: str, backend: str, device: torch.device, dtype: torch.dty
 # torch.compile calls the function while it traces, and takes the result for a constant. This is what
 # torch.compiler.assume_constant_result does, which would import torch._dynamo.
 reason_against._dynamo_marked_constant = True
-backends.register_self_check(reason_against)
+dispatch.register_self_check(reason_against)
 
 
 def _set_verdict(key: tuple[int, str, str, torch.dtype], reason: str | None) -> str | None:
@@ -94,37 +94,37 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"{message} (This warning is shown once.)", stacklevel=5)
 
 
-def _cases(op: str) -> list[checks.Case]:
+def _cases(op: str) -> list[testing.Case]:
     """The shapes of a check: odd sizes, heads of 64 channels, and many tokens.
 
     The Performer's relu has few tokens, so that none of its features is near 0: the rounding of its sign would change
     the gradient of a right kernel.
     """
     short = [
-        *checks.cases(batch=1, heads=2, tokens=70),
-        *checks.cases(batch=1, heads=1, tokens=130, dim=64, ragged=False),
+        *testing.cases(batch=1, heads=2, tokens=70),
+        *testing.cases(batch=1, heads=1, tokens=130, dim=64, ragged=False),
     ]
-    long = checks.cases(batch=1, heads=2, tokens=1100, dim=64, ragged=False)
+    long = testing.cases(batch=1, heads=2, tokens=1100, dim=64, ragged=False)
     long = [case for case in long if (case.op, case.label) != ("performer_attention", "relu")]
     return [case for case in [*short, *long] if case.op == op]
 
 
 def _check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Run the cases of an op; return None if all pass, else the reason not to use the kernels."""
-    name, start = f"{op}, {backends.dtype_name(dtype)}", time.monotonic()
+    name, start = f"{op}, {dispatch.dtype_name(dtype)}", time.monotonic()
     _tell(f"validating {name}, on {torch.cuda.get_device_name(device)}: first use only")
     for case in _cases(op):
-        reason = f"{backends.FAILED} in {backends.dtype_name(dtype)} ({case.label}: "
+        reason = f"{dispatch.FAILED} in {dispatch.dtype_name(dtype)} ({case.label}: "
         try:
             with torch.cuda.device(device):
-                result = checks.run(case, backend, device, dtype)
+                result = testing.run(case, backend, device, dtype)
         except Exception as error:  # Triton's compiler and launcher raise classes of their own
             try:
                 torch.cuda.synchronize(device)
             except RuntimeError as unusable:
                 _write_verdict(op, backend, device, dtype, f"{reason}{unusable})")
                 raise RuntimeError(
-                    f"{op}: the self-check of {backend} in {backends.dtype_name(dtype)} has left {device} unusable for "
+                    f"{op}: the self-check of {backend} in {dispatch.dtype_name(dtype)} has left {device} unusable for "
                     f"this process ({unusable}): start it again, with cxv_kernels.use_backend('reference') if this "
                     "error repeats"
                 ) from error
@@ -193,7 +193,7 @@ def _environment(device: torch.device) -> str:
 
 
 def _entry(op: str, backend: str, dtype: torch.dtype) -> str:
-    return f"{op}, {backends.dtype_name(dtype)}, {backend}"
+    return f"{op}, {dispatch.dtype_name(dtype)}, {backend}"
 
 
 def _read_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str | None]:

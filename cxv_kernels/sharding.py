@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ._extension import _OPS
-from ._triton import NAMESPACE
+from .library import SCHEMAS, overload
 
 ATTENTION = ("linear_attention", "kv_state", "performer", "nystrom")  # what the names of its ops begin with
 
@@ -17,10 +16,10 @@ def register_shardings() -> None:
     """Tell DTensor how the attention ops can be sharded; called when an op gets the first one outside compiled code."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    for namespace in (torch.ops.cxv_kernels, getattr(torch.ops, NAMESPACE)):
-        for name in _OPS:
-            if name.startswith(ATTENTION) and hasattr(namespace, name):
-                op = getattr(namespace, name).default
+    for name in SCHEMAS:
+        for backend in ("cpu", "triton"):
+            op = overload(name, backend) if name.startswith(ATTENTION) else None
+            if op is not None:
                 register_sharding(op)(functools.partial(_shardings, op._schema))
 
 

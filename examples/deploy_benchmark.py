@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import cxv
+from cxv.data import load_data, normalize
 from cxv.export import export_model, load_exported
 from cxv.training import load_model
-from cxv.training.data import load_data, normalize
 
 BATCHES = (1, 32)
 ROUNDS = 30

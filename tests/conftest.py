@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import interpreting
+from cxv_kernels.library import CPP_MISSING
 
 # tests/test_triton.py and tests/test_host_gpu.py run these folders in processes of their own
 ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
@@ -23,7 +23,7 @@ LONGEST = (
     "test_triton.py",
     "test_host_gpu.py",
     "test_table1.py",
-    "test_training.py",
+    "test_trainer.py",
     "test_compile_gate.py",
     "test_models.py",
 )
@@ -97,7 +97,7 @@ def qkv(batch=2, num_heads=3, queries=70, keys=150, dim=32, value_dim=32, dtype=
 @pytest.fixture(scope="session")
 def augmented(tmp_path_factory):
     """A training run through every phase, that nothing interrupts: RandAugment, post-training, held-out images."""
-    from test_training import AUGMENTED, run
+    from training_support import AUGMENTED, run
 
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("runs") / "augmented"

@@ -1,4 +1,4 @@
-"""Who serves an op, and the reasons; imports without side effects; the report of ``python -m cxv_kernels``."""
+"""Which backend computes an op, and why; imports without side effects; the report of ``python -m cxv_kernels``."""
 
 import os
 import re
@@ -12,26 +12,24 @@ import torch
 from conftest import heads, needs_cpp
 
 import cxv_kernels
-from cxv_kernels import _extension, backends, checks
-
-SCHEMAS = Path(__file__).parent.parent / "csrc" / "ops.cpp"
+from cxv_kernels import dispatch, library, testing
 
 
 def test_every_check_passes_here():
-    results = [r for r in checks.run_all("cpu") if isinstance(r, checks.Result)]
+    results = [r for r in testing.run_all("cpu") if isinstance(r, testing.Result)]
     assert {r.case.op for r in results} == set(cxv_kernels.OPS)
     assert [r for r in results if not r.passed] == []
 
 
 def test_checks_fail_on_a_wrong_result():
-    case = checks.cases()[0]
+    case = testing.cases()[0]
 
     def wrong_in_float32(q, k, v, backend):
         return case.function(q, k, v if v.dtype == torch.float64 else v * (1 + 1e-4), backend=backend)
 
-    assert checks.run(case, "reference", "cpu", torch.float32).passed
-    wrong = checks.Case(case.op, "wrong", wrong_in_float32, case.shapes, case.depth)
-    assert not checks.run(wrong, "reference", "cpu", torch.float32).passed
+    assert testing.run(case, "reference", "cpu", torch.float32).passed
+    wrong = testing.Case(case.op, "wrong", wrong_in_float32, case.shapes, case.depth)
+    assert not testing.run(wrong, "reference", "cpu", torch.float32).passed
 
 
 def test_use_backend_nests_and_restores():
@@ -48,7 +46,7 @@ def test_use_backend_nests_and_restores():
 def test_the_first_of_several_that_can():
     q = heads(1, 1, 4, 4, grad=True)
     with cxv_kernels.use_backend("cuda,reference"):
-        assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionBackward"
+        assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionFunctionBackward"
     with pytest.raises(RuntimeError, match=r"backend 'cuda,triton' does not support .*: cuda .*; triton "):
         cxv_kernels.linear_attention(q, q, q, backend="cuda,triton")
     with cxv_kernels.use_backend("cuda, reference"):
@@ -64,7 +62,7 @@ def test_unknown_names():
             cxv_kernels.use_backend(name),
         ):
             pass
-    with pytest.raises(ValueError, match=r"op must be one of 'linear_attention', .* got 'attention'"):
+    with pytest.raises(ValueError, match=r"op must be one of 'conv_norm', .* got 'attention'"):
         cxv_kernels.explain_backend("attention")
     with pytest.raises(ValueError, match=r"backend must be one of .* got 1"):
         cxv_kernels.dropout(torch.zeros(1), 0.1, cxv_kernels.dropout_seed(), backend=1)
@@ -75,10 +73,12 @@ def test_unknown_names():
 @needs_cpp
 def test_auto_takes_the_fused_op_and_reference_does_not():
     q = heads(1, 1, 4, 4, grad=True)
-    assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() == "LinearAttentionBackward"
+    assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() == "LinearAttentionFunctionBackward"
     with cxv_kernels.use_backend("reference"):
-        assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionBackward"
-    assert cxv_kernels.linear_attention(q, q, q, backend="reference").grad_fn.name() != "LinearAttentionBackward"
+        assert cxv_kernels.linear_attention(q, q, q).grad_fn.name() != "LinearAttentionFunctionBackward"
+    assert (
+        cxv_kernels.linear_attention(q, q, q, backend="reference").grad_fn.name() != "LinearAttentionFunctionBackward"
+    )
 
 
 def test_a_named_backend_that_cannot_serve_says_why():
@@ -90,7 +90,7 @@ def test_a_named_backend_that_cannot_serve_says_why():
 
 @needs_cpp
 def test_reasons_name_the_device():
-    assert cxv_kernels.explain_backend("linear_attention", "meta")["cpu"] == "serves the CPU, not meta"
+    assert cxv_kernels.explain_backend("linear_attention", "meta")["cpu"] == "supports the CPU, not meta"
 
 
 def test_the_meta_device_and_a_default_one():
@@ -102,8 +102,8 @@ def test_the_meta_device_and_a_default_one():
 
 
 def test_a_fallback_is_announced_once(monkeypatch):
-    monkeypatch.setattr(backends, "_announced", set())
-    monkeypatch.setitem(backends._checks, "nystrom_attention", {})
+    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setitem(dispatch._table, "nystrom_attention", {})
     q = heads(1, 1, 4, 4)
     with pytest.warns(
         UserWarning,
@@ -122,7 +122,7 @@ def test_a_fallback_is_announced_once(monkeypatch):
 
 @needs_cpp
 def test_each_reason_is_announced(monkeypatch):
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     q, w = heads(1, 1, 4, 4), torch.randn(3, 4, dtype=torch.float64)
     with pytest.warns(UserWarning, match="stabilizer='batch'"):
         cxv_kernels.performer_attention(q, q, q, w, stabilizer="batch")
@@ -160,12 +160,13 @@ def test_kernels_do_not_import_the_models():
 
 
 def test_works_without_the_compiled_libraries(tmp_path):
-    """A copy of the Python files alone: what an installation without a compiler is."""
+    """A copy of the Python files alone, as installed without a compiler."""
     import shutil
     from pathlib import Path
 
     package = Path(cxv_kernels.__file__).parent
     shutil.copytree(package, tmp_path / "cxv_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    shutil.copy(package.parent / "csrc" / "ops.cpp", tmp_path / "cxv_kernels")  # as setup.py does
     out = run(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import torch, warnings, cxv_kernels\n"
@@ -190,23 +191,26 @@ def test_report(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert "all checks passed" in out
-    assert "not served by triton" in out
+    assert "not supported by triton" in out
 
 
 def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
     (tmp_path / "_cpu.abi3.so").write_bytes(b"what a full disk left of it")
-    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
-    reason = _extension._load("_cpu")
+    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    reason = library._load("_cpu")
     assert reason.startswith("was built but does not load: ")
     assert any(words in reason for words in ("file too short", "invalid ELF header")) or sys.platform != "linux"
 
 
 @needs_cpp
 def test_a_library_of_older_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(_extension, "_OPS", (*_extension._OPS, "of_tomorrow"))
-    assert "was built from other sources" in _extension._load_cpp()
-    schemas = set(re.findall(r'"(\w+)\(', SCHEMAS.read_text()))
-    assert schemas == set(_extension._OPS[:-1])
+    for name, schema in (
+        ("of_tomorrow", "cxv_kernels::of_tomorrow() -> ()"),
+        ("dropout", "cxv_kernels::dropout() -> ()"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(library.SCHEMAS, name, torch._C.parse_schema(schema))
+            assert "was built from other sources" in library._load_cpp()
 
 
 @pytest.mark.parametrize(
@@ -225,36 +229,41 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch):
 def test_dispatch_order_of_a_device(device, capability, order, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert backends.dispatch_order(torch.device(device)) == order
+    assert dispatch.dispatch_order(torch.device(device)) == order
 
 
-def test_cuda_kernels_decline_in_words(monkeypatch):
-    monkeypatch.setattr("cxv_kernels.autograd.CUDA_MISSING", None)
+def test_cuda_kernels_report_what_they_do_not_support(monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_MISSING", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "_self_check", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_self_check", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 75)
+    monkeypatch.setattr(dispatch, "cuda_compiled_for", lambda _: 75)
     ask = lambda op, dtype, dim=0: cxv_kernels.explain_backend(op, "cuda", dtype, dim)["cuda"]  # noqa: E731
     for op in ("linear_attention", "kv_state", "performer_attention", "performer_features", "conv_norm"):
-        assert ask(op, torch.float16) == ask(op, torch.float32, 32) == "serves"
-        assert ask(op, torch.bfloat16) == "serves no bfloat16 on sm_75, which has none: use float16 or float32"
+        assert ask(op, torch.float16) == ask(op, torch.float32, 32) == "supported"
+        for dtype in (torch.bfloat16, torch.float64):
+            assert ask(op, dtype) == f"supports float16 and float32, not {dispatch.dtype_name(dtype)}"
+        if op != "conv_norm":
+            assert ask(op, torch.float16, 64) == "supported"
+            assert ask(op, torch.float16, 65) == "supports 1 to 64 channels, not 65"
+    assert ask("conv_norm", torch.float16, 2) == "supports 3 to 3072 channels, not 2"
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        compiling.setattr("cxv_kernels.autograd.cuda_compiled_for", None)  # it is not asked
-        assert "no bfloat16 on sm_75" in ask("linear_attention", torch.bfloat16)
-        assert ask("linear_attention", torch.float16) == "serves"
-    assert ask("performer_attention", torch.float16, 65) == "serves 1 to 64 channels, not 65"
-    assert ask("conv_norm", torch.float16, 2) == "serves 3 to 3072 channels, not 2"
-    assert "not torch.float64" in ask("performer_features", torch.float64)
-    assert ask("linear_attention", torch.float64, 128) == "serves"
+        compiling.setattr(dispatch, "cuda_compiled_for", None)  # it is not asked
+        assert ask("linear_attention", torch.float16) == "supported"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 80)
-    assert ask("performer_attention", torch.bfloat16) == "serves"
-    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 75)  # whose PTX has no bfloat16
-    assert "runs sm_75's code on this sm_80" in ask("performer_attention", torch.bfloat16)
-    assert ask("performer_attention", torch.float16) == "serves"
-    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 0)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    assert ask("performer_attention", torch.float16) == "supported"  # by sm_75's PTX
+    monkeypatch.setattr(dispatch, "cuda_compiled_for", lambda _: 0)
+    for dtype in (torch.float32, torch.float16):
         reason = "was built for other cards than this sm_80: build it with TORCH_CUDA_ARCH_LIST=8.0"
         assert ask("conv_norm", dtype) == reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    assert ask("conv_norm", torch.float16) == "supports sm_75 and later, not sm_70"
+
+
+def test_schemas_are_those_of_ops_cpp():
+    """Every operator of the file is read, and a pattern that misses one would shorten the table."""
+    text = (Path(__file__).parent.parent / "csrc" / "ops.cpp").read_text()
+    assert set(library.SCHEMAS) == set(re.findall(r'"(\w+)\(', text))
+    assert len(library.SCHEMAS) == text.count("m.def(")

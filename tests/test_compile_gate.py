@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxv_kernels import OPS, configs, explain_backend
+from cxv_kernels import OPS, explain_backend
 from cxv_kernels._triton import TRITON_MISSING
+from cxv_kernels.ops.linear_attention.triton import configs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -135,7 +136,7 @@ def test_a_t4_gets_what_multiplies_no_matrices(rows):
 def test_the_floor_is_that_of_the_bytes(rows):
     """Queries and output of a head: read and written once, 2·32 channels of 2 bytes, and the state."""
     found = [r for r in rows if (r["case"], r["arch"], r["dtype"]) == (MODELS[0], 80, "float16")]
-    query = next(row for row in found if row["kernel"] == "query_kernel" and row["constants"]["D"] == 32)
+    query = next(row for row in found if row["kernel"] == "query_pass" and row["constants"]["D"] == 32)
     assert 128 <= query["floor"]["bytes_per_unit"] < 160
     assert query["floor"]["exps_per_unit"] == 110
 
@@ -158,10 +159,10 @@ def test_bad_values(arguments, words):
 
 @pytest.mark.slow
 def test_the_tuner_drops_what_does_not_fit(tmp_path):
-    """Without a GPU; and the table that it writes is what configs.py reads."""
+    """Without a GPU; configs.py reads the table that it writes."""
     table, tried = tmp_path / "table.json", tmp_path / "tried.json"
     command = [sys.executable, str(ROOT / "tools" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
-    command += ["--dims", "32", "--dtype", "float16", "--kernels", "state_kernel", "--candidates", "2"]
+    command += ["--dims", "32", "--dtype", "float16", "--kernels", "reduce", "--candidates", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     outputs = ["--table", str(table), "--json", str(tried)]
@@ -169,7 +170,7 @@ def test_the_tuner_drops_what_does_not_fit(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(tried.read_text())
     assert found["ranked_by"] == "compile"
-    assert {entry["kernel"] for entry in found["tried"]} == {"state_kernel"}
+    assert {entry["kernel"] for entry in found["tried"]} == {"reduce"}
     for entry in found["tried"]:
         assert len(entry["candidates"]) == 2
         assert entry["candidates"][0] == entry["packaged"]
@@ -179,7 +180,7 @@ def test_the_tuner_drops_what_does_not_fit(tmp_path):
     assert found["table"] == written
     with configs.override(written):
         for entry in found["tried"]:
-            assert configs.lookup("state_kernel", 90, entry["dim"], entry["features"], torch.float16) == entry["chosen"]
+            assert configs.lookup("reduce", 90, entry["dim"], entry["features"], torch.float16) == entry["chosen"]
 
 
 @pytest.mark.parametrize(

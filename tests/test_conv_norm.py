@@ -1,6 +1,10 @@
 """conv_norm: 3×3 convolution, then LayerNorm over channels. The reference against its definition, the fused kernels
 against the reference."""
 
+import contextlib
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import needs_cpp
@@ -10,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from cxv_kernels import conv_norm
-from cxv_kernels.checks import tolerance
-from cxv_kernels.conv_norm.op import ConvNorm
+from cxv_kernels._triton import TRITON_MISSING
+from cxv_kernels.ops.conv_norm.op import conv_norm_op
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES, accumulate_dtype
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -459,7 +464,7 @@ def test_every_output_element_is_written(layout, gain):
             inputs = setup(3, 21, size=size, layout=layout)
             inputs[3][2] *= gain
             inputs = [t.requires_grad_() for t in inputs]
-            out, rstd = ConvNorm.apply(*inputs, 1e-5, "cpu")
+            out, rstd = conv_norm_op(*inputs, 1e-5, "cpu")
             gradients = torch.autograd.grad(out.sum(), inputs)
             assert all(t.isfinite().all() for t in (out, rstd, *gradients))
     finally:
@@ -500,3 +505,106 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=match):
             conv_norm(*arguments)
+
+
+# --- the two forward passes of Triton, of which cudnn.benchmark selects one ---
+
+
+@pytest.fixture
+def candidates(monkeypatch):
+    """The Triton module with fake kernels and a fake timer.
+
+    ``time``: each candidate's milliseconds; ``error``: what is added to the implicit GEMM's result, or an exception;
+    ``calls``: what ran; ``timed``: what was timed; ``capturing``: the state of the fake GPU.
+    """
+    if TRITON_MISSING:
+        pytest.skip(TRITON_MISSING)
+    module = importlib.import_module("cxv_kernels.ops.conv_norm.triton")
+    state = SimpleNamespace(time={"default": 2.0, "gemm": 1.0}, error=0.0, calls=[], timed=[], capturing=False)
+
+    def candidate(name):
+        def run(x, weight, *rest):
+            state.calls.append(name)
+            error = state.error if name == "gemm" else 0.0
+            if isinstance(error, Exception):
+                raise error
+            out = torch.ones(len(x), len(weight), *x.shape[2:]).to(x) + error
+            return out, out[:, 0].float()
+
+        return run
+
+    def milliseconds(run, device):
+        run()
+        state.timed.append(state.calls[-1])
+        return state.time[state.calls[-1]]
+
+    can_time = lambda device: not state.capturing and not torch.compiler.is_compiling()  # noqa: E731
+    monkeypatch.setattr(module, "_norm_after_cudnn", candidate("default"))
+    monkeypatch.setattr(module, "_implicit_gemm", candidate("gemm"))
+    monkeypatch.setattr(module, "_milliseconds", milliseconds)
+    monkeypatch.setattr(module, "_can_time", can_time)
+    monkeypatch.setattr(module, "_gemm_is_faster", {})
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+    def selected(size=(4, 6), dtype=torch.float32, layout=torch.channels_last, c_out=7):
+        module.conv_norm_forward(*setup(5, c_out, dtype, size=size, layout=layout), 1e-5)
+        return state.calls[-1]
+
+    state.selected = selected
+    return state
+
+
+@pytest.mark.parametrize(("time", "expected"), [(1.0, "gemm"), (3.0, "default")], ids=["faster", "slower"])
+def test_cudnn_benchmark_selects_the_faster_forward_pass(candidates, time, expected):
+    candidates.time["gemm"] = time
+    assert [candidates.selected() for _ in range(3)] == [expected] * 3
+    assert candidates.timed == ["gemm", "default"]
+
+
+def test_cudnn_benchmark_times_each_shape_and_dtype_once(candidates):
+    cases = [{}, {"size": (5, 6)}, {"dtype": torch.float16}, {"c_out": 8}]
+    for case in [*cases, *cases]:
+        assert candidates.selected(**case) == "gemm"
+    assert len(candidates.timed) == 2 * len(cases)
+
+
+def test_cudnn_benchmark_off_or_unsupported_shapes_use_the_default(candidates, monkeypatch):
+    assert candidates.selected(layout=torch.contiguous_format) == candidates.selected(c_out=257) == "default"
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert candidates.selected() == "default"
+    assert candidates.timed == []
+
+
+def test_cudnn_benchmark_times_nothing_during_a_graph_capture(candidates):
+    candidates.capturing = True
+    assert candidates.selected() == "default"
+    assert candidates.timed == []
+    candidates.capturing = False
+    assert candidates.selected() == "gemm"  # nothing was remembered
+
+
+@pytest.mark.parametrize("error", [0.1, torch.nan, RuntimeError("out of resources")], ids=["wrong", "nan", "raises"])
+def test_cudnn_benchmark_rejects_a_result_that_differs(candidates, error):
+    candidates.error = error
+    assert candidates.selected() == candidates.selected() == "default"
+    assert candidates.timed == []
+
+
+def test_timing_needs_a_gpu_with_tensor_cores_and_no_capture(monkeypatch):
+    if TRITON_MISSING:
+        pytest.skip(TRITON_MISSING)
+    can_time = importlib.import_module("cxv_kernels.ops.conv_norm.triton")._can_time
+    capability, capturing = (8, 0), False
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    gpu = torch.device("cuda", 0)
+    assert can_time(gpu)
+    assert not can_time(torch.device("cpu"))
+    with monkeypatch.context() as tracing:
+        tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not can_time(gpu)
+    capturing = True
+    assert not can_time(gpu)
+    capability, capturing = (7, 5), False
+    assert not can_time(gpu)

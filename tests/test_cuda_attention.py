@@ -11,8 +11,8 @@ import torch
 from simt.host import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
 from test_extreme_values import ATTENTION, NAMED_VALUES, PROJECTION, check_with, draw
 
-from cxv_kernels.linear_attention.reference import kv_state_reference, linear_attention_reference
-from cxv_kernels.performer_attention.reference import (
+from cxv_kernels.ops.linear_attention.reference import kv_state_reference, linear_attention_reference
+from cxv_kernels.ops.performer_attention.reference import (
     orthogonal_projection,
     performer_attention_reference,
     performer_features_reference,

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import cuda_report
 import torch
 
-from cxv_kernels._extension import CUDA_MISSING
+from cxv_kernels.library import CUDA_MISSING
 
 ARCHS = (75,)  # the default of setup.py
 FEATURES = 110  # what the models use, of D = 32

@@ -8,7 +8,7 @@ import torch
 from simt.host import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
 from test_extreme_values import NAMED_VALUES, check_with, draw
 
-from cxv_kernels.linear_attention.reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
+from cxv_kernels.ops.linear_attention.reference import FEATURE_MAPS, kv_state_reference, linear_attention_reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

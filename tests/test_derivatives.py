@@ -17,6 +17,7 @@ import cxv
 from cxv_kernels import (
     conv_norm,
     dropout,
+    dropout_seed,
     gelu_dropout,
     kv_state,
     linear_attention,
@@ -24,8 +25,7 @@ from cxv_kernels import (
     performer_attention,
     performer_features,
 )
-from cxv_kernels.dropout import dropout_seed
-from cxv_kernels.linear_attention.op import LinearAttention
+from cxv_kernels.ops.linear_attention.op import linear_attention_op
 
 pytestmark = needs_cpp
 TOKENS = (1, 2, 5, 3)
@@ -341,7 +341,7 @@ def test_a_seed_buffer_that_is_refilled_before_backward(order, compiled, functio
 
 
 def test_a_seed_drawn_in_inference_mode():
-    """It has no version; it serves as any other."""
+    """It has no version; it is used as any other."""
     x = torch.randn(300, requires_grad=True)
     with torch.inference_mode():
         drawn = dropout_seed()
@@ -445,7 +445,7 @@ def test_jvp_errors_of_others_are_not_renamed(monkeypatch):
     def missing(*_):
         raise NotImplementedError("no kernel for this device")
 
-    monkeypatch.setattr(LinearAttention, "forward", missing)
+    monkeypatch.setitem(linear_attention_op.kernels, "cpu", (missing, missing))
     q, k, v = (heads(*TOKENS) for _ in range(3))
     with pytest.raises(NotImplementedError, match=r"^no kernel for this device$"):
         linear_attention(q, k, v, backend="cpu")

@@ -130,14 +130,14 @@ def test_commands_are_what_the_programs_take(page, capsys, monkeypatch):
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", known), (flag, words)
 
 
-def test_the_tour_s_commands_run(tmp_path, monkeypatch, capsys):
+def test_quick_start_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    mine = [words[1:] for words in commands(ROOT / "docs" / "tour.md") if words[0] == "cxv" and len(words) > 1]
+    mine = [words[1:] for words in commands(ROOT / "docs" / "quick_start.md") if words[0] == "cxv" and len(words) > 1]
     assert [argv[0] for argv in mine] == ["models", "train", "eval", "train"]
     for argv in mine:
         assert cli.main(argv) == 0, argv
     assert "top-1" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "tour" / "summary.json").is_file()
+    assert (tmp_path / "runs" / "quick_start" / "summary.json").is_file()
 
 
 # --- what is written ---

@@ -6,7 +6,7 @@ from conftest import layouts, needs_cpp
 from torch.library import opcheck
 
 from cxv_kernels import dropout, dropout_mask, dropout_seed, gelu_dropout
-from cxv_kernels.dropout.reference import philox
+from cxv_kernels.ops.dropout.reference import philox
 from cxv_kernels.validation import FLOAT_DTYPES
 
 both = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])

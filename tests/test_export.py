@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_support import TINY, assert_error, call
 from conftest import needs_cpp
-from test_cli import TINY, assert_error, call
 from torch.utils import cpp_extension
 
 import cxv
 from cxv import cli
 from cxv.errors import InputError
 from cxv.export import export_model
-from cxv_kernels import _extension
+from cxv_kernels import library
 
 ANY_SIZE = ["cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vilt-1/2"]
 FIXED_SIZE = ["hybrid-vip-1/2", "hybrid-vin-1/2"]
@@ -206,7 +206,7 @@ def test_a_cpp_program_runs_the_aoti_package(program, tmp_path):
     package = export_model(model, tmp_path / "model.pt2", "aoti", img_size=10).path
     x = torch.randn(3, 3, 10, 14)
     x.numpy().tofile(tmp_path / "images.f32")
-    kernels = next(Path(_extension.__file__).parent.glob("_cpu.*so"))
+    kernels = next(Path(library.__file__).parent.glob("_cpu.*so"))
     done = subprocess.run(
         [str(program), str(package), str(kernels), str(tmp_path / "images.f32"), *map(str, x.shape)],
         capture_output=True,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cxv_kernels
 from cxv_kernels import conv_norm, kv_state, linear_attention, nystrom_attention, performer_attention
-from cxv_kernels.checks import tolerance
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES, accumulate_dtype
 
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpp))

@@ -18,7 +18,7 @@ from torch.library import opcheck
 import cxv_kernels
 from cxv.errors import out_of_memory
 from cxv_kernels import kv_state, linear_attention, orthogonal_projection, performer_features
-from cxv_kernels.checks import tolerance
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES
 
 pytestmark = needs_cpp
@@ -273,13 +273,13 @@ def test_raw_ops_refuse_what_does_not_fit():
         op(q, k, v, torch.randn(5, 32), None, "softmax", 0.0)
 
 
-def test_what_no_fused_performer_serves():
+def test_performer_options_without_a_kernel():
     q, k, v = qkv()
     projection = torch.randn(5, 32, dtype=q.dtype)
     attend = partial(cxv_kernels.performer_attention, q, k, v)
-    with pytest.raises(RuntimeError, match="cpu does not serve stabilizer='batch'"):
+    with pytest.raises(RuntimeError, match="cpu does not support stabilizer='batch'"):
         attend(projection, stabilizer="batch", backend="cpu")
-    with pytest.raises(RuntimeError, match="cpu does not serve a projection that requires grad"):
+    with pytest.raises(RuntimeError, match="cpu does not support a projection that requires grad"):
         attend(projection.requires_grad_(), backend="cpu")
     assert attend(projection, backend="reference").requires_grad
 
@@ -528,12 +528,12 @@ def test_property(variant, dtype, sizes, layout, scale, masked, seed):
 def test_every_instruction_set(isa):
     """The narrower kernels, chosen by the environment, in a process of their own."""
     code = (
-        "import torch, cxv_kernels._extension as e, cxv_kernels.checks as c\n"
+        "import torch, cxv_kernels.library as e, cxv_kernels.testing as c\n"
         "print(e.build_info()['cpu_isa'])\n"
-        "from cxv_kernels.backends import explain_backend\n"
+        "from cxv_kernels.dispatch import explain_backend\n"
         "for case in c.cases(dim=19):\n"
         "    for dtype in c.FLOAT_DTYPES:\n"
-        "        if explain_backend(case.op)['cpu'] == 'serves':\n"
+        "        if explain_backend(case.op)['cpu'] == 'supported':\n"
         "            assert c.run(case, 'cpu', 'cpu', dtype).passed, (case, dtype)\n"
         "x = torch.linspace(-87.3, 0, 100_000).reshape(1, 100, 1, 1000)\n"
         "_, z = c.kv_state(x, torch.ones(1, 100, 1, 1), 'elu', backend='cpu')\n"

@@ -78,16 +78,13 @@ def test_a_newer_card_with_older_code_alone(gpu):
 
 
 FIRST_USE = """
-import sys, types, torch, cxv_kernels
-from cxv_kernels import checks, self_check
-op = sys.modules["cxv_kernels.linear_attention.op"]
-kernels = op.kernels
+import sys, torch, cxv_kernels
+from cxv_kernels import self_check, testing
+op = sys.modules["cxv_kernels.ops.linear_attention.op"]
 if sys.argv[1:] == ["wrong"]:
-    wrong = lambda *args: tuple(2 * t for t in kernels("cuda").kv_state_forward(*args))
-    op.kernels = lambda _: types.SimpleNamespace(
-        kv_state_forward=wrong, kv_state_backward=kernels("cuda").kv_state_backward
-    )
-self_check._cases = lambda op: [case for case in checks.cases(1, 1, 40, 16) if case.op == op]
+    forward, backward = op.kv_state_op.kernels["cuda"]
+    op.kv_state_op.kernels["cuda"] = (lambda *args: tuple(2 * t for t in forward(*args)), backward)
+self_check._cases = lambda op: [case for case in testing.cases(1, 1, 40, 16) if case.op == op]
 k = torch.randn(1, 1, 8, 16, device="cuda").half()
 found = cxv_kernels.kv_state(k, k)[0]
 expected = cxv_kernels.kv_state(k, k, backend="reference")[0]

@@ -14,21 +14,14 @@ SCRIPT_FOLDERS = ("benchmarks", "benchmarks/paper", "tools")  # scripts that imp
 LAYERS = (
     ("cxv.errors",),
     ("cxv.checkpoint",),
-    ("cxv.models",),
-    (
-        "cxv.training.augment",
-        "cxv.training.cache",
-        "cxv.training.data",
-        "cxv.training.progress",
-        "cxv.training.sources",
-    ),
+    ("cxv.data", "cxv.models"),
     ("cxv.training",),
     ("cxv.export", "cxv.sharing", "cxv.hub", "cxv.timm"),
     ("cxv", "cxv.cli", "cxv.__main__"),
 )
 # A function imports a module of ours for one reason only: the module needs a package or a build that may be missing.
 FUNCTION_LEVEL = {
-    ("cxv_kernels._extension", "cxv_kernels._C"),  # exists only if it was built
+    ("cxv_kernels.library", "cxv_kernels._C"),  # exists only if it was built
     ("tools.compile_report", "tools.triton_compile"),  # needs Triton
 }
 
@@ -179,16 +172,16 @@ def test_tests_import_nothing_from_benchmarks():
 @pytest.mark.parametrize(
     ("text", "module", "expected"),
     [
-        ("from ..errors import InputError", "cxv.training.loop", {("cxv.errors", False)}),
+        ("from ..errors import InputError", "cxv.training.trainer", {("cxv.errors", False)}),
         (
             "from . import cxv, registry",
             "cxv.models.hybrid",
             {("cxv.models.cxv", False), ("cxv.models.registry", False)},
         ),
         ("from .models import CPV", "cxv", {("cxv.models", False)}),
-        ("import cxv.training.loop", "benchmarks.plots", {("cxv.training.loop", False)}),
+        ("import cxv.training.trainer", "benchmarks.plots", {("cxv.training.trainer", False)}),
         ("from _harness import Row", "tools.tune", {("benchmarks._harness", False)}),
-        ("class A:\n    def f(self):\n        from cxv import cli", "cxv_kernels.checks", {("cxv.cli", True)}),
+        ("class A:\n    def f(self):\n        from cxv import cli", "cxv_kernels.testing", {("cxv.cli", True)}),
         ("if TYPE_CHECKING:\n    from .cli import main", "cxv.export", set()),
         ("import torch, json\nfrom collections import abc", "cxv.errors", set()),
     ],

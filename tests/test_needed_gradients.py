@@ -12,7 +12,7 @@ from conftest import heads, needs_cpp, qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cxv_kernels
-from cxv_kernels.nystrom_attention.op import Mix, Readout, Residual, Summary
+from cxv_kernels.ops.nystrom_attention.op import mix_op, readout_op, residual_op, summary_op
 from cxv_kernels.testing import peak_memory
 
 pytestmark = needs_cpp
@@ -65,10 +65,10 @@ FUNCTIONS = {
     "nystrom_attention": lambda q, k, v, weight: cxv_kernels.nystrom_attention(
         q, k, v, LANDMARKS, residual_weight=weight, backend="cpu"
     ),
-    "nystrom_summary": lambda *inputs: Summary.apply(*inputs)[0],
-    "nystrom_readout": Readout.apply,
-    "nystrom_mix": lambda *inputs: Mix.apply(*inputs, "cpu"),
-    "nystrom_residual": lambda *inputs: Residual.apply(*inputs, "cpu"),
+    "nystrom_summary": lambda *inputs: summary_op(*inputs, "cpu")[0],
+    "nystrom_readout": lambda *inputs: readout_op(*inputs, "cpu"),
+    "nystrom_mix": lambda *inputs: mix_op(*inputs, "cpu"),
+    "nystrom_residual": lambda *inputs: residual_op(*inputs, "cpu"),
     "dropout": lambda x, residual: cxv_kernels.dropout(x, 0.3, torch.tensor(5), residual=residual, backend="cpu"),
 }
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import cxv
-from cxv_kernels import backends, nystrom_attention
-from cxv_kernels.checks import tolerance
-from cxv_kernels.nystrom_attention.op import Means, Mix, Residual
-from cxv_kernels.nystrom_attention.reference import (
+from cxv_kernels import dispatch, nystrom_attention
+from cxv_kernels.ops.nystrom_attention.op import means_op, mix_op, residual_op
+from cxv_kernels.ops.nystrom_attention.reference import (
     iterative_pinv,
     mix_reference,
     nystrom_attention_reference,
     residual_reference,
     segment_means,
 )
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES
 
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpp)]
@@ -84,7 +84,7 @@ def test_is_the_definition(queries, keys, landmarks, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_segments_are_the_papers_where_they_divide(backend):
     x = heads(1, 1, 1024, 4)
-    means = Means.apply(x, 64, "cpu") if backend == "cpu" else segment_means(x, 64)
+    means = means_op(x, 64, "cpu") if backend == "cpu" else segment_means(x, 64)
     torch.testing.assert_close(means, x.reshape(1, 1, 64, 16, 4).mean(dim=3))
 
 
@@ -121,7 +121,7 @@ def test_pinv_init_of_the_batch_takes_one_scale_for_all():
 @needs_cpp
 def test_pinv_init_of_the_batch_is_the_references(monkeypatch):
     """A named fused backend refuses it; by default it falls back to the reference with a warning."""
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
     with pytest.raises(RuntimeError, match="cpu does not support pinv_init='batch'"):
         nystrom_attention(q, k, v, 4, pinv_init="batch", backend="cpu")
@@ -331,7 +331,7 @@ def test_nan_is_not_swallowed_and_stays_in_its_head():
             assert got[1].isfinite().all()
         tensors = landmark_inputs(2, 2)
         tensors[position][0, 0, 3, 2] = float("nan")
-        mixed = Mix.apply(*tensors, "cpu")
+        mixed = mix_op(*tensors, "cpu")
         assert mixed[0, 0].isnan().any()
         assert mixed[0, 1].isfinite().all()
         assert mixed[1].isfinite().all()
@@ -345,10 +345,10 @@ def sdpa_free(dtype=torch.float64):
     q, _, v = qkv(1, 2, 7, 7, 3, 4, dtype)
     mix = landmark_inputs(dtype=dtype)
     return {
-        "means": (lambda x: Means.apply(x, 3, "cpu"), lambda x: segment_means(x.to(acc), 3), [q]),
-        "mix": (lambda *t: Mix.apply(*t, "cpu"), mix_reference, mix),
+        "means": (lambda x: means_op(x, 3, "cpu"), lambda x: segment_means(x.to(acc), 3), [q]),
+        "mix": (lambda *t: mix_op(*t, "cpu"), mix_reference, mix),
         "residual": (
-            lambda *t: Residual.apply(*t, "cpu"),
+            lambda *t: residual_op(*t, "cpu"),
             lambda a, v, w: a + residual_reference(v, w),
             [v + 1, v, residual_weight(2, 5)],
         ),
@@ -373,7 +373,7 @@ def test_gradient_of_the_inverse_is_the_references_with_tied_columns_too():
             if zeroed:
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=True)
             grad = torch.randn_like(inputs[2])
-            mixed = (Mix.apply(*inputs, "cpu"), mix_reference(*inputs))
+            mixed = (mix_op(*inputs, "cpu"), mix_reference(*inputs))
             got, want = (torch.autograd.grad(out, inputs, grad) for out in mixed)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 

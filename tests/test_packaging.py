@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxv_kernels import _extension
+from cxv_kernels import library
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +35,9 @@ def executable(path: Path, script: str) -> None:
 def test_no_compiler(tmp_path):
     done = setup_py("--name", path=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "cxv: C++ kernels are left out: no C++ compiler (c++) was found. The reference serves" in done.stderr
+    assert (
+        "cxv: C++ kernels are left out: no C++ compiler (c++) was found. The reference serves" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -78,11 +80,11 @@ def code(monkeypatch):
 
 
 def test_what_this_machine_can_build_was_built(code, monkeypatch):
-    assert code["why_not_cpp"]() is not None or _extension.CPP_MISSING is None
+    assert code["why_not_cpp"]() is not None or library.CPP_MISSING is None
     monkeypatch.delenv("CXV_CUDA")
     monkeypatch.setenv("CUDA_HOME", os.environ.get("CUDA_HOME", ""))  # find_cuda sets it
     version, reason = code["find_cuda"]()
-    assert reason or _extension.CUDA_MISSING is None, f"nvcc {version} is here: {_extension.CUDA_MISSING}"
+    assert reason or library.CUDA_MISSING is None, f"nvcc {version} is here: {library.CUDA_MISSING}"
 
 
 def test_the_toolkits_root_is_nvccs_own_word(code, tmp_path):

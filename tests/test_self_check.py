@@ -17,7 +17,7 @@ from conftest import needs_cpp
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import cxv_kernels
-from cxv_kernels import backends, checks, self_check
+from cxv_kernels import dispatch, self_check, testing
 
 HALF, WIDE = torch.float16, torch.float32
 PERFORMER = "performer_attention"
@@ -26,7 +26,7 @@ GPU = torch.device("cuda", 0)
 
 def restart(monkeypatch):
     """Forget everything, as a new process does."""
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     monkeypatch.setattr(self_check, "_verdicts", {})
     monkeypatch.setattr(self_check, "_cached", None)
     monkeypatch.setattr(self_check, "_shown", set())
@@ -39,8 +39,8 @@ def card(monkeypatch, tmp_path):
     ``broken``: (op, backend) → the error in float16, where 1 is tolerated, or an exception; ``runs``: the cases that
     ran; ``unusable``, ``capturing``: the state of the GPU.
     """
-    monkeypatch.setattr("cxv_kernels.autograd.CUDA_MISSING", None)
-    monkeypatch.setattr("cxv_kernels.autograd.cuda_compiled_for", lambda _: 80)
+    monkeypatch.setattr("cxv_kernels.dispatch.CUDA_MISSING", None)
+    monkeypatch.setattr("cxv_kernels.dispatch.cuda_compiled_for", lambda _: 80)
     monkeypatch.setattr("cxv_kernels._triton.TRITON_MISSING", None)
     monkeypatch.setattr("cxv_kernels._triton.interpreting", lambda: False)
     state = SimpleNamespace(broken={}, runs=[], unusable=False, capturing=False, name="a card")
@@ -67,19 +67,19 @@ def card(monkeypatch, tmp_path):
         error = state.broken.get((case.op, backend), 0.5)
         if isinstance(error, Exception):
             raise error
-        return checks.Result(case, backend, dtype, error if dtype == HALF else 0.5, 1.0)
+        return testing.Result(case, backend, dtype, error if dtype == HALF else 0.5, 1.0)
 
     def synchronize(_):
         if state.unusable:
             raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(checks, "run", run)
+    monkeypatch.setattr(testing, "run", run)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return state
 
 
 def selected(op=PERFORMER, dtype=HALF, dim=32, backend=None):
-    return backends.resolve(op, SimpleNamespace(device=GPU, dtype=dtype), backend, dim)
+    return dispatch.resolve(op, SimpleNamespace(device=GPU, dtype=dtype), backend, dim)
 
 
 def verdicts(tmp_path):
@@ -87,21 +87,21 @@ def verdicts(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", cxv_kernels.OPS)
 def test_first_use_runs_the_cases_of_the_op_and_dtype_once(op, card, capsys):
     assert [selected(op), selected(op), selected(op, dim=0)] == ["triton"] * 3
     assert {run[:3] for run in card.runs} == {(op, "triton", HALF)}
     assert [label for *_, label in card.runs] == [case.label for case in self_check._cases(op)]
-    assert {label for *_, label in card.runs} == {case.label for case in checks.cases() if case.op == op}
+    assert {label for *_, label in card.runs} == {case.label for case in testing.cases() if case.op == op}
     assert capsys.readouterr().err == f"validating {op}, float16, on a card: first use only\n"
     assert selected(op, WIDE) == "triton"
     assert {run[:3] for run in card.runs} == {(op, "triton", dtype) for dtype in (HALF, WIDE)}
 
 
 @needs_cpp
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", cxv_kernels.OPS)
 def test_cases_pass_with_kernels_that_are_right(op):
-    results = [checks.run(case, "cpu", "cpu", HALF) for case in self_check._cases(op)]
+    results = [testing.run(case, "cpu", "cpu", HALF) for case in self_check._cases(op)]
     assert len({result.case.shapes for result in results}) > 1
     assert [result for result in results if not result.passed] == []
 
@@ -114,7 +114,7 @@ def test_cases_keep_the_features_of_relu_away_from_0(dtype):
             dim, generator = case.shapes[0][-1], torch.Generator().manual_seed(0)
             features = cxv_kernels.num_random_features(dim)
             projection = cxv_kernels.orthogonal_projection(features, dim, generator=generator, dtype=torch.float64)
-            generator = torch.Generator().manual_seed(1)  # as in checks.run
+            generator = torch.Generator().manual_seed(1)  # as in testing.run
             for shape in case.shapes[:2]:
                 x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).double()
                 assert (x @ projection.T).abs().min() > 2e-5
@@ -167,7 +167,7 @@ def test_next_backend_of_the_table_is_used_after_a_failure(card):
         assert selected("conv_norm") == "cuda"
     assert len(caught) == 1
     assert cxv_kernels.explain_backend("conv_norm", "cuda", HALF)["auto"] == "cuda"
-    assert cxv_kernels.explain_backend("conv_norm", "cuda", HALF)["triton"] == "serves"
+    assert cxv_kernels.explain_backend("conv_norm", "cuda", HALF)["triton"] == "supported"
 
 
 @pytest.mark.filterwarnings("error")
@@ -226,8 +226,8 @@ def test_modes_and_random_state_of_the_caller_are_left_alone(card, monkeypatch):
 
 @pytest.mark.filterwarnings("error")
 def test_threads_wait_for_one_check(card, monkeypatch):
-    run = checks.run
-    monkeypatch.setattr(checks, "run", lambda *a: (time.sleep(0.02), run(*a))[1])
+    run = testing.run
+    monkeypatch.setattr(testing, "run", lambda *a: (time.sleep(0.02), run(*a))[1])
     found = []
     threads = [threading.Thread(target=lambda: found.append(selected())) for _ in range(4)]
     for thread in threads:
@@ -291,7 +291,7 @@ def test_compiled_code_is_checked_while_it_is_traced(known, passes, card, monkey
 
     @torch.compile(fullgraph=True, backend="eager")
     def function(x):
-        name, _ = backends._first("dropout", None, GPU, HALF, 32)
+        name, _ = dispatch._first("dropout", None, GPU, HALF, 32)
         return x + 1 if name == "triton" else x - 1
 
     with warnings.catch_warnings(record=True) as caught:
@@ -330,7 +330,7 @@ TF32 = {  # a setting → the flags of convolutions and products before the bloc
 }
 EVERY_SETTING = f"""
 import os, torch
-from cxv_kernels.checks import without_tf32
+from cxv_kernels.testing import without_tf32
 flags = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 read = lambda: [flag.fp32_precision for flag in flags]
 for setting in {list(TF32)}:

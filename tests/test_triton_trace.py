@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import cxv
 import cxv_kernels
 from cxv_kernels import _triton
-from cxv_kernels._extension import CPP_MISSING
 from cxv_kernels._triton import TRITON_MISSING
+from cxv_kernels.library import CPP_MISSING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-from triton_compile import MODELS, recording
+from triton_compile import LAUNCHERS, MODELS, recording
 
 ALL = [True] * 3  # the gradients that are needed
 
@@ -31,7 +31,7 @@ needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"Triton: {
 
 def served(op):
     with recording(lambda *_: None, 90):
-        return cxv_kernels.explain_backend(op)["triton"] == "serves"
+        return cxv_kernels.explain_backend(op)["triton"] == "supported"
 
 
 def compiled(function):
@@ -128,7 +128,7 @@ def test_launchers_never_look_at_the_numbers(op):
     """On tensors of a GPU that have no numbers: a launcher that waits for one raises. So a CUDA graph can hold it."""
     if not served(op):
         pytest.skip(f"the Triton backend has no {op}")
-    module = importlib.import_module(f"cxv_kernels.{op}.triton")
+    module = importlib.import_module(LAUNCHERS[op])
     launched = []
     with FakeTensorMode(allow_non_fake_inputs=True), recording(lambda k, g, a, _: launched.append((k, g, a)), 90):
 
@@ -152,7 +152,7 @@ def test_launchers_never_look_at_the_numbers(op):
 @pytest.mark.parametrize("op", ["performer_attention", "linear_attention"])
 def test_no_copy_of_strided_inputs(op):
     """Forward and backward the kernels get the chunks of one q|k|v as they lie."""
-    module = importlib.import_module(f"cxv_kernels.{op}.triton")
+    module = importlib.import_module(LAUNCHERS[op])
     q, k, v = torch.randn(2, 40, 3, 4, 16).permute(2, 0, 3, 1, 4)
     grad = torch.randn(2, 40, 4, 16).transpose(1, 2)
     w = (torch.randn(20, 16),) if op == "performer_attention" else ()
@@ -174,7 +174,8 @@ def test_tf32_is_the_users_to_allow(setting, precision):
             cxv_kernels.linear_attention(x, x, x)
     finally:
         matmul.fp32_precision = before
-    assert {options["PRECISION"] for options in launched if "PRECISION" in options} == {precision}
+    params = [options["P"].values for options in launched]
+    assert {values["PRECISION"] for values in params if "PRECISION" in values} == {precision}
 
 
 @needs_triton
@@ -182,8 +183,8 @@ def test_a_t4_is_declined_what_needs_tensor_cores():
     with recording(lambda *_: None, 75):
         answers = {op: cxv_kernels.explain_backend(op)["triton"] for op in cxv_kernels.OPS}
         assert "bfloat16 from sm_80 on" in cxv_kernels.explain_backend("dropout", dtype=torch.bfloat16)["triton"]
-    assert answers["linear_attention"] == "serves matrix products from sm_80 on, not sm_75"
-    assert {op for op, answer in answers.items() if answer == "serves"} == {
+    assert answers["linear_attention"] == "supports matrix products from sm_80 on, not sm_75"
+    assert {op for op, answer in answers.items() if answer == "supported"} == {
         *("conv_norm", "nystrom_attention", "dropout", "gelu_dropout")
     }
 

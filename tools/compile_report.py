@@ -25,7 +25,7 @@ from _report import Table
 
 from cxv_kernels import _triton
 
-# sm_75: Triton has no tensor cores there, so only the ops whose work is no matrix products are served.
+# sm_75: Triton has no tensor cores there, so only the ops that multiply no matrices are supported.
 ARCHITECTURES = (75, 80, 90)
 SIZES: tuple[dict[str, Any], ...] = ({}, {"batch": 2, "heads": 2, "tokens": 200, "ragged": True})
 

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels exactly as they would be launched, for a card that need not be there.
 
-The launches are recorded, not guessed: every case of :mod:`cxv_kernels.checks` and a training step of each model run on
-the CPU, forward and backward, while :data:`cxv_kernels._triton.recorder` takes each kernel with its arguments.
+The launches are recorded, not guessed: every case of :mod:`cxv_kernels.testing` and a training step of each model run
+on the CPU, forward and backward, while :func:`recording` takes each kernel with its arguments.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import cxv
 import cxv_kernels
-from cxv_kernels import _triton, backends, checks
+from cxv_kernels import _triton, dispatch, testing
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,20 @@ class Launch:
 
     def rounds(self, constants: dict[str, Any]) -> int:
         """How often the loop over tokens runs, all programs together; 0 without such a loop."""
-        given = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | constants
-        if not {"TOKENS", "N", "BLOCK_N"} <= set(given):
+        given = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
+        if "sizes" not in given:
             return 0
-        return math.prod(self.grid) * -(-min(given["TOKENS"], given["N"]) // given["BLOCK_N"])
+        _, tokens, size, _ = given["sizes"]
+        return math.prod(self.grid) * -(-min(size, tokens) // constants["BLOCK_N"])
 
 
-IMPLICIT_GEMM = "conv_norm implicit GEMM"  # off by default: the case that is not among the checks
+# The modules with the Triton kernels' launchers.
+LAUNCHERS = {
+    "linear_attention": "cxv_kernels.ops.linear_attention.triton.launch",
+    "performer_attention": "cxv_kernels.ops.performer_attention.triton",
+    **{op: f"cxv_kernels.ops.{op}.triton" for op in ("conv_norm", "dropout", "nystrom_attention")},
+}
+IMPLICIT_GEMM = "conv_norm implicit GEMM"  # off by default: the case that is not among the cases
 MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
 
 
@@ -100,15 +108,25 @@ MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "clt
 
 
 @contextmanager
-def recording(take: Callable[..., None], arch: int | None = None) -> Iterator[None]:
-    """In the block the Triton backend serves every device as it serves ``arch``, and ``take`` gets its launches."""
-    previous = _triton.recorder, _triton.recorded_arch
-    _triton.recorder, _triton.recorded_arch = take, arch
-    try:
-        with backends.use_backend("triton"):
-            yield
-    finally:
-        _triton.recorder, _triton.recorded_arch = previous
+def recording(take: Callable[..., None], arch: int = 80) -> Iterator[None]:
+    """In the block every device counts as an ``arch`` for Triton, and ``take(kernel, grid, arguments, options)`` gets
+    the launches."""
+
+    def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        if 0 not in grid:
+            take(kernel, grid, arguments, {"enable_fp_fusion": True} | options)
+
+    def capability(_: torch.device) -> int:
+        return arch
+
+    with ExitStack() as patches:
+        for name in LAUNCHERS.values():
+            module = importlib.import_module(name)
+            if hasattr(module, "launch"):
+                patches.enter_context(mock.patch.object(module, "launch", launch))
+        patches.enter_context(mock.patch.object(_triton, "capability", capability))
+        patches.enter_context(dispatch.use_backend("triton"))
+        yield
 
 
 def launches(
@@ -126,7 +144,7 @@ def launches(
 
     Args:
         features: the Performer's random features, or None for ⌊D ln D⌋.
-        ragged: sizes that divide by nothing, as :func:`cxv_kernels.checks.cases` has them; no models.
+        ragged: sizes that divide by nothing, as :func:`cxv_kernels.testing.cases` has them; no models.
         only: ops ("conv_norm"), single cases of theirs ("performer_attention relu") and models ("cpv-1/4"), which are
             recorded at ``dim`` 32 alone.
     """
@@ -137,7 +155,7 @@ def launches(
 
     name = str(dtype).removeprefix("torch.")
     with recording(lambda *_: None, arch):
-        served = {op for op in backends.OPS if backends.explain_backend(op, dtype=dtype)["triton"] == "serves"}
+        served = {op for op in cxv_kernels.OPS if dispatch.explain_backend(op, dtype=dtype)["triton"] == "supported"}
 
     def during(case: str, units: int, exps: float, run: Callable[[], Any]) -> None:
         def take(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
@@ -154,7 +172,7 @@ def launches(
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
             found.append(Launch(case, None, name, (), (), {}, 0, units, exps, words[:300]))
 
-    for case in checks.cases(batch, heads, tokens, dim, ragged, features=features):
+    for case in testing.cases(batch, heads, tokens, dim, ragged, features=features):
         if case.op in served and wanted(f"{case.op} {case.label}"):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
             width = {"dropout": 1, "gelu_dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
@@ -164,7 +182,7 @@ def launches(
                 f"{case.op} {case.label}",
                 units,
                 exps,
-                lambda c=case, i=inputs: checks.outputs_and_gradients(c, i, "triton", dtype),
+                lambda c=case, i=inputs: testing.outputs_and_gradients(c, i, "triton", dtype),
             )
     if "conv_norm" in served and wanted(IMPLICIT_GEMM) and arch >= 80 and not ragged:
         x = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
@@ -190,18 +208,18 @@ def _training_step(name: str, dtype: torch.dtype) -> None:
 @contextmanager
 def implicit_gemm() -> Iterator[None]:
     """In the block, Triton's conv_norm uses its own convolution."""
-    module = importlib.import_module("cxv_kernels.conv_norm.triton")
-    before, module.implicit_gemm = module.implicit_gemm, True
+    module = importlib.import_module(LAUNCHERS["conv_norm"])
+    before, module.prefers_implicit_gemm = module.prefers_implicit_gemm, lambda *_: True
     try:
         yield
     finally:
-        module.implicit_gemm = before
+        module.prefers_implicit_gemm = before
 
 
-def _exps(case: checks.Case, dim: int, features: int | None) -> float:
+def _exps(case: testing.Case, dim: int, features: int | None) -> float:
     """Of a token's features."""
     if case.op.startswith("performer"):
-        return 0 if case.label == "relu" else features or checks.num_random_features(dim)
+        return 0 if case.label == "relu" else features or testing.num_random_features(dim)
     return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout", "gelu_dropout") else dim
 
 
@@ -293,7 +311,9 @@ def _compile(index: int) -> Compiled:
 
     launch, source, target, options = _queue[index]
     names = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
-    constants = {launch.kernel.arg_names[path[0]]: _plain(value) for path, value in source.constants.items()}
+    constants = {}
+    for path, value in source.constants.items():
+        constants |= getattr(value, "values", {launch.kernel.arg_names[path[0]]: _plain(value)})
     made = Compiled(launch.name, launch.case, launch.dtype, target.arch, names, constants)
     start = time.perf_counter()
     try:

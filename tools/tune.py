@@ -1,4 +1,4 @@
-"""Chooses how the Triton kernels are launched and writes the table that cxv_kernels/configs.py reads.
+"""Chooses how the Triton kernels are launched and writes the table configs.json.
 
 For each kernel, size and dtype the candidates are compiled first, without a GPU: those that spill, need more shared
 memory than a block may have, or have Hopper's products wait for one another, drop out. On a GPU each of the others must
@@ -13,7 +13,6 @@ without a level of theirs in the table, what they measured would be how an A100 
 """
 
 import argparse
-import copy
 import itertools
 import json
 import os
@@ -30,7 +29,9 @@ import torch
 from _harness import DTYPES, TOLERANCE, environment, interleaved, positive, relative_error
 from triton_compile import CARDS, Compiled, compile_all, launches
 
-from cxv_kernels import _triton, checks, configs
+from cxv_kernels import _triton, testing
+from cxv_kernels.ops.linear_attention.triton import configs
+from cxv_kernels.ops.linear_attention.triton.configs import Options, Table
 
 # Tried for each option that the packaged entry of a kernel has.
 SPACE = {
@@ -41,11 +42,8 @@ SPACE = {
     "BLOCK_E": (16, 32, 64),
     "TOKENS": (128, 256, 512, 1024),
 }
-TABLE = Path(configs.__file__).with_name("triton_configs.json")
 TUNABLE = tuple(CARDS)[1:]  # architectures
 SHAPE = (32, 4, 1024)  # batch, heads, tokens of the timing: the paper's models
-
-Options = dict[str, Any]
 
 
 @dataclass
@@ -72,21 +70,17 @@ class Entry:
         return "x".join(map(str, (dim, *features)))
 
     @property
-    def bits(self) -> str:
+    def key(self) -> str:
         """As the table spells it."""
-        return str(8 * DTYPES[self.dtype].itemsize)
+        return f"{self.size} {8 * DTYPES[self.dtype].itemsize}-bit sm_{self.arch}"
 
-    def put(self, table: configs.Table, options: Options) -> configs.Table:
-        """The table with these options at this entry; what a new level lacks is served as before."""
-        table = copy.deepcopy(table)
-        sizes = configs.sizes_of(table, self.kernel, self.arch)
-        served = sizes[configs.size_of(sizes, self.dim, self.features)]  # the other dtypes, as before
-        table[self.kernel].setdefault(str(self.arch), {})[self.size] = copy.deepcopy(served) | {self.bits: options}
-        return table
+    def put(self, table: Table, options: Options) -> Table:
+        """The table with these options at this entry."""
+        return table | {self.kernel: table[self.kernel] | {self.key: options}}
 
 
 def entries(arch: int, dim: int, dtype: str, random_features: int | None = None) -> list[Entry]:
-    """Every entry that the checks' cases look up at this size; ``random_features`` as :func:`checks.cases` has them."""
+    """Every entry that the cases look up at this size; ``random_features`` as :func:`testing.cases` has them."""
     found: dict[tuple[str, str], Entry] = {}
     lookup, now = configs.lookup, ""
 
@@ -100,7 +94,7 @@ def entries(arch: int, dim: int, dtype: str, random_features: int | None = None)
 
     configs.lookup = watch
     try:
-        for case in checks.cases(1, 4, 1024, dim, ragged=False, features=random_features):
+        for case in testing.cases(1, 4, 1024, dim, ragged=False, features=random_features):
             now = f"{case.op} {case.label}"
             launches(DTYPES[dtype], arch, dim=dim, features=random_features, only=(now,))
     finally:
@@ -134,7 +128,7 @@ def _fault(row: Compiled) -> str:
     return ""
 
 
-def compile_candidates(found: Sequence[Entry], table: configs.Table, jobs: int) -> None:
+def compile_candidates(found: Sequence[Entry], table: Table, jobs: int) -> None:
     """Note what spills, what is too large and what does not compile; of the rest, choose by the instructions issued."""
     wanted: list[tuple[int, Any]] = []
     owners: list[tuple[Entry, int]] = []
@@ -172,20 +166,20 @@ def _cheapest(left: Sequence[int], costs: Sequence[float | None]) -> int:
     return min(known, key=lambda i: costs[i] * (0.98 if i == 0 else 1), default=left[0] if left else 0)
 
 
-def time_candidates(entry: Entry, table: configs.Table, device: torch.device, budget: float) -> None:
+def time_candidates(entry: Entry, table: Table, device: torch.device, budget: float) -> None:
     """Time each that is left in its op, forward and backward, once it has computed what the reference does."""
     kind = DTYPES[entry.dtype]
     case = next(
         case
-        for case in checks.cases(*SHAPE, entry.dim, ragged=False, device=device, features=entry.features)
+        for case in testing.cases(*SHAPE, entry.dim, ragged=False, device=device, features=entry.features)
         if f"{case.op} {case.label}" == entry.cases[0]
     )
     inputs = [torch.randn(shape, device=device).to(kind) for shape in case.shapes]
-    exact = checks.outputs_and_gradients(case, [x.double() for x in inputs], "reference", kind)
+    exact = testing.outputs_and_gradients(case, [x.double() for x in inputs], "reference", kind)
 
     def run(options: Options) -> list[torch.Tensor]:
         with configs.override(entry.put(table, options)):
-            return checks.outputs_and_gradients(case, inputs, "triton", kind)
+            return testing.outputs_and_gradients(case, inputs, "triton", kind)
 
     ready = []
     for i, options in enumerate(entry.candidates):
@@ -224,7 +218,7 @@ def line(entry: Entry) -> str:
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fill in the table entry by entry; what was tried goes into the results."""
-    table: configs.Table = json.loads(TABLE.read_text())
+    table: Table = configs.packaged()
     found = [
         entry
         for arch in arguments.arch
@@ -262,7 +256,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=positive, default=24, help="at most, for each entry")
     parser.add_argument("--budget", type=float, default=0.02, help="seconds of timing per candidate")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--table", type=Path, default=TABLE, help="where the table goes")
+    parser.add_argument("--table", type=Path, default=configs.PATH, help="where the table goes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="what was tried goes there")
     arguments = parser.parse_args(argv)
     if _triton.TRITON_MISSING:
@@ -272,7 +266,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.rank_by == "time":
         if not torch.cuda.is_available():
             parser.error("argument --rank-by: time needs a GPU; compile does not")
-        mine = configs.architecture(torch.device("cuda"))
+        mine = _triton.capability(torch.device("cuda"))
         if mine not in TUNABLE:
             parser.error(f"argument --rank-by: time tunes {' and '.join(f'sm_{a}' for a in TUNABLE)}, not sm_{mine}")
         if arguments.arch not in (None, [mine]):
@@ -286,16 +280,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune; write the table and what was tried; 0."""
     arguments = parse(argv)
     results = tune(arguments)
-    _write(arguments.table, results["table"])
+    _write(arguments.table, table_text(results["table"]))
     if arguments.json:
         facts = environment(torch.device("cuda" if arguments.rank_by == "time" else "cpu"))
-        _write(arguments.json, {"ranked_by": arguments.rank_by, "environment": facts} | results)
+        content = {"ranked_by": arguments.rank_by, "environment": facts} | results
+        _write(arguments.json, json.dumps(content, indent=1) + "\n")
     return 0
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def table_text(table: Table) -> str:
+    """The table as JSON, an entry per line."""
+    kernels = []
+    for kernel, entries in table.items():
+        lines = (f"  {json.dumps(key)}: {json.dumps(options)}" for key, options in entries.items())
+        kernels.append(f" {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def _write(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(text)
     os.replace(part, path)
 
 

@@ -21,11 +21,10 @@ from _harness import Parser, environment, positive, some_of
 from _report import Table
 
 from cxv.checkpoint import LAST, PREVIOUS
-from cxv.cli import name_value
+from cxv.cli.flags import name_value
 from cxv.training import InputError, TrainConfig, train
-from cxv.training.config import METRICS, OPTIMIZERS, RAND_AUGMENT
-from cxv.training.loop import PRECISIONS
-from cxv.training.summary import summarize
+from cxv.training.config import METRICS, OPTIMIZERS, PRECISIONS, RAND_AUGMENT
+from cxv.training.logging import summarize
 
 # isort: split
 import torch

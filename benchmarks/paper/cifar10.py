@@ -36,7 +36,7 @@ MORE_TO_DO = 3
 
 def train(model: str, run: Path, arguments: Any, deadline: float) -> int:
     """Run ``cxv train`` until it ends or until ``deadline`` of the monotonic clock; its exit status."""
-    command = [sys.executable, "-m", "cxv.cli", "train", "--output", str(run), "--device", arguments.device]
+    command = [sys.executable, "-m", "cxv", "train", "--output", str(run), "--device", arguments.device]
     if any((run / name).exists() for name in (LAST, PREVIOUS)):
         command.append("--resume")
     else:
@@ -63,6 +63,7 @@ def table(runs: Path, models: Sequence[str], recipe: str) -> Table:
     for model in models:
         path = runs / model.replace("/", "-") / METRICS
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [row for row in rows if "test_top1" in row]  # with --validation the selected epoch only
         if rows:
             best = max(rows, key=lambda row: (row["test_top1"], row["epoch"]))
             paper = PAPER.get(recipe, PAPER["paper"])[model]

@@ -29,10 +29,16 @@ def check_odd(**values: Any) -> None:
             raise ValueError(f"{name} must be odd, got {value}")
 
 
-def check_drop_rate(drop_rate: Any) -> None:
-    """Raise ``ValueError`` unless ``drop_rate`` is a number in [0, 1)."""
-    if not isinstance(drop_rate, Real) or isinstance(drop_rate, bool) or not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
+def check_rates(**rates: Any) -> None:
+    """Raise ``ValueError`` unless each of ``rates`` is a number in [0, 1)."""
+    for name, rate in rates.items():
+        if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 <= rate < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+
+
+def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
+    """Return the rate of each layer: it rises linearly from 0 to ``drop_path_rate`` in the last, as in timm."""
+    return [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def check_images(x: Tensor, in_chans: int) -> None:

@@ -1,4 +1,7 @@
-"""The three mechanisms of CXV as residual branches, x (B, C, H, W) → x + attention(x) (paper section 3.1)."""
+"""The three mechanisms of CXV as residual branches, x (B, C, H, W) → x + attention(x) (paper section 3.1).
+
+:class:`ResidualBranch` calls ``forward_chunk`` with a part of the batch.
+"""
 
 from typing import Any
 
@@ -7,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cxv_kernels
-from cxv_kernels.linear_attention.reference import FEATURE_MAPS
-from cxv_kernels.nystrom_attention.reference import PINV_INITS
-from cxv_kernels.performer_attention.reference import KERNELS, STABILIZERS
+from cxv_kernels.ops.linear_attention.reference import FEATURE_MAPS
+from cxv_kernels.ops.nystrom_attention.reference import PINV_INITS
+from cxv_kernels.ops.performer_attention.reference import KERNELS, STABILIZERS
 from cxv_kernels.validation import check_choice, check_eps, python_numbers
 
 from .arguments import check_at_least, check_odd
-from .residual import Drop, ResidualBranch, convolve, is_plain, linear, to_pixels, to_tokens
-
-POSITIONS = (None, "learned", "rotary")
+from .blocks import DropoutFn, ResidualBranch, convolve, is_unmodified, linear, to_pixels, to_tokens
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -46,70 +47,50 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return out.flatten(2, 3)[:, :, :tokens]
 
 
-class _Attention(ResidualBranch):
+class Attention(ResidualBranch):
     """Heads over the tokens of a residual branch.
 
     Args:
-        dim: C. num_heads: heads. drop_rate: dropout after the output map. use_fused: see ``ResidualBranch``.
-        head_dim: channels of a head; None is C / heads.
-        pre_norm: a LayerNorm at the branch's entry.
-        positions: None, ``"learned"`` (a vector per token, added at the entry) or ``"rotary"`` (of q and k).
-        num_tokens: H·W, for learned positions.
-        recompute: see ``ResidualBranch``.
+        dim: C. num_heads: heads. head_dim: channels of a head; None is C / heads.
+        **kwargs: those of ``ResidualBranch``; dropout follows the output map.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        drop_rate: float,
-        use_fused: bool,
-        head_dim: int | None = None,
-        pre_norm: bool = False,
-        positions: str | None = None,
-        num_tokens: int = 0,
-        recompute: bool = True,
-    ):
-        super().__init__(drop_rate, use_fused, dim if pre_norm else None, recompute)
+    rotary = False  # turn q and k by their positions
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int | None = None, **kwargs: Any):
+        super().__init__(dim, **kwargs)
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads must divide the embedding dimension {dim}, got {num_heads}")
-        check_choice("positions", positions, POSITIONS)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.inner_dim = num_heads * self.head_dim
-        self.positions = positions
-        if positions == "learned":
-            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_tokens, dim), std=0.02))
+        self.register_parameter("pos_embed", None)  # learned positions (1, H·W, C), or None
 
-    def entry(self, x: Tensor) -> Tensor:
-        """What q, k and v are computed from: x with learned positions and the norm, where there are any."""
-        if self.positions == "learned":
+    def pre_attention(self, x: Tensor) -> Tensor:
+        """The input of the maps to q, k and v: x, with learned positions and the norm if the branch has them."""
+        if self.pos_embed is not None:
             if x.shape[2] * x.shape[3] != self.pos_embed.shape[1]:
                 raise ValueError(
                     f"learned positions were made for {self.pos_embed.shape[1]} tokens, got {tuple(x.shape[2:])} pixels"
                 )
             x = to_pixels(to_tokens(x) + self.pos_embed.to(x.dtype), x)
-        return super().entry(x)
+        return self.normed(x)
 
-    def place(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k (B, heads, N, D) with their rotary positions, where they have them."""
-        return (rotate(q), rotate(k)) if self.positions == "rotary" else (q, k)
+    def apply_rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (B, heads, N, D), turned by their positions if ``rotary`` is set."""
+        return (rotate(q), rotate(k)) if self.rotary else (q, k)
 
-    def split_heads(self, tokens: Tensor) -> Tensor:
-        """(B, N, heads·D) → (B, heads, N, D), a view."""
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, heads·D, H, W) → (B, heads, N, D), a view."""
+        tokens = to_tokens(x)
         return tokens.view(*tokens.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
-    def merge_heads(self, x: Tensor) -> Tensor:
-        """(B, heads, N, D) → (B, N, heads·D)."""
-        return x.transpose(1, 2).flatten(2)
-
-    def project(self, out: Tensor, drop: Drop, x: Tensor) -> Tensor:
-        """x + dropout(proj(out)) of the heads' output (B, heads, N, D)."""
-        y = linear(self.proj, to_pixels(self.merge_heads(out), x))
-        return to_pixels(drop(to_tokens(y), to_tokens(x)), x)
+    def merge_heads(self, out: Tensor, like: Tensor) -> Tensor:
+        """(B, heads, N, D) → (B, heads·D, H, W)."""
+        return to_pixels(out.transpose(1, 2).flatten(2), like)
 
 
-class PerformerAttention(_Attention):
+class PerformerAttention(Attention):
     """CPV's mixer: linear q, k, v and output maps around FAVOR+.
 
     The projection is a persistent buffer of ⌊D ln D⌋ rows, shared by the heads, drawn once (the paper never
@@ -125,16 +106,14 @@ class PerformerAttention(_Attention):
         self,
         dim: int,
         num_heads: int = 4,
-        drop_rate: float = 0.5,
         kernel: str = "softmax",
         eps: float | None = None,
         stabilizer: str = "head",
         local_heads: int = 0,
         local_window: int = 256,
-        use_fused: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
+        super().__init__(dim, num_heads, **kwargs)
         check_choice("attn_kernel", kernel, KERNELS)
         check_choice("stabilizer", stabilizer, STABILIZERS)
         if eps is not None:
@@ -161,16 +140,17 @@ class PerformerAttention(_Attention):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.projection.copy_(cxv_kernels.orthogonal_projection(*self.projection.shape, generator=generator))
 
-    def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        y = self.entry(x)
-        q, k, v = (self.split_heads(to_tokens(linear(layer, y))) for layer in (self.q, self.k, self.v))
-        q, k = self.place(q, k)
-        if not self.local_heads:
-            return self.project(self.favor(q, k, v), drop, x)
-        sizes = (self.num_heads - self.local_heads, self.local_heads)
-        far, near = zip(*(t.split(sizes, dim=1) for t in (q, k, v)), strict=True)
-        out = torch.cat((self.favor(*far), local_attention(*near, self.local_window)), dim=1)
-        return self.project(out, drop, x)
+    def forward_chunk(self, x: Tensor, dropout: DropoutFn) -> Tensor:
+        y = self.pre_attention(x)
+        q, k, v = (self.split_heads(linear(layer, y)) for layer in (self.q, self.k, self.v))
+        q, k = self.apply_rotary(q, k)
+        if self.local_heads:
+            sizes = (self.num_heads - self.local_heads, self.local_heads)
+            far, near = zip(*(t.split(sizes, dim=1) for t in (q, k, v)), strict=True)
+            out = torch.cat((self.favor(*far), local_attention(*near, self.local_window)), dim=1)
+        else:
+            out = self.favor(q, k, v)
+        return dropout(linear(self.proj, self.merge_heads(out, x)), residual=x)
 
     def favor(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """FAVOR+ with this layer's features: (B, heads, N, D) each."""
@@ -179,7 +159,7 @@ class PerformerAttention(_Attention):
         )
 
 
-class NystromAttention(_Attention):
+class NystromAttention(Attention):
     """CNV's mixer: a bias-free qkv map, Nyström attention, and a 33×1 convolution of v along the tokens.
 
     ``front_pad`` puts zeros before the tokens up to a multiple of the landmarks, as the released code does; without it
@@ -193,15 +173,13 @@ class NystromAttention(_Attention):
         self,
         dim: int,
         num_heads: int = 4,
-        drop_rate: float = 0.5,
         num_landmarks: int = 64,
         residual_conv_kernel: int = 33,
         front_pad: bool = False,
         pinv_init: str = "head",
-        use_fused: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(dim, num_heads, drop_rate, use_fused, **kwargs)
+        super().__init__(dim, num_heads, **kwargs)
         check_at_least(1, num_landmarks=num_landmarks)
         check_odd(residual_conv_kernel=residual_conv_kernel)
         check_choice("pinv_init", pinv_init, PINV_INITS)
@@ -218,23 +196,23 @@ class NystromAttention(_Attention):
         )
         self.proj = nn.Linear(self.inner_dim, dim)
 
-    def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        y = self.entry(x)
+    def forward_chunk(self, x: Tensor, dropout: DropoutFn) -> Tensor:
+        y = self.pre_attention(x)
         pad = -(y.shape[2] * y.shape[3]) % self.num_landmarks if self.front_pad else 0
         if pad:
             y = F.pad(to_tokens(y), (0, 0, pad, 0)).transpose(1, 2).unsqueeze(-1)
-        q, k, v = (self.split_heads(t) for t in to_tokens(linear(self.qkv, y)).chunk(3, dim=-1))
-        q, k = self.place(q, k)
-        fused = is_plain(self.res_conv) and self.res_conv.bias is None
+        q, k, v = (self.split_heads(t) for t in linear(self.qkv, y).chunk(3, dim=1))
+        q, k = self.apply_rotary(q, k)
+        fused = is_unmodified(self.res_conv) and self.res_conv.bias is None
         taps = self.res_conv.weight if fused else None
         options = {"residual_weight": taps, "pinv_init": self.pinv_init, "backend": self.backend}
         out = cxv_kernels.nystrom_attention(q, k, v, self.num_landmarks, **options)
         out = out if fused else out + self.res_conv(v)
-        return self.project(out[:, :, pad:], drop, x)
+        return dropout(linear(self.proj, self.merge_heads(out[:, :, pad:], x)), residual=x)
 
 
-class LinearAttention(_Attention):
-    """CLTV's mixer: q, k, v and output convolutions around linear attention; no dropout.
+class LinearAttention(Attention):
+    """CLTV's mixer: q, k, v and output convolutions around linear attention.
 
     ``kernel_size=1`` is what Table 1 counts, 3 what the released file has.
     """
@@ -248,10 +226,9 @@ class LinearAttention(_Attention):
         num_heads: int = 4,
         kernel_size: int = 1,
         feature_map: str = "softmax",
-        use_fused: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(dim, num_heads, 0.0, use_fused, **kwargs)
+        super().__init__(dim, num_heads, **kwargs)
         check_odd(attn_kernel_size=kernel_size)
         check_choice("feature_map", feature_map, FEATURE_MAPS)
         self.feature_map = feature_map
@@ -259,9 +236,9 @@ class LinearAttention(_Attention):
         self.q, self.k, self.v = (nn.Conv2d(dim, inner, kernel_size, padding=padding) for _ in range(3))
         self.proj = nn.Conv2d(inner, dim, kernel_size, padding=padding)
 
-    def branch(self, x: Tensor, drop: Drop) -> Tensor:
-        y = self.entry(x)
-        q, k, v = (self.split_heads(to_tokens(convolve(layer, y))) for layer in (self.q, self.k, self.v))
-        q, k = self.place(q, k)
+    def forward_chunk(self, x: Tensor, dropout: DropoutFn) -> Tensor:
+        y = self.pre_attention(x)
+        q, k, v = (self.split_heads(convolve(layer, y)) for layer in (self.q, self.k, self.v))
+        q, k = self.apply_rotary(q, k)
         out = cxv_kernels.linear_attention(q, k, v, self.feature_map, backend=self.backend)
-        return x + convolve(self.proj, to_pixels(self.merge_heads(out), x))
+        return dropout(convolve(self.proj, self.merge_heads(out, x)), residual=x)

@@ -10,9 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from cxv_kernels.tracing import refuse_torchscript
 from cxv_kernels.validation import python_numbers, to_numbers
 
-from .arguments import check_at_least, check_images, classifier
-from .recompute import ForwardState, records_or_transforms
-from .residual import ResidualBranch, to_channels_last
+from .arguments import check_at_least, check_images, classifier, image_size
+from .blocks import ForwardState, ResidualBranch, records_or_transforms, to_channels_last
 
 torch.fx.wrap("check_images")  # its branches depend on the shape, so a graph calls it as it is
 
@@ -20,18 +19,23 @@ torch.fx.wrap("check_images")  # its branches depend on the shape, so a graph ca
 class Backbone(nn.Module):
     """A ``stem``, ``layers`` that keep the size of their map, and a classifier ``head``.
 
-    A subclass sets these three, ``in_chans``, and with :meth:`_init_features` the rest.
+    A subclass sets these three, and with :meth:`_init_features` the rest.
     """
 
     __prepare_scriptable__ = refuse_torchscript
 
-    def _init_features(self, num_features: int, reduction: int, depth: int, pool: str) -> None:
+    def _init_features(
+        self, img_size: int | Sequence[int], in_chans: int, num_features: int, reduction: int, depth: int, pool: str
+    ) -> None:
         """Set the attributes that timm reads.
 
         Args:
+            img_size: pixels a side, or (H, W). in_chans: input channels.
             num_features: channels of the layers' maps. reduction: pixels of the image over those of a map, per side.
             depth: layers. pool: how maps become one vector; kept as ``pool`` and ``global_pool``.
         """
+        image_size(img_size)  # raises if it is no size
+        self.img_size, self.in_chans = img_size, in_chans
         self.num_features = self.head_hidden_size = num_features
         self.feature_info = [
             {"num_chs": num_features, "reduction": reduction, "module": f"layers.{i}"} for i in range(depth)
@@ -109,7 +113,7 @@ class Backbone(nn.Module):
         if records_or_transforms():
             return layer(x)
         changing = (m for m in layer.modules() if not isinstance(m, ResidualBranch))
-        return checkpoint(ForwardState(layer, changing).recomputable(layer), x, use_reentrant=False)
+        return ForwardState(layer, changing).checkpoint(layer, x, preserve_rng_state=True)
 
     def forward_intermediates(
         self,

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from cxv_kernels.validation import python_numbers
 
-from .arguments import check_at_least, check_drop_rate, hidden_width, image_size
+from .arguments import check_at_least, check_rates, drop_path_rates, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .backbone import Backbone
-from .cxv import Mlp
-from .residual import to_tokens
+from .blocks import Mlp, to_tokens
 
 
 def add_class_token(tokens: Tensor, cls_token: Tensor, pos_embed: Tensor, img_size: int | Sequence[int]) -> Tensor:
@@ -36,8 +35,8 @@ class Hybrid(Backbone):
     """What the hybrids share: three 3×3 convolutions, pre-norm layers of attention and MLP, and a linear classifier.
 
     Args:
-        make_attention: (dim, num_heads=…, head_dim=…, drop_rate=…, use_fused=…, recompute=…, pre_norm=…) → a residual
-            branch.
+        make_attention: (dim, num_heads=…, head_dim=…, drop_path_rate=…, use_fused=…, recompute=…, pre_norm=…) → a
+            residual branch.
         cls_token: a class token and learned positions, the class token being what is classified after a LayerNorm;
             without them (Hybrid ViLT) the average over the pixels is.
         img_size: pixels a side, or (H, W); without ``cls_token`` any size is taken.
@@ -45,6 +44,7 @@ class Hybrid(Backbone):
         embed_dim: C, a multiple of 4. depth: layers.
         num_heads, head_dim: of the attention; their product need not be C.
         mlp_ratio: hidden width of the MLP over C. drop_rate: dropout in the MLP (the attention has none).
+        drop_path_rate: as in :class:`cxv.CXV`.
         stem_stride: of the first convolution (2 for 64×64 images).
         global_pool: ``"token"`` with a class token, else ``"avg"``; ``""`` for none, where there is no classifier: the
             output is that of ``forward_features`` then. None is ``"token"`` or ``"avg"``.
@@ -68,6 +68,7 @@ class Hybrid(Backbone):
         head_dim: int = 32,
         mlp_ratio: float = 2.0,
         drop_rate: float = 0.5,
+        drop_path_rate: float = 0.0,
         stem_stride: int = 1,
         global_pool: str | None = None,
         use_fused: bool = False,
@@ -79,9 +80,8 @@ class Hybrid(Backbone):
             raise ValueError(f"embed_dim must be a multiple of 4, got {embed_dim}")
         check_at_least(1, in_chans=in_chans, depth=depth, num_heads=num_heads, head_dim=head_dim)
         check_at_least(1, stem_stride=stem_stride)
-        check_drop_rate(drop_rate)
-        self.img_size, self.in_chans = img_size, in_chans
-        self._init_features(embed_dim, stem_stride, depth, "token" if cls_token else "avg")
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self._init_features(img_size, in_chans, embed_dim, stem_stride, depth, "token" if cls_token else "avg")
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, embed_dim // 4, 3, stride=stem_stride, padding=1),
             nn.Conv2d(embed_dim // 4, embed_dim // 2, 3, padding=1),
@@ -90,15 +90,14 @@ class Hybrid(Backbone):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)) if cls_token else None
         height, width = (-(-side // stem_stride) for side in image_size(img_size))
         self.pos_embed = nn.Parameter(torch.randn(1, height * width + 1, embed_dim)) if cls_token else None
-        options = {"num_heads": num_heads, "head_dim": head_dim, "drop_rate": 0.0}
-        options |= {"use_fused": use_fused, "recompute": recompute}
         hidden = hidden_width(embed_dim, mlp_ratio)
+        options = {"pre_norm": True, "use_fused": use_fused, "recompute": recompute}
         self.layers = nn.ModuleList(
             nn.Sequential(
-                make_attention(embed_dim, **options, pre_norm=True),
-                Mlp(embed_dim, hidden, drop_rate, use_fused, pre_norm=True, recompute=recompute),
+                make_attention(embed_dim, num_heads=num_heads, head_dim=head_dim, drop_path_rate=rate, **options),
+                Mlp(embed_dim, hidden, drop_rate, drop_path_rate=rate, **options),
             )
-            for _ in range(depth)
+            for rate in drop_path_rates(drop_path_rate, depth)
         )
         self.norm = nn.LayerNorm(embed_dim) if cls_token else nn.Identity()
         self.reset_classifier(num_classes, global_pool)
@@ -168,8 +167,4 @@ class HybridViLT(Hybrid):
     """
 
     def __init__(self, *, feature_map: str = "softmax", **kwargs: Any):
-        super().__init__(partial(_linear_attention, feature_map=feature_map), cls_token=False, **kwargs)
-
-
-def _linear_attention(dim: int, drop_rate: float, **kwargs: Any) -> nn.Module:
-    return LinearAttention(dim, **kwargs)
+        super().__init__(partial(LinearAttention, feature_map=feature_map), cls_token=False, **kwargs)

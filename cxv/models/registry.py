@@ -18,17 +18,16 @@ from ..checkpoint import find_checkpoint, load_weights, read_checkpoint
 from ..errors import InputError, first_line
 from . import baselines
 from .cxv import CLTV, CNV, CPV
-from .fnet import FNet
 from .hybrid import HybridViLT, HybridViN, HybridViP
-from .wavemix import WaveMix
+from .variants import variant_of
 
 # Table 1's rows, and what builds a family: (depth=…, num_heads=…, **kwargs) → a model, without heads for some.
 TABLE_1: dict[str, Callable[..., nn.Module]] = {
     "resnet-18": baselines.resnet,
     "resnet-34": baselines.resnet,
-    "fnet-10": FNet,
+    "fnet-10": baselines.FNet,
     "mlp-mixer-5": baselines.mlp_mixer,
-    "wavemix-5": WaveMix,
+    "wavemix-5": baselines.WaveMix,
     "convmixer-16": baselines.convmixer,
     "vit-10/4": baselines.vit,
     "hybrid-vin-6/8": HybridViN,
@@ -95,8 +94,9 @@ def create_model(
             makes a fresh classifier on the trained features.
         device, dtype: of the model; None leaves parameters and buffers where and as they are made. The same seed gives
             the same weights on every device.
-        **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`.
-            ``use_fused`` and ``recompute`` are accepted by all models; those without fused ops ignore them.
+        **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`, and
+            :class:`cxv.models.variants.Variant` for the ablations of CPV, CNV and CLTV. ``use_fused`` and
+            ``recompute`` are accepted by all models; those without fused ops ignore them.
 
     Raises:
         ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name; a checkpoint that is missing,
@@ -110,7 +110,7 @@ def create_model(
         raise ValueError(f"{' and '.join(sorted(twice))} come from the name {name!r}: give them there")
     if checkpoint is not None:
         return _create_trained(name, checkpoint, kwargs).to(device=device, dtype=dtype)
-    model = build(
+    model = variant_of(build, kwargs)(
         depth=depth,
         **({} if heads is None else {"num_heads": heads}),
         **{k: v for k, v in kwargs.items() if build in _FUSED or k not in ("use_fused", "recompute")},

@@ -1,6 +1,6 @@
 """The entry points of timm's registry. timm calls a module of models by its file's name, so this one is ``cxv``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,11 +12,12 @@ except ImportError as error:
     raise ImportError("cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'") from error
 
 from ..checkpoint import read_checkpoint
+from ..data.loader import MEAN, STD
 from ..errors import InputError
 from ..models import CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP
 from ..models.arguments import image_size
 from ..models.backbone import Backbone
-from ..training.data import MEAN, STD
+from ..models.variants import variant_of
 
 _CFG = {
     "url": "",
@@ -80,7 +81,7 @@ def _create(
         pretrained_cfg, overlay = None, {**pretrained_cfg, **overlay}
     features = {"out_indices": min(3, kwargs.get("depth", 3)), "feature_cls": "getter"}
     built = build_model_with_cfg(
-        model,
+        variant_of(model, kwargs),
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
@@ -91,37 +92,20 @@ def _create(
     return built.to(device=device, dtype=dtype)
 
 
-@register_model
-def cpv_5_4(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """CPV-5/4, see :class:`cxv.CPV`."""
-    return _create(CPV, "cpv_5_4", pretrained, **kwargs)
+def _entry_point(name: str, model: type[Backbone]) -> Callable[..., torch.nn.Module]:
+    """Register ``timm.create_model(name)``."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+        return _create(model, name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{model.__name__} as in Table 1, see :class:`cxv.{model.__name__}`."
+    return register_model(create)
 
 
-@register_model
-def cnv_5_4(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """CNV-5/4, see :class:`cxv.CNV`."""
-    return _create(CNV, "cnv_5_4", pretrained, **kwargs)
-
-
-@register_model
-def cltv_5_4(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """CLTV-5/4, see :class:`cxv.CLTV`."""
-    return _create(CLTV, "cltv_5_4", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vip_6_8(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """Hybrid ViP-6/8, see :class:`cxv.HybridViP`."""
-    return _create(HybridViP, "hybrid_vip_6_8", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vin_6_8(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """Hybrid ViN-6/8, see :class:`cxv.HybridViN`."""
-    return _create(HybridViN, "hybrid_vin_6_8", pretrained, **kwargs)
-
-
-@register_model
-def hybrid_vilt_6_8(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
-    """Hybrid ViLT-6/8, see :class:`cxv.HybridViLT`."""
-    return _create(HybridViLT, "hybrid_vilt_6_8", pretrained, **kwargs)
+cpv_5_4 = _entry_point("cpv_5_4", CPV)
+cnv_5_4 = _entry_point("cnv_5_4", CNV)
+cltv_5_4 = _entry_point("cltv_5_4", CLTV)
+hybrid_vip_6_8 = _entry_point("hybrid_vip_6_8", HybridViP)
+hybrid_vin_6_8 = _entry_point("hybrid_vin_6_8", HybridViN)
+hybrid_vilt_6_8 = _entry_point("hybrid_vilt_6_8", HybridViLT)

@@ -1,21 +1,24 @@
-"""Training: the DualOpT optimizer, datasets in memory, checkpoints, and the loop that ties them together."""
+"""Training: the DualOpT optimizer, the configuration of a run, the trainer, and evaluation."""
 
+from ..data.loader import DATASETS, load_data
 from ..errors import InputError
 from ..models.registry import load_model
 from .config import TrainConfig
-from .data import DATASETS, load_data
 from .dualopt import DualOpT
-from .loop import evaluate, train
+from .engine import evaluate, predict
 from .seeds import train_seeds
+from .trainer import TrainResult, train
 
 __all__ = [
     "DATASETS",
     "DualOpT",
     "InputError",
     "TrainConfig",
+    "TrainResult",
     "evaluate",
     "load_data",
     "load_model",
+    "predict",
     "train",
     "train_seeds",
 ]

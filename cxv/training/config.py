@@ -3,8 +3,10 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +15,20 @@ import torch
 from cxv_kernels.validation import to_number
 
 from ..checkpoint import BEST, LAST, PREVIOUS, read_last
+from ..data.augment import NUM_BINS, default_stages
+from ..data.loader import DATASETS
 from ..errors import InputError
 from ..models.registry import has_fused_ops
-from .augment import NUM_BINS
 from .optim import SCHEDULES
-from .progressive import default_stages
 
 METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
 TENSORBOARD = "tensorboard"
+GROUPS = ("model", "data", "recipe", "precision and speed", "output")
+"""The headings of the arguments in ``cxv train --help``."""
 OPTIMIZERS = ("dualopt", "adamw", "sgd")
-DEFAULTS: dict[str, Any] = {
-    "data": "digits",
-    "optimizer": "dualopt",
-    "post_train": False,
-    "epochs": 300,
-    "patience": 20,
-    "batch_size": 128,
-    "accumulate": 1,
-    "lr": 1e-3,
-    "schedule": "constant",
-    "label_smoothing": 0.0,
-    "hflip": False,
-    "precision": "fp32",
-    "compile": False,
-    "fused": True,
-    "recompute": True,
-    "seed": 0,
-    "device": "auto",
-    "on_corrupt": "error",
-    "tensorboard": False,
-    "model": "cpv-5/4",
-}
-"""The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
-a third of ``epochs``, rounded up, and ``sgd_lr`` 0.001."""
+NAMES = {"adamw": "AdamW", "sgd": "SGD"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 TINY_IMAGENET_DEFAULTS: dict[str, Any] = {"stem_stride": 2}
 """The paper's, for 64×64 images: a map of 32×32."""
 DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 60}
@@ -97,85 +80,199 @@ RESERVED = {
 
 _NUMBERS = {int | None: (int, "a whole number"), float | None: (int | float, "a number")}
 """For the type of an argument that is a number, the types that are allowed, in words too."""
-
-NAMES = {"adamw": "AdamW", "sgd": "SGD"}
-_CHANGEABLE = {"epochs", "sgd_epochs", "post_train", "device", "threads", "data_dir", "output", "on_corrupt"}
-_CHANGEABLE |= {"resume", "overwrite", "cache_dir", "data_on_device", "tensorboard"}
 _ONE_PHASE = ("schedule", "warmup_epochs", "ema_decay", "progressive")  # arguments that need a known number of epochs
+
+Check = tuple[Callable[[Any], bool], str]
+"""Whether a value is allowed, and the allowed values in words."""
+_POSITIVE: Check = (lambda value: 0 < value < math.inf, "a finite number above 0")
+_NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+_FRACTION: Check = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
+_DECAY: Check = (lambda value: 0 < value < 1, "more than 0 and less than 1")
+
+
+def _option(group: str, help: str, *, unset: bool | None = None, **details: Any) -> Any:
+    """Declare a field of :class:`TrainConfig`: all that the command line and the checks of its value need.
+
+    Args:
+        group: the heading of the flag in ``cxv train --help``.
+        help: one phrase; names of other arguments are in backticks, and the command line makes flags of them.
+        unset: the field's value where none is given.
+        **details: ``default``, the value in place of None; ``shown``, the default in words, where ``default`` does not
+            say it; ``metavar``; ``choices`` or a ``check``; ``changeable``, if a run can be resumed with another value.
+    """
+    absent = dict.fromkeys(("default", "shown", "metavar", "choices", "check", "changeable"))
+    return field(default=unset, metadata=absent | {"group": group, "help": help} | details)
+
+
+_model, _data, _recipe, _speed, _output = (partial(_option, group) for group in GROUPS)
+_COUNT: dict[str, Any] = {"metavar": "N", "check": (lambda value: value >= 1, "at least 1")}
+_FROM_ZERO: dict[str, Any] = {"metavar": "N", "check": (lambda value: value >= 0, "at least 0")}
+_RATE: dict[str, Any] = {"metavar": "LR", "check": _POSITIVE}
+_MODEL = "cpv-5/4; digits: cpv-2/4 with `embed_dim` 64"
 
 
 @dataclass
 class TrainConfig:
-    """The arguments of ``cxv train``. ``None`` takes the default, or what the run has when it is resumed.
+    """The arguments of a training run, which are the flags of ``cxv train`` too.
 
-    ``init`` is a file or a run whose weights the model starts with, a new classifier where the classes are others in
-    number. Rates are per step, sizes in pixels or images. ``epochs`` and ``lr`` are of the only phase or of DualOpT's
-    first, ``sgd_epochs`` and ``sgd_lr`` of its second; ``accumulate`` batches of ``batch_size`` images, which the
-    processes of a data-parallel run share among them, make one step, whose gradient has a norm of at most
-    ``clip_grad``. ``schedule`` changes the rate after every step, over all epochs, with ``warmup_epochs`` (may be a
-    fraction) up to the peak ``lr``. ``weight_decay`` is AdamW's of matrices and convolutions, and 0 of the rest; None
-    is 0.01 of everything. ``ema_decay`` averages the weights over the steps; the average is evaluated and saved.
-    ``progressive`` is (image side, epochs) by stage; ``random_crop`` the padding of random crops; ``rand_augment`` is
-    (operations, magnitude); ``validation`` the number of training images held out to select by; ``model_args`` the
-    model's other arguments, by name. ``seeds``: all those of the runs that this one is of, see
-    :func:`cxv.training.train_seeds`. Paths, a ``torch.device`` and the numbers of NumPy or of a tensor are kept as
-    ``str`` and numbers.
+    ``None`` takes the default in parentheses, or, when a run is resumed, the run's own value. Paths, a ``torch.device``
+    and the numbers of NumPy or of a tensor are stored as ``str`` and Python numbers.
 
     Raises:
         InputError: an argument that a run's files cannot hold; something else where a number belongs.
     """
 
-    model: str | None = None
-    init: str | None = None
-    data: str | None = None
-    data_dir: str | None = None
-    cache_dir: str | None = None
-    data_on_device: bool | None = None
-    recipe: str | None = None
-    optimizer: str | None = None
-    hflip: bool | None = None
-    random_crop: int | None = None
-    rand_augment: tuple[int, int] | None = None
-    post_train: bool | None = None
-    validation: int | None = None
-    epochs: int | None = None
-    sgd_epochs: int | None = None
-    patience: int | None = None
-    batch_size: int | None = None
-    accumulate: int | None = None
-    clip_grad: float | None = None
-    lr: float | None = None
-    sgd_lr: float | None = None
-    schedule: str | None = None
-    warmup_epochs: float | None = None
-    weight_decay: float | None = None
-    label_smoothing: float | None = None
-    ema_decay: float | None = None
-    progressive: tuple[tuple[int, int], ...] | None = None
-    embed_dim: int | None = None
-    drop_rate: float | None = None
-    stem_stride: int | None = None
-    model_args: dict[str, Any] | None = None
-    img_size: int | None = None
-    precision: str | None = None
-    fused: bool | None = None
-    recompute: bool | None = None
-    compile: bool | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    seed: int | None = None
-    seeds: tuple[int, ...] | None = None
-    device: str | None = None
-    output: str | None = None
-    on_corrupt: str | None = None
-    threads: int | None = None
-    tensorboard: bool | None = None
-    resume: bool = False
-    overwrite: bool = False
+    model: str | None = _model("name of the model, see `cxv models`", metavar="NAME", default="cpv-5/4", shown=_MODEL)
+    init: str | None = _model(
+        "start with the weights of this run, .pt or .safetensors file; another number of classes gets a new classifier",
+        metavar="PATH",
+        shown="random weights",
+    )
+    embed_dim: int | None = _model("number of channels", shown="the model's own, 128", **_COUNT)
+    drop_rate: float | None = _model(
+        "dropout probability", metavar="P", check=_FRACTION, shown="the model's own; the paper's is 0.5"
+    )
+    stem_stride: int | None = _model(
+        "stride of the first convolution, or the side of a patch",
+        shown="the model's own, 1; tiny-imagenet: 2",
+        **_COUNT,
+    )
+    model_args: dict[str, Any] | None = _model(  # noqa: RUF009
+        "any other argument of the model, see help(cxv.models.CXV)", metavar="NAME=VALUE", shown="none"
+    )
+
+    data: str | None = _data(f"one of {', '.join(DATASETS)}", metavar="NAME", default="digits")
+    data_dir: str | None = _data(
+        "directory of the archive, which is downloaded if it is missing; for folder: of train/CLASS/… and test/CLASS/… "
+        "(or val/CLASS/…)",
+        shown="data",
+        changeable=True,
+        metavar="DIR",
+    )
+    cache_dir: str | None = _data(
+        "directory of the decoded images, which are mapped into memory; none: no cache",
+        shown="$CXV_CACHE, else cxv in $XDG_CACHE_HOME or ~/.cache",
+        changeable=True,
+        metavar="DIR",
+    )
+    img_size: int | None = _data(
+        "side of the images in pixels; other images are cropped about the center and resized",
+        shown="the dataset's own; folder: the shorter side of the first training image, at most 64",
+        **_COUNT,
+    )
+    limit_train: int | None = _data("train on N images, balanced over the classes", shown="all", **_COUNT)
+    limit_test: int | None = _data("test on N images, balanced over the classes", shown="all", **_COUNT)
+    validation: int | None = _data(
+        "hold out N training images, each class by its share, to select the best epoch; the test set is then evaluated "
+        "once, after the last epoch",
+        shown="none; the test set is evaluated after every epoch and selects, as in the paper",
+        **_COUNT,
+    )
+    on_corrupt: str | None = _data(
+        "stop at an unreadable image, or skip it", choices=("error", "skip"), default="error", changeable=True
+    )
+
+    recipe: str | None = _recipe(
+        "preset, which other arguments change. paper: DualOpT, at most 300 and 100 epochs, patience 20, batches of "
+        "128, both rates 0.001, fp32; paper-augmented: the same with RandAugment (cnv, cpv: 1,1; cltv: 3,3) and "
+        "`post_train`; modern: few epochs (30) of AdamW with a one-cycle rate, flips and crops, label smoothing, EMA, "
+        "no dropout, bf16, and images that grow from half their size",
+        choices=RECIPES,
+        shown="none",
+    )
+    optimizer: str | None = _recipe("DualOpT, or AdamW or SGD alone", choices=OPTIMIZERS, default="dualopt")
+    epochs: int | None = _recipe(
+        "most epochs of AdamW, or of the only optimizer",
+        default=300,
+        shown="300; digits: 60",
+        changeable=True,
+        **_FROM_ZERO,
+    )
+    sgd_epochs: int | None = _recipe(
+        "most epochs of DualOpT's SGD", shown="a third of `epochs`, rounded up", changeable=True, **_FROM_ZERO
+    )
+    patience: int | None = _recipe(
+        "epochs without an improvement of top-1 that end an optimizer's phase; an equal top-1 is one",
+        default=20,
+        **_COUNT,
+    )
+    batch_size: int | None = _recipe("images in a batch, over all processes of torchrun", default=128, **_COUNT)
+    accumulate: int | None = _recipe("batches whose gradients make one step", default=1, **_COUNT)
+    clip_grad: float | None = _recipe("largest norm of a gradient", metavar="NORM", check=_POSITIVE, shown="no limit")
+    lr: float | None = _recipe("learning rate of AdamW, or of the only optimizer", default=1e-3, **_RATE)
+    sgd_lr: float | None = _recipe("learning rate of DualOpT's SGD", shown="0.001", **_RATE)
+    schedule: str | None = _recipe(
+        "constant rate, a cosine from `lr` to 0 over all `epochs`, or PyTorch's OneCycleLR with the peak `lr`; cosine "
+        "and onecycle need `optimizer` adamw or sgd",
+        choices=SCHEDULES,
+        default="constant",
+    )
+    warmup_epochs: float | None = _recipe(
+        "epochs until the schedule's peak, also fractions", metavar="N", shown="0 for cosine, 30 % of all for onecycle"
+    )
+    weight_decay: float | None = _recipe(
+        "AdamW's weight decay of matrices and convolutions; norms, biases and positions then have none",
+        metavar="DECAY",
+        check=_NOT_NEGATIVE,
+        shown="0.01 for all parameters",
+    )
+    label_smoothing: float | None = _recipe(
+        "label smoothing of the training loss", metavar="P", check=_FRACTION, default=0.0
+    )
+    ema_decay: float | None = _recipe(
+        "average the weights over the steps with this decay, for example 0.999; the average is evaluated and saved",
+        metavar="DECAY",
+        check=_DECAY,
+        shown="no average",
+    )
+    hflip: bool | None = _recipe("flip half of the training images, at random", default=False)
+    random_crop: int | None = _recipe(
+        "pad training images with N black pixels a side and crop them at random to their size", shown="none", **_COUNT
+    )
+    rand_augment: tuple[int, int] | None = _recipe(
+        "RandAugment: operations per image, and their magnitude from 0 to 30", metavar="OPS,MAGNITUDE", shown="none"
+    )
+    post_train: bool | None = _recipe(
+        "after augmented images, train on the original ones from the best weights", default=False, changeable=True
+    )
+    progressive: tuple[tuple[int, int], ...] | None = _recipe(
+        "train at growing image sizes, for example 16:10,24:4,32:6, with a model that takes any size",
+        metavar="SIZE:EPOCHS,…",
+        shown="one size",
+    )
+    seed: int | None = _recipe("seed of weights, order, dropout and subsets", default=0, **_FROM_ZERO)
+    seeds: tuple[int, ...] | None = _recipe(
+        "train once for each seed, in OUTPUT/seed-N; best, mean and standard deviation go into OUTPUT/summary.json",
+        metavar="N,N,…",
+        shown="one run",
+    )
+
+    precision: str | None = _speed("fp32, or autocast to bf16 or (CUDA only) fp16", choices=PRECISIONS, default="fp32")
+    fused: bool | None = _speed("use the fused kernels, not plain PyTorch", default=True)
+    recompute: bool | None = _speed(
+        "with `fused`: recompute activations in the backward pass to save memory; storing them is faster", default=True
+    )
+    compile: bool | None = _speed(
+        "torch.compile the model; it takes more memory, and a resumed run is not bit-exact", default=False
+    )
+    data_on_device: bool | None = _speed(
+        "keep all images in the GPU's memory", shown="if they take at most a quarter of what is free", changeable=True
+    )
+    device: str | None = _speed("auto, cpu or cuda", default="auto", changeable=True)
+    threads: int | None = _speed("number of CPU threads", shown="torch's choice", changeable=True, **_COUNT)
+
+    output: str | None = _output(
+        "directory of the run's files", shown="runs/DATA-MODEL", changeable=True, metavar="DIR"
+    )
+    tensorboard: bool | None = _output(
+        "write metrics.jsonl for TensorBoard too, into OUTPUT/tensorboard", default=False, changeable=True
+    )
+    resume: bool = _output("continue the run in `output`, with its arguments where none are given", unset=False)
+    overwrite: bool = _output("delete the run in `output` first", unset=False)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = _plain(getattr(self, f.name))
+            value = _to_json(getattr(self, f.name))
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
@@ -184,6 +281,22 @@ class TrainConfig:
             if value is not None and (not isinstance(value, allowed) or (words and isinstance(value, bool))):
                 raise InputError(f"`{f.name}`: expected {words}, got {value!r}")
             setattr(self, f.name, value)
+
+
+def described(option: Field, default: str | None = None) -> str:
+    """The help text of a field of :class:`TrainConfig`, with its default, or with ``default`` in its place."""
+    shown = default or option.metadata["shown"] or option.metadata["default"]
+    if isinstance(shown, bool):
+        shown = "yes" if shown else "no"
+    return option.metadata["help"] + ("" if shown is None else f" (default: {shown})")
+
+
+OPTIONS = {option.name: option for option in fields(TrainConfig)}
+TrainConfig.__doc__ += "\n    Args:\n" + "".join(f"        {name}: {described(o)}.\n" for name, o in OPTIONS.items())
+DEFAULTS = {name: o.metadata["default"] for name, o in OPTIONS.items() if o.metadata["default"] is not None}
+"""The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
+a third of ``epochs``, rounded up, and ``sgd_lr`` 0.001."""
+_CHANGEABLE = {name for name, o in OPTIONS.items() if o.metadata["changeable"]} | {"resume", "overwrite"}
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
@@ -197,37 +310,45 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
     """
     if config.resume and config.overwrite:
         raise InputError("`resume` and `overwrite` exclude each other")
-    given = {k: v for k, v in asdict(config).items() if v is not None}
-    full, saved, fallback = _with_defaults(given), None, None
+    arguments = {k: v for k, v in asdict(config).items() if v is not None}
+    full, saved, fallback = _with_defaults(arguments), None, None
     output = Path(full["output"])
     if config.resume:
         if not any((output / name).is_file() for name in (LAST, PREVIOUS)):
             raise InputError(f"`resume`: {output} holds no run to go on with ({LAST} is not there)")
         saved, fallback = read_last(output)
         run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
-        full = run | given | {"output": full["output"]}
-        changeable = _CHANGEABLE - ({"epochs"} if run["schedule"] != "constant" or run.get("progressive") else set())
-        changed = [
-            f"`{k}` ({run.get(k)} in the run, {v} now)"
-            for k, v in given.items()
-            if k not in changeable and run.get(k) != v
-        ]
-        if changed:
-            raise InputError(f"`resume`: the run in {output} has other arguments: {', '.join(changed)}")
+        full = run | arguments | {"output": full["output"]}
+        _check_unchanged(run, arguments, output)
     else:
-        present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
-        if present and not config.overwrite:
-            raise InputError(
-                f"`output`: {output} holds another run ({', '.join(present)}); give `resume` to go on with "
-                "it, `overwrite` to delete it, or another directory"
-            )
-        if output.exists() and not output.is_dir():
-            raise InputError(f"`output`: {output} is not a directory")
-    config = replace(config, **{f.name: full.get(f.name) for f in fields(TrainConfig) if f.name in full})
+        _check_output(output, config.overwrite)
+    config = replace(config, **{name: full[name] for name in OPTIONS if name in full})
     _check(config)
     if saved is not None:
         _check_progress(config, saved)
     return config, saved, fallback
+
+
+def _check_unchanged(run: dict[str, Any], arguments: dict[str, Any], output: Path) -> None:
+    changeable = _CHANGEABLE - ({"epochs"} if run["schedule"] != "constant" or run.get("progressive") else set())
+    changed = [
+        f"`{k}` ({run.get(k)} in the run, {v} now)"
+        for k, v in arguments.items()
+        if k not in changeable and run.get(k) != v
+    ]
+    if changed:
+        raise InputError(f"`resume`: the run in {output} has other arguments: {', '.join(changed)}")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
+    if present and not overwrite:
+        raise InputError(
+            f"`output`: {output} holds another run ({', '.join(present)}); give `resume` to go on with "
+            "it, `overwrite` to delete it, or another directory"
+        )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"`output`: {output} is not a directory")
 
 
 def fit_to_data(config: TrainConfig, img_size: int, num_images: int) -> None:
@@ -257,51 +378,46 @@ def default_output(config: TrainConfig) -> str:
     return _with_defaults({k: v for k, v in asdict(config).items() if v is not None})["output"]
 
 
-def flag(name: str) -> str:
-    """The command line's name of an argument, for :mod:`cxv.cli` and the log of a run."""
-    return "--model-arg" if name == "model_args" else f"--{name.replace('_', '-')}"
-
-
-def arguments(config: TrainConfig) -> dict[str, Any]:
+def to_dict(config: TrainConfig) -> dict[str, Any]:
     """What a run remembers of its configuration."""
     return {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """The value as ``args.json`` and a checkpoint, which is read without pickle, can hold it."""
     if isinstance(value, os.PathLike | torch.device):
         return str(value)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
+        return type(value)(map(_to_json, value))
     return to_number(value)
 
 
-def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     defaults = dict(DEFAULTS)
-    if given.get("data", "digits") == "digits":
-        defaults |= DIGITS_DEFAULTS | ({} if "model" in given else DIGITS_MODEL)
-    if given.get("data") == "tiny-imagenet":
+    if arguments.get("data", "digits") == "digits":
+        defaults |= DIGITS_DEFAULTS | ({} if "model" in arguments else DIGITS_MODEL)
+    if arguments.get("data") == "tiny-imagenet":
         defaults |= TINY_IMAGENET_DEFAULTS
-    recipe = given.get("recipe")
+    recipe = arguments.get("recipe")
     if recipe is not None:
         if recipe not in RECIPES:
             raise InputError(f"`recipe`: expected one of {', '.join(RECIPES)}, got {recipe!r}")
         defaults |= RECIPES[recipe]
-    if "progressive" in given:
-        defaults["epochs"] = sum(epochs for _, epochs in given["progressive"])
-    full = defaults | given
+    if "progressive" in arguments:
+        defaults["epochs"] = sum(epochs for _, epochs in arguments["progressive"])
+    full = defaults | arguments
     if recipe == "modern":
-        full |= _modern_defaults(full, given)
-    if full["schedule"] != "constant" and "patience" not in given:
+        full |= _modern_defaults(full, arguments)
+    if full["schedule"] != "constant" and "patience" not in arguments:
         full["patience"] = max(1, full["epochs"])  # the schedule ends the run
     if full["optimizer"] == "dualopt":
         full.setdefault("sgd_epochs", -(-full["epochs"] // 3))
         full.setdefault("sgd_lr", 1e-3)
     else:  # of a recipe
-        full = {k: v for k, v in full.items() if k not in ("sgd_epochs", "sgd_lr") or k in given}
-    if recipe == "paper-augmented" and "rand_augment" not in given:
+        full = {k: v for k, v in full.items() if k not in ("sgd_epochs", "sgd_lr") or k in arguments}
+    if recipe == "paper-augmented" and "rand_augment" not in arguments:
         family = str(full["model"]).lower().split("-")[0]
         if family not in RAND_AUGMENT:
             raise InputError(
@@ -314,51 +430,17 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig) -> None:
-    if config.optimizer not in OPTIMIZERS:
-        raise InputError(f"`optimizer`: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer!r}")
-    for name in ("sgd_epochs", "sgd_lr"):
-        if config.optimizer != "dualopt" and getattr(config, name) is not None:
-            raise InputError(
-                f"`{name}`: of DualOpT's second phase, and `optimizer` is {config.optimizer}, which has one phase: "
-                f"give `{name.removeprefix('sgd_')}`"
-            )
+    """Check each argument alone, then those that depend on one another."""
+    for name, option in OPTIONS.items():
+        value, choices, check = getattr(config, name), option.metadata["choices"], option.metadata["check"]
+        if choices is not None and value not in (None, *choices):
+            raise InputError(f"`{name}`: expected one of {', '.join(choices)}, got {value!r}")
+        if check is not None and value is not None and not check[0](value):
+            raise InputError(f"`{name}`: expected {check[1]}, got {value}")
+    _check_optimizer(config)
     _check_one_phase(config)
-    for name, least in (
-        ("epochs", 0),
-        ("sgd_epochs", 0),
-        ("patience", 1),
-        ("batch_size", 1),
-        ("accumulate", 1),
-        ("stem_stride", 1),
-        ("random_crop", 1),
-        ("threads", 1),
-    ):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise InputError(f"`{name}`: expected at least {least}, got {value}")
-    for name in ("lr", "sgd_lr", "clip_grad"):
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise InputError(f"`{name}`: expected a finite number above 0, got {value}")
-    for name in ("drop_rate", "label_smoothing"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < 1:
-            raise InputError(f"`{name}`: expected at least 0 and less than 1, got {value}")
-    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
-        raise InputError(f"`ema_decay`: expected more than 0 and less than 1, got {config.ema_decay}")
-    if config.weight_decay is not None:
-        if config.optimizer == "sgd":
-            raise InputError("`weight_decay`: AdamW's, and `optimizer` is sgd")
-        if not 0 <= config.weight_decay < math.inf:
-            raise InputError(f"`weight_decay`: expected a finite number, at least 0, got {config.weight_decay}")
-    for name in sorted(RESERVED.keys() & (config.model_args or {}).keys()):
-        raise InputError(f"`model_args` {name}: {RESERVED[name]}")
-    for name in sorted({"stem_stride", "patch_size"} & (config.model_args or {}).keys()):
-        if config.stem_stride is not None:
-            raise InputError(f"`model_args` {name}: `stem_stride` is {config.stem_stride} already: give it there alone")
-    if not config.epochs and not config.sgd_epochs:
-        both = "" if config.sgd_epochs is None else " and `sgd_epochs` are both"
-        raise InputError(f"`epochs`{both or ' is'} 0: nothing to train")
+    _check_stages(config)
+    _check_model_args(config)
     if config.rand_augment is not None:
         pair = tuple(config.rand_augment)
         if len(pair) != 2 or pair[0] < 1 or not 0 <= pair[1] < NUM_BINS:
@@ -370,42 +452,66 @@ def _check(config: TrainConfig) -> None:
         raise InputError("`post_train`: it follows training on augmented images: give `rand_augment` too")
 
 
+def _check_optimizer(config: TrainConfig) -> None:
+    for name in ("sgd_epochs", "sgd_lr"):
+        if config.optimizer != "dualopt" and getattr(config, name) is not None:
+            raise InputError(
+                f"`{name}`: of DualOpT's second phase, and `optimizer` is {config.optimizer}, which has one phase: "
+                f"give `{name.removeprefix('sgd_')}`"
+            )
+    if config.weight_decay is not None and config.optimizer == "sgd":
+        raise InputError("`weight_decay`: AdamW's, and `optimizer` is sgd")
+    if not config.epochs and not config.sgd_epochs:
+        both = "" if config.sgd_epochs is None else " and `sgd_epochs` are both"
+        raise InputError(f"`epochs`{both or ' is'} 0: nothing to train")
+
+
 def _check_one_phase(config: TrainConfig) -> None:
     """Check what fits a single phase of training alone: the schedule, the average of weights, growing images."""
-    if config.schedule not in SCHEDULES:
-        raise InputError(f"`schedule`: expected one of {', '.join(SCHEDULES)}, got {config.schedule!r}")
     for name in _ONE_PHASE:
-        value = getattr(config, name)
-        if value in (None, "constant"):
+        if getattr(config, name) in (None, "constant"):
             continue
         if config.optimizer == "dualopt":
             raise InputError(f"`{name}`: needs a single phase, and `optimizer` is dualopt: give adamw or sgd")
         if config.post_train:
             raise InputError(f"`{name}`: needs a single phase, and `post_train` adds one: leave one of them out")
-    if config.warmup_epochs is not None:
-        if config.schedule == "constant":
-            raise InputError("`warmup_epochs`: part of a schedule: give `schedule` cosine or onecycle too")
-        if not 0 <= config.warmup_epochs < config.epochs:
-            raise InputError(
-                f"`warmup_epochs`: expected at least 0 and less than `epochs` {config.epochs}, "
-                f"got {config.warmup_epochs}"
-            )
-    if config.progressive is not None:
-        stages = config.progressive
-        if not stages or not all(len(stage) == 2 and min(stage) >= 1 for stage in stages):
-            raise InputError(f"`progressive`: expected pairs of a size and epochs, at least 1 each, got {stages}")
-        total = sum(epochs for _, epochs in stages)
-        if total != config.epochs:
-            raise InputError(f"`progressive`: its {total} epochs are not `epochs` {config.epochs}: leave that out")
+    if config.warmup_epochs is None:
+        return
+    if config.schedule == "constant":
+        raise InputError("`warmup_epochs`: part of a schedule: give `schedule` cosine or onecycle too")
+    if not 0 <= config.warmup_epochs < config.epochs:
+        raise InputError(
+            f"`warmup_epochs`: expected at least 0 and less than `epochs` {config.epochs}, got {config.warmup_epochs}"
+        )
 
 
-def _modern_defaults(full: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _check_stages(config: TrainConfig) -> None:
+    stages = config.progressive
+    if stages is None:
+        return
+    if not stages or not all(len(stage) == 2 and min(stage) >= 1 for stage in stages):
+        raise InputError(f"`progressive`: expected pairs of a size and epochs, at least 1 each, got {stages}")
+    total = sum(epochs for _, epochs in stages)
+    if total != config.epochs:
+        raise InputError(f"`progressive`: its {total} epochs are not `epochs` {config.epochs}: leave that out")
+
+
+def _check_model_args(config: TrainConfig) -> None:
+    names = (config.model_args or {}).keys()
+    for name in sorted(RESERVED.keys() & names):
+        raise InputError(f"`model_args` {name}: {RESERVED[name]}")
+    for name in sorted({"stem_stride", "patch_size"} & names):
+        if config.stem_stride is not None:
+            raise InputError(f"`model_args` {name}: `stem_stride` is {config.stem_stride} already: give it there alone")
+
+
+def _modern_defaults(full: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The recipe's defaults that depend on the model and the dataset."""
     defaults: dict[str, Any] = {"hflip": False} if full["data"] == "digits" else {}  # a digit has no mirror image
     with suppress(ValueError):  # an unknown name is reported when the model is built
         if has_fused_ops(full["model"]):
             defaults["drop_rate"] = 0.0
-    return {name: value for name, value in defaults.items() if name not in given}
+    return {name: value for name, value in defaults.items() if name not in arguments}
 
 
 def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:

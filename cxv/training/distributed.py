@@ -1,4 +1,4 @@
-"""Data-parallel training: what the processes that ``torchrun`` started share, and how a batch is divided among them."""
+"""Data-parallel training: the processes that ``torchrun`` started, and the division of a batch among them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from ..errors import InputError
 T = TypeVar("T")
 
 
-class PeerError(InputError):
+class RemoteError(InputError):
     """An error that ends this process and that another one reports."""
 
 
@@ -35,8 +35,8 @@ def process_group() -> Iterator[None]:
 class World:
     """The processes that train one model together: this one is number ``rank`` of ``size``.
 
-    All of them hold the whole data set and go through the same batches in the same order; of each batch a process
-    computes :meth:`part`. What they decide on is summed over all of them, so they decide alike.
+    Each process holds the whole dataset and goes through the same batches in the same order; it computes its
+    :meth:`shard` of each batch. Decisions depend on sums over all processes, so all decide alike.
     """
 
     rank: int = 0
@@ -44,7 +44,7 @@ class World:
 
     @staticmethod
     def current() -> "World":
-        """Those of torch's default process group; one process where there is none."""
+        """The processes of torch's default group, or one process if there is no group."""
         if dist.is_available() and dist.is_initialized():
             return World(dist.get_rank(), dist.get_world_size())
         return World()
@@ -54,16 +54,16 @@ class World:
         """Whether this process writes the files and the log."""
         return self.rank == 0
 
-    def part(self, n: int) -> range:
-        """Which of ``n`` items are this process's: consecutive, one more in the first ones where it does not divide."""
-        share, more = divmod(n, self.size)
-        first = self.rank * share + min(self.rank, more)
-        return range(first, first + share + (self.rank < more))
+    def shard(self, n: int) -> range:
+        """The consecutive items of ``n`` that belong to this process; the first processes have one more if need be."""
+        length, more = divmod(n, self.size)
+        first = self.rank * length + min(self.rank, more)
+        return range(first, first + length + (self.rank < more))
 
-    def share(self, rows: Tensor, batch_size: int) -> Tensor:
-        """This process's part of each batch of ``rows``; of a batch with none for it, the first row as a stand-in."""
-        parts = ((batch, self.part(len(batch))) for batch in rows.split(batch_size))
-        return torch.cat([batch[part.start : part.stop] if part else batch[:1] for batch, part in parts])
+    def shard_rows(self, rows: Tensor, batch_size: int) -> Tensor:
+        """This process's shard of each batch of ``rows``; the first row of a batch stands in for an empty shard."""
+        shards = ((batch, self.shard(len(batch))) for batch in rows.split(batch_size))
+        return torch.cat([batch[shard.start : shard.stop] if shard else batch[:1] for batch, shard in shards])
 
     def local_device(self, device: torch.device) -> torch.device:
         """This process's own GPU, where ``device`` is "cuda" without a number.
@@ -106,48 +106,48 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
-    def has_lost_a_peer(self, error: RuntimeError) -> bool:
-        """Whether ``error`` came of another process's end."""
+    def lost_process(self, error: RuntimeError) -> bool:
+        """Whether ``error`` says that another process has ended."""
         return self.size > 1 and (isinstance(error, dist.DistError) or "by peer" in str(error))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """An InputError of one process within is one of all of them; the first that has it reports it.
+    def sync_errors(self) -> Iterator[None]:
+        """A block in which an InputError of one process ends all of them; the first process that has one reports it.
 
-        Within, no process may wait for another.
+        No process may wait for another within the block.
         """
         if self.size == 1:
             yield
             return
-        own = None
+        local_error = None
         try:
             yield
         except InputError as error:
-            own = error
-        found: list[str | None] = [None] * self.size
-        dist.all_gather_object(found, None if own is None else str(own))
-        reporter = next((rank for rank, message in enumerate(found) if message is not None), None)
+            local_error = error
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, None if local_error is None else str(local_error))
+        reporter = next((rank for rank, message in enumerate(messages) if message is not None), None)
         if reporter == self.rank:
-            raise own
+            raise local_error
         if reporter is not None:
-            raise PeerError(found[reporter]) from own
+            raise RemoteError(messages[reporter]) from local_error
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What the main process's ``function()`` returns, or raises as an InputError, in every process."""
+    def broadcast_from_rank0(self, function: Callable[[], T]) -> T:
+        """Call ``function()`` in the main process and return its result, or raise its InputError, in every process."""
         if self.size == 1:
             return function()
         box: list[T | None] = [None]
-        with self.together():
+        with self.sync_errors():
             if self.is_main:
                 box[0] = function()
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def main_first(self, function: Callable[[], T]) -> T:
-        """``function()``, in the main process before the others: it may write files that they then find."""
+    def rank0_first(self, function: Callable[[], T]) -> T:
+        """Call ``function()`` in the main process first, then in the others, which may read the files it wrote."""
         result: list[T] = []
         for turn in (True, False):
-            with self.together():
+            with self.sync_errors():
                 if self.is_main == turn:
                     result.append(function())
         return result[0]

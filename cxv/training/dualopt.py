@@ -13,7 +13,8 @@ from cxv_kernels.validation import to_number, to_numbers
 from ..errors import InputError
 
 PHASES = ("adamw", "sgd")
-_PROGRESS = ("epoch", "stale", "best_top1", "best_epoch", "switch_epoch", "switch_reason")
+_PROGRESS = ("epoch", "num_bad_epochs", "best_top1", "best_epoch", "switch_epoch", "switch_reason")
+_OLDER_REASONS = {"stale": "patience", "capped": "max_epochs"}  # of states from before version 0.1.0 was released
 _RATE = (lambda value: 0 < value < math.inf, "a finite number above 0")
 _DECAY = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 
@@ -21,10 +22,10 @@ _DECAY = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 class DualOpT:
     """The two-phase optimizer of CXV (arXiv 2201.10271, section 4).
 
-    Phase ``"adamw"`` trains with AdamW at a constant rate. Once top-1 has not progressed for ``patience``
-    epochs, or at the phase's cap, the best weights so far are reloaded and phase ``"sgd"`` goes on from them
-    with a fresh SGD, until it is stale or capped in turn; then :attr:`finished` is true. Both phases share
-    one best-so-far.
+    Phase ``"adamw"`` trains with AdamW at a constant rate. When top-1 has not improved for ``patience`` epochs, or
+    after the phase's ``max_epochs``, the best weights so far are reloaded and phase ``"sgd"`` continues from them with
+    a fresh SGD, until the same holds for it; then :attr:`finished` is true. Both phases share one best-so-far. An equal
+    top-1 counts as an improvement.
 
     Example::
 
@@ -43,7 +44,7 @@ class DualOpT:
             (the statistics of a BatchNorm, say) are kept and reloaded with the best weights too. Or groups as torch's
             optimizers take them, ``{"params": …, "lr": …, "weight_decay": …}``, the last two optional and AdamW's: SGD
             keeps the ratio of a group's rate to ``lr``.
-        patience: epochs without progress that end a phase, at least 1.
+        patience: epochs without an improvement that end a phase, at least 1.
         lr, betas, eps, weight_decay: AdamW's.
         sgd_lr, momentum: SGD's. It has no weight decay and no Nesterov momentum.
         max_epochs: the most epochs of the AdamW and of the SGD phase. ``None`` is no cap; 0 leaves that
@@ -53,8 +54,8 @@ class DualOpT:
     Raises:
         InputError: (a ``ValueError``) an argument is out of its range.
 
-    The best weights are kept in host memory. It is no ``torch.optim.Optimizer``: :attr:`optimizer` is the one
-    now active, for a ``GradScaler`` or a scheduler; it is another object after the switch.
+    The best weights are kept in host memory. DualOpT is not a ``torch.optim.Optimizer``: give :attr:`optimizer`, the
+    active one, to a ``GradScaler`` or a scheduler. It is another object after the switch.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class DualOpT:
 
         self.epoch = 0
         """Epochs ended, in both phases together."""
-        self.stale = 0
-        """Epochs of this phase since the last progress."""
+        self.num_bad_epochs = 0
+        """Epochs of this phase since the last improvement."""
         self.best_top1: float | None = None
         """The best top-1 so far, in the unit given to :meth:`end_epoch`."""
         self.best_epoch: int | None = None
@@ -111,7 +112,7 @@ class DualOpT:
         self.switch_epoch: int | None = None
         """The last epoch of AdamW, once it is over."""
         self.switch_reason: str | None = None
-        """Why it ended: ``"stale"`` or ``"capped"``."""
+        """Why it ended, as :attr:`stop_reason`."""
         self._phase_epoch = 0
         self._best: dict[str, Tensor] = {}
         self._first = "sgd" if max_epochs[0] == 0 else "adamw"
@@ -119,22 +120,22 @@ class DualOpT:
 
     @property
     def phase(self) -> str:
-        """``"adamw"`` or ``"sgd"``: what the next :meth:`step` runs."""
+        """``"adamw"`` or ``"sgd"``: the optimizer of the next :meth:`step`."""
         return self._phase
 
     @property
     def finished(self) -> bool:
         """True when no epoch is left to train."""
         last = self._phase == "sgd" or self.max_epochs["sgd"] == 0
-        return last and self.phase_over is not None
+        return last and self.stop_reason is not None
 
     @property
-    def phase_over(self) -> str | None:
-        """Why the present phase is over, ``"stale"`` or ``"capped"``; ``None`` while it is not."""
-        if self.stale >= self.patience:
-            return "stale"
+    def stop_reason(self) -> str | None:
+        """The argument that ended the present phase, ``"patience"`` or ``"max_epochs"``; ``None`` while it goes on."""
+        if self.num_bad_epochs >= self.patience:
+            return "patience"
         cap = self.max_epochs[self._phase]
-        return "capped" if cap is not None and self._phase_epoch >= cap else None
+        return "max_epochs" if cap is not None and self._phase_epoch >= cap else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -151,8 +152,8 @@ class DualOpT:
         """Report the epoch's top-1 (a fraction or per cent) and switch the phase when it is time.
 
         Returns:
-            True if the epoch is the best so far. A tie counts as progress, so its weights are kept and the
-            count of stale epochs goes back to 0.
+            True if the epoch is the best so far. An equal top-1 counts as an improvement: its weights are kept and
+            :attr:`num_bad_epochs` goes back to 0.
 
         Raises:
             InputError: ``top1`` is not finite.
@@ -166,11 +167,11 @@ class DualOpT:
         self._phase_epoch += 1
         best = self.best_top1 is None or top1 >= self.best_top1
         if best:
-            self.stale, self.best_top1, self.best_epoch = 0, top1, self.epoch
+            self.num_bad_epochs, self.best_top1, self.best_epoch = 0, top1, self.epoch
             # a copy on the CPU too; never written to again, so that state_dict() may share it
             self._best = {k: t.detach().to("cpu", copy=True) for k, t in self._tensors().items()}
         else:
-            self.stale += 1
+            self.num_bad_epochs += 1
         self._switch_if_due()
         return best
 
@@ -213,6 +214,9 @@ class DualOpT:
         Raises:
             InputError: the state is of other parameters, or not DualOpT's.
         """
+        if "stale" in state:
+            reason = state.get("switch_reason")
+            state = state | {"num_bad_epochs": state["stale"], "switch_reason": _OLDER_REASONS.get(reason, reason)}
         missing = sorted({"phase", "phase_epoch", "best", "optimizer", *_PROGRESS} - set(state))
         if missing:
             raise InputError(f"state: not a state_dict of DualOpT, {', '.join(missing)} missing")
@@ -220,14 +224,15 @@ class DualOpT:
         if phase not in PHASES:
             raise InputError(f"state: phase is {phase!r}, expected one of {PHASES}")
         if best:
-            here = {name: tuple(t.shape) for name, t in self._tensors().items()}
-            there = {name: tuple(t.shape) for name, t in best.items()}
-            odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-            if odd:
-                k = odd[0]
+            expected = {name: tuple(t.shape) for name, t in self._tensors().items()}
+            loaded = {name: tuple(t.shape) for name, t in best.items()}
+            names = expected.keys() | loaded.keys()
+            mismatched = sorted(name for name in names if expected.get(name) != loaded.get(name))
+            if mismatched:
+                k = mismatched[0]
                 raise InputError(
-                    f"state: of other parameters: {k} is {there.get(k, 'absent')} there, "
-                    f"{here.get(k, 'absent')} here ({len(odd)} differ)"
+                    f"state: of other parameters: {k} is {loaded.get(k, 'absent')} there, "
+                    f"{expected.get(k, 'absent')} here ({len(mismatched)} differ)"
                 )
         self._start(phase)
         try:
@@ -240,7 +245,7 @@ class DualOpT:
         self._switch_if_due()
 
     def _start(self, phase: str) -> None:
-        self._phase, self._phase_epoch, self.stale = phase, 0, 0
+        self._phase, self._phase_epoch, self.num_bad_epochs = phase, 0, 0
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW([dict(group) for group in self._groups], **self._adamw)
             if phase == "adamw"
@@ -251,9 +256,9 @@ class DualOpT:
         return {"params": params} | ({} if lr is None else {"lr": self._sgd["lr"] * (lr / self._adamw["lr"])})
 
     def _switch_if_due(self) -> None:
-        if self._phase != "adamw" or self.finished or self.phase_over is None:
+        if self._phase != "adamw" or self.finished or self.stop_reason is None:
             return
-        self.switch_epoch, self.switch_reason = self.epoch, self.phase_over
+        self.switch_epoch, self.switch_reason = self.epoch, self.stop_reason
         self._reload("sgd")
 
     def _reload(self, phase: str) -> None:

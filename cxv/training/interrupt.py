@@ -28,25 +28,27 @@ def deferred_interrupts() -> Iterator[None]:
     Python's own is set, or in another thread than the main one, nothing is changed: only the main thread gets signals.
     """
     global _waiting
-    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    own = {number: handler for number, handler in own.items() if _in_main() and signal.getsignal(number) is handler}
-    if not own:
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    handlers = {
+        number: handler for number, handler in handlers.items() if _in_main() and signal.getsignal(number) is handler
+    }
+    if not handlers:
         yield
         return
 
     def wait(number: int, _: object) -> None:
         global _waiting
         _waiting = number
-        signal.signal(number, own[number])
+        signal.signal(number, handlers[number])
 
-    for number in own:
+    for number in handlers:
         signal.signal(number, wait)
     try:
         yield
         _raise_if_waiting()
     finally:
         _waiting = None
-        for number, handler in own.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import BEST, LAST, PREVIOUS, atomic_write, read_last
 from ..errors import InputError
-from .config import SUMMARY, TrainConfig, default_output
+from .config import OPTIONS, SUMMARY, TrainConfig, default_output
 from .distributed import World
-from .loop import train
-from .summary import summarize_seeds, summary_lines
+from .logging import summarize_seeds, summary_lines
+from .trainer import train
 
 
 def has_seeds(config: TrainConfig) -> bool:
@@ -29,7 +29,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
     With ``resume`` the runs that are over are not trained again, one that was interrupted goes on, and the rest begin.
 
     Returns:
-        What :func:`cxv.training.summary.summarize_seeds` gives.
+        What :func:`cxv.training.logging.summarize_seeds` gives.
 
     Raises:
         InputError: as :func:`train`, and when ``output`` holds something else.
@@ -37,19 +37,18 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
     world = World.current()
     log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
     root = Path(config.output or default_output(config))
-    begun, run = world.from_main(lambda: _check_root(config, root))
+    begun, run = world.broadcast_from_rank0(lambda: _check_root(config, root))
     seeds = config.seeds or run["seeds"]
-    known = {f.name for f in fields(TrainConfig)}
     runs = {}
     for n, seed in enumerate(seeds, 1):
         log(f"seed {seed}, run {n} of {len(seeds)}")
         output = root / f"seed-{seed}"
-        one = replace(config, seed=seed, seeds=tuple(seeds), output=str(output))
+        config_of_seed = replace(config, seed=seed, seeds=tuple(seeds), output=str(output))
         if config.resume and output not in begun:
-            given = {k: v for k, v in asdict(one).items() if v is not None}
-            one = TrainConfig(**{k: v for k, v in run.items() if k in known} | given | {"resume": False})
+            given = {k: v for k, v in asdict(config_of_seed).items() if v is not None}
+            config_of_seed = TrainConfig(**{k: v for k, v in run.items() if k in OPTIONS} | given | {"resume": False})
         try:
-            runs[seed] = train(one, log).summary
+            runs[seed] = train(config_of_seed, log).summary
         except KeyboardInterrupt:
             log(f"and the other seeds after it with  cxv train --resume --output {root}")
             raise
@@ -80,10 +79,10 @@ def _check_root(config: TrainConfig, root: Path) -> tuple[list[Path], dict[str, 
     seeds = config.seeds or run["seeds"]
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"`seeds`: expected different whole numbers, at least 0, got {','.join(map(str, seeds))}")
-    stale = [path.name for path in begun if path.name not in {f"seed-{seed}" for seed in seeds}]
-    if config.overwrite and stale:
+    others = [path.name for path in begun if path.name not in {f"seed-{seed}" for seed in seeds}]
+    if config.overwrite and others:
         raise InputError(
-            f"`overwrite`: {root} holds runs of other seeds too ({', '.join(stale)}): delete them yourself"
+            f"`overwrite`: {root} holds runs of other seeds too ({', '.join(others)}): delete them yourself"
         )
     return begun, run
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from ..backends import use_backend
+from ..dispatch import use_backend
 from .swap import Swap
 
 # the attention classes, and the module here that knows them

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import use_backend
-from ..linear_attention import linear_attention
-from ..nystrom_attention import nystrom_attention
-from ..performer_attention import num_random_features, orthogonal_projection, performer_attention
+from ..dispatch import use_backend
+from ..ops.linear_attention.functional import linear_attention
+from ..ops.nystrom_attention.functional import nystrom_attention
+from ..ops.performer_attention.functional import num_random_features, orthogonal_projection, performer_attention
 
 # what other attention functions change by these arguments, ours cannot
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "cache")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "simt"))
 
 from host import SIMT, emulator
 
-from cxv_kernels._extension import CPP_MISSING
+from cxv_kernels.library import CPP_MISSING
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -18,21 +18,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import cxv
 import cxv_kernels
 from cxv.training import TrainConfig, train
-from cxv_kernels import backends, checks, self_check
+from cxv_kernels import dispatch, self_check, testing
 from cxv_kernels._triton import TRITON_MISSING
 from cxv_kernels.testing import peak_memory
 
 ARCH = int(os.environ["HOST_GPU_ARCH"])
 LOW = torch.float16 if ARCH < 80 else torch.bfloat16
-OPS = [op for op in backends.OPS if backends.explain_backend(op, "cuda")["cuda"] == "serves"]
+OPS = [op for op in cxv_kernels.OPS if dispatch.explain_backend(op, "cuda")["cuda"] == "supported"]
 CASES = [
     case
     for size in ((1, 2, 70, 32, True), (2, 2, 37, 16, True), (1, 1, 36, 64, False))
-    for case in checks.cases(*size)
+    for case in testing.cases(*size)
     if case.op in OPS
 ]
 
-SMALL = partial(checks.cases, 1, 1, 40)  # of a number of channels
+SMALL = partial(testing.cases, 1, 1, 40)  # of a number of channels
 WAYS = ("forward", "backward")
 
 
@@ -59,9 +59,9 @@ def test_ops():
 def test_matches_float64(case, dtype):
     if dtype == torch.bfloat16 and ARCH < 80:
         with pytest.raises(RuntimeError, match=r"no bfloat16 on sm_75.*use float16 or float32"):
-            checks.run(case, "cuda", "cuda", dtype)
+            testing.run(case, "cuda", "cuda", dtype)
         return
-    result = checks.run(case, "cuda", "cuda", dtype)
+    result = testing.run(case, "cuda", "cuda", dtype)
     assert result.ratio <= 1, f"{result.error} is {result.ratio} of what is allowed"
 
 
@@ -109,7 +109,7 @@ class AsFake(TorchDispatchMode):
 def test_results_are_as_the_compiler_is_told(case):
     inputs = [torch.randn(shape, device="cuda").to(LOW) for shape in case.shapes]
     with AsFake() as mode:
-        checks.outputs_and_gradients(case, inputs, "cuda", LOW)
+        testing.outputs_and_gradients(case, inputs, "cuda", LOW)
     assert {name.rpartition("_")[2].partition(".")[0] for name in mode.seen} == {"forward", "backward"}
 
 
@@ -142,7 +142,7 @@ def test_launches_on_the_callers_stream(case):
 @pytest.mark.parametrize("op", ["kv_state", "conv_norm", "gelu_dropout"])
 def test_triton_launches_on_the_callers_stream(op):
     """Compiled and launched as on a GPU, by Triton's own launcher; here they compute nothing."""
-    check_streams(next(case for case in checks.cases(1, 2, 64, 32, ragged=False) if case.op == op), "triton")
+    check_streams(next(case for case in testing.cases(1, 2, 64, 32, ragged=False) if case.op == op), "triton")
 
 
 @pytest.mark.parametrize("name", ["cpv-1/4", "cnv-1/4", "cltv-1/4"])
@@ -171,10 +171,10 @@ def first_use(monkeypatch):
     """As in a new process, with small cases, and without Triton where it takes long to compile."""
     monkeypatch.setattr(self_check, "_verdicts", {})
     monkeypatch.setattr(self_check, "_shown", set())
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     monkeypatch.setattr(self_check, "_cases", lambda op: [case for case in SMALL(16) if case.op == op])
     if ARCH >= 80:
-        monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
+        monkeypatch.setattr(dispatch, "dispatch_order", lambda device: ("cuda",))
 
 
 def test_kernels_are_validated_on_their_first_use(first_use, capsys):
@@ -202,7 +202,7 @@ def test_kernels_are_validated_on_their_first_use(first_use, capsys):
 
 @pytest.mark.parametrize("known", [False, True], ids=["no-verdict", "verdict"])
 def test_validated_kernels_are_used_in_compiled_code(known, first_use, monkeypatch):
-    monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
+    monkeypatch.setattr(dispatch, "dispatch_order", lambda device: ("cuda",))
     torch._dynamo.reset()
     for op in ("performer_attention", "conv_norm") if known else ():
         monkeypatch.setitem(self_check._verdicts, (0, op, "cuda", LOW), None)
@@ -222,7 +222,7 @@ def test_validated_kernels_are_used_in_compiled_code(known, first_use, monkeypat
 
 def test_training_in_float16(tmp_path, first_use, monkeypatch):
     """The loop's CUDA side: images on the device, the scaler, the checkpoints, the best of which SGD goes on from."""
-    monkeypatch.setattr(backends, "dispatch_order", lambda device: ("cuda",))
+    monkeypatch.setattr(dispatch, "dispatch_order", lambda device: ("cuda",))
     config = TrainConfig(
         model="cpv-1/2",
         embed_dim=32,

@@ -7,11 +7,7 @@ import pytest
 import torch
 
 import cxv_kernels
-
-try:
-    from cxv_kernels.testing import tolerance
-except ImportError:
-    from cxv_kernels.checks import tolerance
+from cxv_kernels.testing import tolerance
 
 
 @contextmanager

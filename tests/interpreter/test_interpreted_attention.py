@@ -9,7 +9,8 @@ from test_fused_attention import ATTENTION, assert_fused_matches, performer
 from torch.library import opcheck
 
 import cxv_kernels
-from cxv_kernels import checks, configs, orthogonal_projection, performer_features
+from cxv_kernels import orthogonal_projection, performer_features, testing
+from cxv_kernels.ops.linear_attention.triton import configs
 
 every_variant = pytest.mark.parametrize("variant", ATTENTION)
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -17,13 +18,13 @@ OURS = ("linear_attention", "kv_state", "performer_attention", "performer_featur
 matches = partial(assert_fused_matches, backend="triton")
 
 
-def short_runs(**options):
-    """A table by which few tokens are already cut into several runs; with other options, too."""
-    names = ("key_kernel", "query_kernel", "query_backward_kernel", "key_backward_kernel")
+def short_splits(**options):
+    """A table that cuts few tokens into several splits; with other options, too."""
+    names = ("key_pass", "query_pass", "query_backward", "key_backward")
     table = {}
     for name in names:
         entry = configs.lookup(name, 0, 32, None, torch.float32) | {"TOKENS": 64, "BLOCK_N": 32} | options
-        table[name] = {"default": {"default": {"default": entry}}}
+        table[name] = {"default": entry}
     return configs.override(table)
 
 
@@ -35,9 +36,11 @@ def out_and_gradients(attend, inputs, backend="triton", **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in checks.cases(1, 2, 70) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}")
+@pytest.mark.parametrize(
+    "case", [c for c in testing.cases(1, 2, 70) if c.op in OURS], ids=lambda c: f"{c.op} {c.label}"
+)
 def test_checks(case, dtype):
-    result = checks.run(case, "triton", "cpu", dtype)
+    result = testing.run(case, "triton", "cpu", dtype)
     assert result.passed, f"error {result.error:.1e}, {result.ratio:.2f} of the tolerance"
 
 
@@ -71,18 +74,18 @@ def test_more_features_than_a_block(options, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["softmax", "elu", "relu"])
 def test_more_channels_than_a_block(variant, dtype):
-    with short_runs(BLOCK_F=16):
+    with short_splits(BLOCK_F=16):
         matches(qkv(1, 2, 20, 70, 40, 9, dtype), variant)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @every_variant
-def test_runs_are_folded(variant, dtype):
-    """Several runs of tokens, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
+def test_splits_are_added(variant, dtype):
+    """Several splits, and a batch in which one image sees few keys, one none, whatever the hidden ones hold."""
     q, k, v = qkv(3, 1, 50, 140, 16, 16, dtype)
     key_mask = torch.rand(3, 140) > 0.5
     key_mask[1], key_mask[2] = torch.arange(140) < 3, False
-    with short_runs():
+    with short_splits():
         matches((q, k, v), variant, key_mask, 2)  # with three keys nothing averages the operands' roundings
         out, _, dk, dv = out_and_gradients(partial(ATTENTION[variant], key_mask=key_mask), (q, k, v))
         hidden = ~key_mask[:, None, :, None]
@@ -107,10 +110,10 @@ def test_one_key(dtype):
 @pytest.mark.parametrize("separate", [True, False])
 @every_variant
 def test_needed_gradients_alone_have_the_same_bits(variant, separate):
-    """Of some inputs alone, where query_state_kernel does a part of the work and where it does not."""
-    entry = configs.lookup("query_backward_kernel", 0, 32, None, torch.float32) | {"SEPARATE": separate}
+    """Of some inputs alone, where query_backward_sums does a part of the work and where it does not."""
+    entry = configs.lookup("query_backward", 0, 32, None, torch.float32) | {"SEPARATE": separate}
     inputs = qkv(1, 1, 20, 18, 12, 9)
-    with configs.override({"query_backward_kernel": {"default": {"default": {"default": entry}}}}):
+    with configs.override({"query_backward": {"default": entry}}):
         _, *every = out_and_gradients(ATTENTION[variant], inputs)
         for needed in ((0,), (1,), (2,), (0, 2)):
             leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
@@ -135,7 +138,7 @@ def test_needed_gradients_of_the_state_alone_have_the_same_bits(feature_map):
 def test_bits_depend_on_the_head_alone(variant):
     """Alone or in a batch, in whatever layout, again and again."""
     q, k, v = qkv(2, 2, 20, 140, 16, 16, torch.float16)
-    with short_runs():
+    with short_splits():
         got = out_and_gradients(ATTENTION[variant], (q, k, v))
         alone = out_and_gradients(ATTENTION[variant], [t[1:, 1:] for t in (q, k, v)])
         assert all(torch.equal(a[1:, 1:], b) for a, b in zip(got, alone, strict=True))
@@ -151,7 +154,7 @@ def test_nothing_uninitialized_is_read_or_left(variant, monkeypatch):
     torch.use_deterministic_algorithms(True)  # empty tensors are filled with NaN
     try:
         assert torch.empty(3).isnan().all()
-        with short_runs():
+        with short_splits():
             matches(inputs, variant)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -173,7 +176,7 @@ def test_offsets_beyond_32_bits(variant):
 def test_many_tokens_in_half_precision(variant):
     """Neither what is summed nor a key's share, 1e-5 of it, leaves float16."""
     inputs = [t.half() for t in qkv(1, 1, 1, 100_003, 8, 4)]
-    with short_runs(BLOCK_N=1 << 14, TOKENS=1 << 14):
+    with short_splits(BLOCK_N=1 << 14, TOKENS=1 << 14):
         got = out_and_gradients(ATTENTION[variant], inputs)
     exact = [t.double().requires_grad_() for t in inputs]
     want = ATTENTION[variant](*exact, backend="reference")
@@ -245,12 +248,12 @@ def test_gradients_where_eps_dominates():
 
 def test_what_is_declined():
     q = heads(1, 1, 4, 129, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="serves heads of at most 128 channels, not 129"):
+    with pytest.raises(RuntimeError, match="supports 1 to 128 channels, not 129"):
         cxv_kernels.linear_attention(q, q, q, backend="triton")
     x, projection = heads(1, 1, 4, 8, dtype=torch.float32), torch.randn(513, 8)
-    with pytest.raises(RuntimeError, match="serves at most 512 features, not 513"):
+    with pytest.raises(RuntimeError, match="supports at most 512 features, not 513"):
         cxv_kernels.performer_attention(x, x, x, projection, backend="triton")
-    with pytest.raises(RuntimeError, match="serves no bfloat16 in its interpreter"):
+    with pytest.raises(RuntimeError, match="does not support bfloat16 in its interpreter"):
         cxv_kernels.linear_attention(*[x.bfloat16()] * 3, backend="triton")
 
 
@@ -288,21 +291,3 @@ def test_compiles_without_graph_breaks(op):
     assert torch.equal(got, want)
     for a, b in zip(*(torch.autograd.grad(o.sum(), inputs) for o in (got, want)), strict=True):
         assert torch.equal(a, b)
-
-
-def test_the_table_serves_the_nearest():
-    leaf = {"num_warps": 1}
-    table = {"80": {"32": {"16": {"num_warps": 3}}, "32x128": {"16": {"num_warps": 2}, "default": leaf}}}
-    table["80"]["default"] = {"default": leaf}
-    table["default"] = {"default": {"default": {"num_warps": 9}}}
-    with configs.override({"a_kernel": table}):
-        assert configs.lookup("a_kernel", 90, 32, 110, torch.float16) == {"num_warps": 2}
-        assert configs.lookup("a_kernel", 90, 20, 64, torch.float16) == {"num_warps": 2}  # the next size
-        assert configs.lookup("a_kernel", 86, 32, 110, torch.float32) == leaf
-        assert configs.lookup("a_kernel", 80, 64, 110, torch.float16) == leaf
-        assert configs.lookup("a_kernel", 80, 32, 129, torch.float16) == leaf
-        assert configs.lookup("a_kernel", 80, 32, None, torch.float16) == {"num_warps": 3}  # no projection
-        assert configs.lookup("a_kernel", 75, 32, 110, torch.float16) == {"num_warps": 9}
-        assert configs.lookup("key_kernel", 90, 32, 110, torch.float16)["num_warps"] > 0
-    with pytest.raises(KeyError):
-        configs.lookup("a_kernel", 90, 32, 110, torch.float16)

@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from cxv_kernels import conv_norm
-from cxv_kernels.checks import tolerance
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import accumulate_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # 1/γ where it is not used
@@ -69,7 +69,7 @@ def test_matches_float64(layout, dtype, c_in, c_out, size, batch):
 @in_every_format
 def test_many_tiles_a_program(layout, monkeypatch):
     """The sums and the convolution of programs that have several tiles."""
-    monkeypatch.setattr(importlib.import_module("cxv_kernels.conv_norm.triton"), "_MAX_SPLITS", 3)
+    monkeypatch.setattr(importlib.import_module("cxv_kernels.ops.conv_norm.triton"), "_MAX_SPLITS", 3)
     inputs = setup(3, 160, torch.float32, size=(12, 12), layout=layout)
     assert_matches(inputs)
     inputs[3][0] = 0
@@ -195,7 +195,9 @@ def test_repeats_its_bits_in_any_batch_and_leaves_nothing_unwritten(layout, monk
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("c_out", [1, 24, 100])
 def test_the_convolution_that_normalizes(c_out, dtype, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("cxv_kernels.conv_norm.triton"), "implicit_gemm", True)
+    monkeypatch.setattr(
+        importlib.import_module("cxv_kernels.ops.conv_norm.triton"), "prefers_implicit_gemm", lambda *_: True
+    )
     inputs = setup(5, c_out, dtype, size=(9, 11), layout=torch.channels_last)
     with torch.profiler.profile() as profile:
         out = assert_matches(inputs, 4 if c_out > 1 else 4 * 1e5**0.5)[0]

@@ -40,7 +40,7 @@ def test_attention_at_drawn_values(name, seed):
     ids=str,
 )
 def test_a_tiny_eps_is_declined(name, dtype, least):
-    with pytest.raises(RuntimeError, match=f"does not serve an eps between 0 and {least}"):
+    with pytest.raises(RuntimeError, match=f"does not support an eps between 0 and {least}"):
         check_attention(name, "triton", draw(0, dtype, (0.0, 0.0), (1.0, 1.0)))
 
 

@@ -5,9 +5,9 @@ import torch
 from torch.library import opcheck
 
 from cxv_kernels import nystrom_attention
-from cxv_kernels.checks import tolerance
-from cxv_kernels.nystrom_attention.op import Means, Mix, Residual
-from cxv_kernels.nystrom_attention.reference import mix_reference, residual_reference, segment_means
+from cxv_kernels.ops.nystrom_attention.op import means_op, mix_op, residual_op
+from cxv_kernels.ops.nystrom_attention.reference import mix_reference, residual_reference, segment_means
+from cxv_kernels.testing import tolerance
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
 OPS = torch.ops.cxv_kernels_triton
@@ -62,10 +62,10 @@ def pieces(dtype=torch.float64):
     mix = [heads(1, 2, 5, 3, dtype=acc), heads(1, 2, 5, 3, dtype=acc), heads(1, 2, 5, 4, dtype=dtype)]
     weight = heads(2, 1, 5, 1, dtype=dtype)
     return {
-        "means": (lambda x: Means.apply(x, 3, "triton"), lambda x: segment_means(x.to(acc), 3), [q]),
-        "mix": (lambda *t: Mix.apply(*t, "triton"), mix_reference, mix),
+        "means": (lambda x: means_op(x, 3, "triton"), lambda x: segment_means(x.to(acc), 3), [q]),
+        "mix": (lambda *t: mix_op(*t, "triton"), mix_reference, mix),
         "residual": (
-            lambda *t: Residual.apply(*t, "triton"),
+            lambda *t: residual_op(*t, "triton"),
             lambda a, v, w: a + residual_reference(v, w),
             [v + 1, v, weight],
         ),
@@ -103,7 +103,7 @@ def test_columns_that_tie_share_the_gradient_of_their_sum():
     inputs = [t.requires_grad_() for t in inputs]
     grad = heads(1, 1, 4, 2)
     got, want = (
-        torch.autograd.grad(f(*inputs), inputs, grad) for f in (lambda *t: Mix.apply(*t, "triton"), mix_reference)
+        torch.autograd.grad(f(*inputs), inputs, grad) for f in (lambda *t: mix_op(*t, "triton"), mix_reference)
     )
     torch.testing.assert_close(got, want)
 

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxv_kernels import _triton, configs
+from cxv_kernels import _triton
+from cxv_kernels.ops.linear_attention.triton import configs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_hopper(monkeypatch):
-    monkeypatch.setattr(_triton, "recorded_arch", 90)
+    monkeypatch.setattr(_triton, "capability", lambda _: 90)
 
 
 def entry(tune, **changes):
-    packaged = configs.lookup("key_kernel", 90, 16, None, torch.float32)
-    made = tune.Entry("key_kernel", 90, 16, None, "float32", packaged, ["linear_attention elu"])
+    packaged = configs.lookup("key_pass", 90, 16, None, torch.float32)
+    made = tune.Entry("key_pass", 90, 16, None, "float32", packaged, ["linear_attention elu"])
     made.candidates = [packaged | change for change in ({}, changes)]
     made.notes, made.seconds = ["", ""], [None, None]
     return made
@@ -29,8 +30,7 @@ def test_takes_what_is_right(monkeypatch):
     import tune
 
     monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
-    table = json.loads(tune.TABLE.read_text())
-    arguments = (table, torch.device("cpu"), 0.0)
+    arguments = (configs.packaged(), torch.device("cpu"), 0.0)
     mine = entry(tune, BLOCK_N=32)
     tune.time_candidates(mine, *arguments)
     assert mine.notes == ["", ""]
@@ -49,7 +49,7 @@ def test_what_cannot_be_launched_is_out(monkeypatch):
 
     monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
     mine = entry(tune, BLOCK_N="many")
-    tune.time_candidates(mine, json.loads(tune.TABLE.read_text()), torch.device("cpu"), 0.0)
+    tune.time_candidates(mine, configs.packaged(), torch.device("cpu"), 0.0)
     assert mine.notes[0] == ""
     assert mine.notes[1]
     assert mine.chosen == mine.packaged
@@ -59,12 +59,13 @@ def test_the_table_serves_what_was_put_there():
     import tune
 
     mine = entry(tune, num_warps=2)
-    table = json.loads(tune.TABLE.read_text())
+    table = configs.packaged()
     with configs.override(mine.put(table, mine.candidates[1])):
-        assert configs.lookup("key_kernel", 90, 16, None, torch.float32) == mine.candidates[1]
+        assert configs.lookup("key_pass", 90, 16, None, torch.float32) == mine.candidates[1]
         others = ((80, 16, torch.float32), (90, 64, torch.float32), (90, 16, torch.float16), (100, 16, torch.float32))
         for arch, dim, dtype in others:
             with configs.override({}):
-                packaged = configs.lookup("key_kernel", arch, dim, None, dtype)
-            assert configs.lookup("key_kernel", arch, dim, None, dtype) == packaged
-    assert table == json.loads(tune.TABLE.read_text())
+                packaged = configs.lookup("key_pass", arch, dim, None, dtype)
+            assert configs.lookup("key_pass", arch, dim, None, dtype) == packaged
+    assert table == json.loads(configs.PATH.read_text())
+    assert tune.table_text(table) == configs.PATH.read_text()

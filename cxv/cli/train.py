@@ -1,0 +1,50 @@
+"""``cxv train``: train a model, or resume a run."""
+
+import argparse
+from dataclasses import replace
+
+from ..errors import InputError
+from ..training.config import GROUPS, OPTIONS, TrainConfig
+from ..training.distributed import World, process_group
+from ..training.seeds import has_seeds, train_seeds
+from ..training.trainer import train
+from .flags import add_option, whole_number, with_flags
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model with DualOpT",
+        description="Train a model with the paper's recipe: AdamW until top-1 has not improved for --patience epochs "
+        "or --epochs are done, then SGD from the best weights until the same holds for it. Without arguments the "
+        "command trains a small CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits, which takes minutes on a CPU. "
+        "Ctrl-C and SIGTERM stop the run after the current batch and save it; the exit status is then 130 or 143.",
+    )
+    parser.set_defaults(run=run)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for name, option in OPTIONS.items():
+        add_option(groups[option.metadata["group"]], name, note=" (repeatable)" if name == "model_args" else "")
+    groups["recipe"].add_argument(
+        "--repeats", type=whole_number, metavar="N", help="train with N seeds, from --seed on (default: one run)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    config = TrainConfig(**{name: getattr(args, name) for name in OPTIONS})
+    config.model_args = dict(config.model_args) if config.model_args else None
+    if args.repeats is not None:
+        if config.seeds is not None:
+            raise InputError("--repeats and --seeds exclude each other")
+        if args.repeats < 1:
+            raise InputError(f"--repeats: expected at least 1, got {args.repeats}")
+        first = config.seed or 0
+        config = replace(config, seed=None, seeds=tuple(range(first, first + args.repeats)))
+    with process_group():
+        if World.current().broadcast_from_rank0(lambda: has_seeds(config)):
+            train_seeds(config, _log)
+        else:
+            train(config, _log)
+
+
+def _log(line: str) -> None:
+    print(with_flags(line), flush=True)

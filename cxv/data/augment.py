@@ -1,0 +1,190 @@
+"""Augmentation of whole batches of images, on any device, and growing image sizes."""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cxv_kernels.validation import python_numbers, to_number
+
+from .datasets import need
+
+NUM_BINS = 31
+"""The magnitudes that RandAugment knows: 0 to 30."""
+
+
+class Augmentation(Protocol):
+    """Draws for every image of an epoch, and the operation on a batch of images by their rows of these draws."""
+
+    @property
+    def columns(self) -> int:
+        """Numbers drawn for an image."""
+        ...
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """(num_images, columns) int64, a function of the seed and the epoch alone."""
+        ...
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augment ``images`` (B, C, S, S), uint8, by their rows of :meth:`draws` (B, columns)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlipCrop:
+    """A horizontal flip of every second image on average, then a crop of the image's size from the image with
+    ``padding`` black pixels on each side, uniform over the (2·padding + 1)² places.
+
+    torchvision's RandomHorizontalFlip and RandomCrop draw once for a whole batch; here every image has its own draws.
+    """
+
+    hflip: bool
+    padding: int = 0
+    seed: int = 0
+    columns = 3
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """(num_images, 3) int64: whether to flip, then the crop's top and left in the padded image."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"FlipCrop {self.seed} {epoch}".encode()))
+        flip = torch.randint(1 + self.hflip, (num_images, 1), generator=generator)
+        return torch.cat((flip, torch.randint(2 * self.padding + 1, (num_images, 2), generator=generator)), dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        flip, top, left = draws.to(images.device)[:, :, None, None].unbind(1)  # (B, 1, 1) each
+        images = torch.where(flip[:, None].bool(), images.flip(-1), images)
+        if not self.padding:
+            return images
+        place = torch.arange(images.shape[-1], device=images.device)
+        image = torch.arange(len(images), device=images.device)[:, None, None]
+        padded = F.pad(images, (self.padding,) * 4)
+        return padded[image, :, top + place[:, None], left + place].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Augmentations one after the other."""
+
+    steps: tuple[Augmentation, ...]
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        return torch.cat([step.draws(num_images, epoch) for step in self.steps], dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        for step, step_draws in zip(self.steps, draws.split([step.columns for step in self.steps], dim=1), strict=True):
+            images = step(images, step_draws)
+        return images
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Cubuk et al. 2020 as in torchvision: ``num_ops`` of 14 operations, drawn with replacement for each image, all of
+    one ``magnitude`` (0 to 30), nearest neighbors, on uint8.
+
+    What an image gets is a function of ``seed``, the epoch and its place in the set: the batches, the device and a
+    resumed run change nothing. The images of a batch that drew the same operation go through it together.
+    """
+
+    num_ops: int
+    magnitude: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_ops", "magnitude", "seed"):
+            object.__setattr__(self, name, to_number(getattr(self, name)))
+
+    @property
+    def columns(self) -> int:
+        return self.num_ops
+
+    @python_numbers
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """(num_images, num_ops) int64: twice the operation's number, plus 1 where its magnitude is negative."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"RandAugment {self.seed} {epoch}".encode()))
+        shape = (num_images, self.num_ops)
+        op = torch.randint(len(_OPS), shape, generator=generator)
+        negative = torch.randint(2, shape, generator=generator)
+        return 2 * op + negative * torch.tensor([signed for _, signed, _ in _OPS])[op]
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augment ``images`` (B, C, S, S), uint8, C of 1 or 3, by their rows of :meth:`draws` (B, num_ops)."""
+        functional = need("torchvision.transforms.functional")
+        out = images.clone()
+        for column in draws.unbind(1):
+            for draw in column.unique().tolist():
+                top, _, apply = _OPS[draw // 2]
+                magnitude = torch.linspace(0, top(images.shape[-1]), NUM_BINS)[
+                    self.magnitude
+                ].item()  # its rounding too
+                rows = (column == draw).nonzero().flatten().to(images.device)
+                out[rows] = apply(functional, out[rows], -magnitude if draw % 2 else magnitude)
+        return out
+
+
+def _affine(f: ModuleType, x: Tensor, translate=(0, 0), shear=(0.0, 0.0), center=None) -> Tensor:
+    return f.affine(x, angle=0.0, translate=list(translate), scale=1.0, shear=list(shear), center=center)
+
+
+def _shear(magnitude: float) -> float:
+    return math.degrees(math.atan(magnitude))
+
+
+def _posterize(f: ModuleType, x: Tensor, magnitude: float) -> Tensor:
+    return f.posterize(x, 8 - round(magnitude))  # magnitude = m / 7.5, as torchvision divides
+
+
+# the largest magnitude for an image side, whether it is signed, the operation; in torchvision's order
+_OPS: tuple[tuple[Callable[[int], float], bool, Callable[[ModuleType, Tensor, float], Tensor]], ...] = (
+    (lambda size: 0.0, False, lambda f, x, m: x),  # Identity
+    (lambda size: 0.3, True, lambda f, x, m: _affine(f, x, shear=(_shear(m), 0.0), center=[0, 0])),  # ShearX
+    (lambda size: 0.3, True, lambda f, x, m: _affine(f, x, shear=(0.0, _shear(m)), center=[0, 0])),  # ShearY
+    (lambda size: 150.0 / 331.0 * size, True, lambda f, x, m: _affine(f, x, translate=(int(m), 0))),  # TranslateX
+    (lambda size: 150.0 / 331.0 * size, True, lambda f, x, m: _affine(f, x, translate=(0, int(m)))),  # TranslateY
+    (lambda size: 30.0, True, lambda f, x, m: f.rotate(x, m)),  # Rotate
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_brightness(x, 1.0 + m)),  # Brightness
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_saturation(x, 1.0 + m)),  # Color
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_contrast(x, 1.0 + m)),  # Contrast
+    (lambda size: 0.9, True, lambda f, x, m: f.adjust_sharpness(x, 1.0 + m)),  # Sharpness
+    (lambda size: 4.0, False, _posterize),  # Posterize
+    (lambda size: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
+    (lambda size: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
+    (lambda size: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
+)
+
+
+Stages = tuple[tuple[int, int], ...]
+"""(side in pixels, epochs), in order."""
+
+SIDES = (0.5, 0.75, 1.0)
+"""The sides of a recipe's stages, over that of the images."""
+SHARES = (0.5, 0.2)
+"""The epochs of a recipe's first stages, over all; the last stage has the rest."""
+
+
+def default_stages(img_size: int, epochs: int) -> Stages:
+    """Half of the epochs at half the side, a fifth at three quarters, the rest at the full size."""
+    first, second = (int(share * epochs) for share in SHARES)
+    counts = (first, second, epochs - first - second)
+    sizes = (max(1, round(side * img_size)) for side in SIDES)
+    return tuple((size, count) for size, count in zip(sizes, counts, strict=True) if count)
+
+
+def image_size_of(stages: Stages | None, epoch: int) -> int | None:
+    """The side of the images in an epoch (from 1); None for that of the data."""
+    for size, epochs in stages or ():
+        epoch -= epochs
+        if epoch <= 0:
+            return size
+    return None
+
+
+def resize_batch(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, S, S), float → (B, C, size, size), bilinear and antialiased."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,358 @@
+"""One epoch of training, evaluation and prediction."""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from cxv_kernels.validation import to_number
+
+from ..checkpoint import LAST
+from ..data.augment import Augmentation, image_size_of, resize_batch
+from ..data.loader import Data, ImageSet, batches
+from ..data.progress import Progress
+from ..errors import InputError
+from ..models.blocks import ResidualBranch
+from .config import NAMES, PRECISIONS, TrainConfig
+from .distributed import RemoteError, World
+from .dualopt import DualOpT
+from .interrupt import interruptible
+
+_FLUSH_EVERY = 16  # batches between two reads of the loss: each read makes a GPU wait
+
+
+@dataclass
+class EpochState:
+    """Where an epoch is: all that a checkpoint needs to continue it after its last whole step.
+
+    ``sampler`` is the state of the sampler's generator before the epoch, ``lr`` the rate of its first step; the sums
+    are over ``seen`` images, and ``skipped`` counts steps that an fp16 overflow skipped.
+    """
+
+    sampler: Tensor
+    lr: float
+    step: int = 0
+    loss_sum: float = 0.0
+    hits: int = 0
+    seen: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Engine:
+    """Trains a model for one epoch at a time and evaluates it.
+
+    ``scheduler`` is stepped, and ``average`` updated, after every step; the average's weights are evaluated if there is
+    one. ``augment`` may be changed between epochs.
+    """
+
+    model: nn.Module
+    data: Data
+    opt: DualOpT
+    config: TrainConfig
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager]
+    world: World
+    average: AveragedModel | None = None
+    scheduler: LRScheduler | None = None
+    augment: Augmentation | None = None
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
+        self.sampler = torch.Generator().manual_seed(self.config.seed)
+        self.evaluated = self.model if self.average is None else self.average.module
+        self._parallel = self.world.wrap(self.model)
+        self._branches = [module for module in self.model.modules() if isinstance(module, ResidualBranch)]
+        self._step_size = self.config.batch_size * self.config.accumulate  # images
+        self._num_steps = math.ceil(len(self.data.train) / self._step_size)
+        self._state: EpochState | None = None
+        # (this process's loss and hits, every process's images) of the batches since the last flush
+        self._pending: list[tuple[Tensor, Tensor, int]] = []
+
+    @property
+    def _epoch(self) -> int:
+        """The present epoch, or the last one while no epoch runs."""
+        return self.opt.epoch + (self._state is not None)
+
+    @property
+    def resume_state(self) -> dict[str, Any] | None:
+        """What :meth:`train_one_epoch` needs to continue the present epoch; None while no epoch runs."""
+        if self._state is None:
+            return None
+        self.flush_metrics()
+        return asdict(self._state)
+
+    def train_one_epoch(self, resume_state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Train for an epoch and evaluate.
+
+        Args:
+            resume_state: continue the epoch that this describes; its ``sampler`` is the sampler's state already.
+
+        Returns:
+            A line of ``metrics.jsonl``.
+        """
+        start, phase, total = time.perf_counter(), self.opt.phase, len(self.data.train)
+        begin = {"lr": self.opt.param_groups[0]["lr"], "sampler": self.sampler.get_state()}
+        state = self._state = EpochState(**begin | (resume_state or {}))
+        epoch, done = self._epoch, state.seen
+        size = image_size_of(self.config.progressive, epoch)
+        self._pending.clear()
+        self._train_steps(size)
+        train_seconds = time.perf_counter() - start
+        for model in dict.fromkeys((self.model, self.evaluated)):
+            self.world.broadcast_buffers(model)
+        scores = self.evaluate_split("test" if self.data.validation is None else "validation")
+        self._state = None
+        return {
+            "epoch": epoch,
+            "phase": phase,
+            "augmented": self.augment is not None and self.config.rand_augment is not None,
+            **({} if size is None else {"img_size": size}),
+            "lr": state.lr,
+            "train_loss": state.loss_sum / total,
+            "train_top1": 100 * state.hits / total,
+            **scores,
+            "skipped_steps": state.skipped,
+            "images_per_second": (total - done) / train_seconds,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def evaluate_split(self, name: str) -> dict[str, float]:
+        """``NAME_loss`` and ``NAME_top1`` (per cent) of a split.
+
+        Raises:
+            InputError: the loss is not finite: the last step of an epoch can break weights whose loss was finite.
+        """
+        split = self.data.splits[name]
+        loss, top1 = evaluate(self.evaluated, split, self.config.batch_size, self.device, self.autocast, self.world)
+        if not math.isfinite(loss):
+            where = f"at epoch {self._epoch}, after batch {self._num_steps} of {self._num_steps}"
+            self._diverged(f"the {name} loss is {loss} {where}")
+        return {f"{name}_loss": loss, f"{name}_top1": top1}
+
+    def flush_metrics(self) -> None:
+        """Add up the losses since the last flush, which makes a GPU wait.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        if not self._pending:
+            return
+        losses, hits, counts = zip(*self._pending, strict=True)
+        self._pending.clear()
+        state = self._state
+        sums = self.world.sum(torch.stack([torch.stack(losses).double(), torch.stack(hits).double()]))
+        for loss, hit, n in zip(*sums.tolist(), counts, strict=True):
+            if not math.isfinite(loss):
+                batch = state.seen // self._step_size + 1
+                self._diverged(f"the loss is {loss / n} at epoch {self._epoch}, batch {batch} of {self._num_steps}")
+            state.loss_sum, state.hits, state.seen = state.loss_sum + loss, state.hits + int(hit), state.seen + n
+
+    def _train_steps(self, size: int | None) -> None:
+        """Run the epoch's remaining steps, on images of ``size`` pixels or, for None, of the data's."""
+        state, total = self._state, len(self.data.train)
+        source = batches(
+            self.data.train,
+            self._step_size,
+            self.device,
+            self.sampler,
+            augment=self.augment,
+            epoch=self._epoch,
+            skip=state.step,
+            shard=_shard(self.world, self.config.batch_size),
+        )
+        self.model.train()
+        with Progress(total, f"epoch {self._epoch} {NAMES[self.opt.phase]}", enabled=self.world.is_main) as progress:
+            progress.update(state.seen)
+            for x, y in interruptible(source, self.world.max):
+                num_images = min(self._step_size, total - state.step * self._step_size)
+                self._train_step(x if size is None else resize_batch(x, size), y, num_images)
+                state.step += 1
+                shown = {}
+                if state.step % _FLUSH_EVERY == 0 or state.step == self._num_steps:
+                    self.flush_metrics()
+                    top1 = 100 * state.hits / state.seen
+                    shown = {"loss": f"{state.loss_sum / state.seen:.4f}", "top-1": f"{top1:.1f} %"}
+                progress.update(num_images, **shown)
+
+    def _train_step(self, images: Tensor, labels: Tensor, total: int) -> None:
+        """Make one step of the optimizer from ``accumulate`` batches of ``total`` images over all processes."""
+        self.opt.zero_grad()
+        size, world = self.config.batch_size, self.world
+        counts = [min(size, total - i) for i in range(0, total, size)]
+        shards = [world.shard(n) for n in counts]
+        lengths = [max(1, len(shard)) for shard in shards]  # an empty shard has a stand-in, of no weight
+        self._seed_dropout()
+        for i, (x, y) in enumerate(zip(images.split(lengths), labels.split(lengths), strict=True)):
+            for branch in self._branches:
+                branch.first_image = shards[i].start
+            more = world.size > 1 and i + 1 < len(counts)
+            with self._parallel.no_sync() if more else nullcontext():  # gradients are averaged once
+                with self.autocast():
+                    logits = self._parallel(x)
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
+                mine = len(shards[i])
+                # the mean over all images of all processes, whose mean DistributedDataParallel takes
+                self.scaler.scale(loss * (world.size * mine / total)).backward()
+            hits = (logits.detach().argmax(1) == y)[:mine].sum()
+            self._pending.append((loss.detach() * mine, hits, counts[i]))
+        self._update_weights()
+
+    def _update_weights(self) -> None:
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.opt.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.opt.optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        self._state.skipped += self.scaler.get_scale() < scale  # a gradient overflowed, and the step was skipped
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def _seed_dropout(self) -> None:
+        """Prevent processes from dropping the same elements of different images.
+
+        All processes draw the same seeds, from which ``cxv_kernels.dropout`` makes masks for the whole batch. PyTorch's
+        dropout makes masks for a shard alone: models that use it get another seed for every step and process.
+        """
+        if self.world.size > 1 and not self._branches:
+            parts = (self.config.seed, self._epoch, self._state.step, self.world.rank)
+            torch.manual_seed(zlib.crc32(f"dropout {parts}".encode()))
+
+    def _diverged(self, problem: str) -> NoReturn:
+        last = Path(self.config.output) / LAST
+        raise (InputError if self.world.is_main else RemoteError)(
+            f"{problem}; the last good checkpoint is {last} (after epoch {self.opt.epoch}). "
+            "Try a smaller `lr`, or `precision` fp32"
+        )
+
+
+def _shard(world: World, batch_size: int) -> Callable[[Tensor], Tensor] | None:
+    return None if world.size == 1 else partial(world.shard_rows, batch_size=batch_size)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: ImageSet | Iterable[tuple[Tensor, Tensor]],
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    autocast: Callable[[], AbstractContextManager] | None = None,
+    world: World | None = None,
+) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and exact top-1 (per cent) over every image, in ``eval()`` mode.
+
+    Args:
+        model: images (B, C, H, W) → logits (B, classes); its mode is put back.
+        data: a split of :func:`load_data`, or a ``DataLoader``, or any batches of images as the model takes them and
+            labels (B,) int64.
+        batch_size: of a split.
+        device: where the batches go; default: the model's.
+        autocast: makes the context of a forward pass; default: none.
+        world: processes, all of which must call it, that share the images of a split; none is counted twice.
+
+    Raises:
+        InputError: ``data`` is something else, or empty.
+    """
+    if not isinstance(data, ImageSet | Iterable):
+        raise InputError(
+            f"data: expected a split, as load_data(…).test, or batches (images, labels), got a {type(data).__name__}"
+        )
+    if device is None:
+        device = next((p.device for p in model.parameters()), "cpu")
+    world, device = world or World(), torch.device(device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # the loss, the hits, the images
+    for logits, y in _logits(model, data, batch_size, device, autocast, world):
+        loss, hits = F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()
+        sums += torch.stack([loss, hits, torch.full_like(hits, len(y))])
+    loss, hits, images = world.sum(sums).tolist()
+    if not images:
+        raise InputError("data: expected at least one batch (images, labels), got none")
+    return loss / images, 100 * hits / images
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: ImageSet,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager] | None = None,
+) -> Tensor:
+    """Logits (images, classes) of every image, in ``eval()`` mode: float32, on the CPU."""
+    results = _logits(model, data, batch_size, torch.device(device), autocast, World())
+    return torch.cat([logits.cpu() for logits, _ in results])
+
+
+def _logits(
+    model: nn.Module,
+    data: ImageSet | Iterable[tuple[Tensor, Tensor]],
+    batch_size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] | None,
+    world: World,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's logits in float32 and its labels, batch by batch."""
+    autocast, batch_size = autocast or autocast_for("fp32", device), to_number(batch_size)
+    is_split = isinstance(data, ImageSet)
+    if is_split:
+        source = batches(data, batch_size, device, shard=_shard(world, batch_size))
+    else:
+        source = ((x.to(device), y.to(device)) for x, y in data)
+    was_training = model.training
+    model.eval()
+    try:
+        for i, (x, y) in enumerate(interruptible(source, world.max)):
+            mine = len(world.shard(min(batch_size, len(data) - i * batch_size))) if is_split else len(y)
+            with autocast():
+                logits = model(x)
+            yield logits[:mine].float(), y[:mine]
+    finally:
+        model.train(was_training)
+
+
+def pick_device(name: str) -> torch.device:
+    """``"auto"`` (a GPU if there is one) or a torch device name.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"`device`: {name!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from error
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise InputError(f"`device`: {name!r} cannot be used here ({reason}); use auto or cpu") from error
+    return device
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """A factory of the context that a forward pass of this precision runs in.
+
+    Raises:
+        InputError: unknown, or fp16 on a CPU, where torch has no fast half arithmetic to train with.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"`precision`: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"`precision`: fp16 needs a CUDA device, and this is {device}; use bf16 or fp32")
+    dtype = PRECISIONS[precision]
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

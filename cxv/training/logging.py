@@ -1,0 +1,270 @@
+"""What a run tells its user: log lines, the curves, TensorBoard's numbers, the summary of its scores."""
+
+import io
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import atomic_write
+from ..data.loader import Data
+from ..errors import InputError
+from ..models.registry import has_fused_ops
+from .config import NAMES, TrainConfig
+from .distributed import World
+from .dualopt import DualOpT
+
+_SCALARS = ("lr", "images_per_second", "skipped_steps")  # of a line of metrics.jsonl, for TensorBoard
+
+
+# --- log lines: they name arguments in backticks, of which the command line makes flags
+
+
+def header_lines(config: TrainConfig, data: Data, parameters: int, device: torch.device, world: World) -> list[str]:
+    """Describe a run before its first epoch: model, data, recipe, machine."""
+    ops = "fused" if config.fused else "plain PyTorch"
+    if not has_fused_ops(config.model):
+        ops = "plain PyTorch (it has no fused ops)"
+    compiled = ", compiled" if config.compile else ""
+    held_out = "" if data.validation is None else f", {len(data.validation):,} validation"
+    processes = "" if world.size == 1 else f" in each of {world.size} processes"
+    return [
+        f"{config.model}: {parameters:,} parameters, {ops}, {config.precision}{compiled}",
+        f"{config.data}: {len(data.train):,} training{held_out} and {len(data.test):,} test images, "
+        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}, {data.place}",
+        _recipe_line(config),
+        f"on {device} with {torch.get_num_threads()} threads{processes}, output in {config.output}",
+    ]
+
+
+def _recipe_line(config: TrainConfig) -> str:
+    parts = ["DualOpT" if config.optimizer == "dualopt" else f"{NAMES[config.optimizer]} alone"]
+    if config.rand_augment is not None:
+        parts[0] += " with RandAugment {},{}".format(*config.rand_augment)
+    parts[0] += "".join(f", {extra}" for extra in _extras(config))
+    if config.post_train:
+        parts.append("post-training on clean images")
+    by = "the validation images; the test set is evaluated once, at the end"
+    if config.validation is None:
+        by = "the test set, as in the paper"
+    return f"{', then '.join(parts)}; the best epoch by {by}"
+
+
+def _extras(config: TrainConfig) -> list[str]:
+    """The parts of a recipe that the paper's does not have."""
+    extras = (
+        ("horizontal flips", config.hflip),
+        (f"random crops with {config.random_crop} pixels of padding", config.random_crop),
+        (f"{config.schedule} learning rate", config.schedule != "constant"),
+        (f"weight decay {config.weight_decay} of matrices", config.weight_decay is not None),
+        (f"label smoothing {config.label_smoothing}", config.label_smoothing),
+        (f"EMA {config.ema_decay}", config.ema_decay),
+    )
+    stages = (f"{epochs} epochs at {size} px" for size, epochs in config.progressive or ())
+    return [text for text, on in extras if on] + list(stages)
+
+
+def epoch_line(row: dict[str, Any], best: bool) -> str:
+    """Describe an epoch by its line of ``metrics.jsonl``."""
+    size = f"at {row['img_size']} px  " if "img_size" in row else ""
+    scores = "".join(
+        f"{split} loss {row[f'{split}_loss']:.4f} top-1 {row[f'{split}_top1']:6.2f} %  "
+        for split in ("validation", "test")
+        if f"{split}_loss" in row
+    )
+    return (
+        f"epoch {row['epoch']:3d} {phase_name(row):5s} lr {row['lr']:g}  loss {row['train_loss']:.4f} "
+        f"top-1 {row['train_top1']:6.2f} %  {size}{scores}"
+        f"{row['images_per_second']:.0f} images/s {row['seconds']:.1f} s"
+        + (f"  {row['skipped_steps']} steps skipped (fp16 overflow)" if row["skipped_steps"] else "")
+        + ("  best" if best else "")
+    )
+
+
+def switch_line(opt: DualOpT, config: TrainConfig) -> str:
+    """Say that DualOpT has switched to SGD, and why."""
+    reason = _stop_reason("adamw", opt.switch_reason, config)
+    return f"switch to SGD after epoch {opt.switch_epoch}: {reason}; {_reloaded(opt)}"
+
+
+def post_training_line(opt: DualOpT, config: TrainConfig, reason: str) -> str:
+    """Say that post-training begins; ``reason`` is :func:`stop_line` of the training before it."""
+    return f"post-training on clean images after epoch {opt.epoch}: {reason}; {_reloaded(opt)}"
+
+
+def stop_line(opt: DualOpT, config: TrainConfig) -> str:
+    """Say why the present phase of training is over."""
+    return _stop_reason(opt.phase, opt.stop_reason, config)
+
+
+def _reloaded(opt: DualOpT) -> str:
+    return f"reloaded the best weights, of epoch {opt.best_epoch} ({opt.best_top1:.2f} %)"
+
+
+def _stop_reason(phase: str, reason: str | None, config: TrainConfig) -> str:
+    if reason == "patience":
+        return f"{NAMES[phase]} has not improved top-1 for {config.patience} epochs"
+    cap = "sgd_epochs" if config.optimizer == "dualopt" and phase == "sgd" else "epochs"
+    return f"{NAMES[phase]} has reached `{cap}` {getattr(config, cap)}"
+
+
+# --- the scores of a run, or of several with different seeds
+
+
+def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The test set's top-1 (per cent) by each way of selecting an epoch, from the lines of ``metrics.jsonl``.
+
+    With validation images, ``best_validation``: the best epoch by their top-1, an unbiased figure. Without them,
+    ``best_test``: the best epoch by the test set itself, as in the paper, which is biased upward; and ``last``: the
+    last epoch. The latest epoch of a tie, as in DualOpT.
+    """
+
+    def pick(key: str) -> dict[str, Any]:
+        row = max(history, key=lambda row: (row[key], row["epoch"]))
+        return {k: row[k] for k in ("epoch", "test_top1", "validation_top1") if k in row}
+
+    if "validation_top1" in history[0]:
+        return {"best_validation": pick("validation_top1")}
+    return {"best_test": pick("test_top1"), "last": pick("epoch")}
+
+
+def summary_line(summary: dict[str, Any]) -> str:
+    """One line that gives every number of :func:`summarize`."""
+    if "best_validation" in summary:
+        best = summary["best_validation"]
+        return f"test top-1: {_at(best)}, evaluated once, at the best validation top-1 {best['validation_top1']:.2f} %"
+    return f"test top-1: best by test {_at(summary['best_test'])}, last {_at(summary['last'])}"
+
+
+def summarize_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Best, mean and sample standard deviation of the test top-1 over runs, given by seed as :func:`summarize` does.
+
+    The deviation of a single run is None.
+    """
+    total: dict[str, Any] = {"runs": {str(seed): run for seed, run in runs.items()}}
+    for key in next(iter(runs.values())):
+        values = [run[key]["test_top1"] for run in runs.values()]
+        total[key] = {
+            "best": max(values),
+            "mean": statistics.fmean(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return total
+
+
+def summary_lines(total: dict[str, Any]) -> list[str]:
+    """:func:`summarize_seeds` in words, a line for each way of selecting."""
+    names = {"best_test": "best by test", "best_validation": "at the best validation", "last": "last epoch"}
+    lines, n = [], len(total["runs"])
+    for key in (key for key in names if key in total):
+        scores = total[key]
+        spread = "" if scores["sd"] is None else f" ± {scores['sd']:.2f}"
+        lines.append(
+            f"test top-1 over {n} seeds, {names[key]}: mean {scores['mean']:.2f}{spread} %, best {scores['best']:.2f} %"
+        )
+    return lines
+
+
+def _at(score: dict[str, Any]) -> str:
+    return f"{score['test_top1']:.2f} % (epoch {score['epoch']})"
+
+
+# --- curves
+
+
+def phase_name(row: dict[str, Any]) -> str:
+    """The phase of an epoch, e.g. ``"RA-AdamW"`` where RandAugment was on."""
+    return ("RA-" if row.get("augmented") else "") + {"adamw": "AdamW", "sgd": "SGD"}[row["phase"]]
+
+
+def plot_curves(history: list[dict[str, Any]], path: str | Path, title: str = "") -> bool:
+    """Draw loss and top-1 by epoch into a PNG, with a line wherever one phase gave way to another.
+
+    Returns:
+        False, with nothing drawn, when matplotlib is not installed or there is no epoch to draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        return False
+    if not history:
+        return False
+    epochs = [row["epoch"] for row in history]
+    mark = "o" if len(epochs) == 1 else None
+    splits = {"train": "#8a8f98", "validation": "#3b8f5a", "test": "#1f6fb4"}
+    splits = {split: color for split, color in splits.items() if all(f"{split}_loss" in row for row in history)}
+    switches = [(a["epoch"] + 0.5, phase_name(a), phase_name(b)) for a, b in pairwise(history)]
+    switches = [(x, f"{a} → {b}") for x, a, b in switches if a != b]
+    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot: its backend and its figures belong to the user
+    left, right = figure.subplots(1, 2)
+    for axes, name, label in ((left, "loss", "cross-entropy"), (right, "top1", "top-1 (%)")):
+        for split, color in splits.items():
+            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], color=color, marker=mark, label=split)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for (x, label), style in zip(switches, ("--", ":", "-."), strict=False):
+            axes.axvline(x, color="#c2571a", linestyle=style, linewidth=1.2, label=label)
+    losses = [row[f"{split}_loss"] for row in history for split in splits]
+    if 0 < 20 * min(losses) < max(losses):
+        left.set_yscale("log")
+    by = "validation" if "validation" in splits else "test"
+    best = max(history, key=lambda row: (row[f"{by}_top1"], row["epoch"]))
+    label = f"best: {best[f'{by}_top1']:.2f} %, epoch {best['epoch']}"
+    right.plot(best["epoch"], best[f"{by}_top1"], "o", color=splits[by], markersize=6, label=label)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
+    return True
+
+
+# --- TensorBoard
+
+
+class TensorBoard:
+    """Event files in ``folder``, a point for each epoch.
+
+    They start anew with the epochs that a resumed run has behind it: the checkpoint's history is the truth.
+
+    Raises:
+        InputError: the package tensorboard is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, history: list[dict[str, Any]]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("`tensorboard`: needs the package tensorboard: pip install 'cxv[tensorboard]'") from error
+        try:
+            for path in folder.glob("events.out.tfevents.*"):
+                path.unlink()
+            self._writer = SummaryWriter(str(folder))
+        except OSError as error:
+            raise InputError(f"`tensorboard`: cannot write {folder}: {error.strerror or error}") from error
+        self._phase: str | None = None
+        for row in history:
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a line of ``metrics.jsonl``: ``loss/SPLIT``, ``top1/SPLIT`` (per cent), the rest by its name."""
+        for key, value in row.items():
+            split, _, kind = key.rpartition("_")
+            if kind in ("loss", "top1"):
+                self._writer.add_scalar(f"{kind}/{split}", value, row["epoch"])
+            elif key in _SCALARS:
+                self._writer.add_scalar(key, value, row["epoch"])
+        if phase_name(row) != self._phase:
+            self._phase = phase_name(row)
+            self._writer.add_text("phase", self._phase, row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,470 @@
+"""A training run: its setup, its epochs, its checkpoints, and how it continues after an interruption."""
+
+import copy
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    atomic_write,
+    check_space,
+    pack_checkpoint,
+    read_checkpoint,
+    read_last,
+    rng_state,
+    set_rng_state,
+)
+from ..data.augment import Augmentation, Chain, FlipCrop, RandAugment
+from ..data.loader import load_data, to_device
+from ..errors import InputError, first_line, out_of_memory
+from ..models.registry import REFUSALS, build_model, create_model, downsampling
+from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TENSORBOARD, TrainConfig, fit_to_data, resolve, to_dict
+from .distributed import World
+from .dualopt import DualOpT
+from .engine import Engine, autocast_for, pick_device
+from .interrupt import Interrupted, deferred_interrupts
+from .logging import (
+    TensorBoard,
+    epoch_line,
+    header_lines,
+    plot_curves,
+    post_training_line,
+    stop_line,
+    summarize,
+    summary_line,
+    switch_line,
+)
+from .optim import (
+    load_scheduler,
+    load_weights_state,
+    make_average,
+    make_scheduler,
+    weight_decay_groups,
+    weights_state,
+)
+
+
+@dataclass
+class TrainResult:
+    """``best_top1`` (per cent) was reached at ``best_epoch`` of ``epochs``; the files are in ``output``.
+
+    ``best_top1`` is that of the validation images if there are any, else of the test set; ``summary`` has the top-1 of
+    the test set.
+    """
+
+    best_top1: float
+    best_epoch: int
+    epochs: int
+    output: Path
+    summary: dict[str, Any]
+
+
+def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> TrainResult:
+    """Train a model with DualOpT (or one of its phases), or continue a run (``resume``), and write it into ``output``.
+
+    After every epoch ``last.pt`` (and ``best.pt`` at a best) and ``metrics.jsonl`` are replaced atomically; a run that
+    is killed continues from ``last.pt``, on the CPU to the same bits as if nothing had happened. Top-1 of the test set
+    selects the best epoch, as in the paper. With ``validation``, top-1 of these held-out training images selects it,
+    and the test set is evaluated once, after the last epoch, with the selected weights. Sets torch's and Python's
+    random seeds and, given ``threads``, torch's number of threads.
+
+    Under torch's default process group (:func:`cxv.training.distributed.process_group`) its processes train one model
+    together: each computes its shard of every batch, and the main one writes. The result is that of one process with
+    the same batches, within rounding.
+
+    Raises:
+        InputError: bad arguments or files, a directory that holds another run, or a loss that is not finite.
+    """
+    return Trainer(config, log).run()
+
+
+class Trainer:
+    """A run of :func:`train`: the constructor prepares everything and writes nothing, :meth:`run` trains."""
+
+    def __init__(self, config: TrainConfig, log: Callable[[str], None] | None = None):
+        world = self.world = World.current()
+        self.log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
+        self._model_is_default = config.model is None and not config.resume
+        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(_resolve, config, world))
+        config = self.config
+        self.output = Path(config.output)
+        with world.sync_errors():
+            self.device = world.local_device(pick_device(config.device))
+            self.autocast = autocast_for(config.precision, self.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._load_data(saved)
+        self._build_model(saved)
+        self.opt = _make_optimizer(self.model, config)
+        self.average = make_average(self.model, config.ema_decay)
+        self._copies = 4 if self.average is None else 5  # of the weights in a checkpoint: these, the best, two moments
+        self.history: list[dict[str, Any]] = []
+        self.post_training, self.resume_state = False, None
+        self._saved_phase = None if saved is None else saved["optimizer"]["phase"]
+        self.engine = Engine(self.model, self.data, self.opt, config, self.device, self.autocast, world, self.average)
+        if saved is not None:
+            self._restore(saved)
+        self.engine.scheduler = _make_scheduler(self.opt, config, len(self.data.train), saved)
+        self.augment = _make_augmentation(config)
+
+    def run(self) -> TrainResult:
+        """Train to the end.
+
+        Raises:
+            InputError: as :func:`train`.
+            KeyboardInterrupt: Ctrl-C or SIGTERM, after what was done is saved.
+        """
+        self._begin()
+        with self._explained_errors(), deferred_interrupts():
+            while not self.opt.finished:
+                self._train_epoch()
+            if self.data.validation is not None:
+                self._test_once()
+        return self._finish()
+
+    def _load_data(self, saved: dict[str, Any] | None) -> None:
+        config, world = self.config, self.world
+        names = ("img_size", "limit_train", "limit_test", "validation", "seed", "on_corrupt", "cache_dir")
+        kwargs = {name: getattr(config, name) for name in names}
+        data = world.rank0_first(lambda: load_data(config.data, config.data_dir, log=self.log, **kwargs))
+        with world.sync_errors():
+            fit_to_data(config, data.img_size, len(data.train))
+        self.fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
+        expected = world.broadcast_from_rank0(lambda: self.fingerprint)
+        with world.sync_errors():
+            if expected != self.fingerprint:
+                raise InputError(f"`data`: the images that process {world.rank} finds are not those of process 0")
+            if saved is not None:
+                self._check_same_data(saved, data.classes)
+            self.data = to_device(data, self.device, config.data_on_device)
+
+    def _check_same_data(self, saved: dict[str, Any], classes: list[str]) -> None:
+        if saved["classes"] != classes:
+            raise InputError(
+                f"`resume`: the run in {self.output} has the classes {_list(saved['classes'])}, the data has "
+                f"{_list(classes)}"
+            )
+        changed = [split for split, value in self.fingerprint.items() if saved["data_fingerprint"][split] != value]
+        if changed:
+            raise InputError(
+                f"`resume`: the {' and the '.join(changed)} images of {self.config.data} are not those that the run "
+                f"in {self.output} was started with"
+            )
+
+    def _build_model(self, saved: dict[str, Any] | None) -> None:
+        config, data = self.config, self.data
+        random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        kwargs = {"num_classes": len(data.classes), "in_chans": data.in_chans, "img_size": data.img_size}
+        kwargs["use_fused"] = config.fused
+        kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
+        if config.stem_stride is not None:
+            kwargs[downsampling(config.model)] = config.stem_stride
+        if not config.recompute or config.init is not None:  # of the file with the first weights, or the default
+            kwargs["recompute"] = config.recompute
+        kwargs |= config.model_args or {}
+        with self.world.sync_errors():
+            self.model, self.model_kwargs = _create(config, kwargs, saved)
+            self.model.to(self.device)
+            for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
+                self._try_model((data.in_chans, size, size))
+        if config.compile:
+            self.model.compile()  # in place: the same parameters by the same names
+
+    def _try_model(self, shape: tuple[int, int, int]) -> None:
+        """Run one image (C, H, W) through the model before the run writes anything: some arguments fail only there.
+
+        Raises:
+            InputError: the model refuses it.
+        """
+        try:
+            with torch.no_grad(), self.autocast():
+                self.model.eval()(torch.zeros(1, *shape, device=self.device))
+        except REFUSALS as error:
+            size = "×".join(map(str, shape))
+            raise InputError(f"`model` {self.config.model}: refuses an image of {size}: {first_line(error)}") from error
+        self.model.train()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        with self.world.sync_errors():
+            path = self.output / (LAST if self._fallback is None else PREVIOUS)
+            load_weights_state(self.model, self.average, saved, path)
+        self.opt.load_state_dict(saved["optimizer"])
+        self.engine.scaler.load_state_dict(saved["scaler"])
+        self.engine.sampler.set_state(saved["sampler"])
+        set_rng_state(saved["rng"], self.device)
+        self.history = saved["history"]
+        self.post_training = saved.get("post_training", False)
+        if self.opt.phase == self._saved_phase:  # else a changed cap ended that phase, and its epoch
+            self.resume_state = saved.get("resume_state")
+
+    def _begin(self) -> None:
+        """Log what is about to happen, and make or check the output."""
+        config, log = self.config, self.log
+        if self._model_is_default:
+            width = "" if config.embed_dim is None else f" with `embed_dim` {config.embed_dim}"
+            log(f"no `model` given: {config.model}{width}, the default for {config.data}")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        for line in header_lines(config, self.data, parameters, self.device, self.world):
+            log(line)
+        if self._saved_phase is None:
+            with self.world.sync_errors():
+                if self.world.is_main:
+                    _make_output(self.output, config.overwrite)
+                    check_space(self.output, self.model, self._copies)
+            self._save()  # so that a run killed in its first epoch can be resumed too
+        else:
+            self._begin_resumed()
+        self._board = None
+        with self.world.sync_errors():
+            if self.world.is_main:
+                atomic_write(self.output / ARGS, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+                self._board = TensorBoard(self.output / TENSORBOARD, self.history) if config.tensorboard else None
+
+    def _begin_resumed(self) -> None:
+        opt, log = self.opt, self.log
+        if self._fallback is not None:
+            log(f"{self._fallback}; going on from {PREVIOUS}, which is one save older")
+        part = "" if self.resume_state is None else f" and {self.resume_state['step']} batches of the next"
+        log(f"resumed after epoch {opt.epoch}{part}, in the {NAMES[opt.phase]} phase")
+        if opt.phase != self._saved_phase:  # a changed cap ends the phase here
+            log(switch_line(opt, self.config))
+        self._post_train_if_due()  # post_train can be given to a run that is over
+        if self.data.validation is not None and not opt.finished:  # another epoch may be selected
+            self.history = [{k: v for k, v in row.items() if not k.startswith("test_")} for row in self.history]
+        state = self.resume_state and {**self.resume_state, "sampler": self.engine.sampler.get_state()}
+        self._save(resume_state=state, keep=self._fallback is None)
+        if opt.finished:
+            name = "epochs" if self.config.optimizer != "dualopt" else "sgd_epochs"
+            log(f"the training is over already: nothing left to train (raise `{name}` to go on)")
+
+    def _train_epoch(self) -> None:
+        opt = self.opt
+        with self.world.sync_errors():
+            if self.world.is_main:
+                check_space(self.output, self.model, self._copies)
+        self.engine.augment = None if self.post_training else self.augment
+        row = self.engine.train_one_epoch(self.resume_state)
+        self.resume_state = None
+        best = opt.end_epoch(row["test_top1" if self.data.validation is None else "validation_top1"])
+        row["best_top1"] = opt.best_top1
+        self.history.append(row)
+        self.log(epoch_line(row, best))
+        if row["phase"] != opt.phase:
+            self.log(switch_line(opt, self.config))
+        self._post_train_if_due()
+        self._save(best)
+        if self._board is not None:
+            self._board.add(row)
+
+    def _post_train_if_due(self) -> None:
+        if self.opt.finished and self.config.post_train and not self.post_training:
+            reason = stop_line(self.opt, self.config)
+            self.opt.restart()
+            self.post_training, self.resume_state = True, None
+            self.log(post_training_line(self.opt, self.config, reason))
+
+    def _test_once(self) -> None:
+        """Evaluate the test set with the selected weights, unless that is done, and add it to their epoch's line."""
+        row = next(row for row in self.history if row["epoch"] == self.opt.best_epoch)
+        if "test_top1" in row:
+            return
+        selected = self.world.broadcast_from_rank0(lambda: read_checkpoint(self.output / BEST))
+        model = self.engine.evaluated
+        weights = copy.deepcopy(model.state_dict())
+        model.load_state_dict(selected["model"])
+        try:
+            row |= self.engine.evaluate_split("test")
+        finally:
+            model.load_state_dict(weights)
+        selected["history"][-1] = row
+        with self.world.sync_errors():
+            if self.world.is_main:
+                atomic_write(self.output / BEST, pack_checkpoint(selected))
+        self._save(keep=False)
+        if self._board is not None:
+            self._board.add(row)
+
+    def _save(self, best: bool = False, resume_state: dict[str, Any] | None = None, keep: bool = True) -> None:
+        """Write the checkpoint and ``metrics.jsonl``.
+
+        Args:
+            best: it is the best one, too.
+            resume_state: of the engine, in the middle of an epoch.
+            keep: keep the last checkpoint as the previous one.
+        """
+        with self.world.sync_errors():
+            if not self.world.is_main:
+                return
+            content = pack_checkpoint(self._checkpoint(resume_state))
+            try:
+                if best:
+                    atomic_write(self.output / BEST, content)
+                atomic_write(self.output / LAST, content, self.output / PREVIOUS if keep else None)
+                # after the checkpoint, which is the truth: a resumed run rewrites them
+                lines = "".join(json.dumps(row) + "\n" for row in self.history)
+                atomic_write(self.output / METRICS, lines.encode())
+            except InputError as error:
+                hint = f"; what {self.output / LAST} has is kept, and `resume` goes on from it"
+                raise InputError(f"{error}{hint if self.history else ''}") from error
+
+    def _checkpoint(self, resume_state: dict[str, Any] | None) -> dict[str, Any]:
+        state = dict(resume_state or {})
+        sampler, scheduler = state.pop("sampler", None), self.engine.scheduler
+        return {
+            **weights_state(self.model, self.average),
+            "model_name": self.config.model,
+            "model_kwargs": self.model_kwargs,
+            "classes": self.data.classes,
+            "img_size": self.data.img_size,
+            "in_chans": self.data.in_chans,
+            "normalization": self.data.normalization,
+            "data_fingerprint": self.fingerprint,
+            "optimizer": self.opt.state_dict(),
+            "post_training": self.post_training,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "scaler": self.engine.scaler.state_dict(),
+            "sampler": self.engine.sampler.get_state() if sampler is None else sampler,
+            "resume_state": state or None,
+            "rng": rng_state(self.device),
+            "epoch": self.opt.epoch,
+            "history": self.history,
+            "args": to_dict(self.config),
+        }
+
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        """A block whose interruption saves the run, and whose lack of memory or of a process is an InputError."""
+        resume = f"go on with  cxv train --resume --output {self.output}"
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted) and (state := self.engine.resume_state) is not None:
+                self._save(resume_state=state)
+            if self.world.is_main:
+                saved, _ = read_last(self.output)
+                state = saved["resume_state"]
+                part = "" if state is None else f" and {state['step']} batches of the next"
+                self.log(f"interrupted; epoch {saved['epoch']}{part} is saved: {resume}")
+            raise
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise InputError(
+                    f"`batch_size` {self.config.batch_size}: out of memory on {self.device} "
+                    f"({str(error).split('.')[0]}); use a smaller one (`accumulate` keeps the step the same), `fused`, "
+                    f"or `precision` fp16. The last good checkpoint is {self.output / LAST}"
+                ) from error
+            if not self.world.lost_process(error):
+                raise
+            raise InputError(
+                f"process {self.world.rank} of {self.world.size}: another one has ended, and says why if it could; "
+                f"{resume}"
+            ) from error
+
+    def _finish(self) -> TrainResult:
+        opt, output = self.opt, self.output
+        self.log(f"finished: {stop_line(opt, self.config)}")
+        summary = summarize(self.history)
+        result = TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output, summary)
+        if not self.world.is_main:
+            return result
+        if self._board is not None:
+            self._board.close()
+        drawn = plot_curves(self.history, output / CURVES, f"{self.config.model} on {self.config.data}")
+        atomic_write(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        split = "" if self.data.validation is None else "validation "
+        self.log(f"best {split}top-1 {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
+        self.log(summary_line(summary))
+        files = [BEST, LAST, METRICS, ARGS, SUMMARY] + [CURVES] * drawn + [TENSORBOARD] * (self._board is not None)
+        self.log(f"in {output}: {', '.join(files)}" + ("" if drawn else " (no curves: pip install 'cxv[train]')"))
+        return result
+
+
+def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
+    resolved = resolve(config)
+    if resolved[0].batch_size < world.size:
+        raise InputError(
+            f"`batch_size`: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
+        )
+    return resolved
+
+
+def _create(
+    config: TrainConfig, kwargs: dict[str, Any], saved: dict[str, Any] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, with the weights of ``config.init`` if a run begins with those, and all of its arguments.
+
+    Raises:
+        InputError: the model cannot be built, or the weights are not of this model.
+    """
+    if saved is None and config.init is not None:
+        try:
+            model = create_model(config.model, checkpoint=config.init, **kwargs)
+        except REFUSALS as error:
+            raise InputError(f"`init`: {first_line(error)}") from error
+        return model, model.model_kwargs | kwargs
+    kwargs = kwargs if saved is None else saved["model_kwargs"] | kwargs
+    return build_model(config.model, kwargs), kwargs
+
+
+def _make_output(output: Path, overwrite: bool) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"`output`: cannot create {output} ({error.strerror})") from error
+    if overwrite:
+        for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / TENSORBOARD, ignore_errors=True)
+
+
+def _make_optimizer(model: nn.Module, config: TrainConfig) -> DualOpT:
+    if config.optimizer == "sgd":
+        return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
+    return DualOpT(
+        model if config.weight_decay is None else weight_decay_groups(model, config.weight_decay),
+        patience=config.patience,
+        lr=config.lr,
+        sgd_lr=1e-3 if config.sgd_lr is None else config.sgd_lr,
+        max_epochs=(config.epochs, config.sgd_epochs or 0),
+        module=model,
+    )
+
+
+def _make_scheduler(
+    opt: DualOpT, config: TrainConfig, num_images: int, saved: dict[str, Any] | None
+) -> LRScheduler | None:
+    steps = math.ceil(num_images / (config.batch_size * config.accumulate))
+    warmup = None if config.warmup_epochs is None else round(config.warmup_epochs * steps)
+    scheduler = make_scheduler(opt.optimizer, config.schedule, config.lr, config.epochs * steps, warmup)
+    if scheduler is not None and saved is not None:
+        load_scheduler(scheduler, saved["scheduler"], saved["optimizer"]["optimizer"])
+    return scheduler
+
+
+def _make_augmentation(config: TrainConfig) -> Augmentation | None:
+    steps: list[Augmentation] = []
+    if config.hflip or config.random_crop:
+        steps.append(FlipCrop(config.hflip, config.random_crop or 0, seed=config.seed))
+    if config.rand_augment is not None:
+        steps.append(RandAugment(*config.rand_augment, seed=config.seed))
+    return Chain(tuple(steps)) if len(steps) > 1 else next(iter(steps), None)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f", … ({len(names)})" if len(names) > 10 else "")

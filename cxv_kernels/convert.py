@@ -1,0 +1,231 @@
+"""Softmax attention in somebody else's model, replaced by ours."""
+
+import copy
+import inspect
+import itertools
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from .dispatch import use_backend
+from .ops.linear_attention.functional import linear_attention
+from .ops.nystrom_attention.functional import nystrom_attention
+from .ops.performer_attention.functional import num_random_features, orthogonal_projection, performer_attention
+from .tracing import record_call, refuse_torchscript
+from .validation import check_choice, check_count, is_plain_tensor, to_numbers
+
+MECHANISMS: dict[str, tuple[str, ...]] = {
+    "performer": ("num_features", "kernel", "eps", "stabilizer"),
+    "linear": ("feature_map", "eps"),
+    "nystrom": ("num_landmarks", "pinv_init"),
+}
+"""The mechanisms and their options, which are those of the ops."""
+
+# timm.layers.Attention's parts, by its names: what a module must consist of to be replaced, and what is kept of it
+_PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
+_ARGUMENTS = ("attn_mask", "is_causal")
+
+
+class ReplacedAttention(nn.Module):
+    """Self-attention (B, N, C) → (B, N, C_out) by one of our mechanisms, on the maps and norms of a softmax attention.
+
+    Args:
+        attention: a module as ``timm.layers.Attention``; its parts are shared, not copied.
+        mechanism, backend, **options: see :func:`replace_attention`.
+    """
+
+    __prepare_scriptable__ = refuse_torchscript
+
+    def __init__(self, attention: nn.Module, mechanism: str, backend: str | None = None, **options: Any):
+        super().__init__()
+        for name in _PARTS:
+            setattr(self, name, getattr(attention, name, None))
+        self.num_heads = attention.num_heads
+        self.head_dim = self.qkv.out_features // (3 * self.num_heads)
+        self.scale = getattr(attention, "scale", self.head_dim**-0.5)
+        gain = self.scale * self.head_dim**0.5  # the ops divide by √D themselves
+        self.gain = None if math.isclose(gain, 1) else gain
+        self.mechanism, self.backend, self.options = mechanism, backend, to_numbers(options)
+        if mechanism == "performer":
+            num_features = self.options.pop("num_features", num_random_features(self.head_dim))
+            num_features = check_count("num_features", num_features)
+            self.register_buffer(
+                "projection", self.qkv.weight.new_empty(num_features, self.head_dim, dtype=torch.float32)
+            )
+            self.redraw_projection_()
+        self.train(attention.training)
+
+    @torch.no_grad()
+    def redraw_projection_(self, generator: torch.Generator | None = None) -> None:
+        """Draw new random features from a CPU ``generator``, or PyTorch's global one.
+
+        On the meta device nothing is drawn: call this after ``to_empty``, unless a ``state_dict`` has the projection.
+
+        Raises:
+            ValueError: the mechanism is not ``"performer"``.
+        """
+        if self.mechanism != "performer":
+            raise ValueError(f"redraw_projection_: {self.mechanism!r} has no random features, only 'performer' has")
+        if not self.projection.is_meta:
+            self.projection.copy_(orthogonal_projection(*self.projection.shape, generator=generator))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B, N, C), any N → (B, N, C_out).
+
+        Raises:
+            ValueError: a mask, which no linear mechanism can apply to pairs of tokens; x of another rank.
+        """
+        if isinstance(x, Proxy):
+            return record_call(self, x, attn_mask=attn_mask, is_causal=is_causal)
+        if attn_mask is not None or is_causal:
+            name = "is_causal" if attn_mask is None else "attn_mask"
+            raise ValueError(f"{name}: {self.mechanism} attention has no map of pairs of tokens to mask")
+        if x.dim() != 3:
+            raise ValueError(f"x must be (B, N, C), got shape {tuple(x.shape)}")
+        return self._around(self._attend, x)
+
+    def _around(self, attend: Any, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        y = attend(q if self.gain is None else q * self.gain, k, v).transpose(1, 2).flatten(2)
+        y = y if self.norm is None else self.norm(y)
+        y = y if self.gate is None else y * self.gate(x).sigmoid()
+        y = self.proj(y)
+        return y if self.proj_drop is None else self.proj_drop(y)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.mechanism == "performer":
+            return performer_attention(q, k, v, self.projection, **self.options, backend=self.backend)
+        op = linear_attention if self.mechanism == "linear" else nystrom_attention
+        return op(q, k, v, **self.options, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"mechanism={self.mechanism!r}", *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+def replace_attention(
+    model: nn.Module, mechanism: str = "performer", *, backend: str | None = None, **options: Any
+) -> list[str]:
+    """Replace the softmax self-attentions of a vision transformer by a linear mechanism, in place, keeping the weights.
+
+    For ``timm.layers.Attention`` and whatever is built like it: a linear ``qkv``, ``num_heads``, ``proj``, optionally
+    ``q_norm``, ``k_norm``, ``norm``, ``gate`` and ``proj_drop``. Each module found is compared with softmax attention
+    on random tokens first, and left alone, with a warning, where it does something else (windows, relative or rotary
+    positions, channel attention). Class tokens and any number of tokens are fine.
+
+    The outputs change: ``"performer"`` and ``"nystrom"`` approximate softmax attention, ``"linear"`` is another
+    function. Fine-tune afterwards; examples/replace_attention.py measures what that brings.
+
+    On the meta device the structure of a module is compared, with random weights. Features are not drawn there: call
+    ``redraw_projection_`` of each replaced module once the model has memory (``to_empty``), unless a ``state_dict`` of
+    a converted model is loaded.
+
+    Args:
+        model: the model; its modules are replaced where they are, so that an optimizer made before still fits. Replace
+            before quantizing or sharding: modules whose weights are quantized or distributed are left alone.
+        mechanism: ``"performer"``, ``"linear"`` or ``"nystrom"``.
+        backend: see :func:`cxv_kernels.use_backend`.
+        **options: of the op: ``kernel``, ``eps``, ``stabilizer`` of :func:`performer_attention` and ``num_features``,
+            ⌊D ln D⌋ by default, drawn once from PyTorch's global generator and kept in the ``state_dict``;
+            ``feature_map``, ``eps`` of :func:`linear_attention`; ``num_landmarks``, ``pinv_init`` of
+            :func:`nystrom_attention`.
+
+    Returns:
+        The names of the modules that were replaced, e.g. ``blocks.0.attn``.
+
+    Raises:
+        ValueError: there was nothing to replace, the message has the reasons; an unknown mechanism, option or value;
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_choice("mechanism", mechanism, tuple(MECHANISMS))
+    unknown = sorted(options.keys() - set(MECHANISMS[mechanism]))
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: no option of {mechanism!r}; allowed: {', '.join(MECHANISMS[mechanism])}, got {options}"
+        )
+    found = [
+        (f"{path}.{name}".lstrip("."), parent, name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if hasattr(getattr(child, "qkv", None), "in_features")
+        and hasattr(child, "num_heads")
+        and hasattr(child, "proj")
+    ]
+    reasons = {path: reason for path, _, _, child in found if (reason := _why_not(child)) is not None}
+    unsupported = "; ".join(f"{path} {reason}" for path, reason in reasons.items())
+    if len(reasons) == len(found):
+        raise ValueError(
+            f"model: {type(model).__name__} has no softmax attention that could be replaced: "
+            f"{unsupported or 'none of its modules has qkv, num_heads and proj'}"
+        )
+    if reasons:
+        warnings.warn(f"replace_attention leaves alone: {unsupported}", stacklevel=2)
+    if any(getattr(getattr(child, "attn_drop", None), "p", 0) for path, _, _, child in found if path not in reasons):
+        warnings.warn(
+            f"{mechanism} attention has no attention map, so that attn_drop, the dropout on it, is gone", stacklevel=2
+        )
+    replacements: dict[int, ReplacedAttention] = {}  # a module may be in several places
+    for path, _, _, child in found:
+        if path not in reasons and id(child) not in replacements:
+            replacements[id(child)] = _replacement(child, mechanism, backend, options)
+    for path, parent, name, child in found:
+        if path not in reasons:
+            setattr(parent, name, replacements[id(child)])
+    return [path for path, *_ in found if path not in reasons]
+
+
+def _replacement(child: nn.Module, mechanism: str, backend: str | None, options: dict[str, Any]) -> ReplacedAttention:
+    new = ReplacedAttention(child, mechanism, backend, **options)
+    weight = child.qkv.weight
+    if weight.is_meta:  # where the model will run is not known: only the options are checked
+        use_backend(backend or "auto")  # raises for an unknown name
+        new.backend = "reference"
+    with torch.no_grad():  # what the op refuses it refuses now
+        head = weight.new_zeros(1, new.num_heads, 2, new.head_dim)
+        new._attend(head, head, head)
+    new.backend = backend
+    return new
+
+
+def _why_not(attention: nn.Module) -> str | None:
+    """Why a module cannot be replaced; None if it can."""
+    if not isinstance(attention.qkv, nn.Linear) or not all(map(is_plain_tensor, attention.parameters())):
+        odd = [type(t).__name__ for t in attention.parameters() if not is_plain_tensor(t)]
+        kind = odd[0] if odd else f"{type(attention.qkv).__module__}.{type(attention.qkv).__name__}"
+        return f"({kind}) is quantized, distributed or adapted: replace the attention before that"
+    own = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in _PARTS]
+    if own:
+        return f"has parameters of its own: {', '.join(own)}"
+    arguments = list(inspect.signature(attention.forward).parameters)[1:]
+    other = [name for name in arguments if name not in _ARGUMENTS]
+    if other:
+        return f"({type(attention).__name__}) takes {', '.join(other)} besides the tokens"
+    generator = torch.Generator().manual_seed(0)
+    attention = _materialize(copy.deepcopy(attention), generator).to("cpu", torch.float64).eval()
+    try:
+        with torch.no_grad(), torch.device("cpu"):  # whatever the default device
+            x = torch.randn(2, 6, attention.qkv.in_features, dtype=torch.float64, generator=generator)
+            ours = ReplacedAttention(attention, "softmax")._around(F.scaled_dot_product_attention, x)
+            same = torch.allclose(attention(x), ours, rtol=1e-6, atol=1e-9)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        return f"({type(attention).__name__}) does not take tokens (B, N, C): {reason}"
+    return None if same else f"({type(attention).__name__}) is not softmax attention of its qkv"
+
+
+@torch.no_grad()
+def _materialize(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The module as it is, or from the meta device on the CPU with random weights."""
+    if any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers())):
+        module.to_empty(device="cpu")
+        for t in itertools.chain(module.parameters(), module.buffers()):
+            t.normal_(generator=generator) if t.is_floating_point() else t.zero_()
+    return module

@@ -1,0 +1,62 @@
+"""The fused ops: fake implementations, autograd, and what the kernels support.
+
+The outputs ``state`` and ``key_stat`` of linear_attention are opaque: each backend lays them out for its own backward
+kernels, and no other backend reads them. Those of kv_state are S and z (1/z's logarithm for softmax) on every backend.
+"""
+
+from torch import Tensor
+
+from ...autograd import fused_op, like_layout
+from ...dispatch import CUDA_DTYPES, Support, register
+from ...validation import accumulate_dtype
+from .reference import kv_state_reference, linear_attention_reference
+
+_TRITON = "cxv_kernels.ops.linear_attention.triton.launch"
+
+
+def _fake(q, k, v, key_mask, feature_map, eps):
+    state, key_stat = _fake_kv_state(q, v, key_mask, feature_map)
+    return like_layout(q, (*q.shape[:3], v.shape[3])), state, key_stat
+
+
+def _triton_fake(q, k, v, key_mask, feature_map, eps):
+    return like_layout(q, (*q.shape[:3], v.shape[3])), *triton_state(q, q.shape[3], v.shape[3])
+
+
+def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """What the Triton kernels keep of a head: U (B, H, F + 2, E) and the statistics (B, H, 2 F + 1)."""
+    state = q.new_empty((*q.shape[:2], features + 2, value_dim), dtype=accumulate_dtype(q.dtype))
+    return state, state.new_empty((*q.shape[:2], 2 * features + 1))
+
+
+def _fake_kv_state(k, v, key_mask, feature_map):
+    state = k.new_empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=accumulate_dtype(k.dtype))
+    return state, state.new_empty((*k.shape[:2], k.shape[3]))
+
+
+def _kv_state_backward(kernel, grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, needed):
+    if feature_map == "softmax":  # S is normalized, and z is 1: what S's gradient does to the normalization
+        grad_z = -(grad_state * state).sum(dim=-1)
+    return kernel(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed)
+
+
+def z_of(key_stat: Tensor, feature_map: str) -> Tensor:
+    """z = Σ φ(k) of the key pass's statistic."""
+    if feature_map != "softmax":
+        return key_stat.clone()
+    # 1, 0 where no key is seen and the statistic is infinite, NaN where it is NaN
+    return (key_stat - key_stat + 1).masked_fill(key_stat.isinf(), 0)
+
+
+linear_attention_op = fused_op(
+    "linear_attention", linear_attention_reference, _fake, triton=_TRITON, triton_fake=_triton_fake
+)
+kv_state_op = fused_op("kv_state", kv_state_reference, _fake_kv_state, triton=_TRITON, backward=_kv_state_backward)
+
+for _op in ("linear_attention", "kv_state"):
+    register(
+        _op,
+        cpu=Support(),
+        cuda=Support(CUDA_DTYPES, max_channels=64),
+        triton=Support(max_channels=128, tensor_cores=True),
+    )

@@ -1,0 +1,152 @@
+"""FAVOR+ in plain PyTorch: the oracle, the fallback and the export path."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...validation import accumulate_dtype, check_count
+from ..linear_attention.reference import divide, hide_keys, rescaled
+
+KERNELS = ("softmax", "relu")
+STABILIZERS = ("head", "batch")
+DEFAULT_EPS = {"softmax": 1e-4, "relu": 1e-3}
+# Beside an eps below this, which is not 0, a feature that underflows float32 still counts.
+LEAST_EPS = 1e-30
+
+
+def num_random_features(dim: int) -> int:
+    """The paper's number of random features for a head of ``dim`` channels: ⌊D ln D⌋, at least 1 (110 for 32).
+
+    Raises:
+        TypeError: ``dim`` is no int; ValueError: it is below 1.
+    """
+    dim = check_count("dim", dim)
+    return max(1, int(dim * math.log(dim)))
+
+
+def orthogonal_projection(
+    num_features: int,
+    dim: int,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Random features of FAVOR+ (Choromanski et al. 2021, section 3): orthogonal rows with Gaussian norms.
+
+    Blocks of D rows are orthogonal among themselves; each row is rescaled to the norm of a fresh Gaussian vector.
+    Drawn on the CPU in float64, so one generator gives one projection on every device.
+
+    Args:
+        num_features: M, the number of rows. dim: D, the channels of a head.
+        generator: a CPU generator; None takes PyTorch's global one.
+
+    Returns:
+        (M, D).
+
+    Raises:
+        TypeError: ``num_features`` or ``dim`` is no int; ValueError: below 1.
+    """
+    num_features, dim = check_count("num_features", num_features), check_count("dim", dim)
+    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}  # whatever the default device
+    blocks = []
+    for _ in range(math.ceil(num_features / dim)):
+        q, r = torch.linalg.qr(torch.randn(dim, dim, **draw))
+        blocks.append((q * r.diagonal().sign()).T)  # the sign makes the rotation uniform (Haar)
+    norms = torch.randn(num_features, dim, **draw).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:num_features] * norms).to(device, dtype)
+
+
+def _project(x: Tensor, projection: Tensor) -> Tensor:
+    """D^-¼·x·Wᵀ, (B, H, N, M)."""
+    return (x * x.shape[-1] ** -0.25) @ projection.to(x.dtype).T
+
+
+def _hide(phi: Tensor, key_mask: Tensor | None) -> Tensor:
+    return phi if key_mask is None else phi.masked_fill(~key_mask[:, None, :, None], 0)
+
+
+def _key_maximum(exponent: Tensor, stabilizer: str, key_mask: Tensor | None) -> Tensor:
+    """The largest exponent over the features and the seen tokens of a head, or of the whole batch; 0 if none."""
+    if key_mask is not None:
+        exponent = exponent.masked_fill(~key_mask[:, None, :, None], float("-inf"))
+    if exponent.numel() == 0:
+        return exponent.new_zeros(())
+    largest = exponent.amax(dim=(-2, -1), keepdim=True) if stabilizer == "head" else exponent.amax()
+    return largest.masked_fill(largest == float("-inf"), 0)
+
+
+def favor_features(
+    x: Tensor,
+    projection: Tensor,
+    is_query: bool,
+    kernel: str,
+    eps: float,
+    stabilizer: str = "head",
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """φ without the common factor M^-½, in x's dtype; the gradient skips the maxima unless they are the batch's."""
+    z = _project(x, projection)
+    if kernel == "relu":
+        return F.relu(z) + eps
+    half_norm = x.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
+    bounded = z if eps else z - half_norm
+    bounded = bounded.detach() if stabilizer == "head" else bounded
+    shift = bounded.amax(dim=-1, keepdim=True) if is_query else _key_maximum(bounded, stabilizer, key_mask)
+    return (z - (half_norm + shift)).exp() + eps
+
+
+def performer_features_reference(
+    x: Tensor,
+    projection: Tensor,
+    is_query: bool,
+    kernel: str = "softmax",
+    eps: float | None = None,
+    stabilizer: str = "head",
+) -> Tensor:
+    """See :func:`cxv_kernels.performer_features`."""
+    eps = DEFAULT_EPS[kernel] if eps is None else eps
+    phi = favor_features(x.to(accumulate_dtype(x.dtype)), projection, is_query, kernel, eps, stabilizer)
+    return (phi * projection.shape[0] ** -0.5 if kernel == "softmax" else phi).to(x.dtype)
+
+
+def _exact_exponents(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None) -> Tensor:
+    """FAVOR+ proper (eps = 0). With no eps every shift cancels, so each feature takes its own maximum over the keys
+    and each query its own over the features: the denominator is at least 1 and nothing underflows."""
+    exponent = _project(k, projection) - k.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(k.shape[-1]))
+    if key_mask is not None:
+        exponent = exponent.masked_fill(~key_mask[:, None, :, None], float("-inf"))
+    shift = exponent.detach().amax(dim=-2, keepdim=True)
+    shift = shift.masked_fill(shift == float("-inf"), 0)
+    phi = (exponent - shift).exp()
+    weight = _project(q, projection) + shift
+    weight = (weight - weight.detach().amax(dim=-1, keepdim=True)).exp()
+    return divide(weight @ (phi.transpose(-2, -1) @ v), weight @ phi.sum(dim=-2).unsqueeze(-1))
+
+
+def performer_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    kernel: str = "softmax",
+    eps: float | None = None,
+    stabilizer: str = "head",
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """See :func:`cxv_kernels.performer_attention`; computed in float32 (float64 for float64), in q's dtype."""
+    eps = DEFAULT_EPS[kernel] if eps is None else eps
+    out_dtype, dtype = q.dtype, torch.float64 if 0 < eps < LEAST_EPS else accumulate_dtype(q.dtype)
+    q, k, v = q.to(dtype), *hide_keys(k.to(dtype), v.to(dtype), key_mask)
+    if k.shape[2] == 0:
+        nothing = (q.sum(dim=-1, keepdim=True) + k.sum() + v.sum()) * 0
+        return nothing.expand(*q.shape[:3], v.shape[3]).to(out_dtype)
+    if kernel == "softmax" and eps == 0:
+        return _exact_exponents(q, k, v, projection, key_mask).to(out_dtype)
+    phi_q = favor_features(q, projection, True, kernel, eps, stabilizer)
+    phi_k = _hide(favor_features(k, projection, False, kernel, eps, stabilizer, key_mask), key_mask)
+    state, z = phi_k.transpose(-2, -1) @ v, phi_k.sum(dim=-2)
+    state, z, _ = rescaled(state, z)
+    return divide(phi_q @ state, phi_q @ z.unsqueeze(-1)).to(out_dtype)

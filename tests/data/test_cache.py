@@ -1,0 +1,270 @@
+"""The cache of decoded images: decoded once, noticed when damaged or stale, done without when it cannot be had."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_image
+from safetensors import safe_open
+
+import cxv
+from cxv.data import cache as cache_module
+from cxv.data import datasets as datasets_module
+from cxv.data.cache import cache_folder
+from cxv.data.loader import load_data
+from cxv.errors import InputError
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the images decoded so far."""
+    names, decode = [], datasets_module.decode_image
+    monkeypatch.setattr(
+        datasets_module, "decode_image", lambda path, *a: (len(a) == 2 and names.append(path.name), decode(path, *a))[1]
+    )
+    return names
+
+
+def load(folder, cache, **kwargs):
+    log = []
+    return load_data("folder", folder, cache_dir=cache, log=log.append, **kwargs), "\n".join(log)
+
+
+def same(data, other):
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(data.splits.values(), other.splits.values(), strict=True)
+    )
+
+
+def train_file(cache):
+    return next(cache.glob("*-train-*.safetensors"))
+
+
+def test_images_are_decoded_once_and_mapped_afterwards(folder, cache, decoded):
+    plain = load_data("folder", folder, cache_dir="none")
+    assert len(decoded) == 18
+    assert not cache.exists()
+    first, log = load(folder, cache)
+    assert log == ""
+    assert len(decoded) == 36
+    second, _ = load(folder, cache)
+    assert len(decoded) == 36
+    assert same(first, plain)
+    assert same(second, plain)
+    for split in ("train", "test"):
+        assert first.splits[split].fingerprint() == second.splits[split].fingerprint()
+        assert plain.splits[split].subset(torch.arange(len(plain.splits[split]))).fingerprint() == (
+            second.splits[split].fingerprint()
+        )
+    assert second.classes == plain.classes
+    if sys.platform == "linux":
+        assert str(train_file(cache)) in Path("/proc/self/maps").read_text()
+
+
+def test_the_file_is_a_whole_safetensors_file(folder, cache):
+    data, _ = load(folder, cache)
+    with safe_open(train_file(cache), framework="pt") as file:
+        assert torch.equal(file.get_tensor("images"), data.train.images)
+        assert torch.equal(file.get_tensor("labels"), data.train.labels)
+        assert json.loads(file.metadata()["cxv"])["classes"] == ["ant", "bee", "cow"]
+
+
+def test_writing_to_the_tensor_does_not_change_the_file(folder, cache):
+    data, _ = load(folder, cache)
+    data.train.pixels.zero_()
+    again, log = load(folder, cache)
+    assert log == ""
+    assert again.train.pixels.any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda train: write_image(train / "ant" / "0.webp", seed=77),
+        lambda train: (train / "ant" / "3.webp").unlink(),
+        lambda train: write_image(train / "ant" / "4.webp", seed=78),
+        lambda train: (train / "bee" / "0.png").rename(train / "bee" / "9.png"),
+    ],
+    ids=["another image", "one less", "one more", "renamed"],
+)
+def test_a_changed_source_is_decoded_anew(folder, cache, decoded, change):
+    load(folder, cache)
+    files = sorted(cache.iterdir())
+    change(folder / "train")
+    data, log = load(folder, cache)
+    assert f"train: the images in {folder} have changed, decoding them anew" == log
+    assert same(data, load_data("folder", folder))
+    assert sorted(cache.iterdir()) == files  # in the place of the old ones
+    count = len(decoded)
+    assert load(folder, cache)[1] == ""
+    assert len(decoded) == count
+
+
+def damages():
+    yield "truncated", lambda content: content[: len(content) // 2]
+    yield "empty", lambda content: b""
+    yield "other", lambda content: b"something else" * 100
+    for where, place in (("header", 40), ("classes", None), ("labels", -12 * 192 - 3), ("pixels", -1)):
+
+        def flip(content, place=place):
+            content = bytearray(content)
+            content[content.index(b'"bee') + 1 if place is None else place] ^= 1
+            return bytes(content)
+
+        yield where, flip
+
+
+@pytest.mark.parametrize("damage", [pytest.param(d, id=name) for name, d in damages()])
+def test_a_damaged_cache_is_noticed_and_made_anew(folder, cache, damage):
+    whole, _ = load(folder, cache)
+    path = train_file(cache)
+    before = path.read_bytes()
+    path.unlink()  # what is mapped stays as it was
+    path.write_bytes(damage(before))
+    data, log = load(folder, cache)
+    assert f"{path} is damaged (" in log
+    assert "decoding the images anew" in log
+    assert same(data, whole)
+    assert path.read_bytes() == before
+    assert load(folder, cache)[1] == ""
+
+
+def test_choices_have_caches_of_their_own(folder, cache, decoded):
+    whole, _ = load(folder, cache)
+    some, _ = load(folder, cache, limit_train=6, seed=1)
+    other, _ = load(folder, cache, limit_train=6, seed=2)
+    large, _ = load(folder, cache, img_size=16)
+    assert (len(some.train), large.img_size) == (6, 16)
+    assert some.train.fingerprint() != other.train.fingerprint()
+    count = len(decoded)
+    assert same(load(folder, cache, limit_train=6, seed=1)[0], some)
+    assert same(load(folder, cache, img_size=16)[0], large)
+    held, _ = load(folder, cache, validation=3)
+    assert held.train.pixels.shape[0] == 12
+    assert len(decoded) == count
+    assert same(load(folder, cache)[0], whole)
+
+
+def test_cache_remembers_skipped_images(folder, cache):
+    bad = folder / "train" / "bee" / "2.png"
+    bad.write_bytes(b"")
+    first, log = load(folder, cache, on_corrupt="skip")
+    second, again = load(folder, cache, on_corrupt="skip")
+    assert log == again == "train: skipped 1 of 12 images that could not be read"
+    assert first.train.skipped == second.train.skipped == [str(bad)]
+    assert second.train.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+    assert same(first, second)
+    assert second.train.pixels.shape[0] == 11
+    with pytest.raises(InputError, match="`on_corrupt` skip"):
+        load(folder, cache)
+
+
+_LOAD = """
+import os, sys, time
+from cxv.data import datasets
+from cxv.data.loader import load_data
+decode, n = datasets.decode_image, []
+def slow(path, *a):
+    time.sleep(0.05)
+    n.append(path)
+    return decode(path, *a)
+datasets.decode_image = slow
+data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2], img_size=8)
+print("decoded", len(n), "fingerprints", data.train.fingerprint(), data.test.fingerprint())
+"""
+
+
+def test_two_processes_that_race_decode_once_between_them(folder, cache):
+    command = [sys.executable, "-c", _LOAD, str(folder), str(cache)]
+    both = [subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    lines = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in both]
+    assert sum(int(line[1]) for line in lines) == 18
+    assert lines[0][3:] == lines[1][3:]
+    data, log = load(folder, cache)
+    assert log == ""
+    assert [str(data.train.fingerprint()), str(data.test.fingerprint())] == lines[0][3:]
+
+
+_KILLED = _LOAD.replace("n.append(path)", "n.append(path); len(n) == 15 and os.kill(os.getpid(), 9)")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_process_that_is_killed_leaves_nothing_in_the_way(folder, cache):
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(cache)], env=ENV, capture_output=True)
+    assert done.returncode == -9
+    assert any(path.suffix == ".tmp" for path in cache.iterdir())
+    data, log = load(folder, cache)
+    assert log == ""
+    assert same(data, load_data("folder", folder))
+    assert not any(path.suffix == ".tmp" for path in cache.iterdir())
+
+
+_FULL = """
+import resource, sys
+from cxv.data.loader import load_data
+if sys.argv[3] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))  # bytes a file may have
+data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2])
+print(data.train.fingerprint(), data.test.fingerprint())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_cache_file_that_cannot_be_written_is_skipped(folder, cache):
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(folder), str(cache), "limit"], env=ENV, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"train: no cache of the decoded images in {cache} (File too large)")
+    data = load_data("folder", folder)
+    assert lines[-1] == f"{data.train.fingerprint()} {data.test.fingerprint()}"
+    assert not list(cache.glob("*train*.tmp"))
+    assert not list(cache.glob("*train*.safetensors"))
+
+
+def test_cache_on_a_full_disk_is_skipped_before_decoding(folder, cache, decoded, monkeypatch):
+    usage = cache_module.shutil.disk_usage
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    data, log = load(folder, cache)
+    assert "MB needed, 0.0 MB free); decoding into memory" in log
+    assert len(data.train) == 12
+    assert len(decoded) == 18
+
+
+def test_cache_folder_that_cannot_be_made_is_skipped(folder, cache):
+    cache.write_text("a file")
+    data, log = load(folder, cache)
+    assert f"train: no cache of the decoded images in {cache} (" in log
+    assert len(data.train) == 12
+
+
+def test_images_larger_than_the_memory_are_mapped(folder, cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
+    with pytest.raises(InputError, match="available: give a `cache_dir` on a disk with room"):
+        load(folder, "none")
+    data, _ = load(folder, cache, validation=3)
+    assert (len(data.train), len(data.validation), len(data.test)) == (9, 3, 6)
+
+
+def test_cache_folder_defaults(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXV_CACHE")
+    assert cache_folder(None) == tmp_path / "cxv"
+    monkeypatch.setenv("CXV_CACHE", str(tmp_path / "own"))
+    assert cache_folder(None) == tmp_path / "own"
+    assert cache_folder("given") == Path("given")
+    assert cache_folder("none") is None
+    monkeypatch.setenv("CXV_CACHE", "none")
+    assert cache_folder(None) is None

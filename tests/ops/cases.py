@@ -1,0 +1,278 @@
+"""The ops as tests/ops calls them: one ``Case`` per op and variant, its inputs, and the error model."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from conftest import heads, needs_cpp
+from torch import Tensor
+
+import cxv_kernels
+from cxv_kernels import (
+    conv_norm,
+    dropout,
+    gelu_dropout,
+    kv_state,
+    linear_attention,
+    nystrom_attention,
+    performer_attention,
+    performer_features,
+)
+from cxv_kernels._triton import interpreting
+from cxv_kernels.checks import tolerance
+from cxv_kernels.validation import FLOAT_DTYPES
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+# TRITON_INTERPRET=1 runs Triton's kernels on the CPU, where they cannot be compiled: tests/test_triton.py starts it
+BACKENDS = (
+    [pytest.param("triton")]
+    if interpreting()
+    else [pytest.param("cpu", marks=needs_cpp), *(pytest.param(name, marks=gpu) for name in ("cuda", "triton"))]
+)
+if "CXV_TEST_GPU" not in os.environ:
+    BACKENDS = BACKENDS[:1]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+and_reference = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+
+
+def device_of(backend: str) -> str:
+    """The device that a backend's kernels run on."""
+    return "cpu" if backend in ("reference", "cpu") or interpreting() else "cuda"
+
+
+def dtypes_of(backend: str) -> Sequence[torch.dtype]:
+    """The dtypes that the tests give to a backend."""
+    if backend in ("reference", "cpu"):
+        return FLOAT_DTYPES
+    if interpreting():  # its bfloat16 products are wrong
+        return torch.float64, torch.float32, torch.float16
+    return (torch.float32, torch.float16, *([torch.bfloat16] if backend == "triton" else []))
+
+
+with_dtypes = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(*param.values, dtype, marks=param.marks, id=f"{param.values[0]}-{dtype}".replace("torch.", ""))
+        for param in BACKENDS
+        for dtype in dtypes_of(param.values[0])
+    ],
+)
+"""(backend, dtype): all that run here."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a test; every kind of op uses those that it has. ``image`` is (H, W) of conv_norm."""
+
+    batch: int = 2
+    heads: int = 2
+    queries: int = 65
+    keys: int = 63
+    dim: int = 17
+    value_dim: int = 5
+    image: tuple[int, int] = (6, 9)
+
+
+TINY = Sizes(1, 2, 5, 6, 3, 4, (3, 3))
+ODD = Sizes()
+SIZES = {
+    "one": Sizes(1, 1, 1, 1, 1, 3, (2, 2)),
+    "odd": ODD,
+    "power-of-two": Sizes(1, 2, 64, 64, 16, 16, (8, 8)),
+    "wide": Sizes(1, 2, 50, 50, 70, 129, (5, 13)),
+    "long": Sizes(2, 2, 1030, 2200, 8, 33, (40, 41)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op: ``function(*inputs, **constants, backend=…)``; constants are tensors without gradient.
+
+    ``amplification``: by how much the op enlarges roundings: small denominators, exponents of several units.
+    """
+
+    op: str
+    label: str
+    function: Callable
+    shapes: Callable[[Sizes], Sequence[tuple[int, ...]]]
+    amplification: float = 1
+    constants: Callable[[Sizes], dict[str, Tensor]] = field(default=lambda sizes: {})
+    takes_mask: bool = False
+    smooth: bool = True  # finite differences see the whole derivative: no maximum is detached
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}" if self.label else self.op
+
+    def inputs(self, sizes: Sizes = ODD, dtype: torch.dtype = torch.float64, grad: bool = False) -> list[Tensor]:
+        """Normal random inputs, those of conv_norm and of the residual scaled as a layer's are."""
+        drawn = [heads(*shape) for shape in self.shapes(sizes)]
+        if self.op == "conv_norm":
+            drawn[1] /= (9 * sizes.dim) ** 0.5
+            drawn[-2] = 1 + 0.2 * drawn[-2]
+            if self.label == "channels_last":
+                drawn[0] = drawn[0].contiguous(memory_format=torch.channels_last)
+        if self.label == "residual" and self.op == "nystrom_attention":
+            drawn[-1] /= drawn[-1].shape[2] ** 0.5
+        return [t.to(dtype).requires_grad_(grad) for t in drawn]
+
+    def bind(self, backend: str, sizes: Sizes = ODD, **constants: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+        """A function of the inputs that returns a tuple of outputs."""
+        bound = self.constants(sizes) | constants
+
+        def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+            placed = {k: t.to(inputs[0].device) if isinstance(t, Tensor) else t for k, t in bound.items()}
+            out = self.function(*inputs, **placed, backend=backend)
+            return out if isinstance(out, tuple) else (out,)
+
+        return call
+
+    def depth(self, sizes: Sizes) -> int:
+        """The terms of the longest sum."""
+        if self.op == "conv_norm":
+            return max(9 * sizes.dim, 9 * sizes.value_dim, sizes.batch * sizes.image[0] * sizes.image[1])
+        return max(sizes.queries, sizes.keys, 1)
+
+
+def projection(features: int, dim: int) -> Tensor:
+    """A projection (M, D) in float64, the same in every call."""
+    generator = torch.Generator().manual_seed(3)
+    return cxv_kernels.orthogonal_projection(features, dim, generator=generator, dtype=torch.float64)
+
+
+def mask_of(sizes: Sizes) -> Tensor:
+    """A key mask (B, N_k) that hides most of image 0, and all of image 1 if there is one."""
+    mask = torch.arange(sizes.batch * sizes.keys).view(sizes.batch, sizes.keys) % 3 == 0
+    mask[1:2] = False
+    return mask
+
+
+def attention_shapes(sizes: Sizes) -> Sequence[tuple[int, ...]]:
+    batch, num_heads = sizes.batch, sizes.heads
+    key, value = (batch, num_heads, sizes.keys, sizes.dim), (batch, num_heads, sizes.keys, sizes.value_dim)
+    return (batch, num_heads, sizes.queries, sizes.dim), key, value
+
+
+def residual_shapes(sizes: Sizes) -> Sequence[tuple[int, ...]]:
+    (batch, num_heads, tokens, _), _, value = query, _, _ = attention_shapes(sizes)
+    return query, query, (batch, num_heads, tokens, value[-1]), (num_heads, 1, 5, 1)
+
+
+def image_shapes(sizes: Sizes) -> Sequence[tuple[int, ...]]:
+    channels = (sizes.value_dim,)
+    image = (sizes.batch, sizes.dim, *sizes.image)
+    return image, (sizes.value_dim, sizes.dim, 3, 3), channels, channels, channels
+
+
+def channels_last(x: Tensor, *rest: Tensor, **options) -> Tensor:
+    return conv_norm(x.contiguous(memory_format=torch.channels_last), *rest, **options)
+
+
+def without_bias(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **options) -> Tensor:
+    return conv_norm(x, weight, None, gamma, beta, **options)
+
+
+def nystrom_with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options) -> Tensor:
+    return nystrom_attention(q, k, v, 3, residual_weight=weight, **options)
+
+
+def dropped_residual(x: Tensor, residual: Tensor, **options) -> Tensor:
+    return dropout(x, 0.3, residual=residual, **options)
+
+
+def random_features(sizes: Sizes) -> dict[str, Tensor]:
+    return {"projection": projection(sizes.dim + 4, sizes.dim)}
+
+
+def dropout_seed(sizes: Sizes) -> dict[str, Tensor]:
+    return {"seed": torch.tensor(12345)}
+
+
+MAPS = ("softmax", "elu", "relu")
+KERNELS = {"softmax": {}, "exact": {"eps": 0.0}, "relu": {"kernel": "relu"}}  # exact: eps = 0, FAVOR+ proper
+LINEAR = [
+    Case("linear_attention", m, partial(linear_attention, feature_map=m), attention_shapes, 4 if m == "relu" else 1,
+         takes_mask=True)
+    for m in MAPS
+]  # fmt: skip
+PERFORMER = [
+    Case("performer_attention", name, partial(performer_attention, **options), attention_shapes,
+         2 if name == "relu" else 8, random_features, True, smooth=name != "softmax")
+    for name, options in KERNELS.items()
+]  # fmt: skip
+STATE = [
+    Case("kv_state", m, partial(kv_state, feature_map=m), lambda s: attention_shapes(s)[1:], 4, takes_mask=True)
+    for m in MAPS
+]
+FEATURES = [
+    Case("performer_features", f"{name}-{'query' if is_query else 'key'}",
+         partial(performer_features, is_query=is_query, **options), lambda s: attention_shapes(s)[:1], 4,
+         random_features, smooth=name == "relu")
+    for name, options in KERNELS.items()
+    for is_query in (True, False)
+]  # fmt: skip
+NYSTROM = [
+    # the pseudo-inverse enlarges the roundings of the landmarks' softmax
+    Case("nystrom_attention", "", partial(nystrom_attention, num_landmarks=3), attention_shapes, 8),
+    Case("nystrom_attention", "residual", nystrom_with_residual, residual_shapes, 8),
+]
+CONV_NORM = [
+    # the convolution is rounded to the dtype before the norm
+    Case("conv_norm", "NCHW", conv_norm, image_shapes, 4),
+    Case("conv_norm", "channels_last", channels_last, image_shapes, 4),
+    Case("conv_norm", "no-bias", without_bias, lambda s: [*image_shapes(s)[:2], *image_shapes(s)[3:]], 4),
+]
+DROPOUT = [
+    Case("dropout", "", partial(dropout, p=0.3), lambda s: attention_shapes(s)[:1], 1, dropout_seed),
+    Case("dropout", "residual", dropped_residual, lambda s: [attention_shapes(s)[0]] * 2, 1, dropout_seed),
+    Case("gelu_dropout", "", partial(gelu_dropout, p=0.3), lambda s: attention_shapes(s)[:1], 4, dropout_seed),
+]
+ATTENTION_CASES = [*LINEAR, *PERFORMER, *NYSTROM]
+MASKED = [case for case in (*LINEAR, *PERFORMER, *STATE) if case.takes_mask]
+CASES = [*LINEAR, *PERFORMER, *STATE, *FEATURES, *NYSTROM, *CONV_NORM, *DROPOUT]
+
+
+def every(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """Parametrize a test by ``case``."""
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def gradient_like(out: Tensor) -> Tensor:
+    """A fixed gradient of an output, exact in every dtype."""
+    return ((torch.arange(out.shape[-1], device=out.device) % 5 - 2).to(out.dtype) / 2).expand(out.shape)
+
+
+def run(
+    call: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Outputs, then the gradients of all inputs, for ``grads`` or for fixed gradients of the outputs."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    outs = call(*inputs)
+    if grads is None:
+        grads = [gradient_like(o) for o in outs]
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+    gradients = torch.autograd.grad([o for o, _ in pairs], inputs, [g.to(o) for o, g in pairs], allow_unused=True)
+    gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]
+    return [t.detach() for t in (*outs, *gradients)]
+
+
+def assert_close_to_float64(
+    case: Case,
+    backend: str,
+    inputs: Sequence[Tensor],
+    sizes: Sizes = ODD,
+    amplification: float = 1,
+    **constants: Tensor | None,
+) -> None:
+    """Compare outputs and gradients with the float64 reference on the same inputs, within the error model."""
+    dtype = inputs[0].dtype
+    placed = [t.detach().to(device_of(backend)) for t in inputs]
+    wants = run(case.bind("reference", sizes, **constants), [t.detach().double() for t in inputs])
+    gots = run(case.bind(backend, sizes, **constants), placed)
+    for place, (got, want) in enumerate(zip(gots, wants, strict=True)):
+        assert got.shape == want.shape
+        error = (got.cpu().double() - want).abs()
+        bound = tolerance(want, dtype, case.depth(sizes), amplification * case.amplification)
+        assert error.numel() == 0 or error.max() <= bound, f"result {place}: {error.max():.2e} > {bound:.2e}"
