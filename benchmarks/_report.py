@@ -357,3 +357,37 @@ def step_headline(rows: Sequence[Row]) -> Table:
         peaks = [gb(row.peak_bytes) for row in rows_of]
         table.rows.append([name, SHORT[dtype], *peaks, f"{value:.2f}×", largest])
     return table
+
+
+# --- integrations ------------------------------------------------------------------------------------------------
+
+
+def integration_attention(rows: Sequence[Row]) -> Table:
+    """The attention of other packages' models alone: the library's code, that compiled, and accelerated."""
+    return _integration_times(rows, "attention")
+
+
+def integration_models(rows: Sequence[Row]) -> Table:
+    """The whole models."""
+    return _integration_times(rows, "model")
+
+
+def _integration_times(rows: Sequence[Row], section: str) -> Table:
+    size = {"attention": "tokens", "model": "size"}[section]
+    header = ["model", "mode", "implementation", size, "batch", "ms", "ratio", "peak, MB", "ratio", "saved, MB"]
+    table = Table(header, left=3)
+    for row in rows:
+        if row.section != section:
+            continue
+        head = [row.name, row.variant, row.implementation]
+        if row.status != "ok":
+            table.rows.append([*head, reason(row)])
+            continue
+        same = {name: getattr(row, name) for name in ("section", "name", "dtype", "variant", "batch", "size")}
+        eager = None if row.implementation == "eager" else find(rows, implementation="eager", **same)
+        mode = "training_ms" if row.variant == "training" else "forward_ms"
+        time = spread(getattr(row, mode), getattr(row, mode.replace("_ms", "_iqr_ms")))
+        peak = f"{row.peak_bytes / eager.peak_bytes:.2f}×" if eager and eager.peak_bytes else ""
+        memory = [mb(row.peak_bytes), peak, mb(row.saved_bytes)]
+        table.rows.append([*head, f"{row.size:,}", str(row.batch), time, ratio(row, eager, mode), *memory])
+    return table

@@ -11,6 +11,8 @@ from . import self_check  # noqa: F401  validates GPU kernels on their first use
 from ._version import __version__
 from .convert import replace_attention
 from .dispatch import BACKENDS, bind_backend, explain_backend, get_backend, registered_ops, use_backend
+from .integrations.accelerate import accelerate
+from .integrations.attention_interface import register_with_transformers
 from .ops.conv_norm.functional import conv_norm
 from .ops.dropout.functional import dropout, dropout_mask, dropout_seed, gelu_dropout
 from .ops.linear_attention.functional import kv_state, linear_attention
@@ -30,6 +32,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "__version__",
+    "accelerate",
     "bind_backend",
     "conv_norm",
     "dropout",
@@ -45,6 +48,7 @@ __all__ = [
     "orthogonal_projection",
     "performer_attention",
     "performer_features",
+    "register_with_transformers",
     "replace_attention",
     "use_backend",
 ]

@@ -5,7 +5,7 @@
 
 A small timm ViT is trained from scratch. For each mechanism a copy of it has its attention replaced, is tested,
 fine-tuned and tested again; the ViT as it was is fine-tuned as long, for comparison. Needs timm and, for the digits,
-scikit-learn: pip install 'cxv[baselines,train]'. docs/surgery.md has what it printed.
+scikit-learn: pip install 'cxv[baselines,train]'. docs/accelerate.md has what it printed.
 """
 
 import argparse

@@ -83,6 +83,25 @@ def test_model_step_quick(tmp_path):
     assert (tmp_path / "model_step-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@needs_cpp
+@pytest.mark.slow
+def test_integrations_quick(tmp_path):
+    pytest.importorskip("timm")
+    options = ["--no-compile", "--models", "efficientvit_b0", "--output", tmp_path]
+    assert "efficientvit_b0" in run("benchmarks/integrations.py", *QUICK, *options)
+    rows = rows_of(tmp_path / "integrations-cpu.csv")
+    assert {(row["section"], row["variant"], row["implementation"]) for row in rows} == {
+        (section, variant, implementation)
+        for section in ("attention", "model")
+        for variant in ("inference", "training")
+        for implementation in ("eager", "fused")
+    }
+    for eager, fused in zip(rows[::2], rows[1::2], strict=True):
+        assert float(fused["error"]) <= float(fused["tolerance"])
+        if eager["section"] == "model":  # alone the state of the op outweighs four tokens
+            assert int(fused["peak_bytes"]) <= int(eager["peak_bytes"])
+
+
 WRONG = """
 import sys
 sys.path.insert(0, "benchmarks")

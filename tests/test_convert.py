@@ -206,7 +206,7 @@ def test_compiles_without_a_break(mechanism):
 
 
 def test_the_documentation_runs():
-    page = (Path(__file__).parent.parent / "docs" / "surgery.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text()
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)

@@ -1,0 +1,168 @@
+"""Find the attention modules that compute exactly one of our ops, and make them call it."""
+
+import copy
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+
+from ..dispatch import use_backend
+from .swap import Swap
+
+# the attention classes, and the module here that knows them
+_SOURCES = {
+    "timm.models.efficientvit_mit.LiteMLA": "timm",
+    "transformers.models.nystromformer.modeling_nystromformer.NystromformerSelfAttention": "transformers",
+    "performer_pytorch.performer_pytorch.FastAttention": "lucidrains_performer",
+    "nystrom_attention.nystrom_attention.NystromAttention": "lucidrains_nystrom",
+    "linear_attention_transformer.linear_attention_transformer.SelfAttention": "lucidrains_linear",
+    "linear_attention_transformer.images.ImageLinearAttention": "lucidrains_linear",
+    "diffusers.models.attention_processor.Attention": "diffusers",
+    "diffusers.models.attention_processor.SanaMultiscaleLinearAttention": "diffusers",
+}
+# wrappers of a model that have read its code or its modules already
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
+    "torch.jit._script.ScriptModule": "compiled by torch.jit",
+    "torch.fx.graph_module.GraphModule": "traced by torch.fx or torch.export",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "wrapped by FSDP",
+    "torch.distributed.fsdp.FSDPModule": "wrapped by fully_shard (FSDP)",
+}
+
+
+@overload
+def accelerate(model: nn.Module, *, undo: bool = ..., return_reasons: Literal[False] = ...) -> list[str]: ...
+
+
+@overload
+def accelerate(
+    model: nn.Module, *, undo: bool = ..., return_reasons: Literal[True]
+) -> tuple[list[str], dict[str, str]]: ...
+
+
+def accelerate(
+    model: nn.Module, *, undo: bool = False, return_reasons: bool = False
+) -> list[str] | tuple[list[str], dict[str, str]]:
+    """Make a model's linear attention call our ops, in place, with the same weights and the same outputs.
+
+    Supported are ``LiteMLA`` of timm (EfficientViT B and L), ``NystromformerSelfAttention`` of transformers, the
+    linear-attention processors of SANA and the multi-scale linear attention of DC-AE in diffusers, and the packages
+    performer-pytorch, nystrom-attention and linear-attention-transformer. None of them is imported unless the model
+    has a module of it.
+
+    Parameters, buffers, ``state_dict``, hooks and the training mode stay as they are; an optimizer made before still
+    fits. Outputs differ by rounding alone: the ops keep state and sums in float32 (float64 for float64). A module that
+    differs from its package's own (a subclass, another ``forward``, a hook on a layer that the op replaces, an option
+    that no op has) is left alone, and so are all modules of a package version that computes something else.
+
+    Args:
+        model: the model, or one attention module. Accelerate before ``torch.compile`` and FSDP.
+        undo: restore the original code instead.
+        return_reasons: also return why other modules of these kinds were left alone.
+
+    Returns:
+        The names of the modules that were changed, as in ``named_modules()`` (``""`` is the model itself); with
+        ``return_reasons=True`` these and a dict from a name to the reason. A model that is accelerated already has
+        nothing to change, and one that is not has nothing to undo.
+
+    Raises:
+        ValueError: the model has no supported module, the message lists its classes and the reasons; or it is compiled
+        or wrapped by FSDP. TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    changed: list[tuple[str, nn.Module, Swap]] = []
+    reasons: dict[str, str] = {}
+    any_accelerated = False
+    for name, module in model.named_modules():
+        _check_unwrapped(name, module)
+        for swap in _swaps(module):
+            if swap.is_accelerated(module):
+                any_accelerated = True
+                if undo:
+                    changed.append((name, module, swap))
+            elif not undo and swap.is_candidate(module):
+                reason = swap.reason(module) or _disagreement(swap, swap.code())
+                if reason is None:
+                    changed.append((name, module, swap))
+                else:
+                    reasons[name] = reason
+    if not undo and not changed and not any_accelerated:
+        raise ValueError(_nothing_supported(model, reasons))
+    for _, module, swap in changed:
+        if undo:
+            swap.undo(module)
+        else:
+            swap.apply(module)
+    names = [name for name, *_ in changed]
+    return (names, reasons) if return_reasons else names
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _swaps(module: nn.Module) -> Iterator[Swap]:
+    """The swaps that may concern a module; imports the module here that knows them."""
+    for source in {_SOURCES[name] for name in map(_qualified, type(module).__mro__) if name in _SOURCES}:
+        yield from importlib.import_module(f"{__package__}.{source}").SWAPS
+
+
+def _check_unwrapped(name: str, module: nn.Module) -> None:
+    how = next((_WRAPPERS[cls] for cls in map(_qualified, type(module).__mro__) if cls in _WRAPPERS), None)
+    if how is None and getattr(module, "_compiled_call_impl", None) is not None:
+        how = "compiled by Module.compile"
+    if how is not None:
+        raise ValueError(f"model: {f'its module {name}' if name else 'it'} is {how}: call accelerate before that")
+
+
+def _nothing_supported(model: nn.Module, reasons: dict[str, str]) -> str:
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    left_alone = "".join(f"; {name or 'the model'} {reason}" for name, reason in reasons.items())
+    return (
+        f"model: {type(model).__name__} has no attention that computes one of our ops exactly. Its module classes: "
+        f"{', '.join(classes)}{left_alone}. cxv_kernels.replace_attention approximates softmax attention."
+    )
+
+
+@functools.cache
+def _disagreement(swap: Swap, code: tuple[Any, ...]) -> str | None:
+    """Why the installed version of a package is not supported, or None: its modules are compared with ours, once."""
+    package = swap.owner.__module__.partition(".")[0]
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.no_grad(),
+            use_backend("reference"),
+        ):
+            torch.manual_seed(0)
+            for module, arguments in swap.examples():
+                module = module.float().eval()
+                arguments = tuple(a.float() if a.is_floating_point() else a for a in arguments)
+                fused = copy.deepcopy(module)
+                swap.apply(fused)
+                expected, result = (_tensor(m(*arguments)) for m in (module, fused))
+                torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
+    except AssertionError:
+        difference = "it computes something else"
+    except Exception as error:  # another version may raise anything
+        difference = str(error).strip().partition("\n")[0]
+    else:
+        return None
+    return f"is of a version of {package} ({_version(package)}) that is not supported: {difference}"
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"

@@ -1,0 +1,150 @@
+"""diffusers: the linear-attention processors of SANA and the multi-scale linear attention of DC-AE."""
+
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor as processors
+from diffusers.models.attention_processor import Attention, SanaMultiscaleLinearAttention
+from torch import Tensor, nn
+
+from cxv_kernels import linear_attention
+
+from .swap import AttributeSwap, Example, is_unmodified
+
+
+class FusedProcessor:
+    """A processor that calls our op; ``original`` is the one that it replaces."""
+
+    def __init__(self, original: Any):
+        self.original = original
+
+
+def _relu_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """query (B, N_q, C), key and value (B, N_k, C) → (B, N_q, C), after the output layers."""
+    if not query.dtype == key.dtype == value.dtype:  # a norm in another precision
+        query, key, value = query.float(), key.float(), value.float()
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+    out = linear_attention(q, k, v, "relu", eps=1e-15)
+    return _output(attn, out.transpose(1, 2).flatten(2).to(dtype))
+
+
+def _output(attn: Attention, hidden_states: Tensor) -> Tensor:
+    return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _clip(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+    return hidden_states.clip(-65504, 65504) if dtype == torch.float16 else hidden_states
+
+
+class FusedSanaLinearAttnProcessor(FusedProcessor):
+    """``SanaLinearAttnProcessor2_0`` by :func:`cxv_kernels.linear_attention`. Like the original it takes no mask."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states (B, N, C) → (B, N, C)."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        return _clip(_relu_attention(attn, query, key, value, hidden_states.dtype), hidden_states.dtype)
+
+
+class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
+    """SANA's processors for perturbed-attention guidance: the last part of the batch attends to nothing but itself."""
+
+    parts = 2
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states (B, N, C) → (B, N, C), B a multiple of ``parts``."""
+        dtype = hidden_states.dtype
+        *attended, perturbed = hidden_states.chunk(self.parts)
+        x = torch.cat(attended)
+        x = _relu_attention(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), dtype)
+        return _clip(torch.cat([x, _output(attn, attn.to_v(perturbed).to(dtype))]), dtype)
+
+
+class FusedPAGCFGSanaLinearAttnProcessor(FusedPAGSanaLinearAttnProcessor):
+    """The same with classifier-free guidance."""
+
+    parts = 3
+
+
+class FusedSanaMultiscaleAttnProcessor(FusedProcessor):
+    """``SanaMultiscaleAttnProcessor2_0`` by :func:`cxv_kernels.linear_attention`, for any number of pixels."""
+
+    def __call__(self, attn: SanaMultiscaleLinearAttention, hidden_states: Tensor) -> Tensor:
+        """hidden_states (B, C, H, W) → (B, C_out, H, W)."""
+        residual, dtype = hidden_states, hidden_states.dtype
+        batch, _, height, width = hidden_states.shape
+        x = hidden_states.movedim(1, -1)
+        qkv = torch.cat([attn.to_q(x), attn.to_k(x), attn.to_v(x)], dim=3).movedim(-1, 1)
+        qkv = torch.cat([qkv, *(block(qkv) for block in attn.to_qkv_multiscale)], dim=1)
+        heads = qkv.reshape(batch, -1, 3 * attn.attention_head_dim, height * width).transpose(-1, -2)
+        out = linear_attention(*heads.chunk(3, dim=-1), "relu", eps=attn.eps)
+        out = out.transpose(-1, -2).reshape(batch, -1, height, width).to(dtype)
+        x = attn.to_out(out.movedim(1, -1)).movedim(-1, 1)
+        last = attn.norm_type == "rms_norm"  # over the last dimension, where the other norms take channels first
+        x = attn.norm_out(x.movedim(1, -1)).movedim(-1, 1) if last else attn.norm_out(x)
+        return x + residual if attn.residual_connection else x
+
+
+def _unsupported(module: Any) -> str | None:
+    if type(module.processor).__name__ == "SanaLinearAttnProcessor3_0":
+        return "rotates q and k in the numerator alone (SanaLinearAttnProcessor3_0), which no op does"
+    return None
+
+
+def _unsupported_multiscale(module: Any) -> str | None:
+    if not is_unmodified(module.nonlinearity, nn.ReLU):
+        return f"has the feature map {type(module.nonlinearity).__name__}, or a hook on it, and not a plain ReLU"
+    return None
+
+
+def _multiscale_examples() -> list[Example]:
+    return [
+        (SanaMultiscaleLinearAttention(8, 8, attention_head_dim=4, **options), (torch.randn(2, 8, *size),))
+        for options in ({"norm_type": "rms_norm", "residual_connection": True}, {"kernel_sizes": ()})
+        for size in ((2, 2), (3, 4))  # linear and quadratic
+    ]
+
+
+def _sana_swap(original: str, fused: type, **options: Any) -> AttributeSwap | None:
+    cls = getattr(processors, original, None)  # each release adds and removes some
+
+    def examples() -> list[Example]:
+        attention = Attention(query_dim=8, heads=2, dim_head=4, kv_heads=2, bias=True, processor=cls(), **options)
+        return [(attention, (torch.randn(6, 5, 8),))]
+
+    if cls is None:
+        return None
+    return AttributeSwap(Attention, "processor", cls, fused, unsupported=_unsupported, examples=examples)
+
+
+SWAPS = tuple(
+    swap
+    for swap in (
+        _sana_swap("SanaLinearAttnProcessor2_0", FusedSanaLinearAttnProcessor, qk_norm="rms_norm_across_heads"),
+        _sana_swap("PAGIdentitySanaLinearAttnProcessor2_0", FusedPAGSanaLinearAttnProcessor),
+        _sana_swap("PAGCFGSanaLinearAttnProcessor2_0", FusedPAGCFGSanaLinearAttnProcessor),
+        AttributeSwap(
+            SanaMultiscaleLinearAttention,
+            "processor",
+            processors.SanaMultiscaleAttnProcessor2_0,
+            FusedSanaMultiscaleAttnProcessor,
+            unsupported=_unsupported_multiscale,
+            examples=_multiscale_examples,
+        ),
+    )
+    if swap is not None
+)

@@ -1,0 +1,54 @@
+"""nystrom-attention."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from nystrom_attention.nystrom_attention import NystromAttention
+from torch import Tensor
+
+from cxv_kernels import nystrom_attention
+
+from .swap import ClassSwap, Example, is_residual, refuse_torchscript
+
+
+class FusedNystromAttention(NystromAttention):
+    """NystromAttention by :func:`cxv_kernels.nystrom_attention`, wherever no mask and no map is wanted."""
+
+    __prepare_scriptable__ = refuse_torchscript
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, return_attn: bool = False, return_attn_matrices: bool = False
+    ) -> Any:
+        """x (B, N, C) → (B, N, C), and the maps of attention if they are wanted."""
+        if mask is not None or return_attn or return_attn_matrices:
+            return super().forward(x, mask, return_attn, return_attn_matrices)
+        tokens = x.shape[1]
+        x = F.pad(x, (0, 0, -tokens % self.num_landmarks, 0))  # each landmark is the mean of equally many tokens
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
+        weight = self.res_conv.weight if self.residual else None
+        # the package's initial scale is that of the whole batch, for which there is no kernel
+        init = {"pinv_init": "batch", "backend": "reference"}
+        out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, **init)
+        return self.to_out(out.transpose(1, 2).flatten(2))[:, -tokens:]
+
+
+def _unsupported(module: Any) -> str | None:
+    if module.pinv_iterations != 6:
+        return f"runs {module.pinv_iterations} iterations of the pseudo-inverse, the op runs 6"
+    dim = module.to_qkv.out_features // (3 * module.heads)
+    if not math.isclose(module.scale, dim**-0.5):
+        return f"scales by {module.scale:.4g}, the op by 1/√D = {dim**-0.5:.4g}"
+    if module.residual and not is_residual(module.res_conv, module.heads):
+        return "has a residual convolution with a hook or with other options than the package's"
+    return None
+
+
+def _examples() -> list[Example]:
+    sizes = {"dim": 8, "dim_head": 4, "heads": 2, "num_landmarks": 3}
+    modules = [NystromAttention(**sizes, residual=False), NystromAttention(**sizes, residual_conv_kernel=3)]
+    return [(module, (torch.randn(2, tokens, 8),)) for module in modules for tokens in (2, 9, 10)]
+
+
+SWAPS = (ClassSwap(NystromAttention, FusedNystromAttention, unsupported=_unsupported, examples=_examples),)

@@ -1,0 +1,139 @@
+"""Ways to exchange the attention of a module in place, and what a module must be like for that."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from torch import nn
+
+Example = tuple[nn.Module, tuple[Any, ...]]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_unmodified(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    """True if ``layer`` is a ``cls`` itself, without hooks and without a ``forward`` of its own: it can be bypassed."""
+    return type(layer) is cls and "forward" not in vars(layer) and not any(getattr(layer, name) for name in _HOOKS)
+
+
+def is_residual(layer: nn.Module, heads: int) -> bool:
+    """True if ``layer`` convolves each head along its tokens, as ``residual_weight`` of ``nystrom_attention`` does."""
+    if not is_unmodified(layer, nn.Conv2d):
+        return False
+    size = layer.kernel_size[0]
+    same_size = size % 2 == 1 and layer.kernel_size == (size, 1) and layer.padding == (size // 2, 0)
+    one_per_head = layer.in_channels == layer.out_channels == layer.groups == heads
+    plain = layer.stride == layer.dilation == (1, 1) and layer.bias is None and layer.padding_mode == "zeros"
+    return same_size and one_per_head and plain
+
+
+def refuse_torchscript(module: nn.Module) -> NoReturn:
+    """The ``__prepare_scriptable__`` of the modules that call our ops, which ``torch.jit.script`` cannot compile."""
+    raise RuntimeError(
+        f"torch.jit.script does not support {type(module).__name__}: restore the original code with "
+        "cxv_kernels.accelerate(model, undo=True) first, or use torch.compile or torch.export"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """One kind of attention module of another package, and its counterpart that calls our op.
+
+    Args:
+        owner: the class of the modules. Subclasses may compute something else and are left alone.
+        unsupported: a function of a module that returns the reason why our op does not compute the same, or None.
+        examples: a function that makes small modules of the package, each with the arguments of a call. They show
+            whether the installed version still computes what ours does.
+    """
+
+    owner: type[nn.Module]
+    unsupported: Callable[[nn.Module], str | None] = field(kw_only=True)
+    examples: Callable[[], Iterable[Example]] = field(kw_only=True)
+
+    def is_candidate(self, module: nn.Module) -> bool:
+        """Whether the module has the attention that this swap is about, or a subclass of it."""
+        raise NotImplementedError
+
+    def is_accelerated(self, module: nn.Module) -> bool:
+        """Whether :meth:`apply` has changed the module."""
+        raise NotImplementedError
+
+    def apply(self, module: nn.Module) -> None:
+        """Make the module call our op."""
+        raise NotImplementedError
+
+    def undo(self, module: nn.Module) -> None:
+        """Restore what :meth:`apply` has changed."""
+        raise NotImplementedError
+
+    def code(self) -> tuple[Any, ...]:
+        """The functions of the other package that ours stands for: another value is other code to compare with."""
+        raise NotImplementedError
+
+    def reason(self, module: nn.Module) -> str | None:
+        """Why the module must be left alone, or None."""
+        if type(module) is not self.owner:
+            return f"is a {type(module).__name__}, a subclass of {self.owner.__name__} that may compute something else"
+        replaced = sorted(vars(module).keys() & vars(self.owner).keys() - {"__module__", "__doc__"})
+        if replaced:
+            return f"has its own {replaced[0]}, which is not that of {self.owner.__name__}"
+        return self.unsupported(module)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSwap(Swap):
+    """Give a module the class ``fused``, a subclass of ``owner`` that differs in ``forward`` alone."""
+
+    fused: type[nn.Module]
+
+    def is_candidate(self, module: nn.Module) -> bool:
+        return isinstance(module, self.owner)
+
+    def is_accelerated(self, module: nn.Module) -> bool:
+        return type(module) is self.fused
+
+    def apply(self, module: nn.Module) -> None:
+        module.__class__ = self.fused
+
+    def undo(self, module: nn.Module) -> None:
+        module.__class__ = self.owner
+
+    def code(self) -> tuple[Any, ...]:
+        return tuple(value for value in vars(self.owner).values() if callable(value))
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeSwap(Swap):
+    """Exchange an attribute of a module, which its forward calls: an instance of ``original``, or ``original`` itself.
+
+    Args:
+        attribute: its name.
+        original: the class of the attribute, or the function that it is.
+        fused: a class that is called with the original and keeps it as ``original``; or a function.
+    """
+
+    attribute: str
+    original: Any
+    fused: Any
+
+    def _is(self, module: nn.Module, expected: Any) -> bool:
+        value = getattr(module, self.attribute, None) if isinstance(module, self.owner) else None
+        return value is not None and (type(value) is expected or value is expected)
+
+    def is_candidate(self, module: nn.Module) -> bool:
+        if self._is(module, self.original):
+            return True
+        return isinstance(module, self.owner) and self.unsupported(module) is not None
+
+    def is_accelerated(self, module: nn.Module) -> bool:
+        return self._is(module, self.fused)
+
+    def apply(self, module: nn.Module) -> None:
+        fused = self.fused(getattr(module, self.attribute)) if isinstance(self.fused, type) else self.fused
+        setattr(module, self.attribute, fused)
+
+    def undo(self, module: nn.Module) -> None:
+        setattr(module, self.attribute, getattr(getattr(module, self.attribute), "original", self.original))
+
+    def code(self) -> tuple[Any, ...]:
+        called = self.original.__call__ if isinstance(self.original, type) else self.original
+        return called, *(value for value in vars(self.owner).values() if callable(value))

@@ -1,0 +1,90 @@
+"""``accelerate`` on timm's EfficientViT (B and L)."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import cxv_kernels
+
+from .comparing import check_compiled_and_exported, check_equal, check_half
+
+timm = pytest.importorskip("timm")
+from timm.models.efficientvit_mit import LiteMLA  # noqa: E402
+
+
+def lite_mla(**options):
+    torch.manual_seed(0)
+    return LiteMLA(16, 16, dim=8, **options)
+
+
+def image(height, width, batch=2, channels_last=False):
+    x = torch.randn(batch, 16, height, width)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16)], ids=str)
+def test_lite_mla_is_equal(size, channels_last):
+    check_equal(lite_mla(), [image(*size, channels_last=channels_last)], [""], depth=size[0] * size[1])
+
+
+@pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (3, 5)}, {"eps": 1e-15}, {"use_bias": True}], ids=str)
+def test_lite_mla_with_options_is_equal(options):
+    check_equal(lite_mla(**options), [image(6, 6)], [""], depth=36)
+
+
+def test_lite_mla_keeps_channels_last_without_copies():
+    model = lite_mla()
+    cxv_kernels.accelerate(model)
+    seen = []
+    model.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(image(6, 5, channels_last=True))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_lite_mla_in_bfloat16_and_under_autocast():
+    check_half(lite_mla(), [image(8, 8)])
+    model = lite_mla().eval()
+    fused = copy.deepcopy(model)
+    cxv_kernels.accelerate(fused)
+    x = image(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["efficientvit_b0", "efficientvit_l1"])
+def test_every_lite_mla_of_a_model_is_replaced(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        names = cxv_kernels.accelerate(model)
+        assert names == [n for n, m in model.named_modules() if isinstance(m, LiteMLA)]
+        torch.testing.assert_close(model(x), expected)
+        assert len(timm.models.efficientvit_mit.LiteMLA.__subclasses__()) == 1
+
+
+def test_lite_mla_compiles_and_exports():
+    check_compiled_and_exported(nn.Sequential(lite_mla()), [image(6, 6)])
+
+
+def test_lite_mla_with_another_feature_map_or_a_hook_on_it_is_left_alone():
+    model = nn.ModuleDict({"gelu": lite_mla(kernel_func=nn.ReLU6), "hook": lite_mla(), "plain": lite_mla()})
+    model["hook"].kernel_func.register_forward_hook(lambda *_: None)
+    names, reasons = cxv_kernels.accelerate(model, return_reasons=True)
+    assert names == ["plain"]
+    assert reasons.keys() == {"gelu", "hook"}
+    assert "ReLU6" in reasons["gelu"]
+    assert "hook on it" in reasons["hook"]
+
+
+def test_hooks_run_as_before():
+    model = lite_mla().eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("module"))
+    model.qkv.register_forward_hook(lambda *_: calls.append("qkv"))
+    cxv_kernels.accelerate(model)
+    model(image(4, 4))
+    assert calls == ["qkv", "module"]
