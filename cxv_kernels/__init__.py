@@ -1,8 +1,9 @@
-"""Linear attention and conv + norm for PyTorch: fused kernels, each beside a plain-PyTorch reference.
+"""Fused linear attention and conv + norm for PyTorch, each with a plain PyTorch reference.
 
-Every op takes ``backend=None``: the one set by :func:`use_backend`, by default ``"auto"``. Numbers may be Python's or
-NumPy's, or arrays and tensors without dimensions. The attention ops take DTensors and compute them split by batch or by
-heads. Nested tensors must be padded, with a ``key_mask``; sparse tensors must be made dense.
+Every op has an argument ``backend``. By default it uses the backend set by :func:`use_backend`, which is initially
+``"auto"``. Numeric arguments can be Python or NumPy numbers, or arrays and tensors without dimensions. The attention
+ops support DTensors that are sharded by batch or by heads. Pad nested tensors and pass a ``key_mask``; convert sparse
+tensors to dense ones.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Which implementation runs a call of an op, and why.
+"""Select the implementation that runs a call of an op.
 
-Each op registers what its kernels of a backend support (:class:`Support`). ``"auto"`` takes the first backend of
-:func:`dispatch_order` that supports the call and, on a GPU, passes its self-check (:mod:`cxv_kernels.self_check`). If
-there is none, it takes the reference, with one warning per reason.
+Each op registers the dtypes and channels that its kernels support (:class:`Support`). ``"auto"`` selects the first
+backend of :func:`dispatch_order` that supports the call and, on a GPU, passes its self-check
+(:mod:`cxv_kernels.self_check`). If no backend does, it selects the reference and shows one warning per reason.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ SelfCheck = Callable[[str, str, torch.device, torch.dtype, bool], str | None]
 
 @dataclass(frozen=True)
 class Support:
-    """The dtypes and channels (of a head, or of conv_norm's output) that the kernels of a backend support.
+    """The dtypes and numbers of channels (of a head, or of the output of conv_norm) that a backend's kernels support.
 
-    ``tensor_cores``: Triton kernels that multiply matrices; they need sm_80.
+    ``tensor_cores`` marks Triton kernels that multiply matrices; they require sm_80.
     """
 
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
@@ -38,23 +38,23 @@ class Support:
     tensor_cores: bool = False
 
 
-CUDA_DTYPES = (torch.float16, torch.float32)  # of the CUDA C++ kernels; bfloat16 is Triton's
+CUDA_DTYPES = (torch.float16, torch.float32)  # of the CUDA C++ kernels; only Triton supports bfloat16
 
-FAILED = "failed its self-check"  # how the reason against such a backend begins; the self-check warns about it
+FAILED = "failed its self-check"  # begins the reason against a backend that the self-check has already warned about
 
 _table: dict[str, dict[str, Support]] = {}
 _announced: set[str] = set()
-# Dynamo reads a ContextVar, and compiles again when its value changes, since PyTorch 2.14; it cannot set one.
+# Since PyTorch 2.14 Dynamo reads a ContextVar and compiles again when its value changes. It cannot set one.
 _DYNAMO_READS_CONTEXTVARS = torch.__version__ >= (2, 14)
 
 
 class _Setting:
-    """A value of the current context (a thread or an asynchronous task) that compiled code can use too."""
+    """A value of the current context (a thread or an asynchronous task) that compiled code can also read."""
 
     def __init__(self, name: str, default: Any):
         self._context = ContextVar(name, default=default)
-        self._latest = default  # of any thread, for Dynamo before PyTorch 2.14
-        self._traced: Any = None  # in a block that is being traced
+        self._latest = default  # the latest value that any thread has set, for Dynamo before PyTorch 2.14
+        self._traced: Any = None  # the value in a block that is being traced
 
     def get(self) -> Any:
         if torch.compiler.is_dynamo_compiling():
@@ -113,8 +113,8 @@ def _validate(name: str) -> str:
     parts = [part.strip() for part in name.split(",")] if isinstance(name, str) else [name]
     if any(part not in BACKENDS for part in parts) or ("auto" in parts and len(parts) > 1):
         raise ValueError(
-            f"backend must be one of {', '.join(map(repr, BACKENDS))}, or several but 'auto' with commas between, "
-            f"got {name!r}"
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}, or several of them without 'auto', separated by "
+            f"commas, got {name!r}"
         )
     return ",".join(parts)
 
@@ -130,34 +130,40 @@ def registered_ops() -> tuple[str, ...]:
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """Compute every op in the block with one backend.
-
-    Args:
-        name: ``"auto"`` (the preferred one for the device), ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; or
-            several, as ``"cuda,triton"``: for each call the first that supports it. If none of the named backends
-            supports a call, it raises ``RuntimeError`` with their reasons; only ``"auto"`` falls back to the reference.
+    """Return a context manager that sets the backend of all ops in its block.
 
     The setting applies to the current context: the thread, or the asynchronous task. A new thread starts with
     ``"auto"``, and so do the replicas of ``nn.DataParallel``; ``asyncio.to_thread`` copies the caller's context. The
-    backward pass uses the backend of its forward pass, whichever thread runs it. A function of ``torch.compile`` is
-    compiled again when the setting changes (before PyTorch 2.14 it follows the latest setting of any thread).
-    ``torch.utils.checkpoint`` calls a function again in the backward pass: wrap it in :func:`bind_backend`.
+    backward pass uses the backend of its forward pass, whichever thread runs it. ``torch.compile`` compiles a function
+    again when the setting changes (before PyTorch 2.14 the function follows the latest setting of any thread).
+    ``torch.utils.checkpoint`` calls a function again in the backward pass: wrap the function in :func:`bind_backend`.
+
+    Args:
+        name: ``"auto"`` (the preferred backend of the device), ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+            Several names, such as ``"cuda,triton"``, select for each call the first backend that supports it. If no
+            named backend supports a call, the op raises ``RuntimeError`` with the reasons. Only ``"auto"`` falls back
+            to the reference.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: If the name is unknown.
+
+    Example::
+
+        with cxv_kernels.use_backend("reference"):
+            out = cxv_kernels.linear_attention(q, k, v)
     """
     return _active.block(_validate(name))
 
 
 def get_backend() -> str:
-    """The name that :func:`use_backend` has set, ``"auto"`` outside any block."""
+    """Return the name that :func:`use_backend` has set, or ``"auto"`` outside of its blocks."""
     return _active.get()
 
 
 def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return ``function`` that always runs with the backend that :func:`use_backend` has set now.
+    """Wrap ``function`` so that it always runs with the backend that is set now.
 
-    ``torch.utils.checkpoint`` calls a function again in the backward pass, where another backend may be set:
+    ``torch.utils.checkpoint`` calls a function again in the backward pass, where another backend may be set. Use
     ``checkpoint(bind_backend(function), x, use_reentrant=False)``.
     """
     name = get_backend()
@@ -171,7 +177,7 @@ def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def register_self_check(function: SelfCheck) -> None:
-    """Set the function of (op, backend, device, dtype, may_run) that returns why "auto" may not use a GPU kernel."""
+    """Set the function (op, backend, device, dtype, may_run) that returns the reason against a GPU kernel, or None."""
     global _self_check
     _self_check = function
 
@@ -181,7 +187,7 @@ def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype,
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float16"`` for ``torch.float16``."""
+    """Return the name of a dtype, such as ``"float16"`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -202,8 +208,10 @@ def _cpu_unsupported_reason(device: torch.device, dtype: torch.dtype, support: S
 
 @functools.cache
 def cuda_compiled_for(device: int) -> int:
-    """10·major + minor of what the CUDA library's code for this GPU was compiled for: 75 on a newer one, if sm_75's
-    PTX is all it has; 0: it has none."""
+    """Return the architecture (10·major + minor) of the code that the CUDA library has for this GPU, or 0 for none.
+
+    A library with nothing newer than the PTX of sm_75 returns 75 for all newer GPUs.
+    """
     return torch.ops.cxv_kernels.cuda_compiled_for(device)
 
 
@@ -213,15 +221,15 @@ def _cuda_unsupported_reason(device: torch.device, dtype: torch.dtype, support: 
     if dtype not in support.dtypes:
         return f"supports {' and '.join(map(dtype_name, support.dtypes))}, not {dtype_name(dtype)}"
     if not torch.cuda.is_available():
-        return None  # asked about a GPU in general
+        return None  # the question is about GPUs in general
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (7, 5):
         return f"supports sm_75 and later, not sm_{major}{minor}"
     if torch.compiler.is_compiling():
-        return None  # the rest cannot be asked here; the kernels report it themselves
+        return None  # Dynamo cannot trace the check below; the kernels raise the same error at run time
     if cuda_compiled_for(torch.cuda.current_device() if device.index is None else device.index) == 0:
         built = f"build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
-        return f"was built for other cards than this sm_{major}{minor}: {built}"
+        return f"was not built for sm_{major}{minor}, the architecture of this GPU: {built}"
     return None
 
 
@@ -232,13 +240,13 @@ def _triton_unsupported_reason(device: torch.device, dtype: torch.dtype, support
         if device.type != "cpu":
             return f"runs in its interpreter (TRITON_INTERPRET=1), which supports the CPU, not {device.type}"
         wrong = dtype == torch.bfloat16
-        return "does not support bfloat16 in its interpreter, whose products would be wrong" if wrong else None
+        return "does not support bfloat16 in its interpreter, which computes wrong products" if wrong else None
     arch = _triton.capability(device)
     if not arch and device.type != "cuda":
-        return f"supports CUDA devices, not {device.type} (but for its interpreter: TRITON_INTERPRET=1)"
+        return f"supports CUDA devices, not {device.type} (except in its interpreter: TRITON_INTERPRET=1)"
     if dtype == torch.float64:
         return "supports float16, bfloat16 and float32 on a GPU, not float64"
-    if not 0 < arch < 80 or not (support.tensor_cores or dtype == torch.bfloat16):  # 0: asked about a GPU in general
+    if not 0 < arch < 80 or not (support.tensor_cores or dtype == torch.bfloat16):  # 0 stands for GPUs in general
         return None
     return f"supports {'matrix products' if support.tensor_cores else 'bfloat16'} from sm_80 on, not sm_{arch}"
 
@@ -256,15 +264,19 @@ def explain_backend(
     """Report, for each backend, whether it supports ``op`` for this device and dtype.
 
     Args:
-        dim: channels of a head (of the output for ``conv_norm``); 0: any.
+        op: Name of an op, one of ``cxv_kernels.OPS``.
+        device: A device or its type, such as ``"cuda"``.
+        dtype: float64, float32, float16 or bfloat16.
+        dim: Channels of a head (of the output for ``conv_norm``). 0 stands for any number.
 
     Returns:
-        A backend's name → ``"supported"``, or the reason why it does not support the op; and ``"auto"`` → the
-        backend that is used by default, with the reasons against the others if that is the reference. A GPU kernel
-        that has not been validated yet is used if it passes its self-check, which runs at the first call.
+        Dict from the name of each backend to ``"supported"`` or the reason why the backend does not support the op. The
+        entry ``"auto"`` has the backend that is used by default, with the reasons against the others if it is the
+        reference. A GPU kernel that has not been validated yet is used if it passes its self-check at the first call.
 
     Raises:
-        ValueError: unknown op; TypeError: no floating dtype.
+        ValueError: If the op is unknown.
+        TypeError: If the dtype is not supported.
     """
     if op not in _table:
         raise ValueError(f"op must be one of {', '.join(map(repr, _table))}, got {op!r}")
@@ -285,11 +297,11 @@ def _first(
     check_options: Callable[[str], str | None] = lambda _: None,
     may_run: bool = True,
 ) -> tuple[str | None, list[str]]:
-    """Return the first backend that computes the call, or None, and the reasons of those before it.
+    """Return the first backend that supports the call, or None, and the reasons against the backends before it.
 
     Args:
-        names: the backends to try; None: those of the dispatch table, whose GPU kernels must have been validated.
-        may_run: run the self-check of a GPU kernel that has no verdict yet.
+        names: Backends to try. None stands for the dispatch table, whose GPU kernels must have been validated.
+        may_run: Run the self-check of a GPU kernel that has no verdict yet.
     """
     reasons: list[str] = []
     for name in dispatch_order(device) if names is None else names:
@@ -313,26 +325,26 @@ def resolve(
     dim: int = 0,
     check_options: Callable[[str], str | None] = lambda _: None,
 ) -> str:
-    """Return the backend that computes ``op`` for inputs like ``tensor`` (its device and dtype).
+    """Return the backend that computes ``op`` for inputs with the device and dtype of ``tensor``.
 
     Args:
-        backend: a name from :data:`BACKENDS`, or ``None`` for the one that :func:`use_backend` has set.
-        dim: channels of a head (of the output for ``conv_norm``); 0: any.
-        check_options: a function of a fused backend's name that returns the reason why it does not support the
-            call's other arguments, or ``None``.
+        backend: Name of a backend. Default: the one that :func:`use_backend` has set.
+        dim: Channels of a head (of the output for ``conv_norm``). 0 stands for any number.
+        check_options: Function of a fused backend's name. It returns the reason why the backend does not support the
+            other arguments of the call, or None.
 
     Returns:
-        A name from :data:`BACKENDS` other than "auto".
+        A name from :data:`BACKENDS` other than ``"auto"``.
 
     Raises:
-        ValueError: unknown backend.
-        RuntimeError: a backend was named and does not support the call; the message gives its reason. Or the
-            self-check of a kernel has left the GPU unusable.
+        ValueError: If the backend is unknown.
+        RuntimeError: If the named backend does not support the call, or the self-check of a kernel has made the GPU
+            unusable. The message has the reason.
     """
     wanted = _active.get() if backend is None else _validate(backend)
     device, dtype = tensor.device, tensor.dtype
     names = None if wanted == "auto" else wanted.split(",")
-    if names is None and torch.jit.is_tracing():  # a file of the trace cannot hold an autograd.Function
+    if names is None and torch.jit.is_tracing():  # a saved trace cannot contain an autograd.Function
         check_options = lambda _: "is not available to TorchScript"  # noqa: E731
     name, reasons = _first(op, names, device, dtype, dim, check_options)
     if name is not None:
@@ -340,7 +352,7 @@ def resolve(
     if wanted != "auto":
         raise RuntimeError(f"backend {wanted!r} does not support {op} for {dtype} on {device}: {'; '.join(reasons)}")
     announced = any(FAILED in reason for reason in reasons)
-    if not announced and not torch.compiler.is_compiling() and device.type != "meta":  # nothing is computed there
+    if not announced and not torch.compiler.is_compiling() and device.type != "meta":  # meta tensors have no data
         _announce(op, device, reasons)
     return "reference"
 

@@ -1,7 +1,7 @@
-"""Loads the compiled libraries and registers the Triton kernels, with the schemas of csrc/ops.cpp.
+"""Load the compiled libraries and register the Triton kernels, with the schemas of csrc/ops.cpp.
 
-That file is the only copy of the schemas. It is parsed here, so that Triton's kernels need no compiled library, and so
-that a library that was built from another version of it is not used.
+That file is the only copy of the schemas. This module parses it, so the Triton kernels need no compiled library, and a
+library that was built from another version of the file is detected and not used.
 """
 
 import functools
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).parent
-NAMESPACES = ("cxv_kernels", "cxv_kernels_triton")  # of the C++ (CPU and CUDA) and of the Triton implementations
+NAMESPACES = ("cxv_kernels", "cxv_kernels_triton")  # of the C++ implementations (CPU and CUDA), and of Triton's
 _triton_library = torch.library.Library(NAMESPACES[1], "FRAGMENT")
 
 
 def _read_schemas() -> dict[str, Any]:
-    """Return the name of each operator → its ``FunctionSchema``."""
-    copies = (_PACKAGE / "ops.cpp", _PACKAGE.parent / "csrc" / "ops.cpp")  # of a wheel, and of a checkout
+    """Return a dict from the name of each operator to its ``FunctionSchema``."""
+    copies = (_PACKAGE / "ops.cpp", _PACKAGE.parent / "csrc" / "ops.cpp")  # in a wheel, and in a checkout
     text = next(path for path in copies if path.exists()).read_text()
     definitions = re.findall(r'm\.def\(((?:\s*"[^"]*")+)\s*\)', text)
     schemas = ["".join(re.findall(r'"([^"]*)"', definition)) for definition in definitions]
@@ -32,8 +32,10 @@ SCHEMAS = _read_schemas()
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, PyTorch and CUDA of the build, and the CPU instruction set in use; empty if nothing was compiled, or
-    by another Python: ``_C`` alone is of one Python's version."""
+    """Return the compiler, PyTorch and CUDA version of the build, and the CPU instruction set in use.
+
+    The dict is empty if nothing was compiled, or if it was compiled for another version of Python.
+    """
     try:
         from . import _C
     except ImportError:
@@ -42,24 +44,22 @@ def build_info() -> dict[str, str]:
 
 
 def _load(name: str) -> str | None:
-    """Load cxv_kernels/<name>.*so. Return None if it is loaded, else the reason in words."""
+    """Load cxv_kernels/<name>.*so. Return None if it is loaded, else the reason."""
     found = [path for suffix in EXTENSION_SUFFIXES if (path := _PACKAGE / f"{name}{suffix}").exists()]
     if not found:
         reason = build_info().get("cuda_missing") if name == "_cuda" else None
-        return (
-            f"was not built ({reason or 'the build log says why, pip install -v shows it'}; see README, Installation)"
-        )
+        return f"was not built ({reason or 'run pip install -v to see the reason'}; see docs/install.md)"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"was built but does not load: {error.__cause__ or error}"  # PyTorch's own words name the file alone
+        return f"was built but does not load: {error.__cause__ or error}"  # PyTorch's message has only the name
     return None
 
 
 def _load_cpp() -> str | None:
     reason = _load("_cpu")
     if reason is None and any(overload(name) is None or overload(name)._schema != SCHEMAS[name] for name in SCHEMAS):
-        reason = "was built from other sources than these: run `pip install` again"
+        reason = "was built from another version of the sources: run `pip install` again"
     return reason
 
 
@@ -84,9 +84,9 @@ CUDA_MISSING = _load_cuda()
 
 
 def register_triton(name: str, module: str) -> None:
-    """Declare ``cxv_kernels_triton::<name>``, whose kernels are launched by the function of that name in ``module``.
+    """Declare ``cxv_kernels_triton::<name>``, implemented by the function ``<name>`` in ``module``.
 
-    The module, and Triton with it, is imported at the first call.
+    The module and Triton are imported at the first call.
     """
 
     @functools.cache
@@ -94,15 +94,15 @@ def register_triton(name: str, module: str) -> None:
         return getattr(importlib.import_module(module), name)
 
     _triton_library.define(str(SCHEMAS[name]).partition("::")[2])
-    for key in ("CUDA", "CPU"):  # the CPU: by Triton's interpreter
+    for key in ("CUDA", "CPU"):  # on the CPU with Triton's interpreter
         _triton_library.impl(name, lambda *args: launcher()(*args), key)
 
 
 def register_fake(name: str, fake: Callable, triton_fake: Callable | None = None) -> None:
-    """Register the fake implementation of an operator in both namespaces, as far as they have it.
+    """Register the fake implementation of an operator in the namespaces that have the operator.
 
     Args:
-        triton_fake: that of the Triton kernels, if their results have other shapes.
+        triton_fake: Fake implementation of the Triton kernels, if their results have other shapes.
     """
     for namespace, backend, function in zip(NAMESPACES, ("cpu", "triton"), (fake, triton_fake or fake), strict=True):
         if overload(name, backend) is not None:

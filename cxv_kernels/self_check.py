@@ -1,9 +1,10 @@
-"""Validates a GPU kernel on its first use, and remembers the verdict.
+"""Validate a GPU kernel on its first use and store the verdict.
 
 The first time that ``"auto"`` would use a GPU kernel for an op and dtype, the cases of :mod:`cxv_kernels.testing` run
-with it, forward and backward, against float64. A kernel that fails is not used. The verdicts are kept in memory, and in
-``self_check.json`` of the folder ``$CXV_CACHE``, by default ``cxv`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` ("none": no
-file), under the versions of everything that a kernel depends on. ``CXV_SELF_CHECK=0`` uses the kernels unchecked.
+with it, forward and backward, against float64. A kernel that fails is not used. The verdicts are stored in memory and
+in the file ``self_check.json``, together with the versions of everything that a kernel depends on. The file is in the
+folder ``$CXV_CACHE``, by default ``cxv`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; ``CXV_CACHE=none`` disables it.
+``CXV_SELF_CHECK=0`` disables the self-check.
 """
 
 import ctypes
@@ -28,10 +29,10 @@ from . import dispatch, testing
 from ._version import __version__
 
 _log = logging.getLogger("cxv_kernels")
-_verdicts: dict[tuple[int, str, str, torch.dtype], str | None] = {}  # (GPU's index, op, backend, dtype) → why not
-_cached: dict[str, dict[str, str | None]] | None = None  # the file's content, once it has been read
+_verdicts: dict[tuple[int, str, str, torch.dtype], str | None] = {}  # (index of the GPU, op, backend, dtype) → reason
+_cached: dict[str, dict[str, str | None]] | None = None  # content of the file after it has been read
 _shown: set[str] = set()
-_lock = threading.Lock()  # of a running check
+_lock = threading.Lock()  # held while a check runs
 _cache_lock = threading.Lock()
 
 
@@ -39,10 +40,10 @@ def reason_against(op: str, backend: str, device: torch.device, dtype: torch.dty
     """Return None if "auto" may use the GPU kernels of ``backend`` for this op and dtype, else the reason.
 
     Args:
-        may_run: run the check if there is no verdict yet. If False, a kernel without a verdict may be used.
+        may_run: Run the check if there is no verdict yet. If False, a kernel without a verdict may be used.
 
     Raises:
-        RuntimeError: the check has left the GPU unusable for this process.
+        RuntimeError: If the check has made the GPU unusable for this process.
     """
     key = (device.index or 0, op, backend, dtype)
     if key in _verdicts:
@@ -56,23 +57,23 @@ def reason_against(op: str, backend: str, device: torch.device, dtype: torch.dty
         return _set_verdict(key, reason)
     if not may_run:
         return None
-    # Waiting for a check in one of these two cases would break the capture, or stop the thread that the check needs.
+    # In these two cases a check would break the capture of the graph, or block the autograd thread that it needs.
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            return "cannot run its self-check during the capture of a CUDA graph: call the op once before"
+            return "cannot run its self-check during CUDA graph capture: call the op once before the capture"
     if torch._C._current_graph_task_id() != -1:
-        return "cannot run its self-check in a backward pass: call the op once before"
+        return "cannot run its self-check in a backward pass: call the op once before it"
     with _lock:
-        if key in _verdicts:  # another thread was first
+        if key in _verdicts:  # another thread has run the check
             return _verdicts[key]
-        # A new thread has none of the caller's modes: autograd, autocast, streams, transforms, fake tensors.
+        # A new thread does not inherit the caller's modes: autograd, autocast, streams, transforms, fake tensors.
         with ThreadPoolExecutor(1) as pool:
             reason = pool.submit(_check, op, backend, device, dtype).result()
         return _set_verdict(key, reason)
 
 
-# torch.compile calls the function while it traces, and takes the result for a constant. This is what
-# torch.compiler.assume_constant_result does, which would import torch._dynamo.
+# torch.compile calls the function while it traces and treats the result as a constant. The decorator
+# torch.compiler.assume_constant_result sets the same attribute but would import torch._dynamo.
 reason_against._dynamo_marked_constant = True
 dispatch.register_self_check(reason_against)
 
@@ -95,10 +96,10 @@ def _warn_once(message: str) -> None:
 
 
 def _cases(op: str) -> list[testing.Case]:
-    """The shapes of a check: odd sizes, heads of 64 channels, and many tokens.
+    """Return the cases of a check: odd sizes, heads of 64 channels, and many tokens.
 
-    The Performer's relu has few tokens, so that none of its features is near 0: the rounding of its sign would change
-    the gradient of a right kernel.
+    The relu kernel of the Performer is checked with few tokens only. With many tokens some feature is close to 0, and
+    rounding can flip its sign, which changes the gradient even if the kernel is correct.
     """
     short = [
         *testing.cases(batch=1, heads=2, tokens=70),
@@ -124,11 +125,11 @@ def _check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> s
             except RuntimeError as unusable:
                 _write_verdict(op, backend, device, dtype, f"{reason}{unusable})")
                 raise RuntimeError(
-                    f"{op}: the self-check of {backend} in {dispatch.dtype_name(dtype)} has left {device} unusable for "
-                    f"this process ({unusable}): start it again, with cxv_kernels.use_backend('reference') if this "
-                    "error repeats"
+                    f"{op}: the self-check of {backend} in {dispatch.dtype_name(dtype)} has made {device} unusable for "
+                    f"this process ({unusable}). Restart the process; if the error occurs again, use "
+                    "cxv_kernels.use_backend('reference')"
                 ) from error
-            return f"{reason}{type(error).__name__}: {error})"  # not kept in the file: a missing compiler can be added
+            return f"{reason}{type(error).__name__}: {error})"  # not stored: the user can install a missing compiler
         if not result.passed:
             reason = f"{reason}error {result.error:.1e}, tolerance {result.tolerance:.1e})"
             _write_verdict(op, backend, device, dtype, reason)
@@ -150,19 +151,19 @@ def _tell(message: str) -> None:
 
 
 def cache_file() -> Path | None:
-    """Return the path of the file with the verdicts, or None if there is to be none."""
+    """Return the path of the file with the verdicts, or None if the file is disabled."""
     folder = os.environ.get("CXV_CACHE")
     if folder == "none":
         return None
     try:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxv"
-    except RuntimeError:  # there is no home
+    except RuntimeError:  # the user has no home directory
         return None
     return (Path(folder) if folder else default) / "self_check.json"
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, or of the CUDA that it supports."""
+    """Return the version of the NVIDIA driver, or of the CUDA version that it supports."""
     try:
         if found := re.search(r"Module\s+([\d.]+)", Path("/proc/driver/nvidia/version").read_text()):
             return found[1]
@@ -178,7 +179,7 @@ def _driver() -> str:
 
 @functools.cache
 def _environment(device: torch.device) -> str:
-    """Everything that a verdict depends on: GPU, driver, versions, and the files of this package."""
+    """Describe everything that a verdict depends on: GPU, driver, versions, and the files of this package."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -197,7 +198,7 @@ def _entry(op: str, backend: str, dtype: torch.dtype) -> str:
 
 
 def _read_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str | None]:
-    """Return whether the file has a verdict, and the verdict."""
+    """Return whether the file contains a verdict, and the verdict."""
     global _cached
     with _cache_lock:
         if _cached is None:
@@ -212,7 +213,7 @@ def _read_file() -> dict[str, dict[str, str | None]]:
         content = json.loads(path.read_text()) if path is not None and path.exists() else {}
         values = [verdict for verdicts in content.values() for verdict in verdicts.values()]
         if not all(verdict is None or isinstance(verdict, str) for verdict in values):
-            raise ValueError("it has entries that are no verdicts")
+            raise ValueError("some entries are not verdicts")
     except (OSError, ValueError, AttributeError) as error:
         _warn_once(f"cxv_kernels: ignoring the self-check verdicts in {path}, which cannot be read ({error}).")
         return {}
@@ -220,7 +221,7 @@ def _read_file() -> dict[str, dict[str, str | None]]:
 
 
 def _write_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtype, reason: str | None) -> None:
-    """Add a verdict to the file; processes that do so at once replace it whole, so it is never half written."""
+    """Add a verdict to the file. The file is replaced atomically, so several processes can do this at once."""
     global _cached
     path = cache_file()
     if path is None:
@@ -236,5 +237,5 @@ def _write_verdict(op: str, backend: str, device: torch.device, dtype: torch.dty
         except OSError as error:
             _warn_once(
                 f"cxv_kernels: cannot write the self-check verdicts to {path} ({error.strerror}), so each process "
-                "checks its GPU kernels again. Set CXV_CACHE to a folder that can be written, or to 'none'."
+                "checks its GPU kernels again. Set CXV_CACHE to a writable folder, or to 'none'."
             )

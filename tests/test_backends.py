@@ -210,7 +210,7 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setitem(library.SCHEMAS, name, torch._C.parse_schema(schema))
-            assert "was built from other sources" in library._load_cpp()
+            assert "was built from another version of the sources" in library._load_cpp()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_cuda_kernels_report_what_they_do_not_support(monkeypatch):
     assert ask("performer_attention", torch.float16) == "supported"  # by sm_75's PTX
     monkeypatch.setattr(dispatch, "cuda_compiled_for", lambda _: 0)
     for dtype in (torch.float32, torch.float16):
-        reason = "was built for other cards than this sm_80: build it with TORCH_CUDA_ARCH_LIST=8.0"
+        reason = "was not built for sm_80, the architecture of this GPU: build it with TORCH_CUDA_ARCH_LIST=8.0"
         assert ask("conv_norm", dtype) == reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     assert ask("conv_norm", torch.float16) == "supports sm_75 and later, not sm_70"

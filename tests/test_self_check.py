@@ -188,7 +188,7 @@ def test_environment_variable_skips_the_check(card, monkeypatch):
 
 def test_capture_uses_the_verdict_or_the_reference(card):
     card.capturing = True
-    with pytest.warns(UserWarning, match="triton cannot run its self-check during the capture of a CUDA graph"):
+    with pytest.warns(UserWarning, match="triton cannot run its self-check during CUDA graph capture"):
         assert selected() == "reference"
     assert card.runs == []
     card.capturing = False
@@ -241,7 +241,7 @@ def test_threads_wait_for_one_check(card, monkeypatch):
 def test_kernel_that_leaves_the_gpu_unusable(card, monkeypatch, tmp_path):
     """This process cannot go on; the next one does not use the kernel."""
     card.broken, card.unusable = {(PERFORMER, "triton"): RuntimeError("launch failed")}, True
-    with pytest.raises(RuntimeError, match=r"self-check of triton in float16 has left cuda:0 unusable .*illegal"):
+    with pytest.raises(RuntimeError, match=r"self-check of triton in float16 has made cuda:0 unusable .*illegal"):
         selected()
     restart(monkeypatch)
     with pytest.warns(UserWarning, match=r"triton is not used on a card, because .*an illegal memory access"):

@@ -1,4 +1,4 @@
-"""3×3 convolution followed by LayerNorm over channels. README.md has the math."""
+"""3×3 convolution followed by LayerNorm over channels. README.md has the derivation."""
 
 from torch import Tensor
 
@@ -28,28 +28,33 @@ def conv_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """3×3 convolution, stride 1, padding 1, then LayerNorm over the channels of each pixel (paper section 3.3-3.4).
+    """Apply a 3×3 convolution (stride 1, padding 1), then LayerNorm over the channels of each pixel.
 
-    The norm is ``F.layer_norm``'s: eps inside the root. (The paper's released form divides by σ + eps, whose
-    gradient is NaN on a constant pixel.)
+    This is the convolutional sub-layer of the paper (sections 3.3 and 3.4). The norm is that of ``F.layer_norm``, with
+    eps added to the variance. The released code of the paper divides by σ + eps instead, and its gradient is NaN at a
+    pixel whose channels are all equal.
+
+    Under autocast, x, weight and bias are cast to the autocast dtype. The op saves x, its output and one number per
+    pixel for the backward pass, so the output must not be modified in place. Second and higher derivatives use the
+    reference. Forward-mode AD and ``torch.func.vmap`` require ``backend="reference"``.
 
     Args:
-        x: (B, C_in, H, W), NCHW or channels_last. Under autocast x, weight and bias are cast to its dtype.
-        weight: (C_out, C_in, 3, 3); bias: (C_out,) or None; both in x's dtype.
-        gamma, beta: (C_out,), the norm's gain and offset, any floating dtype.
-        eps: added to the variance.
-        backend: see :func:`cxv_kernels.use_backend`.
+        x: Images, shape (B, C_in, H, W), NCHW or channels_last, in float64, float32, float16 or bfloat16.
+        weight: Weight of the convolution, shape (C_out, C_in, 3, 3), in the dtype of x.
+        bias: Bias of the convolution, shape (C_out,), in the dtype of x, or None.
+        gamma: Gain of the norm, shape (C_out,), in any floating dtype.
+        beta: Offset of the norm, shape (C_out,), in any floating dtype.
+        eps: Number added to the variance.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        (B, C_out, H, W) in x's dtype (autocast's under autocast). In memory it lies as the convolution's own output,
-        channels_last if x or weight does, else NCHW; from the reference always channels_last.
-
-    Saved for backward: x, the output (so it must not be changed in place) and one number per pixel. Second and
-    higher derivatives go through the reference; forward-mode AD and vmap need ``backend="reference"``.
+        Tensor of shape (B, C_out, H, W) in the dtype of x (the autocast dtype under autocast). It is channels_last if x
+        or weight is, otherwise NCHW. The reference always returns channels_last.
 
     Raises:
-        ValueError: a wrong rank, shape, device, eps or backend; TypeError: a wrong or mixed dtype;
-        RuntimeError: the named backend does not support the call.
+        ValueError: If a rank, shape or device does not match, or ``eps`` or ``backend`` is invalid.
+        TypeError: If a dtype is not supported, or x, weight and bias have different dtypes.
+        RuntimeError: If the named backend does not support the call.
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, C_in, H, W)")

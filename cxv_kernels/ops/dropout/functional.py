@@ -1,4 +1,4 @@
-"""Counter-based dropout: its mask is a function of a seed, never stored. README.md has the definition."""
+"""Counter-based dropout: the mask is a function of a seed and is not stored. README.md has the definition."""
 
 import torch
 from torch import Tensor
@@ -12,16 +12,33 @@ __all__ = ["dropout", "dropout_mask", "dropout_seed", "gelu_dropout"]
 
 
 def dropout_seed(device: str | torch.device = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """A seed for :func:`dropout`: one int64, drawn on ``device`` from its generator, which ``manual_seed`` governs."""
+    """Draw a seed for :func:`dropout` and :func:`gelu_dropout`.
+
+    Args:
+        device: Device of the seed.
+        generator: Generator of that device. Default: its global generator, which ``torch.manual_seed`` controls.
+
+    Returns:
+        int64 tensor without dimensions.
+    """
     return torch.randint(2**62, (), device=device, generator=generator)
 
 
 def dropout_mask(seed: Tensor, count: int, p: float, offset: int = 0) -> Tensor:
-    """Which of the elements offset … offset + count − 1 :func:`dropout` keeps: bool (count,), on seed's device.
+    """Return the mask of :func:`dropout` for the elements offset to offset + count − 1.
+
+    Args:
+        seed: int64 tensor with one element, see :func:`dropout_seed`.
+        count: Number of elements, at least 0.
+        p: Probability of a zero, as in :func:`dropout`.
+        offset: Index of the first element, at least 0.
+
+    Returns:
+        Boolean tensor of shape (count,) on the device of the seed, True for the elements that are kept.
 
     Raises:
-        ValueError: count, p or offset out of range, a seed that is not one int64; TypeError: a seed that is no tensor,
-            numbers of another type.
+        ValueError: If ``count``, ``p`` or ``offset`` is out of range, or the seed is not one int64.
+        TypeError: If the seed is not a tensor, ``p`` is not a number, or ``count`` or ``offset`` is not an int.
     """
     _check_seed(seed)
     count, offset = check_count("count", count, 0), check_count("offset", offset, 0)
@@ -44,7 +61,7 @@ def _check_probability(p: float) -> float:
 
 
 def _check(x: Tensor, p: float, seed: Tensor, offset: int) -> tuple[float, int]:
-    """p and offset as Python numbers."""
+    """Check the arguments and return ``p`` and ``offset`` as Python numbers."""
     check_tensor("x", x, None)
     p, offset = _check_probability(p), check_count("offset", offset, 0)
     _check_seed(seed)
@@ -61,27 +78,30 @@ def dropout(
     offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Dropout (Srivastava et al. 2014), and a residual added in the same pass: x ⊙ keep / P(keep) + residual.
+    """Apply dropout and add a residual in one pass: x ⊙ keep / P(keep) + residual (Srivastava et al. 2014).
 
-    ``keep`` is a function of the seed and of the element's index alone (Philox4x32-10), the same on every device and
-    backend, for any number of threads; so nothing but the seed is saved for backward.
+    ``keep`` is a function of the seed and the index of an element (Philox4x32-10), so every device, backend and number
+    of threads drops the same elements. The op saves only the seed for the backward pass.
 
     Args:
-        x: any shape, float64, float32, float16 or bfloat16; copied if it is not contiguous.
-        p: the probability of a zero, in [0, 1), rounded to a multiple of 2^-16; P(keep) is rounded alike, so that the
-            expectation is x.
-        seed: one int64 on x's device, see :func:`dropout_seed`.
-        residual: of x's shape and dtype, or None.
-        offset: the index of x's first element in the mask: a part of a tensor gets its part of the tensor's mask.
-        backend: see :func:`cxv_kernels.use_backend`; None takes the one set there.
+        x: Tensor of any shape, in float64, float32, float16 or bfloat16. It is copied if it is not contiguous.
+        p: Probability of a zero, in [0, 1), rounded to a multiple of 2^-16. P(keep) is rounded in the same way, so the
+            expectation of the result is x.
+        seed: int64 tensor with one element on the device of x, see :func:`dropout_seed`.
+        residual: Tensor of the shape and dtype of x, or None.
+        offset: Index of the first element of x in the mask. With it a slice of a tensor gets its slice of the mask.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        x's shape and dtype, contiguous; rounded once from float32 (float64 for float64).
+        Contiguous tensor of the shape and dtype of x. It is computed in float32 (float64 for float64 inputs) and
+        rounded once.
 
     Raises:
-        ValueError: p or offset out of range, a residual of another shape, a seed that is not one int64, another device;
-        TypeError: dtypes that differ, a p that is not a number, an offset that is not an int; RuntimeError: the named
-        backend does not support the call. Backward raises RuntimeError if the seed was changed in place since.
+        ValueError: If ``p`` or ``offset`` is out of range, the residual has another shape, the seed is not one int64,
+            or the devices differ.
+        TypeError: If dtypes differ, ``p`` is not a number, or ``offset`` is not an int.
+        RuntimeError: If the named backend does not support the call. The backward pass raises it if the seed was
+            modified in place.
     """
     p, offset = _check(x, p, seed, offset)
     if residual is not None:
@@ -99,19 +119,25 @@ def dropout(
 
 
 def gelu_dropout(x: Tensor, p: float, seed: Tensor, *, offset: int = 0, backend: str | None = None) -> Tensor:
-    """Dropout of GELU(x) = x Φ(x) (Hendrycks & Gimpel 2016, the exact form), in one pass; x alone is kept for backward.
+    """Apply the exact GELU(x) = x Φ(x) (Hendrycks & Gimpel 2016) and dropout in one pass.
 
-    The mask is that of :func:`dropout`.
+    The mask is that of :func:`dropout`. The op saves only x and the seed for the backward pass.
 
     Args:
-        x: any shape, float64, float32, float16 or bfloat16; copied if it is not contiguous.
-        p, seed, offset, backend: as in :func:`dropout`.
+        x: Tensor of any shape, in float64, float32, float16 or bfloat16. It is copied if it is not contiguous.
+        p: As in :func:`dropout`.
+        seed: As in :func:`dropout`.
+        offset: As in :func:`dropout`.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        x's shape and dtype, contiguous; rounded once from float32 (float64 for float64).
+        Contiguous tensor of the shape and dtype of x. It is computed in float32 (float64 for float64 inputs) and
+        rounded once.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+        ValueError: As :func:`dropout`.
+        TypeError: As :func:`dropout`.
+        RuntimeError: As :func:`dropout`.
     """
     p, offset = _check(x, p, seed, offset)
     selected = dispatch.resolve("gelu_dropout", x, backend)

@@ -1,4 +1,4 @@
-"""Linear attention with the feature maps softmax (the pair of CLTV), elu + 1 and relu. README.md has the math."""
+"""Linear attention with the feature maps softmax (used by CLTV), elu + 1 and relu. README.md has the derivation."""
 
 from torch import Tensor
 
@@ -28,30 +28,40 @@ def linear_attention(
     key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Non-causal linear attention, O(N·D·E).
+    """Compute non-causal linear attention, in O(N·D·E) operations per head.
 
-    ``"softmax"``: softmax over D of D^-¼·q, times (softmax over tokens of D^-¼·k)ᵀ v, with no denominator (the
-    paper's linear transformer, section 3.1). ``"elu"``: φ = elu + 1, out = φ(q)·S / (φ(q)·z) with S = Σ φ(k)ᵀv and
-    z = Σ φ(k) (Katharopoulos et al. 2020, eq. 5-7). ``"relu"``: φ = relu, the denominator plus ``eps``.
+    With S = Σₙ φ(k)ₙᵀ vₙ and z = Σₙ φ(k)ₙ, the feature map selects one of three mechanisms:
+
+    - ``"softmax"``: out = φ(q) S, where φ(q) is the softmax of D^-¼·q over the channels and φ(k) the softmax of
+      D^-¼·k over the tokens. This is the linear transformer of the paper (section 3.1).
+    - ``"elu"``: out = φ(q) S / (φ(q)·z) with φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, eq. 5 to 7).
+    - ``"relu"``: out = φ(q) S / (φ(q)·z + eps) with φ(x) = relu(x).
+
+    State, statistics and division are float32 (float64 for float64 inputs). Under autocast, q, k and v are cast to the
+    autocast dtype. The op saves q, k, v and O(D·E) numbers per head for the backward pass. Second and higher
+    derivatives use the reference. Forward-mode AD and ``torch.func.vmap`` require ``backend="reference"``.
 
     Args:
-        q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
-            any strides. Under autocast they are cast to its dtype.
+        q: Queries, shape (B, H, N_q, D), in float64, float32, float16 or bfloat16, with any strides.
+        k: Keys, shape (B, H, N_k, D), in the dtype of q.
+        v: Values, shape (B, H, N_k, E), in the dtype of q.
         feature_map: ``"softmax"``, ``"elu"`` or ``"relu"``.
-        eps: added to the denominator of ``"relu"``; not used by the others.
-        key_mask: bool (B, N_k), True where a key is seen. A query that sees no key gets zeros.
-        backend: see :func:`cxv_kernels.use_backend`; None takes the one set there.
+        eps: Number added to the denominator of ``"relu"``. The other feature maps ignore it.
+        key_mask: Boolean tensor of shape (B, N_k), True for visible keys. A query without visible keys gets zeros.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        (B, H, N_q, E) in q's dtype, its dimensions laid out in memory in q's order. State, statistics and the
-        division are float32 (float64 for float64).
-
-    Saved for backward: q, k, v and the state, O(D·E) per head. Second and higher derivatives go
-    through the reference; forward-mode AD and vmap need ``backend="reference"``.
+        Tensor of shape (B, H, N_q, E) in the dtype of q. Its dimensions have the order of q's in memory.
 
     Raises:
-        ValueError: a wrong rank, shape, device, feature map, eps or backend; TypeError: a wrong or mixed dtype;
-        RuntimeError: the named backend does not support the call.
+        ValueError: If a rank, shape or device does not match, or ``feature_map``, ``eps`` or ``backend`` is invalid.
+        TypeError: If a dtype is not supported, or q, k and v have different dtypes.
+        RuntimeError: If the named backend does not support the call.
+
+    Example::
+
+        q, k, v = (torch.randn(2, 4, 1024, 32, requires_grad=True) for _ in range(3))
+        out = cxv_kernels.linear_attention(q, k, v, feature_map="elu")
     """
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     eps = check_eps(eps)
@@ -73,20 +83,23 @@ def kv_state(
     key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The key pass alone: what linear attention remembers of all tokens.
+    """Compute the state of :func:`linear_attention`: S = Σₙ φ(k)ₙᵀ vₙ and z = Σₙ φ(k)ₙ.
 
     Args:
-        k: (B, H, N, D); v: (B, H, N, E); dtypes and strides as in :func:`linear_attention`.
-        feature_map: ``"softmax"`` (over tokens, of D^-¼·k), ``"elu"`` (elu + 1) or ``"relu"``.
-        key_mask: bool (B, N), True where a key is seen.
-        backend: see :func:`cxv_kernels.use_backend`.
+        k: Keys, shape (B, H, N, D). Dtypes and strides are as in :func:`linear_attention`.
+        v: Values, shape (B, H, N, E), in the dtype of k.
+        feature_map: ``"softmax"`` (softmax of D^-¼·k over the tokens), ``"elu"`` (elu(k) + 1) or ``"relu"``.
+        key_mask: Boolean tensor of shape (B, N), True for visible keys.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        S = Σ φ(k)ᵀ v (B, H, D, E) and z = Σ φ(k) (B, H, D), float32 (float64 for float64). For ``"softmax"`` S is
-        already normalized and z is 1 (0 where no key is seen).
+        S of shape (B, H, D, E) and z of shape (B, H, D), in float32 (float64 for float64 inputs). For ``"softmax"``, S
+        is already normalized, and z is 1 (0 if no key is visible).
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`linear_attention`.
+        ValueError: As :func:`linear_attention`.
+        TypeError: As :func:`linear_attention`.
+        RuntimeError: As :func:`linear_attention`.
     """
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     k, v = autocast_inputs(k, v)

@@ -1,4 +1,4 @@
-"""Nyström attention. README.md has the math."""
+"""Nyström attention. README.md has the derivation."""
 
 from functools import partial
 
@@ -30,36 +30,41 @@ def nystrom_attention(
     pinv_init: str = "head",
     backend: str | None = None,
 ) -> Tensor:
-    """Nyström approximation of softmax attention (Xiong et al. 2021, eq. 13; paper section 3.1).
+    """Compute the Nyström approximation of softmax attention (Xiong et al. 2021, eq. 13; paper section 3.1).
 
-    out = softmax(q·k̃ᵀ) A⁺ softmax(q̃·kᵀ) v with A = softmax(q̃·k̃ᵀ), all scaled by D^-½; q̃ and k̃ are the means of
-    ``num_landmarks`` runs of consecutive tokens, A⁺ six cubic iterations. The outer products are
-    ``F.scaled_dot_product_attention``.
+    out = softmax(q·k̃ᵀ) A⁺ softmax(q̃·kᵀ) v with A = softmax(q̃·k̃ᵀ), all scaled by D^-½. The landmarks q̃ and k̃ are
+    the means of ``num_landmarks`` segments of consecutive tokens. Six cubic iterations approximate the pseudo-inverse
+    A⁺, in float32 (float64 for float64 inputs). Under autocast, q, k, v and ``residual_weight`` are cast to the
+    autocast dtype.
+
+    The fused op saves q, k, v and O(m·(D + E)) numbers per head for m landmarks. Triton and the reference compute the
+    outer products with ``F.scaled_dot_product_attention`` and also save its output and one number per query. The fused
+    CPU op has derivatives of any order; with Triton or the reference, second and higher derivatives require
+    ``SDPBackend.MATH``. Forward-mode AD requires ``backend="reference"`` and ``SDPBackend.MATH``. ``torch.func.vmap``
+    requires ``backend="reference"``.
 
     Args:
-        q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
-            any strides. Under autocast they are cast to its dtype.
-        num_landmarks: at most this many landmarks; no more than tokens are used.
-        residual_weight: (H, 1, K, 1) in q's dtype (cast with it under autocast), K odd, as ``nn.Conv2d`` holds it. Each
-            head of v, convolved along its tokens with its row and zeros beyond both ends, is added to the output;
-            N_q = N_k then. With K = 33 it is the residual of the paper's CNV.
-        pinv_init: the scale of the first iterate Aᵀ / (largest row sum · largest column sum). ``"head"`` takes the
-            maxima of each matrix A, one per (batch, head). ``"batch"`` takes them over all matrices, as the paper's
-            released code does: six iterations do not converge, so one image changes another's output.
-        backend: see :func:`cxv_kernels.use_backend`.
+        q: Queries, shape (B, H, N_q, D), in float64, float32, float16 or bfloat16, with any strides.
+        k: Keys, shape (B, H, N_k, D), in the dtype of q.
+        v: Values, shape (B, H, N_k, E), in the dtype of q.
+        num_landmarks: Number of landmarks, limited to the number of tokens.
+        residual_weight: Optional weight of shape (H, 1, K, 1) with K odd, in the dtype of q, as ``nn.Conv2d`` stores
+            it. Each head of v is convolved along its tokens, with zero padding, and added to the output. Requires
+            N_q = N_k. The paper's CNV uses K = 33.
+        pinv_init: Scale of the first iterate Aᵀ / (largest row sum · largest column sum). ``"head"`` uses the sums of
+            each matrix A, one per (batch, head). ``"batch"`` uses the largest sums of all matrices, as the released
+            code of the paper does. Six iterations do not converge, so an image then changes the output of other
+            images. Only the reference supports ``"batch"``.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        (B, H, N_q, E) in q's dtype; the landmarks' matrices are float32 (float64 for float64).
-
-    Saved for backward by the fused op: q, k, v, O(m·(D + E)) per head for m landmarks, and what
-    ``F.scaled_dot_product_attention`` keeps (its output and one number per query). On the CPU the fused op
-    has derivatives of any order. The reference and Triton, whose outer products are PyTorch's, need
-    ``SDPBackend.MATH`` from the second order on. Forward-mode AD needs that too, and like vmap
-    ``backend="reference"``. The fused op supports ``pinv_init="head"`` only.
+        Tensor of shape (B, H, N_q, E) in the dtype of q.
 
     Raises:
-        ValueError: a wrong rank, shape, device, option or backend, ``num_landmarks`` below 1, an even K, a residual
-        where N_q ≠ N_k; TypeError: a wrong or mixed dtype; RuntimeError: the named backend does not support the call.
+        ValueError: If a rank, shape or device does not match, an option or ``backend`` is invalid, ``num_landmarks``
+            is below 1, K is even, or N_q ≠ N_k with a residual.
+        TypeError: If a dtype is not supported, or the tensors have different dtypes.
+        RuntimeError: If the named backend does not support the call.
     """
     if residual_weight is None:
         q, k, v = autocast_inputs(q, k, v)

@@ -1,4 +1,4 @@
-"""Performer attention (FAVOR+) with the softmax and relu kernels. README.md has the math."""
+"""Performer attention (FAVOR+) with the softmax and relu kernels. README.md has the derivation."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ __all__ = ["num_random_features", "orthogonal_projection", "performer_attention"
 
 
 def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str) -> float | None:
-    """``eps`` as a Python number."""
+    """Check the options shared by both ops and return ``eps`` as a Python number."""
     check_choice("kernel", kernel, KERNELS)
     check_choice("stabilizer", stabilizer, STABILIZERS)
     check_tensor("projection", projection, 2, "(M, D)")
@@ -59,37 +59,49 @@ def performer_attention(
     key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Non-causal Performer attention, O(N·M·(D + E)): out = φ(q) S / (φ(q)·z), S = Σ φ(k)ᵀv, z = Σ φ(k).
+    """Compute non-causal Performer attention (FAVOR+), in O(N·M·(D + E)) operations per head.
 
-    ``"softmax"`` (FAVOR+, Choromanski et al. 2021, eq. 5 and 7): φ(x) = exp(D^-¼·x·Wᵀ − ‖x‖²/(2√D) − s) + eps,
-    with s the largest D^-¼·x·Wᵀ over a query's features, or over the features and keys of a head. ``"relu"``:
-    φ(x) = relu(D^-¼·x·Wᵀ) + eps. Paper section 3.1.
+    out = φ(q) S / (φ(q)·z) with S = Σₙ φ(k)ₙᵀ vₙ and z = Σₙ φ(k)ₙ (paper section 3.1). The kernel selects the random
+    features φ:
+
+    - ``"softmax"``: φ(x) = exp(D^-¼·x·Wᵀ − ‖x‖²/(2√D) − s) + eps (Choromanski et al. 2021, eq. 5 and 7). For a query,
+      s is the largest element of its D^-¼·x·Wᵀ. For the keys, s is the largest element over all features and keys of
+      the head.
+    - ``"relu"``: φ(x) = relu(D^-¼·x·Wᵀ) + eps.
+
+    State, statistics and division are float32 (float64 for float64 inputs). Under autocast, q, k and v are cast to the
+    autocast dtype; the projection is not. The op saves q, k, v and O(M·E) numbers per head for the backward pass. The
+    fused kernels support ``stabilizer="head"`` and a projection that does not require grad. Second and higher
+    derivatives use the reference. Forward-mode AD and ``torch.func.vmap`` require ``backend="reference"``.
 
     Args:
-        q: (B, H, N_q, D); k: (B, H, N_k, D); v: (B, H, N_k, E). float64, float32, float16 or bfloat16, one dtype,
-            any strides. Under autocast they are cast to its dtype; the projection is not.
-        projection: W (M, D), any floating dtype, see :func:`cxv_kernels.orthogonal_projection`.
+        q: Queries, shape (B, H, N_q, D), in float64, float32, float16 or bfloat16, with any strides.
+        k: Keys, shape (B, H, N_k, D), in the dtype of q.
+        v: Values, shape (B, H, N_k, E), in the dtype of q.
+        projection: W, shape (M, D), in any floating dtype, see :func:`cxv_kernels.orthogonal_projection`.
         kernel: ``"softmax"`` or ``"relu"``.
-        eps: None is 1e-4 for softmax (the paper's) and 1e-3 for relu. With 0 the softmax kernel's maxima are taken
-            over the whole exponent, so that no key is lost to underflow (FAVOR+ proper). Between 0 and 1e-30 the op
-            runs in float64, on a GPU in plain PyTorch.
-        stabilizer: ``"head"`` takes the keys' maximum per (batch, head), and no gradient flows through the maxima.
-            ``"batch"`` is the paper's released code: the keys' maximum is that of the whole batch, so one image
-            changes another's output, and gradients flow through the maxima of queries and keys.
-        key_mask: bool (B, N_k), True where a key is seen. A query that sees no key gets zeros.
-        backend: see :func:`cxv_kernels.use_backend`; None takes the one set there.
+        eps: Number added to the features. Default: 1e-4 for ``"softmax"``, as in the paper, and 1e-3 for ``"relu"``.
+            With 0 the softmax kernel takes its maxima over the whole exponent, which is the original FAVOR+, and no key
+            underflows. Between 0 and 1e-30 the op computes in float64, on a GPU in plain PyTorch.
+        stabilizer: ``"head"`` uses one maximum of the keys per (batch, head), and the maxima are detached. ``"batch"``
+            uses one maximum of the keys for the whole batch, as the released code of the paper does: an image then
+            changes the output of other images, and gradients flow through the maxima of queries and keys.
+        key_mask: Boolean tensor of shape (B, N_k), True for visible keys. A query without visible keys gets zeros.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        (B, H, N_q, E) in q's dtype, its dimensions laid out in memory in q's order. State, statistics and the
-        division are float32 (float64 for float64).
-
-    Saved for backward: q, k, v and the state, O(M·E) per head. The fused kernels support ``stabilizer="head"`` and a
-    projection without gradient; second and higher derivatives go through the reference, forward-mode AD and vmap need
-    ``backend="reference"``.
+        Tensor of shape (B, H, N_q, E) in the dtype of q. Its dimensions have the order of q's in memory.
 
     Raises:
-        ValueError: a wrong rank, shape, device, option or backend; TypeError: a wrong or mixed dtype;
-        RuntimeError: the named backend does not support the call.
+        ValueError: If a rank, shape or device does not match, or an option or ``backend`` is invalid.
+        TypeError: If a dtype is not supported, or q, k and v have different dtypes.
+        RuntimeError: If the named backend does not support the call.
+
+    Example::
+
+        q, k, v = (torch.randn(2, 4, 1024, 32, requires_grad=True) for _ in range(3))
+        w = cxv_kernels.orthogonal_projection(cxv_kernels.num_random_features(32), 32)
+        out = cxv_kernels.performer_attention(q, k, v, w)
     """
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
@@ -121,20 +133,27 @@ def performer_features(
     stabilizer: str = "head",
     backend: str | None = None,
 ) -> Tensor:
-    """The random features φ(x) alone, with FAVOR+'s factor M^-½ for the softmax kernel.
+    """Compute the random features φ(x) of :func:`performer_attention`.
+
+    For the softmax kernel the result has the factor M^-½ of FAVOR+, which cancels in attention.
 
     Args:
-        x: (B, H, N, D); dtypes and strides as in :func:`performer_attention`.
-        projection: W (M, D).
-        is_query: each query has its own maximum; the keys have that of their head or, with ``stabilizer="batch"``,
-            of the batch.
-        kernel, eps, stabilizer, backend: as in :func:`performer_attention`.
+        x: Queries or keys, shape (B, H, N, D). Dtypes and strides are as in :func:`performer_attention`.
+        projection: W, shape (M, D), in any floating dtype.
+        is_query: If True, each token has its own maximum. If False, all tokens of a head (of the whole batch with
+            ``stabilizer="batch"``) share one maximum.
+        kernel: As in :func:`performer_attention`.
+        eps: As in :func:`performer_attention`.
+        stabilizer: As in :func:`performer_attention`.
+        backend: Backend for this call, see :func:`cxv_kernels.use_backend`. Default: the one set there.
 
     Returns:
-        (B, H, N, M) in x's dtype.
+        Tensor of shape (B, H, N, M) in the dtype of x.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`performer_attention`.
+        ValueError: As :func:`performer_attention`.
+        TypeError: As :func:`performer_attention`, or if ``is_query`` is not a bool.
+        RuntimeError: As :func:`performer_attention`.
     """
     (x,) = autocast_inputs(x)
     check_tensor("x", x, 4, "(B, H, N, D)")

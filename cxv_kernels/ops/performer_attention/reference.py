@@ -12,15 +12,19 @@ from ..linear_attention.reference import divide, hide_keys, rescaled
 KERNELS = ("softmax", "relu")
 STABILIZERS = ("head", "batch")
 DEFAULT_EPS = {"softmax": 1e-4, "relu": 1e-3}
-# Beside an eps below this, which is not 0, a feature that underflows float32 still counts.
+# With an eps between 0 and this value, features that underflow float32 still change the result.
 LEAST_EPS = 1e-30
 
 
 def num_random_features(dim: int) -> int:
-    """The paper's number of random features for a head of ``dim`` channels: ⌊D ln D⌋, at least 1 (110 for 32).
+    """Return the number of random features that the paper uses for a head of D channels: ⌊D ln D⌋, at least 1.
+
+    Args:
+        dim: D, the channels of a head. 32 channels give 110 features.
 
     Raises:
-        TypeError: ``dim`` is no int; ValueError: it is below 1.
+        TypeError: If ``dim`` is not an int.
+        ValueError: If ``dim`` is below 1.
     """
     dim = check_count("dim", dim)
     return max(1, int(dim * math.log(dim)))
@@ -34,20 +38,24 @@ def orthogonal_projection(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Random features of FAVOR+ (Choromanski et al. 2021, section 3): orthogonal rows with Gaussian norms.
+    """Draw the random projection of FAVOR+: orthogonal rows with Gaussian norms (Choromanski et al. 2021, section 3).
 
-    Blocks of D rows are orthogonal among themselves; each row is rescaled to the norm of a fresh Gaussian vector.
-    Drawn on the CPU in float64, so one generator gives one projection on every device.
+    The rows within each block of D rows are orthogonal. Each row is rescaled to the norm of a new Gaussian vector. The
+    numbers are drawn on the CPU in float64, so a generator gives the same projection on every device.
 
     Args:
-        num_features: M, the number of rows. dim: D, the channels of a head.
-        generator: a CPU generator; None takes PyTorch's global one.
+        num_features: M, the number of rows.
+        dim: D, the channels of a head.
+        generator: CPU generator. Default: PyTorch's global generator.
+        dtype: Dtype of the result.
+        device: Device of the result.
 
     Returns:
-        (M, D).
+        Tensor of shape (M, D).
 
     Raises:
-        TypeError: ``num_features`` or ``dim`` is no int; ValueError: below 1.
+        TypeError: If ``num_features`` or ``dim`` is not an int.
+        ValueError: If ``num_features`` or ``dim`` is below 1.
     """
     num_features, dim = check_count("num_features", num_features), check_count("dim", dim)
     draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}  # whatever the default device
@@ -69,7 +77,7 @@ def _hide(phi: Tensor, key_mask: Tensor | None) -> Tensor:
 
 
 def _key_maximum(exponent: Tensor, stabilizer: str, key_mask: Tensor | None) -> Tensor:
-    """The largest exponent over the features and the seen tokens of a head, or of the whole batch; 0 if none."""
+    """Return the largest exponent over the features and visible tokens of a head, or of the batch; 0 without tokens."""
     if key_mask is not None:
         exponent = exponent.masked_fill(~key_mask[:, None, :, None], float("-inf"))
     if exponent.numel() == 0:
@@ -87,7 +95,7 @@ def favor_features(
     stabilizer: str = "head",
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """φ without the common factor M^-½, in x's dtype; the gradient skips the maxima unless they are the batch's."""
+    """Return φ(x) without the factor M^-½, in the dtype of x. The maxima are detached if ``stabilizer="head"``."""
     z = _project(x, projection)
     if kernel == "relu":
         return F.relu(z) + eps
@@ -113,8 +121,11 @@ def performer_features_reference(
 
 
 def _exact_exponents(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None) -> Tensor:
-    """FAVOR+ proper (eps = 0). With no eps every shift cancels, so each feature takes its own maximum over the keys
-    and each query its own over the features: the denominator is at least 1 and nothing underflows."""
+    """Compute the original FAVOR+ (eps = 0).
+
+    Without eps every shift cancels. So each feature is shifted by its maximum over the keys, and each query by its
+    maximum over the features. The denominator is then at least 1, and nothing underflows.
+    """
     exponent = _project(k, projection) - k.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(k.shape[-1]))
     if key_mask is not None:
         exponent = exponent.masked_fill(~key_mask[:, None, :, None], float("-inf"))
@@ -136,7 +147,7 @@ def performer_attention_reference(
     stabilizer: str = "head",
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`cxv_kernels.performer_attention`; computed in float32 (float64 for float64), in q's dtype."""
+    """See :func:`cxv_kernels.performer_attention`. Computes in float32 (float64 for float64 inputs)."""
     eps = DEFAULT_EPS[kernel] if eps is None else eps
     out_dtype, dtype = q.dtype, torch.float64 if 0 < eps < LEAST_EPS else accumulate_dtype(q.dtype)
     q, k, v = q.to(dtype), *hide_keys(k.to(dtype), v.to(dtype), key_mask)
