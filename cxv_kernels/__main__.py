@@ -1,4 +1,4 @@
-"""``python -m cxv_kernels``: the backends that this machine supports, and every op checked against float64."""
+"""``python -m cxv_kernels``: list the backends that this machine supports and check every op against float64."""
 
 import argparse
 import platform
@@ -26,7 +26,7 @@ def _describe() -> None:
     elif CPP_MISSING:
         print(f"no C++ kernels: the library {CPP_MISSING}")
     else:
-        print("the build's facts are not known to this Python: the wheel was built with another")
+        print("no details of the build: the wheel was built with another version of Python")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         print(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}")
@@ -36,7 +36,7 @@ def _describe() -> None:
 
 
 def _report(device: str) -> int:
-    """Print the errors of each op's backends on a device, and what is not supported. Return the number of failures."""
+    """Print the errors of all ops on a device, and the ops that are not supported. Return the number of failures."""
     print(f"\n{device}: largest error of outputs and gradients against float64")
     print(f"  {'op':20} {'backend':10}" + "".join(f"{name:>16}" for name in DTYPES.values()))
     results = [r for r in testing.run_all(device) if isinstance(r, testing.Result)]
@@ -55,7 +55,7 @@ def _report(device: str) -> int:
                 print(f"  {op:20} {backend:10}" + "".join(f"{cell:>16}" for cell in cells))
             else:
                 unsupported.setdefault(
-                    f"{backend}: {explain_backend(op, device)[backend].replace(op, 'such')}", []
+                    f"{backend}: {explain_backend(op, device)[backend].replace(op, 'these ops')}", []
                 ).append(op)
     for reason, ops in unsupported.items():
         print(f"  not supported by {reason} — {', '.join(ops)}")
@@ -63,7 +63,7 @@ def _report(device: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if a check has failed, else 0."""
+    """Print the report. Return 1 if a check has failed, else 0."""
     argparse.ArgumentParser(prog="python -m cxv_kernels", description=__doc__.partition(": ")[2]).parse_args(argv)
     _describe()
     failed = sum(_report(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""How Triton kernels are launched. Nothing here imports Triton."""
+"""Launch Triton kernels. This module does not import Triton."""
 
 import importlib.util
 import os
@@ -11,12 +11,12 @@ TRITON_MISSING = None if importlib.util.find_spec("triton") else "needs the pack
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run on the CPU, by its interpreter: ``TRITON_INTERPRET=1`` before Triton is imported."""
+    """Return True if Triton's interpreter runs the kernels on the CPU (``TRITON_INTERPRET=1`` at Triton's import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def capability(device: torch.device) -> int:
-    """10·major + minor of the device's compute capability; 0: not a GPU."""
+    """Return the compute capability of a device as 10·major + minor, or 0 if the device is not a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -24,11 +24,12 @@ def capability(device: torch.device) -> int:
 
 
 def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](*arguments, **options)`` on the first tensor's device and its current stream, without waiting.
-    Products and sums are fused, whatever Triton's default, unless ``enable_fp_fusion=False`` is given.
+    """Run ``kernel[grid](*arguments, **options)`` on the device and current stream of the first tensor, asynchronously.
+
+    Products and sums are fused unless ``enable_fp_fusion=False`` is passed, independently of Triton's default.
 
     Raises:
-        RuntimeError: the launch failed; the message has the op, the tensors' shapes and dtypes, and the cause.
+        RuntimeError: If the launch fails. The message has the op, the shapes and dtypes of the tensors, and the cause.
     """
     if 0 in grid:
         return

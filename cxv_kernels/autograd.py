@@ -1,5 +1,8 @@
-"""One factory, :func:`fused_op`, makes a fused op differentiable: its backward pass by the fused backward kernels, and
-every higher order by the reference. The schemas in csrc/ops.cpp tell it which tensors an op saves."""
+"""A factory, :func:`fused_op`, that makes fused ops differentiable.
+
+The backward pass uses the fused backward kernels, and every higher order uses the reference. The schemas in
+csrc/ops.cpp define the tensors that an op saves.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,7 +16,7 @@ from .validation import without_autocast
 
 
 def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of this shape whose dimensions lie in memory in the order of ``like``'s (csrc: new_like)."""
+    """Return an empty tensor of this shape whose dimensions have the order of ``like``'s in memory (csrc: new_like)."""
     order = sorted(range(like.dim()), key=like.stride, reverse=True)
     strides, step = [0] * like.dim(), 1
     for dim in reversed(order):
@@ -23,7 +26,7 @@ def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def new_gradients(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    """An empty tensor in the layout of each input, or of no elements (0) where its gradient is not needed."""
+    """Return an empty tensor in the layout of each input, or one of shape (0) if its gradient is not needed."""
     return tuple(
         like_layout(t, tuple(t.shape)) if need else t.new_empty(0) for t, need in zip(inputs, needed, strict=True)
     )
@@ -40,12 +43,13 @@ class FusedFunction(torch.autograd.Function):
 
 
 def apply_fused(function: type[FusedFunction], *args: Any) -> Any:
-    """``function.apply(*args)``, with an error that says what to use for forward-mode AD.
+    """Call ``function.apply(*args)``, with an error message that says what to use for forward-mode AD.
 
-    A ``jvp`` of its own, which would raise that error, breaks ``torch.compile(fullgraph=True)``, and so does ``apply``.
+    A ``jvp`` method that raises this error, or an ``apply`` method that catches it, would break
+    ``torch.compile(fullgraph=True)``.
 
     Raises:
-        NotImplementedError: an input has a tangent.
+        NotImplementedError: If an input has a tangent.
     """
     try:
         return function.apply(*args)
@@ -65,17 +69,17 @@ def _unsupported(function: type[FusedFunction], transform: str) -> NotImplemente
 def refuse_compiled_transforms() -> None:
     """Raise ``NotImplementedError`` in a torch.func transform inside torch.compile.
 
-    Dynamo would differentiate the kernels themselves there, which PyTorch takes for constants.
+    Dynamo would differentiate the kernels themselves there, and PyTorch treats their results as constants.
     """
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "the fused kernels do not support torch.func transforms inside torch.compile: compile less, pass "
+            "the fused kernels do not support torch.func transforms inside torch.compile: compile a smaller part, pass "
             'backend="reference" to the op, or use_fused=False to the model'
         )
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:
-    """False if a call with these tensors needs no autograd Function, which takes longer than a small kernel."""
+    """Return False if a call with these tensors needs no autograd Function, which takes longer than a small kernel."""
     return (
         (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
         or torch._C._are_functorch_transforms_active()
@@ -105,28 +109,30 @@ def fused_op(
     save: Callable[..., None] = _save,
     saved: Callable[[Any], tuple[Tensor | None, ...]] = _saved,
 ) -> Callable[..., Any]:
-    """Make a differentiable function of an operator of csrc/ops.cpp and its backward operator.
+    """Make a differentiable function from an operator of csrc/ops.cpp and its backward operator.
 
-    The schemas of the two say the rest: the backward operator takes the gradients ``grad_…`` of the first outputs (the
-    others carry none), then inputs and outputs of the forward operator by their names, which are what is saved, and
-    ``needed``. It returns a ``grad_<input>`` each (one without a name is the first input's). Tensors precede options.
+    The schemas of the two operators define the tensors to save. The backward operator takes, in this order: a gradient
+    ``grad_…`` for each of the first outputs (the other outputs have no gradient); the saved tensors, which have the
+    names of inputs and outputs of the forward operator; the options; and ``needed``. It returns one ``grad_<input>``
+    for each differentiable input. A result without a name is the gradient of the first input.
 
     Args:
-        name: ``<name>_forward`` or ``<name>``, and ``<name>_backward``, are the operators.
-        reference: called with the inputs among the arguments of the backward operator, by their names; its derivatives
-            are the second and higher ones.
-        fake: the forward operator's fake implementation.
-        triton: the module with its Triton kernels.
-        triton_fake: the fake implementation of those, where their outputs have other shapes.
-        fake_backward: of the backward operator, where the gradients do not lie in memory as the inputs do.
-        forward, backward: functions of the operator and its arguments, for an op that calls them otherwise than by
-            their schemas. ``backward``'s own arguments then say what is saved.
-        passed_on: an input that is added to the result: its gradient is that of the output.
-        save, saved: ``save(ctx, *tensors)`` in place of ``ctx.save_for_backward``, and the function that returns them.
+        name: Name of the op. Its operators are ``<name>_forward`` or ``<name>``, and ``<name>_backward``.
+        reference: Function that defines the second and higher derivatives. Its arguments are the saved inputs and the
+            options, passed by name.
+        fake: Fake implementation of the forward operator.
+        triton: Name of the module with the Triton kernels.
+        triton_fake: Fake implementation of the Triton kernels, if their outputs have other shapes.
+        fake_backward: Fake implementation of the backward operator, if the gradients do not have the inputs' layout.
+        forward: Function of the forward operator and its arguments, for an op that does not call it by its schema.
+        backward: The same for the backward operator. Its arguments then define the saved tensors.
+        passed_on: Name of an input that is added to the result, so that its gradient is the gradient of the output.
+        save: Function ``save(ctx, *tensors)`` that replaces ``ctx.save_for_backward``.
+        saved: Function of ``ctx`` that returns the tensors of ``save``.
 
     Returns:
-        A function of the forward operator's arguments and a backend's name. Its attribute ``kernels`` maps a backend's
-        name to its two operators.
+        A function of the forward operator's arguments and the name of a backend. Its attribute ``kernels`` maps the
+        name of a backend to its two operators.
     """
     forward_name, backward_name = (f"{name}_forward" if f"{name}_forward" in SCHEMAS else name), f"{name}_backward"
     if triton:
@@ -147,14 +153,14 @@ def fused_op(
     num_grads = sum(argument.startswith("grad_") for argument in arguments)
     takes_needed = "needed" in arguments
     kept = [argument for argument in arguments[num_grads:] if argument != "needed"]
-    names = [*inputs, *outputs]  # of what there is to save
+    names = [*inputs, *outputs]  # everything that can be saved
     tensors = [n for n in kept if n in outputs or is_tensor[inputs.index(n)]]
     options = kept[len(tensors) :]
     tensors_at, options_at = ([names.index(n) for n in group] for group in (tensors, options))
     variables = [result.name.removeprefix("grad_") or inputs[0] for result in SCHEMAS[backward_name].returns]
-    variables_at = [inputs.index(n) for n in variables]  # among the inputs
-    in_kept = [tensors.index(n) for n in variables]  # among the saved tensors
-    of_inputs = [i for i, n in enumerate(tensors) if n in inputs]  # the saved tensors that the reference takes
+    variables_at = [inputs.index(n) for n in variables]  # indices into the inputs
+    in_kept = [tensors.index(n) for n in variables]  # indices into the saved tensors
+    of_inputs = [i for i, n in enumerate(tensors) if n in inputs]  # the saved tensors that are inputs
 
     if fake_backward is None:
 
@@ -190,7 +196,8 @@ def fused_op(
         if passed_on and ctx.needs_input_grad[inputs.index(passed_on)]:
             found[inputs.index(passed_on)] = grads[0]
         if any(needed):
-            run = run_backward if torch.compiler.is_compiling() else backward_function.apply  # then of first order
+            # compiled code supports the first order only
+            run = run_backward if torch.compiler.is_compiling() else backward_function.apply
             results = run(*grads, *saved(ctx), *ctx.options, needed, ctx.backend)
             for i, grad in zip(variables_at, results, strict=True):
                 found[i] = grad
@@ -215,7 +222,7 @@ def fused_op(
         fixed = dict(zip([tensors[i] for i in of_inputs], values, strict=True)) | dict(
             zip(options, ctx.options, strict=True)
         )
-        given = [n for n in variables if fixed[n] is not None]  # a bias may be missing
+        given = [n for n in variables if fixed[n] is not None]  # a bias can be None
 
         def of_variables(*differentiable: Tensor) -> Any:
             return reference(**(fixed | dict(zip(given, differentiable, strict=True))))
@@ -254,20 +261,22 @@ def double_backward(
     grad_outputs: Sequence[Tensor],
     grads: Sequence[Tensor | None],
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """The gradient of a fused backward pass, by differentiating that of ``reference(*inputs)``.
+    """Compute the gradient of a fused backward pass by differentiating the backward pass of ``reference(*inputs)``.
 
-    The results are differentiable in all arguments where a graph is wanted (``create_graph=True``), so that
-    derivatives of any order are the reference's.
+    With ``create_graph=True`` the results are differentiable in all arguments, so the reference defines the
+    derivatives of every order.
 
     Args:
-        grad_outputs: what the backward pass was given, one per output; grads: one per input, for the gradients that it
-            returned.
+        reference: Function of the inputs.
+        inputs: Inputs of the forward pass.
+        grad_outputs: Arguments of the backward pass, one per output.
+        grads: Gradients of the results of the backward pass, one per input.
 
     Returns:
-        The gradients of ``grad_outputs`` and those of ``inputs``.
+        The gradients of ``grad_outputs`` and the gradients of ``inputs``.
     """
     with without_autocast(inputs[0]):
-        if torch._C._are_functorch_transforms_active():  # nobody may call requires_grad_() there
+        if torch._C._are_functorch_transforms_active():  # requires_grad_() is not allowed in a transform
             return _double_backward_in_transform(reference, inputs, grad_outputs, grads)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -282,7 +291,7 @@ def double_backward(
 
 
 def _own_view(x: Tensor) -> Tensor:
-    """x as a tensor of its own, so that two arguments that are one tensor have separate gradients; with x's history."""
+    """Return a view of x with x's history, so that a tensor passed as two arguments has two separate gradients."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
@@ -292,7 +301,7 @@ def _double_backward_in_transform(
     grad_outputs: Sequence[Tensor],
     grads: Sequence[Tensor | None],
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """:func:`double_backward` by torch.func, whose levels compose; saved tensor hooks do not work with it."""
+    """Compute :func:`double_backward` with torch.func, whose levels compose. Saved tensor hooks do not work with it."""
 
     def backward(grad_outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         out, pull = torch.func.vjp(reference, *inputs)

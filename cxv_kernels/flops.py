@@ -1,9 +1,9 @@
-"""FLOP formulas of the fused ops: ``import cxv_kernels.flops``, and ``torch.utils.flop_counter.FlopCounterMode`` counts
-a fused op as it counts the op's reference, forward and backward.
+"""FLOP formulas of the fused ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
-The counter puts hooks on every layer, so our models recompute nothing meanwhile, and each op is counted once. PyTorch's
-attention on the CPU gets the formula that the counter has for other devices. The package itself does not import this
-module, because the counter imports Triton.
+After ``import cxv_kernels.flops`` the counter counts a fused op like its reference, forward and backward. The counter
+puts hooks on every layer, so our models do not recompute while it counts, and each op is counted once. The module also
+registers the formula of PyTorch's attention for the CPU. The package itself does not import this module, because the
+counter imports Triton.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ PINV_PRODUCTS = 6 * 4  # iterations of the pseudo-inverse, and matrix products o
 
 
 def _formula(op: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register the formula of ``op`` in each namespace that has it; the formula gets shapes in place of tensors."""
+    """Register the formula of ``op`` in each namespace that has it. A formula receives shapes instead of tensors."""
     namespaces = (torch.ops.cxv_kernels, torch.ops.cxv_kernels_triton)
     return register_flop_formula([getattr(namespace, op) for namespace in namespaces if hasattr(namespace, op)])
 
 
 def _linear_attention(q: Shape, k: Shape, v: Shape, features: int, denominator: bool, needed: Sequence[int]) -> int:
-    """φ(q)·(φ(k)ᵀv) and φ(q)·z, each as often as the three ``needed`` say: for q, for k and for v."""
+    """Count the products φ(q)·(φ(k)ᵀv) and φ(q)·z that the gradients of q, k and v need, given by ``needed``."""
     state = 2 * prod(k[:3]) * features * v[3]
     out = 2 * prod(q[:3]) * features * v[3]
     z = 2 * prod(q[:3]) * features if denominator else 0
@@ -136,7 +136,7 @@ def _(grad, q_means, k_means, summary, needed, **_: Any) -> int:
 
 
 def _as_channels(x: Shape) -> Shape:
-    """(B, H, N, E) → (B, H·E, N), in which the residual is a convolution."""
+    """Return (B, H·E, N) for (B, H, N, E): the shape in which the residual is a convolution."""
     return x[0], x[1] * x[3], x[2]
 
 

@@ -1,4 +1,4 @@
-"""How DTensor shards the attention ops: over the batch and the heads, as it does scaled_dot_product_attention."""
+"""Sharding rules of DTensor for the attention ops: by batch or by heads, as for scaled_dot_product_attention."""
 
 import functools
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ import torch
 
 from .library import SCHEMAS, overload
 
-ATTENTION = ("linear_attention", "kv_state", "performer", "nystrom")  # what the names of its ops begin with
+ATTENTION = ("linear_attention", "kv_state", "performer", "nystrom")  # the operators' names begin with one of these
 
 
 @functools.cache
 def register_shardings() -> None:
-    """Tell DTensor how the attention ops can be sharded; called when an op gets the first one outside compiled code."""
+    """Register the shardings of the attention ops. An op calls this at its first DTensor outside of compiled code."""
     from torch.distributed.tensor.experimental import register_sharding
 
     for name in SCHEMAS:
@@ -24,10 +24,10 @@ def register_shardings() -> None:
 
 
 def _shardings(schema: Any, *values: Any) -> Sequence[tuple[list[Any], list[Any]]]:
-    """The placements of an op's outputs and inputs: all whole, all split by batch, or all split by heads.
+    """Return the placements of the outputs and inputs of an op: all replicated, sharded by batch, or sharded by heads.
 
-    Every tensor is (batch, heads, …) but for the projection (M, D), a key mask (batch, tokens), and the weight of the
-    residual (heads, 1, K, 1), whose gradient is a sum over the batch.
+    All tensors have the shape (batch, heads, …), except the projection (M, D), the key mask (batch, tokens) and the
+    weight of the residual (heads, 1, K, 1). The gradient of this weight is a sum over the batch.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 

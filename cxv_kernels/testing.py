@@ -1,7 +1,7 @@
-"""What tests, benchmarks and the self-check share: the cases of each op, the error model, and probes of memory.
+"""Cases of each op, the error model and memory probes, shared by tests, benchmarks and the self-check.
 
-``python -m cxv_kernels`` runs every op, forward and backward, on this machine against the float64 reference on the same
-(rounded) inputs.
+``python -m cxv_kernels`` runs every op on this machine, forward and backward, and compares it with the float64
+reference on the same (rounded) inputs.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from .validation import FLOAT_DTYPES, accumulate_dtype
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """In the block float32 products on a GPU are that: TF32, cuDNN's default, rounds what they multiply to 10 bits."""
+    """Disable TF32 in the block, because TF32 (the default of cuDNN) rounds the factors of a product to 10 bits."""
     flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [flag.fp32_precision for flag in flags]
     try:
@@ -48,24 +48,24 @@ def without_tf32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to call an op: ``function(*inputs, backend=…)``, its inputs' shapes, the depth of its sums."""
+    """A way to call an op, ``function(*inputs, backend=…)``, with the shapes of its inputs and its error model."""
 
     op: str
     label: str
     function: Callable
     shapes: tuple[tuple[int, ...], ...]
-    depth: int  # terms of the longest sum
-    amplification: float = 1.0  # by how much the op enlarges a rounding of an intermediate result
+    depth: int  # number of terms in the longest sum
+    amplification: float = 1.0  # factor by which the op enlarges the rounding error of an intermediate result
 
     @property
     def dim(self) -> int:
-        """The channels that a backend must support (see `explain_backend`): of a head, or of conv_norm's output."""
+        """The channels of a head, or of the output of conv_norm, that a backend must support (`explain_backend`)."""
         return self.shapes[1][0] if self.op == "conv_norm" else max(shape[-1] for shape in self.shapes[:3])
 
 
 @dataclass(frozen=True)
 class Result:
-    """The error and the tolerance of the output or gradient that is the worst by their ratio."""
+    """Error and tolerance of the output or gradient with the largest ratio of the two."""
 
     case: Case
     backend: str
@@ -91,12 +91,16 @@ def cases(
     device: str | torch.device = "cpu",
     features: int | None = None,
 ) -> list[Case]:
-    """The ops in their variants, by default at a size that takes milliseconds and that divides by nothing.
+    """Return the cases of all ops, by default with small odd sizes that run in milliseconds.
 
     Args:
-        ragged: False calls them as the models do, with as many keys as queries, E = D, and square images.
-        device: where projection and seed are, which are copied to the inputs' device if that is another.
-        features: M of the Performer's, or None for ⌊D ln D⌋.
+        batch: Batch size.
+        heads: Attention heads.
+        tokens: Tokens, or pixels of an image.
+        dim: Channels of a head.
+        ragged: If False, use the shapes of the models: as many keys as queries, E = D, and square images.
+        device: Device of the projection and the seed. They are copied to the device of the inputs if it differs.
+        features: M, the number of random features. Default: ⌊D ln D⌋.
     """
     generator = torch.Generator().manual_seed(0)
     features = features or num_random_features(dim)
@@ -155,8 +159,10 @@ def cases(
 
 
 def tolerance(expected: Tensor, dtype: torch.dtype, depth: int, amplification: float = 1.0) -> float:
-    """The error model: a result is rounded to ``dtype``, and its sums of ``depth`` terms of order 1 or of the result's
-    size run in the accumulation dtype, so that what cancels leaves an absolute error of that dtype alone.
+    """Return the largest error that the error model allows.
+
+    The result is rounded to ``dtype``. Its sums have ``depth`` terms, of order 1 or of the size of the result, and are
+    computed in the accumulation dtype. So a sum whose terms cancel has an absolute error of that dtype only.
     """
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     summing = 2 * torch.finfo(accumulate_dtype(dtype)).eps * depth**0.5
@@ -164,7 +170,7 @@ def tolerance(expected: Tensor, dtype: torch.dtype, depth: int, amplification: f
 
 
 def outputs_and_gradients(case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> list[Tensor]:
-    """What the case returns, and the inputs' gradients for a random gradient of that (rounded to ``dtype``)."""
+    """Return the outputs of a case and its input gradients for random output gradients (rounded to ``dtype``)."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = case.function(*inputs, backend=backend)
     outs = list(out) if isinstance(out, tuple) else [out]
@@ -176,10 +182,17 @@ def outputs_and_gradients(case: Case, inputs: list[Tensor], backend: str, dtype:
 def run(
     case: Case, backend: str, device: str | torch.device, dtype: torch.dtype, exact_on: str | torch.device = "cpu"
 ) -> Result:
-    """Check one case on one backend; ``exact_on``: where the float64 reference runs, which at large sizes takes long.
+    """Check a case on a backend.
+
+    Args:
+        case: The case.
+        backend: Name of the backend.
+        device: Device of the inputs.
+        dtype: Dtype of the inputs.
+        exact_on: Device of the float64 reference, which takes long at large sizes.
 
     Raises:
-        RuntimeError: the backend does not support it.
+        RuntimeError: If the backend does not support the case.
     """
     generator = torch.Generator().manual_seed(1)
     inputs = [
@@ -198,7 +211,7 @@ def run(
 
 
 def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str, str]]:
-    """Every case on every backend that supports ``device``; for the others (op, backend, reason)."""
+    """Check every case on every backend. A backend that does not support a case gives (op, backend, reason)."""
     device = torch.device(device)
     found: list[Result | tuple[str, str, str]] = []
     for case in cases():
@@ -216,7 +229,7 @@ def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str,
 
 
 class PeakMemory(NamedTuple):
-    """Bytes above the allocation at the start: the highest value, and the value at the end with the result alive."""
+    """Bytes above the allocation at the start: the highest value, and the value at the end while the result exists."""
 
     peak: int
     kept: int
@@ -230,12 +243,12 @@ class SavedBytes(NamedTuple):
 
 
 def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> PeakMemory:
-    """Call ``run()`` once and follow PyTorch's allocator, also inside C++ ops.
+    """Call ``run()`` once and measure the memory that PyTorch's allocator provides, also inside C++ ops.
 
     Args:
-        run: the computation; its result stays alive until the end of the measurement.
-        device: on CUDA the caching allocator's counters are read. On the CPU the allocations of this thread are
-            recorded by ``torch.profiler``; memory that a library takes from malloc directly is not seen.
+        run: The computation. Its result exists until the end of the measurement.
+        device: On CUDA the counters of the caching allocator are read. On the CPU ``torch.profiler`` records the
+            allocations of this thread; memory that a library takes from malloc directly is not measured.
 
     Returns:
         Bytes above the start. Memory allocated before the start and freed by ``run`` does not lower the peak.
@@ -245,7 +258,7 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> P
 
 
 def _peak_memory_cuda(run: Callable[[], Any], device: torch.device) -> PeakMemory:
-    gc.collect()  # garbage that is freed during the run would hide a part of the peak
+    gc.collect()  # garbage that is freed during the run would reduce the measured peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
@@ -268,12 +281,12 @@ def _peak_memory_cpu(run: Callable[[], Any]) -> PeakMemory:
             current += size
             peak = max(peak, current)
         else:
-            current -= live.pop(address, 0)  # memory from before the start was never counted
+            current -= live.pop(address, 0)  # memory allocated before the start is not counted
     return PeakMemory(peak, current)
 
 
 def _allocations(roots: Iterable[Any]) -> list[tuple[int, int]]:
-    """(address, bytes) of the CPU allocations in the order of time; a free has negative bytes."""
+    """Return (address, bytes) of the CPU allocations in the order of time; a free has negative bytes."""
     allocations, pending = [], list(roots)
     while pending:
         node = pending.pop()
@@ -284,19 +297,19 @@ def _allocations(roots: Iterable[Any]) -> list[tuple[int, int]]:
 
 
 def saved_bytes(run: Callable[[], Any], inputs: Iterable[Tensor] = ()) -> SavedBytes:
-    """Count the bytes that autograd keeps between the forward and the backward pass of ``run``.
+    """Count the bytes that autograd saves between the forward and the backward pass of ``run``.
 
-    Each storage counts once and whole, however many of its views are saved. ``save_for_backward`` of a custom Function
-    is included.
+    Each storage counts once with all its bytes, even if several views of it are saved. The tensors of
+    ``save_for_backward`` in custom Functions are included.
 
     Args:
-        run: the forward pass; it must not call backward.
-        inputs: tensors that exist anyway (inputs, parameters, buffers).
+        run: The forward pass. It must not call backward.
+        inputs: Tensors that exist before the call (inputs, parameters, buffers).
     """
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # keeps the tensor, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

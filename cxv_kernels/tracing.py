@@ -1,4 +1,4 @@
-"""Modules whose forward pass branches on shapes, modes and hooks, under torch.fx and TorchScript."""
+"""Support of torch.fx and TorchScript for modules whose forward pass branches on shapes, modes and hooks."""
 
 from typing import Any, NoReturn
 
@@ -9,10 +9,10 @@ from torch.fx import Proxy
 def record_call(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
     """Record ``module(x, *args, **kwargs)`` as one node of the graph that torch.fx is tracing.
 
-    The module then takes its branches when the graph runs. A tracer needs no list of leaf modules for this.
+    The module then takes its branches when the graph runs, and a tracer needs no list of leaf modules.
 
     Raises:
-        TypeError: ``module`` is the root of the trace, so the graph could not contain a call of it.
+        TypeError: If ``module`` is the root of the trace, because the graph cannot contain a call of its root.
     """
     path = x.tracer.path_of_module(module)
     if not path:
@@ -22,11 +22,7 @@ def record_call(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Proxy
 
 
 def refuse_torchscript(module: nn.Module) -> NoReturn:
-    """The ``__prepare_scriptable__`` of modules that ``torch.jit.script`` cannot compile.
-
-    Raises:
-        RuntimeError: always.
-    """
+    """Raise ``RuntimeError``: the ``__prepare_scriptable__`` of modules that ``torch.jit.script`` cannot compile."""
     raise RuntimeError(
         f"torch.jit.script does not support {type(module).__name__}: use torch.compile to run it faster, and "
         "torch.export.export or cxv.export.export_model to write it to a file"

@@ -17,12 +17,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# the classes of tensors without a behavior of their own; the last two stand for them while torch.export traces
+# The classes of tensors with PyTorch's own behavior. The last two stand for the first two while torch.export traces.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """True if ``x`` is a dense tensor of PyTorch's own classes: no quantized or distributed one, no other subclass."""
+    """Return True if ``x`` is a dense tensor of a PyTorch class: not quantized, distributed or another subclass."""
     return type(x) in _PLAIN_TENSORS and x.layout == torch.strided
 
 
@@ -32,22 +32,22 @@ def check_dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.is_nested:
         raise TypeError(
-            f"{name} must not be a nested tensor: pad it (torch.nested.to_padded_tensor), and where the op has a "
-            "key_mask hide the padding with it"
+            f"{name} must not be a nested tensor: pad it (torch.nested.to_padded_tensor), and hide the padding with "
+            "key_mask if the op has one"
         )
     if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: give {name}.to_dense()")
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: pass {name}.to_dense()")
     if is_dtensor(x) and not torch.compiler.is_compiling():
         register_shardings()
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """True if ``x`` is a ``torch.distributed.tensor.DTensor``; does not import it."""
+    """Return True if ``x`` is a ``torch.distributed.tensor.DTensor``, without importing that module."""
     return type(x).__name__ == "DTensor"
 
 
 def check_tensor(name: str, x: Tensor, ndim: int | None, layout: str = "") -> None:
-    """Raise ``TypeError`` unless ``x`` is a dense floating tensor, ``ValueError`` unless of ``ndim`` dimensions."""
+    """Raise ``TypeError`` unless ``x`` is a dense floating tensor, ``ValueError`` unless it has ``ndim`` dimensions."""
     check_dense(name, x)
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions {layout}, got shape {tuple(x.shape)}")
@@ -62,14 +62,14 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def to_number(value: Any) -> Any:
-    """A number of NumPy, or an array or tensor without dimensions, as a Python number; everything else unchanged."""
+    """Convert a NumPy number, or an array or tensor without dimensions, to a Python number. Return others unchanged."""
     if type(value) in (int, float, bool) or isinstance(value, torch.SymInt | torch.SymFloat):
         return value
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def to_numbers(value: Any) -> Any:
-    """:func:`to_number` of a value, and of those in a list, tuple or dict."""
+    """Apply :func:`to_number` to a value, or to the values in a list, tuple or dict."""
     if type(value) in (list, tuple):
         return type(value)(map(to_numbers, value))
     if type(value) is dict:
@@ -78,7 +78,7 @@ def to_numbers(value: Any) -> Any:
 
 
 def python_numbers(function: F) -> F:
-    """Decorate a function whose arguments may be NumPy's numbers, or arrays and tensors without dimensions."""
+    """Decorate a function so that it also accepts NumPy numbers, and arrays and tensors without dimensions."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ def python_numbers(function: F) -> F:
 
 
 def check_number(name: str, value: float) -> float:
-    """The value as a Python number. Raise ``TypeError`` unless it is a number."""
+    """Return the value as a Python number. Raise ``TypeError`` unless it is a number."""
     number = to_number(value)
     if not isinstance(number, int | float | torch.SymInt | torch.SymFloat) or isinstance(number, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -96,16 +96,18 @@ def check_number(name: str, value: float) -> float:
 
 
 def check_eps(eps: float) -> float:
-    """``eps`` as a Python number. Raise ``TypeError`` unless it is a number, ``ValueError`` unless it is finite and not
-    negative."""
+    """Return ``eps`` as a Python number.
+
+    Raise ``TypeError`` unless it is a number, and ``ValueError`` unless it is finite and not negative.
+    """
     eps = check_number("eps", eps)
-    if not 0 <= eps < math.inf:  # false of NaN
+    if not 0 <= eps < math.inf:  # the comparison is false for NaN
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     return eps
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """The value as a Python int. Raise ``TypeError`` unless it is one, ``ValueError`` if it is below ``least``."""
+    """Return the value as a Python int. Raise ``TypeError`` unless it is an int, ``ValueError`` below ``least``."""
     number = to_number(value)
     if not isinstance(number, int | torch.SymInt) or isinstance(number, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -115,15 +117,15 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
-    """Raise unless ``x`` lies on ``other``'s device (``ValueError``) and, if asked, has its dtype (``TypeError``)."""
+    """Raise ``ValueError`` unless both have the same device, ``TypeError`` unless both have the same dtype."""
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: they must be on one device")
+        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: they must be on the same device")
     if dtype and x.dtype != other.dtype:
-        raise TypeError(f"{name} is {x.dtype}, {other_name} {other.dtype}: they must have one dtype")
+        raise TypeError(f"{name} is {x.dtype}, {other_name} {other.dtype}: they must have the same dtype")
 
 
 def check_keys_values(k: Tensor, v: Tensor) -> None:
-    """Raise unless k (B, H, N, D) and v (B, H, N, E) belong together."""
+    """Raise unless k (B, H, N, D) and v (B, H, N, E) have matching shapes, dtypes and devices."""
     check_tensor("k", k, 4, "(B, H, N, D)")
     check_tensor("v", v, 4, "(B, H, N, E)")
     check_same("v", v, "k", k)
@@ -136,7 +138,7 @@ def check_keys_values(k: Tensor, v: Tensor) -> None:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless q (B, H, N_q, D), k (B, H, N_k, D) and v (B, H, N_k, E) belong together."""
+    """Raise unless q (B, H, N_q, D), k (B, H, N_k, D) and v (B, H, N_k, E) have matching shapes, dtypes and devices."""
     check_tensor("q", q, 4, "(B, H, N_q, D)")
     check_keys_values(k, v)
     check_same("k", k, "q", q)
@@ -149,7 +151,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
-    """Raise unless ``key_mask`` is None or a boolean tensor (B, N_k) on k's device, True where a key is seen."""
+    """Raise unless ``key_mask`` is None or a boolean tensor of shape (B, N_k) on the device of k."""
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
@@ -162,19 +164,20 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of state, statistics and division: float64 for float64, float32 for all else."""
+    """Return the dtype of state, statistics and division: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for this device; never for one that has none, as "meta"."""
+    """Return True if autocast is enabled for this device. The device "meta" has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the tensors in its dtype (float64 is left alone, as PyTorch does); else as they came.
+    """Cast the tensors to the autocast dtype under autocast. float64 tensors are not cast, as in PyTorch.
 
-    The ops cast explicitly, and only what may be low precision: projections and norm parameters stay as they are.
+    Each op calls this function with the tensors that may have low precision; projections and norm parameters keep
+    their dtype.
     """
     first = tensors[0]
     if not isinstance(first, Tensor) or not autocast_enabled(first.device):
@@ -189,8 +192,10 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def computing(op: str, **tensors: Tensor | None) -> contextlib.AbstractContextManager:
-    """A block without autocast that computes ``op`` of these arguments. If one is of a tensor subclass that does not
-    support the op, the error names it."""
+    """Return a context without autocast in which ``op`` is computed from these arguments.
+
+    If an argument has a tensor subclass that does not support the op, the error names the argument.
+    """
     first = next(iter(tensors.values()))
     subclasses = [name for name, t in tensors.items() if t is not None and not is_plain_tensor(t)]
     if not subclasses or torch.compiler.is_compiling():
@@ -203,14 +208,14 @@ def _naming(op: str, name: str, x: Tensor, first: Tensor) -> Iterator[None]:
     try:
         with without_autocast(first):
             yield
-    except Exception as error:  # subclasses raise what they like
+    except Exception as error:  # a subclass can raise any exception
         remedy = f"{name}.to_local()" if is_dtensor(x) else "plain tensors"
         reason = str(error).split("\n")[0]
         raise TypeError(
-            f"{op} does not support {name} of class {type(x).__name__}: give {remedy} ({reason})"
+            f"{op} does not support {name} of class {type(x).__name__}: pass {remedy} ({reason})"
         ) from error
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """A block in which autocast does not touch what follows: state and statistics keep their precision."""
+    """Return a context that disables autocast, so that state and statistics keep their precision."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x.device) else contextlib.nullcontext()

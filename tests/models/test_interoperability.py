@@ -572,7 +572,7 @@ KINDS = {
     "complex": (lambda x: x.to(torch.complex64), "{name} must be float64, .* got torch.complex64"),
     "subclass": (
         QuantizedTensor.quantize,
-        "{op} does not support {name} of class QuantizedTensor: give plain tensors ",
+        "{op} does not support {name} of class QuantizedTensor: pass plain tensors ",
     ),
 }
 
@@ -692,7 +692,7 @@ def work():
         try:
             call()
         except TypeError as error:
-            remedy = f"{name} does not support {argument} of class DTensor: give {argument}.to_local() ("
+            remedy = f"{name} does not support {argument} of class DTensor: pass {argument}.to_local() ("
             assert str(error).startswith(remedy), error
         else:
             raise AssertionError(name)
