@@ -118,9 +118,13 @@ def _mask(
     return attention_mask
 
 
-@torch.compiler.assume_constant_result
 def _projection(num_features: int, dim: int, device: torch.device) -> Tensor:
     return _cached_projection(num_features, dim, device)
+
+
+# torch.compile treats the result as a constant. The decorator torch.compiler.assume_constant_result sets the same
+# attribute but would import torch._dynamo.
+_projection._dynamo_marked_constant = True
 
 
 @functools.cache
