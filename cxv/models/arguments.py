@@ -1,4 +1,4 @@
-"""What the models' arguments have in common."""
+"""Checks of the models' arguments."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def check_rates(**rates: Any) -> None:
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
-    """Return the rate of each layer: it rises linearly from 0 to ``drop_path_rate`` in the last, as in timm."""
+    """Return the rate of each layer. It rises linearly from 0 to ``drop_path_rate`` in the last layer, as in timm."""
     return [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
@@ -55,10 +55,10 @@ def check_image_size(x: Tensor, img_size: int | Sequence[int]) -> None:
 
 
 def hidden_width(dim: int, mlp_ratio: float) -> int:
-    """The hidden channels of an MLP on ``dim`` of them.
+    """Return the number of hidden channels of an MLP with ``dim`` input channels.
 
     Raises:
-        ValueError: ``mlp_ratio`` is no number, or leaves no channel.
+        ValueError: If ``mlp_ratio`` is not a number, or so small that no channel is left.
     """
     if not isinstance(mlp_ratio, Real) or isinstance(mlp_ratio, bool) or not 1 <= dim * mlp_ratio < math.inf:
         raise ValueError(f"mlp_ratio must be a number, at least 1/{dim} for {dim} channels, got {mlp_ratio!r}")
@@ -66,10 +66,10 @@ def hidden_width(dim: int, mlp_ratio: float) -> int:
 
 
 def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of an ``img_size``, which is both in one or (H, W) itself.
+    """Return (H, W) for an ``img_size``, which is the side of a square or (H, W).
 
     Raises:
-        ValueError: it is neither.
+        ValueError: If it is neither.
     """
     img_size = to_numbers(img_size)
     size = (img_size, img_size) if _whole(img_size) else img_size
@@ -79,5 +79,5 @@ def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def classifier(dim: int, num_classes: int) -> nn.Module:
-    """The linear map to ``num_classes`` logits; 0 leaves the features as they are."""
+    """Return the linear map to ``num_classes`` logits, or the identity for 0 classes."""
     return nn.Linear(dim, num_classes) if num_classes else nn.Identity()

@@ -1,4 +1,4 @@
-"""The three mechanisms of CXV as residual branches, x (B, C, H, W) → x + attention(x) (paper section 3.1).
+"""The three mechanisms of CXV as residual branches x + attention(x) of x (B, C, H, W) (paper section 3.1).
 
 :class:`ResidualBranch` calls ``forward_chunk`` with a part of the batch.
 """
@@ -20,9 +20,9 @@ from .blocks import DropoutFn, ResidualBranch, convolve, is_unmodified, linear, 
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34): channels i and i + D/2 of token n turned by n·10000^(−2i/D).
+    """Apply rotary positions to x (B, H, N, D) (Su et al. 2021, eq. 34).
 
-    x (B, H, N, D) → the same; with D odd the last channel stays.
+    The channels i and i + D/2 of token n are rotated by n·10000^(−2i/D). If D is odd, the last channel is unchanged.
     """
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (torch.arange(half, device=x.device) / -max(half, 1))
@@ -33,7 +33,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Softmax attention of each run of ``window`` tokens to itself and its two neighbors (B, H, N, D)."""
+    """Compute softmax attention of each window of tokens to itself and its two neighbor windows, (B, H, N, D)."""
     tokens = q.shape[2]
     pad = -tokens % window
     q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, window)) for t in (q, k, v))
@@ -48,14 +48,16 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 class Attention(ResidualBranch):
-    """Heads over the tokens of a residual branch.
+    """Base class of residual branches with attention heads over the tokens.
 
     Args:
-        dim: C. num_heads: heads. head_dim: channels of a head; None is C / heads.
-        **kwargs: those of ``ResidualBranch``; dropout follows the output map.
+        dim: C, the channels of the input.
+        num_heads: Number of heads.
+        head_dim: Channels of a head. Default: C / num_heads.
+        **kwargs: Arguments of ``ResidualBranch``. Dropout follows the output map.
     """
 
-    rotary = False  # turn q and k by their positions
+    rotary = False  # rotate q and k by their positions
 
     def __init__(self, dim: int, num_heads: int, head_dim: int | None = None, **kwargs: Any):
         super().__init__(dim, **kwargs)
@@ -67,7 +69,7 @@ class Attention(ResidualBranch):
         self.register_parameter("pos_embed", None)  # learned positions (1, H·W, C), or None
 
     def pre_attention(self, x: Tensor) -> Tensor:
-        """The input of the maps to q, k and v: x, with learned positions and the norm if the branch has them."""
+        """Return the input of the maps to q, k and v: x with learned positions and norm, if the branch has them."""
         if self.pos_embed is not None:
             if x.shape[2] * x.shape[3] != self.pos_embed.shape[1]:
                 raise ValueError(
@@ -77,26 +79,26 @@ class Attention(ResidualBranch):
         return self.normed(x)
 
     def apply_rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k (B, heads, N, D), turned by their positions if ``rotary`` is set."""
+        """Rotate q and k (B, heads, N, D) by their positions if ``rotary`` is set."""
         return (rotate(q), rotate(k)) if self.rotary else (q, k)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, heads·D, H, W) → (B, heads, N, D), a view."""
+        """Return x (B, heads·D, H, W) as a view (B, heads, N, D)."""
         tokens = to_tokens(x)
         return tokens.view(*tokens.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, out: Tensor, like: Tensor) -> Tensor:
-        """(B, heads, N, D) → (B, heads·D, H, W)."""
+        """Reshape (B, heads, N, D) to (B, heads·D, H, W)."""
         return to_pixels(out.transpose(1, 2).flatten(2), like)
 
 
 class PerformerAttention(Attention):
-    """CPV's mixer: linear q, k, v and output maps around FAVOR+.
+    """The attention of CPV: FAVOR+ between linear maps for q, k, v and the output.
 
-    The projection is a persistent buffer of ⌊D ln D⌋ rows, shared by the heads, drawn once (the paper never
-    redraws it) from a generator that ``torch.manual_seed`` governs. ``local_heads`` of the heads are
-    :func:`local_attention` instead (the text's window of 256; the released code has none, and no relative positions
-    here either).
+    The projection is a persistent buffer of ⌊D ln D⌋ rows, shared by the heads. It is drawn once (the paper never
+    redraws it), from a generator that ``torch.manual_seed`` controls. ``local_heads`` of the heads use
+    :func:`local_attention` instead, without relative positions. The text of the paper has a window of 256, and the
+    released code has no local heads.
     """
 
     op = "performer_attention"
@@ -132,8 +134,11 @@ class PerformerAttention(Attention):
 
     @torch.no_grad()
     def redraw_projection_(self, generator: torch.Generator | None = None) -> None:
-        """Draw new random features, from a CPU ``generator`` or, with None, one seeded by the global state; none on
-        the meta device."""
+        """Draw new random features, except on the meta device.
+
+        Args:
+            generator: CPU generator. Default: a new one, seeded by PyTorch's global generator.
+        """
         if self.projection.is_meta:
             return
         if generator is None:
@@ -153,17 +158,17 @@ class PerformerAttention(Attention):
         return dropout(linear(self.proj, self.merge_heads(out, x)), residual=x)
 
     def favor(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """FAVOR+ with this layer's features: (B, heads, N, D) each."""
+        """Compute FAVOR+ of q, k and v (B, heads, N, D) with the features of this layer."""
         return cxv_kernels.performer_attention(
             q, k, v, self.projection, self.kernel, eps=self.eps, stabilizer=self.stabilizer, backend=self.backend
         )
 
 
 class NystromAttention(Attention):
-    """CNV's mixer: a bias-free qkv map, Nyström attention, and a 33×1 convolution of v along the tokens.
+    """The attention of CNV: a bias-free qkv map, Nyström attention, and a 33×1 convolution of v along the tokens.
 
-    ``front_pad`` puts zeros before the tokens up to a multiple of the landmarks, as the released code does; without it
-    the first segments are a token longer. ``pinv_init`` is that of :func:`cxv_kernels.nystrom_attention`.
+    With ``front_pad``, zeros before the tokens make their number a multiple of the landmarks, as in the released code;
+    without it the first segments are one token longer. ``pinv_init``: see :func:`cxv_kernels.nystrom_attention`.
     """
 
     op = "nystrom_attention"
@@ -212,9 +217,9 @@ class NystromAttention(Attention):
 
 
 class LinearAttention(Attention):
-    """CLTV's mixer: q, k, v and output convolutions around linear attention.
+    """The attention of CLTV: linear attention between convolutions for q, k, v and the output.
 
-    ``kernel_size=1`` is what Table 1 counts, 3 what the released file has.
+    The parameters of Table 1 require ``kernel_size=1``; the released code has 3.
     """
 
     op = "linear_attention"

@@ -1,4 +1,4 @@
-"""The methods that timm expects of a model, for CPV, CNV, CLTV and the hybrids."""
+"""The methods that timm expects from a model, for CPV, CNV, CLTV and the hybrids."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from cxv_kernels.validation import python_numbers, to_numbers
 from .arguments import check_at_least, check_images, classifier, image_size
 from .blocks import ForwardState, ResidualBranch, records_or_transforms, to_channels_last
 
-torch.fx.wrap("check_images")  # its branches depend on the shape, so a graph calls it as it is
+torch.fx.wrap("check_images")  # its branches depend on the shape, so a graph calls the function itself
 
 
 class Backbone(nn.Module):
-    """A ``stem``, ``layers`` that keep the size of their map, and a classifier ``head``.
+    """Base class of models with a ``stem``, ``layers`` that keep the size of the feature map, and a ``head``.
 
-    A subclass sets these three, and with :meth:`_init_features` the rest.
+    A subclass sets these three attributes, and the other attributes with :meth:`_init_features`.
     """
 
     __prepare_scriptable__ = refuse_torchscript
@@ -30,11 +30,14 @@ class Backbone(nn.Module):
         """Set the attributes that timm reads.
 
         Args:
-            img_size: pixels a side, or (H, W). in_chans: input channels.
-            num_features: channels of the layers' maps. reduction: pixels of the image over those of a map, per side.
-            depth: layers. pool: how maps become one vector; kept as ``pool`` and ``global_pool``.
+            img_size: Side of the images in pixels, or (H, W).
+            in_chans: Number of input channels.
+            num_features: Channels of the feature maps.
+            reduction: Side of an image divided by the side of its feature map.
+            depth: Number of layers.
+            pool: The pooling, stored as ``pool`` and ``global_pool``.
         """
-        image_size(img_size)  # raises if it is no size
+        image_size(img_size)  # raises for an invalid size
         self.img_size, self.in_chans = img_size, in_chans
         self.num_features = self.head_hidden_size = num_features
         self.feature_info = [
@@ -44,20 +47,23 @@ class Backbone(nn.Module):
         self.grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each layer's input for backward and recompute the rest."""
+        """Save only the input of each layer for the backward pass, and recompute the rest there."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """Return the last layer."""
+        """Return the classifier."""
         return self.head
 
     @python_numbers
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one of ``num_classes`` (0: none), on the model's device and dtype.
+        """Replace the classifier by a new one, on the device and in the dtype of the model.
+
+        Args:
+            num_classes: Number of classes. 0 removes the classifier.
+            global_pool: The pooling of the model or, without classes, ``""`` for none. Default: unchanged.
 
         Raises:
-            ValueError: fewer than 0 classes; a ``global_pool`` (None: as it is) other than the model's kind of pooling
-                or, without classes, ``""``.
+            ValueError: If ``num_classes`` is negative or ``global_pool`` is not allowed.
         """
         check_at_least(0, num_classes=num_classes)
         pool = self.global_pool if global_pool is None else global_pool
@@ -68,7 +74,7 @@ class Backbone(nn.Module):
         self.head = classifier(self.num_features, num_classes).to(weight.device, weight.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's patterns of parameters by depth, for a learning rate that decays by layer."""
+        """Return patterns of parameter names by depth, from which timm computes layer-wise learning rates."""
         return {"stem": r"^stem|^cls_token|^pos_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
@@ -76,24 +82,24 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name.split(".")[-1] in ("cls_token", "pos_embed")}
 
     def _embed(self, x: Tensor) -> Tensor:
-        """The first layer's input, given the stem's output (B, C', H', W')."""
+        """Return the input of the first layer for the output of the stem (B, C', H', W')."""
         return x
 
     def _to_map(self, x: Tensor, size: Sequence[int], norm: bool) -> Tensor:
-        """A layer's output as a map (B, C, H', W') of the stem's ``size`` (H', W')."""
+        """Return the output of a layer as a map (B, C, H', W') with the ``size`` (H', W') of the stem's output."""
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → (B, C, H/stem_stride, W/stem_stride), channels_last in memory."""
+        """Map images (B, in_chans, H, W) to features (B, C, H/stem_stride, W/stem_stride), channels_last in memory."""
         return self._run_layers(x, len(self.layers), ())[0]
 
     def _run_layers(
         self, x: Tensor, stop: int, kept: Collection[int], norm: bool = False
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The output of layer ``stop`` − 1, and those of the layers ``kept`` as maps."""
+        """Return the output of layer ``stop`` − 1, and the outputs of the layers ``kept`` as maps."""
         check_images(x, self.in_chans)
-        # channels_last from end to end: attention, MLP and norm read a pixel's channels together, and of all that could
-        # be converted the image is the smallest
+        # Attention, MLP and norm read all channels of a pixel together, so all tensors are channels_last. The image is
+        # the smallest tensor to convert.
         x = self.stem(to_channels_last(x))
         size = x.shape[2:] if kept else ()
         x = self._embed(x)
@@ -107,7 +113,7 @@ class Backbone(nn.Module):
         return x, outputs
 
     def _checkpointed(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """layer(x), of which backward has x alone."""
+        """Return layer(x) and save only x for the backward pass."""
         if torch.compiler.is_compiling():
             return checkpoint(layer, x, use_reentrant=False)
         if records_or_transforms():
@@ -124,19 +130,23 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of layers, as timm's models give them.
+        """Return the outputs of several layers, with the interface of timm's models.
 
         Args:
-            x: (B, in_chans, H, W). indices: layers, from the end if negative; an int takes the last so many, None all.
-            norm: apply the norm that follows the last layer, if the model has one. stop_early: leave out the layers
-                after the last of ``indices``. output_fmt: ``"NCHW"``. intermediates_only: see below.
+            x: Images, shape (B, in_chans, H, W).
+            indices: Indices of layers, counted from the end if negative. An int selects that many last layers, None
+                selects all layers.
+            norm: Apply the norm that follows the last layer, if the model has one.
+            stop_early: Skip the layers after the last one of ``indices``.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: Return only the outputs of the selected layers.
 
         Returns:
-            The outputs (B, C, H/stem_stride, W/stem_stride) of the layers of ``indices``, first layer first, without a
-            class token; unless ``intermediates_only``, after the output of :meth:`forward_features`.
+            List of the outputs (B, C, H/stem_stride, W/stem_stride) of the selected layers, in the order of the layers,
+            without a class token. Without ``intermediates_only``, the output of :meth:`forward_features` and this list.
 
         Raises:
-            ValueError: an index out of range, another ``output_fmt``.
+            ValueError: If an index is out of range or ``output_fmt`` is not ``"NCHW"``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -148,13 +158,15 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers after the last of ``indices`` (as in :meth:`forward_intermediates`) and the classifier.
+        """Remove the layers after the last one of ``indices``, and the classifier.
 
         Args:
-            indices: layers. prune_norm: drop the norm that follows the last layer too. prune_head: drop the classifier.
+            indices: Indices of layers, as in :meth:`forward_intermediates`.
+            prune_norm: Also remove the norm that follows the last layer.
+            prune_head: Remove the classifier.
 
         Returns:
-            ``indices`` from the first layer on.
+            List of the indices, counted from the first layer.
         """
         kept = self._feature_indices(indices)
         self.layers = self.layers[: max(kept) + 1]
@@ -173,14 +185,14 @@ class Backbone(nn.Module):
         return [i % depth for i in indices]
 
     def _pool(self, x: Tensor) -> Tensor:
-        """The vector (B, C) that is classified, of the last layer's output (B, C, H', W')."""
-        return x.permute(0, 2, 3, 1).mean((1, 2))  # as AdaptiveAvgPool2d, but its gradient is channels_last too
+        """Pool the output of the last layer (B, C, H', W') into the vector (B, C) that is classified."""
+        return x.permute(0, 2, 3, 1).mean((1, 2))  # AdaptiveAvgPool2d, but with a gradient that is channels_last
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) → (B, num_classes); the pooled features (B, C) with ``pre_logits`` or without a classifier."""
+        """Map features (B, C, H, W) to logits (B, num_classes), or to pooled features (B, C) with ``pre_logits``."""
         x = self._pool(x) if self.global_pool else x
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → logits (B, num_classes)."""
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))

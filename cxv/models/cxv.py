@@ -16,52 +16,59 @@ from .blocks import ConvNorm, Mlp, ResidualBranch, has_hooks
 
 
 class Layer(nn.Module):
-    """conv + norm (no residual), then attention and MLP, each with a residual connection and no norm of its own."""
+    """A CXV layer: conv + norm without a residual, then attention and MLP, each with a residual and without a norm."""
 
     def __init__(self, conv_norm: nn.Module, attn: nn.Module, mlp: nn.Module):
         super().__init__()
         self.conv_norm, self.attn, self.mlp = conv_norm, attn, mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) → (B, C, H, W)."""
+        """Map x (B, C_in, H, W) to (B, C, H, W)."""
         x = self.conv_norm(x)
         if self._may_overwrite():
             return self.mlp(self.attn(x, inplace=True), inplace=True)
         return self.mlp(self.attn(x))
 
     def _may_overwrite(self) -> bool:
-        """Return True without gradients, if nothing but this layer can hold the output of ``conv_norm``."""
+        """Return True if gradients are disabled and only this layer can hold the output of ``conv_norm``."""
         ours = isinstance(self.attn, ResidualBranch) and isinstance(self.mlp, ResidualBranch)
         new = isinstance(self.conv_norm, ConvNorm) and self.conv_norm.owns_output()
         return ours and new and not (torch.is_grad_enabled() or has_hooks(*self.modules()))
 
 
 class CXV(Backbone):
-    """What CPV, CNV and CLTV share; the defaults are Table 1's rows. Input (B, in_chans, H, W) of any size, float.
+    """Base class of CPV, CNV and CLTV (paper section 3). The default arguments are those of Table 1.
 
+    The input is a float tensor of shape (B, in_chans, H, W) with any H and W, the output has shape (B, num_classes).
     :mod:`cxv.models.variants` has the ablations of section 5.
 
     Args:
-        make_attention: (dim, num_heads=…, drop_rate=…, drop_path_rate=…, use_fused=…, recompute=…) → a module
-            (B, C, H, W) → (B, C, H, W).
-        img_size: pixels a side, or (H, W); kept as ``model.img_size`` for data pipelines. The model takes any size.
-        in_chans: input channels. num_classes: classes; 0 leaves out the classifier.
-        embed_dim: C, a multiple of 4 and of ``num_heads``; the stem's two convolutions have C/4 and C/2 channels.
-        depth: layers. num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over C.
-        drop_rate: dropout after each MLP convolution and after the output map of CPV's and CNV's attention (the
-            released CPV hard-codes 0.5 there; here it follows the argument).
-        drop_path_rate: stochastic depth: the probability that an image skips the attention, and that it skips the MLP,
-            of the last layer in training. It rises linearly from 0 in the first layer.
-        stem_stride: stride of the first convolution (the paper takes 2 for 64×64 images).
-        global_pool: ``"avg"``, or ``""`` for none, where there is no classifier: the output is (B, C, H, W) then.
-        use_fused: use the fastest backend for the ops (see ``cxv_kernels.use_backend``) instead of the reference;
-            parameters, ``state_dict`` and outputs are the same.
-        recompute: False keeps the activations of attention and MLP for the backward pass instead of recomputing them.
-            Training steps are faster and need more memory; outputs and gradients are the same. Only for ``use_fused``.
+        make_attention: Function (dim, num_heads=…, drop_rate=…, drop_path_rate=…, use_fused=…, recompute=…) that
+            returns the attention of a layer, a module that maps (B, C, H, W) to (B, C, H, W).
+        img_size: Side of the images in pixels, or (H, W). Data pipelines read it from ``model.img_size``; the model
+            itself accepts any size.
+        in_chans: Number of input channels.
+        num_classes: Number of classes. 0 removes the classifier.
+        embed_dim: C, a multiple of 4 and of ``num_heads``. The two convolutions of the stem have C/4 and C/2 channels.
+        depth: Number of layers.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden width of the MLP divided by C.
+        drop_rate: Probability of dropout after each MLP convolution, and after the output map of the attention of CPV
+            and CNV. (The released CPV always uses 0.5 after the attention.)
+        drop_path_rate: Stochastic depth: the probability in training that an image skips the attention of the last
+            layer, and that it skips the MLP. It rises linearly from 0 in the first layer.
+        stem_stride: Stride of the first convolution. The paper uses 2 for 64×64 images.
+        global_pool: ``"avg"``, or ``""`` for no pooling, which requires ``num_classes=0``. The output then has shape
+            (B, C, H, W).
+        use_fused: Use the fused ops (see :func:`cxv_kernels.use_backend`) instead of plain PyTorch. Parameters,
+            ``state_dict`` and outputs are the same.
+        recompute: If False, save the activations of attention and MLP for the backward pass instead of recomputing
+            them. Training steps are faster and need more memory; outputs and gradients are the same. Without
+            ``use_fused`` activations are always saved.
 
     Raises:
-        ValueError: an argument out of range; from ``forward``, an input of another rank or channel count.
+        ValueError: If an argument is out of range. ``forward`` raises it for an input of another rank or number of
+            channels.
     """
 
     @python_numbers
@@ -108,16 +115,22 @@ class CXV(Backbone):
 
 
 class CPV(CXV):
-    """Convolutional Performer for Vision; CPV-5/4 has 1,345,994 parameters at 10 classes.
+    """Convolutional Performer for Vision. CPV-5/4 has 1,345,994 parameters with 10 classes.
 
     Args:
-        attn_kernel: ``"softmax"`` (the released code) or ``"relu"`` (the text).
-        attn_eps, stabilizer: as in :func:`cxv_kernels.performer_attention`. ``attn_eps=0`` is FAVOR+ proper; the
-            default's 1e-4 comes to outweigh the keys in training, so that heads mostly average.
-            ``stabilizer="batch"`` is the released code.
-        local_heads, local_window: heads that attend to windows of so many tokens and their neighbors instead (the
-            text's window is 256; the released code has no local heads).
-        **kwargs: see :class:`CXV`.
+        attn_kernel: ``"softmax"`` (as in the released code) or ``"relu"`` (as in the text of the paper).
+        attn_eps: As ``eps`` in :func:`cxv_kernels.performer_attention`. 0 is the original FAVOR+. With the default of
+            1e-4, eps outweighs the key features during training, so heads mostly average.
+        stabilizer: As in :func:`cxv_kernels.performer_attention`. The released code uses ``"batch"``.
+        local_heads: Number of heads that attend to local windows instead. The released code has no local heads.
+        local_window: Tokens of a window; a token attends to its window and the two neighboring windows. The text of the
+            paper uses 256.
+        **kwargs: See :class:`CXV`.
+
+    Example::
+
+        model = cxv.CPV(num_classes=10, use_fused=True)
+        logits = model(torch.randn(8, 3, 32, 32))  # (8, 10)
     """
 
     def __init__(
@@ -136,15 +149,15 @@ class CPV(CXV):
 
 
 class CNV(CXV):
-    """Convolutional Nyströmformer for Vision; CNV-5/4 has 1,344,734 parameters at 10 classes.
+    """Convolutional Nyströmformer for Vision. CNV-5/4 has 1,344,734 parameters with 10 classes.
 
     Args:
-        num_landmarks: landmarks of the Nyström approximation.
-        residual_conv_kernel: taps of the convolution of v along the tokens.
-        front_pad: zeros before the tokens up to a multiple of the landmarks, as in the released code, rather than
-            segments of unequal length.
-        pinv_init: as in :func:`cxv_kernels.nystrom_attention`; ``"batch"`` is the released code.
-        **kwargs: see :class:`CXV`.
+        num_landmarks: Number of landmarks of the Nyström approximation.
+        residual_conv_kernel: Kernel size of the convolution of v along the tokens.
+        front_pad: If True, zeros before the tokens make their number a multiple of the landmarks, as in the released
+            code. If False, some segments are one token longer than others.
+        pinv_init: As in :func:`cxv_kernels.nystrom_attention`. The released code uses ``"batch"``.
+        **kwargs: See :class:`CXV`.
     """
 
     def __init__(
@@ -161,12 +174,13 @@ class CNV(CXV):
 
 
 class CLTV(CXV):
-    """Convolutional Linear Transformer for Vision; CLTV-5/4 has 1,345,994 parameters at 10 classes.
+    """Convolutional Linear Transformer for Vision. CLTV-5/4 has 1,345,994 parameters with 10 classes.
 
     Args:
-        attn_kernel_size: of the q, k, v and output convolutions: 1 (Table 1) or 3 (the released file).
-        feature_map: as in :func:`cxv_kernels.linear_attention`.
-        **kwargs: see :class:`CXV`.
+        attn_kernel_size: Kernel size of the convolutions for q, k, v and the output: 1 (as in Table 1) or 3 (as in the
+            released code).
+        feature_map: As in :func:`cxv_kernels.linear_attention`.
+        **kwargs: See :class:`CXV`.
     """
 
     def __init__(self, *, attn_kernel_size: int = 1, feature_map: str = "softmax", **kwargs: Any):

@@ -20,7 +20,7 @@ def add_class_token(tokens: Tensor, cls_token: Tensor, pos_embed: Tensor, img_si
     """Put ``cls_token`` before ``tokens`` (B, N, C) and add ``pos_embed`` (1, 1 + N, C).
 
     Raises:
-        ValueError: N is another number than that of ``img_size``, for which the positions are.
+        ValueError: If N is not the number of positions.
     """
     if tokens.shape[1] + 1 != pos_embed.shape[1]:
         height, width = image_size(img_size)
@@ -32,26 +32,32 @@ torch.fx.wrap("add_class_token")  # its branches depend on the shape, so a graph
 
 
 class Hybrid(Backbone):
-    """What the hybrids share: three 3×3 convolutions, pre-norm layers of attention and MLP, and a linear classifier.
+    """Base class of the hybrids: three 3×3 convolutions, pre-norm layers of attention and MLP, a linear classifier.
 
     Args:
-        make_attention: (dim, num_heads=…, head_dim=…, drop_path_rate=…, use_fused=…, recompute=…, pre_norm=…) → a
-            residual branch.
-        cls_token: a class token and learned positions, the class token being what is classified after a LayerNorm;
-            without them (Hybrid ViLT) the average over the pixels is.
-        img_size: pixels a side, or (H, W); without ``cls_token`` any size is taken.
-        in_chans: channels of the input. num_classes: classes; 0 leaves out the classifier.
-        embed_dim: C, a multiple of 4. depth: layers.
-        num_heads, head_dim: of the attention; their product need not be C.
-        mlp_ratio: hidden width of the MLP over C. drop_rate: dropout in the MLP (the attention has none).
-        drop_path_rate: as in :class:`cxv.CXV`.
-        stem_stride: of the first convolution (2 for 64×64 images).
-        global_pool: ``"token"`` with a class token, else ``"avg"``; ``""`` for none, where there is no classifier: the
-            output is that of ``forward_features`` then. None is ``"token"`` or ``"avg"``.
-        use_fused, recompute: as in :class:`cxv.CXV`.
+        make_attention: Function (dim, num_heads=…, head_dim=…, drop_path_rate=…, use_fused=…, recompute=…,
+            pre_norm=…) that returns the residual branch of a layer.
+        cls_token: If True, the model has a class token and learned positions, and the class token is classified after a
+            LayerNorm. If False (Hybrid ViLT), the average over the pixels is classified.
+        img_size: Side of the images in pixels, or (H, W). Without a class token the model accepts any size.
+        in_chans: Number of input channels.
+        num_classes: Number of classes. 0 removes the classifier.
+        embed_dim: C, a multiple of 4.
+        depth: Number of layers.
+        num_heads: Number of attention heads.
+        head_dim: Channels of a head. ``num_heads`` times ``head_dim`` can differ from C.
+        mlp_ratio: Hidden width of the MLP divided by C.
+        drop_rate: Probability of dropout in the MLP. The attention has no dropout.
+        drop_path_rate: As in :class:`cxv.CXV`.
+        stem_stride: Stride of the first convolution. The paper uses 2 for 64×64 images.
+        global_pool: ``"token"`` with a class token, else ``"avg"`` (the default), or ``""`` for no pooling, which
+            requires ``num_classes=0``. The output is then that of ``forward_features``.
+        use_fused: As in :class:`cxv.CXV`.
+        recompute: As in :class:`cxv.CXV`.
 
     Raises:
-        ValueError: an argument out of range; from ``forward``, an image of another size or channel count.
+        ValueError: If an argument is out of range. ``forward`` raises it for an image of another size or number of
+            channels.
     """
 
     @python_numbers
@@ -103,7 +109,7 @@ class Hybrid(Backbone):
         self.reset_classifier(num_classes, global_pool)
 
     def _embed(self, x: Tensor) -> Tensor:
-        """The stem's pixels (B, C, H', W'); with a class token, which comes first, (B, C, 1 + H'·W', 1)."""
+        """Return the stem's output (B, C, H', W') or, with a class token before it, (B, C, 1 + H'·W', 1)."""
         if self.cls_token is None:
             return x
         tokens = add_class_token(to_tokens(x), self.cls_token, self.pos_embed, self.img_size)
@@ -120,11 +126,13 @@ class Hybrid(Backbone):
 
 
 class HybridViP(Hybrid):
-    """Hybrid Vision Performer; 6/8 has 1,416,522 parameters at 10 classes.
+    """Hybrid Vision Performer. The 6/8 model has 1,416,522 parameters with 10 classes.
 
     Args:
-        attn_kernel, attn_eps, stabilizer: as in :class:`cxv.CPV`.
-        **kwargs: see :class:`Hybrid`.
+        attn_kernel: As in :class:`cxv.CPV`.
+        attn_eps: As in :class:`cxv.CPV`.
+        stabilizer: As in :class:`cxv.CPV`.
+        **kwargs: See :class:`Hybrid`.
     """
 
     def __init__(
@@ -140,14 +148,16 @@ class HybridViP(Hybrid):
 
 
 class HybridViN(Hybrid):
-    """Hybrid Vision Nyströmformer; 6/8 has 1,413,498 parameters at 10 classes.
+    """Hybrid Vision Nyströmformer. The 6/8 model has 1,413,498 parameters with 10 classes.
 
-    Zeros before the class token make the tokens a multiple of the landmarks, as in the released code: Table 1's MACs
-    count them.
+    Zeros before the class token make the number of tokens a multiple of the landmarks, as in the released code. The
+    multiply-adds of Table 1 include them.
 
     Args:
-        num_landmarks, residual_conv_kernel, pinv_init: as in :class:`cxv.CNV`.
-        **kwargs: see :class:`Hybrid`.
+        num_landmarks: As in :class:`cxv.CNV`.
+        residual_conv_kernel: As in :class:`cxv.CNV`.
+        pinv_init: As in :class:`cxv.CNV`.
+        **kwargs: See :class:`Hybrid`.
     """
 
     def __init__(
@@ -158,12 +168,14 @@ class HybridViN(Hybrid):
 
 
 class HybridViLT(Hybrid):
-    """Hybrid Vision Linear Transformer; 6/8 has 1,284,938 parameters at 10 classes. No code of it was released: two
-    dimensions throughout, no class token and no positions reproduce Table 1's parameters and memory.
+    """Hybrid Vision Linear Transformer. The 6/8 model has 1,284,938 parameters with 10 classes.
+
+    The paper's authors did not release its code. Two-dimensional feature maps without a class token or positions
+    reproduce the parameters and the memory of Table 1.
 
     Args:
-        feature_map: as in :func:`cxv_kernels.linear_attention`.
-        **kwargs: see :class:`Hybrid`.
+        feature_map: As in :func:`cxv_kernels.linear_attention`.
+        **kwargs: See :class:`Hybrid`.
     """
 
     def __init__(self, *, feature_map: str = "softmax", **kwargs: Any):
