@@ -1,4 +1,4 @@
-"""Softmax attention in somebody else's model, replaced by ours."""
+"""Replace the softmax attention of a vision transformer by one of our mechanisms."""
 
 import copy
 import inspect
@@ -24,19 +24,21 @@ MECHANISMS: dict[str, tuple[str, ...]] = {
     "linear": ("feature_map", "eps"),
     "nystrom": ("num_landmarks", "pinv_init"),
 }
-"""The mechanisms and their options, which are those of the ops."""
+"""The mechanisms and their options. The ops have the same options."""
 
-# timm.layers.Attention's parts, by its names: what a module must consist of to be replaced, and what is kept of it
+# The parts of timm.layers.Attention. A module can be replaced if it has no other parameters; the parts are kept.
 _PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
 _ARGUMENTS = ("attn_mask", "is_causal")
 
 
 class ReplacedAttention(nn.Module):
-    """Self-attention (B, N, C) → (B, N, C_out) by one of our mechanisms, on the maps and norms of a softmax attention.
+    """Self-attention (B, N, C) → (B, N, C_out) with one of our mechanisms and the layers of a softmax attention.
 
     Args:
-        attention: a module as ``timm.layers.Attention``; its parts are shared, not copied.
-        mechanism, backend, **options: see :func:`replace_attention`.
+        attention: A module like ``timm.layers.Attention``. Its layers are shared, not copied.
+        mechanism: See :func:`replace_attention`.
+        backend: See :func:`replace_attention`.
+        **options: See :func:`replace_attention`.
     """
 
     __prepare_scriptable__ = refuse_torchscript
@@ -62,29 +64,30 @@ class ReplacedAttention(nn.Module):
 
     @torch.no_grad()
     def redraw_projection_(self, generator: torch.Generator | None = None) -> None:
-        """Draw new random features from a CPU ``generator``, or PyTorch's global one.
+        """Draw new random features from a CPU ``generator``. Default: PyTorch's global generator.
 
         On the meta device nothing is drawn: call this after ``to_empty``, unless a ``state_dict`` has the projection.
 
         Raises:
-            ValueError: the mechanism is not ``"performer"``.
+            ValueError: If the mechanism is not ``"performer"``.
         """
         if self.mechanism != "performer":
-            raise ValueError(f"redraw_projection_: {self.mechanism!r} has no random features, only 'performer' has")
+            raise ValueError(f"redraw_projection_: only 'performer' has random features, not {self.mechanism!r}")
         if not self.projection.is_meta:
             self.projection.copy_(orthogonal_projection(*self.projection.shape, generator=generator))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (B, N, C), any N → (B, N, C_out).
+        """Map x (B, N, C) to (B, N, C_out), for any N.
 
         Raises:
-            ValueError: a mask, which no linear mechanism can apply to pairs of tokens; x of another rank.
+            ValueError: If a mask is given, because linear mechanisms cannot mask pairs of tokens, or if the rank of x
+                is not 3.
         """
         if isinstance(x, Proxy):
             return record_call(self, x, attn_mask=attn_mask, is_causal=is_causal)
         if attn_mask is not None or is_causal:
             name = "is_causal" if attn_mask is None else "attn_mask"
-            raise ValueError(f"{name}: {self.mechanism} attention has no map of pairs of tokens to mask")
+            raise ValueError(f"{name}: {self.mechanism} attention cannot mask pairs of tokens")
         if x.dim() != 3:
             raise ValueError(f"x must be (B, N, C), got shape {tuple(x.shape)}")
         return self._around(self._attend, x)
@@ -112,36 +115,42 @@ class ReplacedAttention(nn.Module):
 def replace_attention(
     model: nn.Module, mechanism: str = "performer", *, backend: str | None = None, **options: Any
 ) -> list[str]:
-    """Replace the softmax self-attentions of a vision transformer by a linear mechanism, in place, keeping the weights.
+    """Replace the softmax self-attention of a vision transformer by a linear mechanism, in place, with its weights.
 
-    For ``timm.layers.Attention`` and whatever is built like it: a linear ``qkv``, ``num_heads``, ``proj``, optionally
-    ``q_norm``, ``k_norm``, ``norm``, ``gate`` and ``proj_drop``. Each module found is compared with softmax attention
-    on random tokens first, and left alone, with a warning, where it does something else (windows, relative or rotary
-    positions, channel attention). Class tokens and any number of tokens are fine.
+    Supported are ``timm.layers.Attention`` and modules with the same structure: a linear ``qkv``, ``num_heads`` and
+    ``proj``, optionally ``q_norm``, ``k_norm``, ``norm``, ``gate`` and ``proj_drop``. Each module is first compared
+    with softmax attention on random tokens. If it computes something else (windows, relative or rotary positions,
+    channel attention), it is skipped with a warning. Class tokens and any number of tokens are supported.
 
-    The outputs change: ``"performer"`` and ``"nystrom"`` approximate softmax attention, ``"linear"`` is another
-    function. Fine-tune afterwards; examples/replace_attention.py measures what that brings.
+    The outputs change: ``"performer"`` and ``"nystrom"`` approximate softmax attention, and ``"linear"`` is a different
+    function. Fine-tune the model afterwards; examples/replace_attention.py measures the accuracy before and after.
 
-    On the meta device the structure of a module is compared, with random weights. Features are not drawn there: call
-    ``redraw_projection_`` of each replaced module once the model has memory (``to_empty``), unless a ``state_dict`` of
-    a converted model is loaded.
+    On the meta device the comparison uses random weights, and no features are drawn: call ``redraw_projection_`` of
+    each replaced module after ``to_empty``, unless you load a ``state_dict`` of a converted model.
 
     Args:
-        model: the model; its modules are replaced where they are, so that an optimizer made before still fits. Replace
-            before quantizing or sharding: modules whose weights are quantized or distributed are left alone.
+        model: The model. Parameters stay the same objects, so an existing optimizer stays valid. Replace the attention
+            before you quantize or shard the model: modules with quantized or distributed weights are skipped.
         mechanism: ``"performer"``, ``"linear"`` or ``"nystrom"``.
-        backend: see :func:`cxv_kernels.use_backend`.
-        **options: of the op: ``kernel``, ``eps``, ``stabilizer`` of :func:`performer_attention` and ``num_features``,
-            ⌊D ln D⌋ by default, drawn once from PyTorch's global generator and kept in the ``state_dict``;
-            ``feature_map``, ``eps`` of :func:`linear_attention`; ``num_landmarks``, ``pinv_init`` of
+        backend: Backend of the op, see :func:`cxv_kernels.use_backend`. Default: the one set there.
+        **options: Options of the op. ``"performer"`` takes ``kernel``, ``eps`` and ``stabilizer`` of
+            :func:`performer_attention`, and ``num_features`` (default: ⌊D ln D⌋), which are drawn once from PyTorch's
+            global generator and stored in the ``state_dict``. ``"linear"`` takes ``feature_map`` and ``eps`` of
+            :func:`linear_attention`. ``"nystrom"`` takes ``num_landmarks`` and ``pinv_init`` of
             :func:`nystrom_attention`.
 
     Returns:
-        The names of the modules that were replaced, e.g. ``blocks.0.attn``.
+        Names of the replaced modules, such as ``blocks.0.attn``.
 
     Raises:
-        ValueError: there was nothing to replace, the message has the reasons; an unknown mechanism, option or value;
-        TypeError: ``model`` is no module.
+        ValueError: If the mechanism, an option or its value is invalid, or no module can be replaced. The message has
+            the reasons.
+        TypeError: If ``model`` is not a module.
+
+    Example::
+
+        model = timm.create_model("vit_tiny_patch16_224")
+        cxv_kernels.replace_attention(model, "nystrom", num_landmarks=64)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -149,7 +158,7 @@ def replace_attention(
     unknown = sorted(options.keys() - set(MECHANISMS[mechanism]))
     if unknown:
         raise ValueError(
-            f"{unknown[0]}: no option of {mechanism!r}; allowed: {', '.join(MECHANISMS[mechanism])}, got {options}"
+            f"{unknown[0]}: not an option of {mechanism!r}; allowed: {', '.join(MECHANISMS[mechanism])}, got {options}"
         )
     found = [
         (f"{path}.{name}".lstrip("."), parent, name, child)
@@ -163,16 +172,17 @@ def replace_attention(
     unsupported = "; ".join(f"{path} {reason}" for path, reason in reasons.items())
     if len(reasons) == len(found):
         raise ValueError(
-            f"model: {type(model).__name__} has no softmax attention that could be replaced: "
+            f"model: {type(model).__name__} has no softmax attention that can be replaced: "
             f"{unsupported or 'none of its modules has qkv, num_heads and proj'}"
         )
     if reasons:
-        warnings.warn(f"replace_attention leaves alone: {unsupported}", stacklevel=2)
+        warnings.warn(f"replace_attention skips these modules: {unsupported}", stacklevel=2)
     if any(getattr(getattr(child, "attn_drop", None), "p", 0) for path, _, _, child in found if path not in reasons):
         warnings.warn(
-            f"{mechanism} attention has no attention map, so that attn_drop, the dropout on it, is gone", stacklevel=2
+            f"attn_drop is removed, because {mechanism} attention has no attention map to apply dropout to",
+            stacklevel=2,
         )
-    replacements: dict[int, ReplacedAttention] = {}  # a module may be in several places
+    replacements: dict[int, ReplacedAttention] = {}  # a module can occur in several places
     for path, _, _, child in found:
         if path not in reasons and id(child) not in replacements:
             replacements[id(child)] = _replacement(child, mechanism, backend, options)
@@ -185,10 +195,10 @@ def replace_attention(
 def _replacement(child: nn.Module, mechanism: str, backend: str | None, options: dict[str, Any]) -> ReplacedAttention:
     new = ReplacedAttention(child, mechanism, backend, **options)
     weight = child.qkv.weight
-    if weight.is_meta:  # where the model will run is not known: only the options are checked
+    if weight.is_meta:  # the device of the model is not known yet, so only the options are checked
         use_backend(backend or "auto")  # raises for an unknown name
         new.backend = "reference"
-    with torch.no_grad():  # what the op refuses it refuses now
+    with torch.no_grad():  # raises the op's errors now
         head = weight.new_zeros(1, new.num_heads, 2, new.head_dim)
         new._attend(head, head, head)
     new.backend = backend
@@ -196,22 +206,22 @@ def _replacement(child: nn.Module, mechanism: str, backend: str | None, options:
 
 
 def _why_not(attention: nn.Module) -> str | None:
-    """Why a module cannot be replaced; None if it can."""
+    """Return the reason why a module cannot be replaced, or None."""
     if not isinstance(attention.qkv, nn.Linear) or not all(map(is_plain_tensor, attention.parameters())):
-        odd = [type(t).__name__ for t in attention.parameters() if not is_plain_tensor(t)]
-        kind = odd[0] if odd else f"{type(attention.qkv).__module__}.{type(attention.qkv).__name__}"
+        special = [type(t).__name__ for t in attention.parameters() if not is_plain_tensor(t)]
+        kind = special[0] if special else f"{type(attention.qkv).__module__}.{type(attention.qkv).__name__}"
         return f"({kind}) is quantized, distributed or adapted: replace the attention before that"
     own = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in _PARTS]
     if own:
-        return f"has parameters of its own: {', '.join(own)}"
+        return f"has other parameters: {', '.join(own)}"
     arguments = list(inspect.signature(attention.forward).parameters)[1:]
     other = [name for name in arguments if name not in _ARGUMENTS]
     if other:
-        return f"({type(attention).__name__}) takes {', '.join(other)} besides the tokens"
+        return f"({type(attention).__name__}) takes other arguments than the tokens: {', '.join(other)}"
     generator = torch.Generator().manual_seed(0)
     attention = _materialize(copy.deepcopy(attention), generator).to("cpu", torch.float64).eval()
     try:
-        with torch.no_grad(), torch.device("cpu"):  # whatever the default device
+        with torch.no_grad(), torch.device("cpu"):  # the default device may be another one
             x = torch.randn(2, 6, attention.qkv.in_features, dtype=torch.float64, generator=generator)
             ours = ReplacedAttention(attention, "softmax")._around(F.scaled_dot_product_attention, x)
             same = torch.allclose(attention(x), ours, rtol=1e-6, atol=1e-9)
@@ -223,7 +233,7 @@ def _why_not(attention: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _materialize(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """The module as it is, or from the meta device on the CPU with random weights."""
+    """Move a module from the meta device to the CPU with random weights. Return other modules unchanged."""
     if any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers())):
         module.to_empty(device="cpu")
         for t in itertools.chain(module.parameters(), module.buffers()):

@@ -110,7 +110,7 @@ def test_masks_are_declined():
     model = vit()
     cxv_kernels.replace_attention(model, "linear")
     x = torch.randn(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="attn_mask: linear attention has no map of pairs of tokens to mask"):
+    with pytest.raises(ValueError, match="attn_mask: linear attention cannot mask pairs of tokens"):
         model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match="is_causal: linear attention"):
         model.blocks[0].attn(torch.randn(1, 5, 32), is_causal=True)
@@ -130,9 +130,9 @@ def lookalikes() -> dict[str, tuple[nn.Module, str]]:
         "channel attention": (ChannelAttention(32, 4), "is not softmax attention of its qkv"),
         "blocks of tokens": (NestAttention(32, 4), "does not take tokens (B, N, C)"),
         "relative positions": (WindowAttention(32, 4, window_size=4), "relative_position_bias_table"),
-        "a size besides": (LocallyGroupedAttn(32, 4, ws=4), "takes size besides the tokens"),
-        "cross-covariance": (XCA(32, 4), "has parameters of its own: temperature"),
-        "rotary positions": (AttentionRope(32, 4), "takes rope besides the tokens"),
+        "a size besides": (LocallyGroupedAttn(32, 4, ws=4), "takes other arguments than the tokens: size"),
+        "cross-covariance": (XCA(32, 4), "has other parameters: temperature"),
+        "rotary positions": (AttentionRope(32, 4), "takes other arguments than the tokens: rope"),
     }
 
 
@@ -140,11 +140,11 @@ def lookalikes() -> dict[str, tuple[nn.Module, str]]:
 def test_lookalikes_are_left_alone(kind):
     module, reason = lookalikes()[kind]
     model = nn.Sequential(module)
-    with pytest.raises(ValueError, match="Sequential has no softmax attention that could be replaced: 0 ") as caught:
+    with pytest.raises(ValueError, match="Sequential has no softmax attention that can be replaced: 0 ") as caught:
         cxv_kernels.replace_attention(model, "linear")
     assert reason in str(caught.value)
     model.append(Attention(32, 4))
-    with pytest.warns(UserWarning, match="replace_attention leaves alone: 0 "):
+    with pytest.warns(UserWarning, match="replace_attention skips these modules: 0 "):
         assert cxv_kernels.replace_attention(model, "linear") == ["1"]
     assert model[0] is module
 
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_the_arguments_changes_nothing():
     model = vit()
     for options, message in (
         ({"mechanism": "cosine"}, "mechanism must be one of 'performer', 'linear', 'nystrom', got 'cosine'"),
-        ({"num_landmarks": 8}, "num_landmarks: no option of 'performer'; allowed: num_features, kernel"),
+        ({"num_landmarks": 8}, "num_landmarks: not an option of 'performer'; allowed: num_features, kernel"),
         ({"num_features": 0}, "num_features must be at least 1, got 0"),
         ({"kernel": "cosine"}, "kernel must be one of"),
         ({"mechanism": "linear", "feature_map": "cosine"}, "feature_map must be one of"),
@@ -176,7 +176,7 @@ def test_what_is_wrong_with_the_arguments_changes_nothing():
 
 def test_dropout_of_the_map_is_announced():
     model = vit(attn_drop_rate=0.1)
-    with pytest.warns(UserWarning, match="attn_drop, the dropout on it, is gone"):
+    with pytest.warns(UserWarning, match="attn_drop is removed"):
         cxv_kernels.replace_attention(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

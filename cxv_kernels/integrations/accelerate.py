@@ -1,4 +1,4 @@
-"""Find the attention modules that compute exactly one of our ops, and make them call it."""
+"""Find attention modules that compute exactly one of our ops, and make them call the op."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from torch import nn
 from ..dispatch import use_backend
 from .swap import Swap
 
-# the attention classes, and the module here that knows them
+# The supported attention classes, and the module of this package that defines their swaps.
 _SOURCES = {
     "timm.models.efficientvit_mit.LiteMLA": "timm",
     "transformers.models.nystromformer.modeling_nystromformer.NystromformerSelfAttention": "transformers",
@@ -24,7 +24,7 @@ _SOURCES = {
     "diffusers.models.attention_processor.Attention": "diffusers",
     "diffusers.models.attention_processor.SanaMultiscaleLinearAttention": "diffusers",
 }
-# wrappers of a model that have read its code or its modules already
+# Wrappers that have already read the code or the modules of a model.
 _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "compiled by torch.compile",
     "torch.jit._script.ScriptModule": "compiled by torch.jit",
@@ -47,31 +47,33 @@ def accelerate(
 def accelerate(
     model: nn.Module, *, undo: bool = False, return_reasons: bool = False
 ) -> list[str] | tuple[list[str], dict[str, str]]:
-    """Make a model's linear attention call our ops, in place, with the same weights and the same outputs.
+    """Make the linear attention of a model call our ops, in place, with the same weights and outputs.
 
     Supported are ``LiteMLA`` of timm (EfficientViT B and L), ``NystromformerSelfAttention`` of transformers, the
     linear-attention processors of SANA and the multi-scale linear attention of DC-AE in diffusers, and the packages
-    performer-pytorch, nystrom-attention and linear-attention-transformer. None of them is imported unless the model
-    has a module of it.
+    performer-pytorch, nystrom-attention and linear-attention-transformer. A package is imported only if the model has a
+    module of it.
 
-    Parameters, buffers, ``state_dict``, hooks and the training mode stay as they are; an optimizer made before still
-    fits. Outputs differ by rounding alone: the ops keep state and sums in float32 (float64 for float64). A module that
-    differs from its package's own (a subclass, another ``forward``, a hook on a layer that the op replaces, an option
-    that no op has) is left alone, and so are all modules of a package version that computes something else.
+    Parameters, buffers, ``state_dict``, hooks and the training mode do not change, and an existing optimizer stays
+    valid. Outputs differ only by rounding: the ops compute state and sums in float32 (float64 for float64 inputs). A
+    module is skipped if it differs from the module of its package (a subclass, another ``forward``, a hook on a layer
+    that the op replaces, an option that the ops do not have). All modules of a package are skipped if the installed
+    version computes something else.
 
     Args:
-        model: the model, or one attention module. Accelerate before ``torch.compile`` and FSDP.
-        undo: restore the original code instead.
-        return_reasons: also return why other modules of these kinds were left alone.
+        model: The model, or an attention module. Accelerate it before ``torch.compile`` and FSDP.
+        undo: Restore the original code instead.
+        return_reasons: Also return the reasons why modules were skipped.
 
     Returns:
-        The names of the modules that were changed, as in ``named_modules()`` (``""`` is the model itself); with
-        ``return_reasons=True`` these and a dict from a name to the reason. A model that is accelerated already has
-        nothing to change, and one that is not has nothing to undo.
+        Names of the changed modules, as in ``named_modules()`` (``""`` is the model itself). With
+        ``return_reasons=True``, these names and a dict from the name of a skipped module to the reason. The list is
+        empty if the model is already accelerated, or with ``undo`` if it is not accelerated.
 
     Raises:
-        ValueError: the model has no supported module, the message lists its classes and the reasons; or it is compiled
-        or wrapped by FSDP. TypeError: ``model`` is no module.
+        ValueError: If the model has no supported module (the message lists its classes and the reasons), is compiled,
+            or is wrapped by FSDP.
+        TypeError: If ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -107,7 +109,7 @@ def _qualified(cls: type) -> str:
 
 
 def _swaps(module: nn.Module) -> Iterator[Swap]:
-    """The swaps that may concern a module; imports the module here that knows them."""
+    """Yield the swaps that may apply to a module, after importing the module of this package that defines them."""
     for source in {_SOURCES[name] for name in map(_qualified, type(module).__mro__) if name in _SOURCES}:
         yield from importlib.import_module(f"{__package__}.{source}").SWAPS
 
@@ -131,7 +133,7 @@ def _nothing_supported(model: nn.Module, reasons: dict[str, str]) -> str:
 
 @functools.cache
 def _disagreement(swap: Swap, code: tuple[Any, ...]) -> str | None:
-    """Why the installed version of a package is not supported, or None: its modules are compared with ours, once."""
+    """Compare the modules of a package with ours, once. Return why the installed version is not supported, or None."""
     package = swap.owner.__module__.partition(".")[0]
     try:
         with (
@@ -150,11 +152,11 @@ def _disagreement(swap: Swap, code: tuple[Any, ...]) -> str | None:
                 torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
     except AssertionError:
         difference = "it computes something else"
-    except Exception as error:  # another version may raise anything
+    except Exception as error:  # another version can raise any exception
         difference = str(error).strip().partition("\n")[0]
     else:
         return None
-    return f"is of a version of {package} ({_version(package)}) that is not supported: {difference}"
+    return f"comes from a version of {package} ({_version(package)}) that is not supported: {difference}"
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -12,36 +12,37 @@ from ..ops.linear_attention.functional import linear_attention
 from ..ops.nystrom_attention.functional import nystrom_attention
 from ..ops.performer_attention.functional import num_random_features, orthogonal_projection, performer_attention
 
-# what other attention functions change by these arguments, ours cannot
+# Arguments of other attention functions that our ops do not support.
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "cache")
 
 
 def register_with_transformers(
     *, num_features: int | None = None, eps: float = 0.0, feature_map: str = "elu", num_landmarks: int = 64
 ) -> tuple[str, ...]:
-    """Make ``attn_implementation="cxv_performer"``, ``"cxv_linear"`` and ``"cxv_nystrom"`` known to transformers.
+    """Register ``attn_implementation="cxv_performer"``, ``"cxv_linear"`` and ``"cxv_nystrom"`` with transformers.
 
-    They are for encoders, as the vision models ViT, DINOv2, DeiT and SigLIP. This is an approximation:
-    ``"cxv_performer"`` and ``"cxv_nystrom"`` approximate softmax attention, ``"cxv_linear"`` is another function of the
-    same weights. Fine-tune afterwards.
+    The implementations are for encoders, such as the vision models ViT, DINOv2, DeiT and SigLIP. The outputs of a model
+    change: ``"cxv_performer"`` and ``"cxv_nystrom"`` approximate softmax attention, and ``"cxv_linear"`` is a different
+    function of the same weights. Fine-tune the model afterwards.
 
-    A padding mask (B, N) goes to ``"cxv_performer"`` and ``"cxv_linear"``. The models raise ``ValueError`` for any
-    other mask, for dropout of the attention map in training, and if they are causal. There is no map of attention:
-    ``output_attentions=True`` gives None.
+    ``"cxv_performer"`` and ``"cxv_linear"`` support a padding mask (B, N). The models raise ``ValueError`` for other
+    masks, for dropout of the attention map in training, and if they are causal. ``output_attentions=True`` returns
+    None, because there is no attention map.
 
     Args:
-        num_features: random features of ``"cxv_performer"``; None is ⌊D ln D⌋. They depend on their number and D alone,
-            so a model computes the same in every process.
-        eps: of :func:`performer_attention`; 0 is FAVOR+ proper.
-        feature_map: of :func:`linear_attention` for ``"cxv_linear"``.
-        num_landmarks: of :func:`nystrom_attention`.
+        num_features: Number of random features of ``"cxv_performer"``. Default: ⌊D ln D⌋. The features depend only on
+            their number and D, so a model computes the same in every process.
+        eps: As in :func:`performer_attention`. 0 is the original FAVOR+.
+        feature_map: Feature map of ``"cxv_linear"``, as in :func:`linear_attention`.
+        num_landmarks: Landmarks of ``"cxv_nystrom"``, as in :func:`nystrom_attention`.
 
     Returns:
         The three names. A second call replaces the options.
 
     Raises:
-        ImportError: transformers is not installed, or too old to register attention implementations;
-        ValueError, TypeError: an option that the op does not take.
+        ImportError: If transformers is not installed, or too old to register attention implementations.
+        ValueError: If an option is invalid.
+        TypeError: If an option has the wrong type.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -75,20 +76,20 @@ def _forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, N_q, D), key and value (B, H, N_k, D) → (B, N_q, H, D), as transformers calls it."""
+    """Attend: query (B, H, N_q, D), key and value (B, H, N_k, D) → (B, N_q, H, D). transformers calls this."""
     if getattr(module, "is_causal", True) if is_causal is None else is_causal:
         raise ValueError(f"{name} is for encoders: {type(module).__name__} is causal. Use attn_implementation='sdpa'")
     if dropout:
         raise ValueError(
-            f"{name} has no map of attention to drop from: set the attention dropout of the config, "
+            f"{name} has no attention map to apply dropout to: set the attention dropout of the config, "
             f"which is {dropout}, to 0"
         )
     given = [argument for argument in _UNSUPPORTED if kwargs.get(argument) is not None]
     if given:
-        raise ValueError(f"{name} does not support {given[0]} (of {type(module).__name__})")
+        raise ValueError(f"{name} does not support {given[0]}, which {type(module).__name__} passes")
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
         raise ValueError(
-            f"{name} has no map of pairs of tokens to mask: attention_mask must be a padding mask (B, N), "
+            f"{name} cannot mask pairs of tokens: attention_mask must be a padding mask (B, N), "
             f"got shape {tuple(attention_mask.shape)}"
         )
     if scaling is not None:
@@ -108,11 +109,11 @@ def _mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that transformers hands to :func:`_forward`: bool (B, N_k), or None where it hides nothing."""
+    """Return the mask that transformers passes to :func:`_forward`: bool (B, N_k), or None if it hides no key."""
     from transformers.masking_utils import bidirectional_mask_function
 
     if mask_function is not bidirectional_mask_function:
-        raise ValueError(f"{name} is for encoders: this model has a causal mask, or one of its own")
+        raise ValueError(f"{name} is for encoders: this model has a causal or custom mask")
     if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None
     return attention_mask
@@ -139,7 +140,7 @@ def _performer(
 ) -> Tensor:
     dim = q.shape[-1]
     num_features = num_random_features(dim) if num_features is None else num_features
-    # detach: Dynamo does not know the properties of a constant, but those of a result
+    # detach() because Dynamo knows the properties of a result but not those of a constant
     projection = _projection(num_features, dim, q.device).detach()
     return performer_attention(q, k, v, projection, eps=eps, key_mask=key_mask)
 
@@ -150,5 +151,7 @@ def _linear(feature_map: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor 
 
 def _nystrom(num_landmarks: int, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     if key_mask is not None:
-        raise ValueError("cxv_nystrom takes no padding mask: use cxv_performer or cxv_linear, or images of one size")
+        raise ValueError(
+            "cxv_nystrom does not support a padding mask: use cxv_performer or cxv_linear, or images of one size"
+        )
     return nystrom_attention(q, k, v, num_landmarks)

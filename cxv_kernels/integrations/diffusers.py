@@ -1,4 +1,4 @@
-"""diffusers: the linear-attention processors of SANA and the multi-scale linear attention of DC-AE."""
+"""Swaps for diffusers: the linear-attention processors of SANA and the multi-scale linear attention of DC-AE."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .swap import AttributeSwap, Example, is_unmodified
 
 
 class FusedProcessor:
-    """A processor that calls our op; ``original`` is the one that it replaces."""
+    """A processor that calls our op. ``original`` is the processor that it replaces."""
 
     def __init__(self, original: Any):
         self.original = original
@@ -37,7 +37,7 @@ def _clip(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FusedSanaLinearAttnProcessor(FusedProcessor):
-    """``SanaLinearAttnProcessor2_0`` by :func:`cxv_kernels.linear_attention`. Like the original it takes no mask."""
+    """``SanaLinearAttnProcessor2_0`` with :func:`cxv_kernels.linear_attention`. Like the original it ignores masks."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class FusedSanaLinearAttnProcessor(FusedProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (B, N, C) → (B, N, C)."""
+        """Map hidden_states (B, N, C) to (B, N, C)."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query = query if attn.norm_q is None else attn.norm_q(query)
@@ -55,7 +55,7 @@ class FusedSanaLinearAttnProcessor(FusedProcessor):
 
 
 class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
-    """SANA's processors for perturbed-attention guidance: the last part of the batch attends to nothing but itself."""
+    """SANA's processor for perturbed-attention guidance: tokens in the last part of the batch attend to themselves."""
 
     parts = 2
 
@@ -66,7 +66,7 @@ class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (B, N, C) → (B, N, C), B a multiple of ``parts``."""
+        """Map hidden_states (B, N, C) to (B, N, C), B a multiple of ``parts``."""
         dtype = hidden_states.dtype
         *attended, perturbed = hidden_states.chunk(self.parts)
         x = torch.cat(attended)
@@ -81,10 +81,10 @@ class FusedPAGCFGSanaLinearAttnProcessor(FusedPAGSanaLinearAttnProcessor):
 
 
 class FusedSanaMultiscaleAttnProcessor(FusedProcessor):
-    """``SanaMultiscaleAttnProcessor2_0`` by :func:`cxv_kernels.linear_attention`, for any number of pixels."""
+    """``SanaMultiscaleAttnProcessor2_0`` with :func:`cxv_kernels.linear_attention`, for any number of pixels."""
 
     def __call__(self, attn: SanaMultiscaleLinearAttention, hidden_states: Tensor) -> Tensor:
-        """hidden_states (B, C, H, W) → (B, C_out, H, W)."""
+        """Map hidden_states (B, C, H, W) to (B, C_out, H, W)."""
         residual, dtype = hidden_states, hidden_states.dtype
         batch, _, height, width = hidden_states.shape
         x = hidden_states.movedim(1, -1)
@@ -94,14 +94,14 @@ class FusedSanaMultiscaleAttnProcessor(FusedProcessor):
         out = linear_attention(*heads.chunk(3, dim=-1), "relu", eps=attn.eps)
         out = out.transpose(-1, -2).reshape(batch, -1, height, width).to(dtype)
         x = attn.to_out(out.movedim(1, -1)).movedim(-1, 1)
-        last = attn.norm_type == "rms_norm"  # over the last dimension, where the other norms take channels first
+        last = attn.norm_type == "rms_norm"  # normalizes the last dimension; the other norms expect channels first
         x = attn.norm_out(x.movedim(1, -1)).movedim(-1, 1) if last else attn.norm_out(x)
         return x + residual if attn.residual_connection else x
 
 
 def _unsupported(module: Any) -> str | None:
     if type(module.processor).__name__ == "SanaLinearAttnProcessor3_0":
-        return "rotates q and k in the numerator alone (SanaLinearAttnProcessor3_0), which no op does"
+        return "rotates q and k only in the numerator (SanaLinearAttnProcessor3_0), which the ops do not support"
     return None
 
 
@@ -120,7 +120,7 @@ def _multiscale_examples() -> list[Example]:
 
 
 def _sana_swap(original: str, fused: type, **options: Any) -> AttributeSwap | None:
-    cls = getattr(processors, original, None)  # each release adds and removes some
+    cls = getattr(processors, original, None)  # the releases have different processors
 
     def examples() -> list[Example]:
         attention = Attention(query_dim=8, heads=2, dim_head=4, kv_heads=2, bias=True, processor=cls(), **options)

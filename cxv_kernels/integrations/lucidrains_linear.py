@@ -1,4 +1,4 @@
-"""linear-attention-transformer: linear attention with the pair of softmaxes, over tokens and over pixels."""
+"""Swaps for linear-attention-transformer: softmax linear attention over tokens and over pixels."""
 
 from functools import partial
 from typing import Any
@@ -15,17 +15,17 @@ from .swap import AttributeSwap, ClassSwap, Example, refuse_torchscript
 
 
 def fused_linear_attn(q: Tensor, k: Tensor, v: Tensor, kv_mask: Tensor | None = None) -> Tensor:
-    """``linear_attn`` by :func:`cxv_kernels.linear_attention`: q (B, H, N_q, D), k and v (B, H, N_k, D)."""
+    """``linear_attn`` with :func:`cxv_kernels.linear_attention`: q (B, H, N_q, D), k and v (B, H, N_k, D)."""
     return softmax_linear_attention(q, k, v, kv_mask) * q.shape[-1] ** -0.5
 
 
 class FusedImageLinearAttention(ImageLinearAttention):
-    """ImageLinearAttention by :func:`cxv_kernels.linear_attention`."""
+    """ImageLinearAttention with :func:`cxv_kernels.linear_attention`."""
 
     __prepare_scriptable__ = refuse_torchscript
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) → (B, C_out, H, W)."""
+        """Map x (B, C, H, W) to (B, C_out, H, W)."""
         batch, channels, height, width = x.shape
         q, k, v = (
             layer(x).reshape(batch, self.heads, -1, height * width).transpose(-1, -2)
@@ -37,7 +37,7 @@ class FusedImageLinearAttention(ImageLinearAttention):
                 layer(context).reshape(batch, self.heads, self.key_dim, -1).transpose(-1, -2)
                 for layer in (self.to_k, self.to_v)
             )
-            context_k = context_k * self.key_dim**0.25  # the package scales q and k of the image alone
+            context_k = context_k * self.key_dim**0.25  # the package scales only q and k of the image
             k, v = torch.cat((k, context_k), dim=2), torch.cat((v, context_v), dim=2)
         out = linear_attention(q, k, v)
         return self.to_out(out.transpose(-1, -2).reshape(batch, -1, height, width))

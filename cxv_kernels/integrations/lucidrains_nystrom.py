@@ -1,4 +1,4 @@
-"""nystrom-attention."""
+"""Swaps for the package nystrom-attention."""
 
 import math
 from typing import Any
@@ -14,21 +14,21 @@ from .swap import ClassSwap, Example, is_residual, refuse_torchscript
 
 
 class FusedNystromAttention(NystromAttention):
-    """NystromAttention by :func:`cxv_kernels.nystrom_attention`, wherever no mask and no map is wanted."""
+    """NystromAttention with :func:`cxv_kernels.nystrom_attention`, for calls without a mask or attention maps."""
 
     __prepare_scriptable__ = refuse_torchscript
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_attn: bool = False, return_attn_matrices: bool = False
     ) -> Any:
-        """x (B, N, C) → (B, N, C), and the maps of attention if they are wanted."""
+        """Map x (B, N, C) to (B, N, C), and return the attention maps if requested."""
         if mask is not None or return_attn or return_attn_matrices:
             return super().forward(x, mask, return_attn, return_attn_matrices)
         tokens = x.shape[1]
         x = F.pad(x, (0, 0, -tokens % self.num_landmarks, 0))  # each landmark is the mean of equally many tokens
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
         weight = self.res_conv.weight if self.residual else None
-        # the package's initial scale is that of the whole batch, for which there is no kernel
+        # the package uses one initial scale for the whole batch, which no kernel supports
         init = {"pinv_init": "batch", "backend": "reference"}
         out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, **init)
         return self.to_out(out.transpose(1, 2).flatten(2))[:, -tokens:]

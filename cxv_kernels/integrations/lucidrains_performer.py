@@ -1,4 +1,4 @@
-"""performer-pytorch: FAVOR+, its relu features and softmax linear attention."""
+"""Swaps for performer-pytorch: FAVOR+, its relu features and softmax linear attention."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .swap import ClassSwap, Example, is_unmodified, refuse_torchscript
 
 
 class FusedFastAttention(FastAttention):
-    """FastAttention by :func:`cxv_kernels.performer_attention` or :func:`cxv_kernels.linear_attention`."""
+    """FastAttention with :func:`cxv_kernels.performer_attention` or :func:`cxv_kernels.linear_attention`."""
 
     __prepare_scriptable__ = refuse_torchscript
 

@@ -1,4 +1,4 @@
-"""Ways to exchange the attention of a module in place, and what a module must be like for that."""
+"""Classes that replace the attention of a module in place, and checks whether a module allows this."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_unmodified(layer: nn.Module, cls: type[nn.Module]) -> bool:
-    """True if ``layer`` is a ``cls`` itself, without hooks and without a ``forward`` of its own: it can be bypassed."""
+    """Return True if ``layer`` is exactly a ``cls``, without hooks or another ``forward``: it can be bypassed."""
     return type(layer) is cls and "forward" not in vars(layer) and not any(getattr(layer, name) for name in _HOOKS)
 
 
 def is_residual(layer: nn.Module, heads: int) -> bool:
-    """True if ``layer`` convolves each head along its tokens, as ``residual_weight`` of ``nystrom_attention`` does."""
+    """Return True if ``layer`` convolves each head along its tokens, like ``residual_weight`` of nystrom_attention."""
     if not is_unmodified(layer, nn.Conv2d):
         return False
     size = layer.kernel_size[0]
@@ -27,7 +27,7 @@ def is_residual(layer: nn.Module, heads: int) -> bool:
 
 
 def refuse_torchscript(module: nn.Module) -> NoReturn:
-    """The ``__prepare_scriptable__`` of the modules that call our ops, which ``torch.jit.script`` cannot compile."""
+    """Raise ``RuntimeError``: the ``__prepare_scriptable__`` of modules that call our ops."""
     raise RuntimeError(
         f"torch.jit.script does not support {type(module).__name__}: restore the original code with "
         "cxv_kernels.accelerate(model, undo=True) first, or use torch.compile or torch.export"
@@ -36,13 +36,13 @@ def refuse_torchscript(module: nn.Module) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class Swap:
-    """One kind of attention module of another package, and its counterpart that calls our op.
+    """A class of attention modules of another package, and its counterpart that calls our op.
 
     Args:
-        owner: the class of the modules. Subclasses may compute something else and are left alone.
-        unsupported: a function of a module that returns the reason why our op does not compute the same, or None.
-        examples: a function that makes small modules of the package, each with the arguments of a call. They show
-            whether the installed version still computes what ours does.
+        owner: Class of the modules. Subclasses can compute something else, so they are skipped.
+        unsupported: Function of a module that returns the reason why our op does not compute the same, or None.
+        examples: Function that makes small modules of the package, each with the arguments of a call. They are used to
+            check that the installed version computes the same as our counterpart.
     """
 
     owner: type[nn.Module]
@@ -50,11 +50,11 @@ class Swap:
     examples: Callable[[], Iterable[Example]] = field(kw_only=True)
 
     def is_candidate(self, module: nn.Module) -> bool:
-        """Whether the module has the attention that this swap is about, or a subclass of it."""
+        """Return True if the module has the attention that this swap replaces, or a subclass of it."""
         raise NotImplementedError
 
     def is_accelerated(self, module: nn.Module) -> bool:
-        """Whether :meth:`apply` has changed the module."""
+        """Return True if :meth:`apply` has changed the module."""
         raise NotImplementedError
 
     def apply(self, module: nn.Module) -> None:
@@ -62,15 +62,15 @@ class Swap:
         raise NotImplementedError
 
     def undo(self, module: nn.Module) -> None:
-        """Restore what :meth:`apply` has changed."""
+        """Undo :meth:`apply`."""
         raise NotImplementedError
 
     def code(self) -> tuple[Any, ...]:
-        """The functions of the other package that ours stands for: another value is other code to compare with."""
+        """Return the functions of the other package that our code replaces. They are compared again if they change."""
         raise NotImplementedError
 
     def reason(self, module: nn.Module) -> str | None:
-        """Why the module must be left alone, or None."""
+        """Return the reason why the module must be skipped, or None."""
         if type(module) is not self.owner:
             return f"is a {type(module).__name__}, a subclass of {self.owner.__name__} that may compute something else"
         replaced = sorted(vars(module).keys() & vars(self.owner).keys() - {"__module__", "__doc__"})
@@ -81,7 +81,7 @@ class Swap:
 
 @dataclass(frozen=True, eq=False)
 class ClassSwap(Swap):
-    """Give a module the class ``fused``, a subclass of ``owner`` that differs in ``forward`` alone."""
+    """Change the class of a module to ``fused``, a subclass of ``owner`` with another ``forward``."""
 
     fused: type[nn.Module]
 
@@ -103,12 +103,12 @@ class ClassSwap(Swap):
 
 @dataclass(frozen=True, eq=False)
 class AttributeSwap(Swap):
-    """Exchange an attribute of a module, which its forward calls: an instance of ``original``, or ``original`` itself.
+    """Replace an attribute that the forward pass of a module calls: an instance of a class, or a function.
 
     Args:
-        attribute: its name.
-        original: the class of the attribute, or the function that it is.
-        fused: a class that is called with the original and keeps it as ``original``; or a function.
+        attribute: Name of the attribute.
+        original: Class of the attribute, or the function itself.
+        fused: Class whose constructor takes the original object and stores it as ``original``; or a function.
     """
 
     attribute: str

@@ -1,4 +1,4 @@
-"""timm's EfficientViT (B and L): multi-scale linear attention with the feature map relu."""
+"""Swaps for EfficientViT (B and L) of timm: multi-scale linear attention with the feature map relu."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from .swap import ClassSwap, Example, is_unmodified, refuse_torchscript
 
 
 class FusedLiteMLA(LiteMLA):
-    """LiteMLA whose attention is :func:`cxv_kernels.linear_attention`."""
+    """LiteMLA with :func:`cxv_kernels.linear_attention`."""
 
     __prepare_scriptable__ = refuse_torchscript
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, C_out, H, W)."""
+        """Map x (B, C, H, W) to (B, C_out, H, W)."""
         batch, _, height, width = x.shape
         qkv = self.qkv(x)
         qkv = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)

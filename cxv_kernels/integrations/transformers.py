@@ -1,4 +1,4 @@
-"""transformers' Nyströmformer."""
+"""Swaps for the Nyströmformer of transformers."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from .swap import ClassSwap, Example, is_residual, refuse_torchscript
 
 
 class FusedNystromformerSelfAttention(NystromformerSelfAttention):
-    """NystromformerSelfAttention by :func:`cxv_kernels.nystrom_attention`, wherever no mask and no map is wanted."""
+    """NystromformerSelfAttention with :func:`cxv_kernels.nystrom_attention`, for calls without a mask or maps."""
 
     __prepare_scriptable__ = refuse_torchscript
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, ...]:
-        """hidden_states (B, N, C) → ((B, N, C),), and the map of attention if that is wanted."""
-        # the op has no mask, and raises no error where the number of tokens is not the configured one
+        """Map hidden_states (B, N, C) to a tuple with (B, N, C), and the attention map if requested."""
+        # the op has no mask, and accepts other numbers of tokens than the configured one
         if attention_mask is not None or output_attentions or hidden_states.shape[-2] != self.seq_len:
             return super().forward(hidden_states, attention_mask, output_attentions)
         q, k, v = (
@@ -29,7 +29,7 @@ class FusedNystromformerSelfAttention(NystromformerSelfAttention):
             for layer in (self.query, self.key, self.value)
         )
         weight = None if self.conv_kernel_size is None else self.conv.weight
-        # the rows of a softmax sum to 1, so that "original" divides by the scale that is our "batch"
+        # the rows of a softmax sum to 1, so the scale of "original" is the scale of our "batch"
         init = {"pinv_init": "batch", "backend": "reference"} if self.init_option == "original" else {}
         out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, **init)
         return (out.transpose(1, 2).flatten(2),)

@@ -1,4 +1,4 @@
-"""What ``accelerate`` refuses and leaves alone, and that nothing is imported before it is needed."""
+"""Modules that ``accelerate`` refuses or skips, and lazy imports of other packages."""
 
 import copy
 import pickle
@@ -82,7 +82,9 @@ def test_a_version_that_computes_something_else_is_left_alone(lite_mla, monkeypa
     model = nn.ModuleList([lite_mla(8, 8, dim=4)])
     original = lite_mla._attn
     monkeypatch.setattr(lite_mla, "_attn", lambda self, q, k, v: original(self, q, k, v) * 1.01)
-    with pytest.raises(ValueError, match=r"0 is of a version of timm .* not supported: it computes something else"):
+    with pytest.raises(
+        ValueError, match=r"0 comes from a version of timm .* not supported: it computes something else"
+    ):
         cxv_kernels.accelerate(model)
     monkeypatch.setattr(lite_mla, "_attn", lambda self, q, k, v: 1 / 0)
     with pytest.raises(ValueError, match="not supported: division by zero"):

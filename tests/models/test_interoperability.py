@@ -295,7 +295,7 @@ def test_the_meta_device_hides_no_mistake():
 def test_redraw_projection_needs_random_features():
     model = nn.Sequential(Attention())
     cxv_kernels.replace_attention(model, "linear")
-    with pytest.raises(ValueError, match="'linear' has no random features, only 'performer' has"):
+    with pytest.raises(ValueError, match="only 'performer' has random features, not 'linear'"):
         model[0].redraw_projection_()
 
 
