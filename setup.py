@@ -1,4 +1,4 @@
-"""Builds the C++ and CUDA libraries; pyproject.toml says all else.
+"""Build the C++ and CUDA libraries. pyproject.toml has all other settings.
 
 If the machine lacks something, a library is skipped with one line on stderr, and the package works without it:
 no compiler → no C++ kernels; no nvcc, a CPU-only torch or another CUDA major than torch's → no CUDA kernels.
@@ -33,7 +33,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def find_cuda_home(nvcc: str) -> str:
-    """The toolkit's root as nvcc itself sees it: the nvcc on PATH may be a wrapper that lives elsewhere."""
+    """Return the root of the toolkit as nvcc reports it, because the nvcc on PATH can be a wrapper."""
     dryrun = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     top = re.search(r"TOP=(\S+)", dryrun.stderr)
     return str(Path(top.group(1)).resolve()) if top else str(Path(nvcc).resolve().parent.parent)
@@ -53,7 +53,7 @@ def why_not_cpp() -> str | None:
 
 
 def find_cuda() -> tuple[str | None, str | None]:
-    """(nvcc's version, None), with CUDA_HOME set for torch; or (None, why the CUDA library cannot be built here)."""
+    """Return (version of nvcc, None) and set CUDA_HOME, or (None, reason why the CUDA library cannot be built)."""
     if os.environ.get("CXV_CUDA") == "0":
         return None, "CXV_CUDA=0"
     nvcc = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
@@ -138,7 +138,7 @@ def extensions() -> tuple[list[Extension], dict]:
         )
 
     class Build(BuildExtension):
-        """Builds what it can: one library that fails does not take the package with it."""
+        """Build the libraries. If a library fails, the package is installed without it."""
 
         def build_extensions(self) -> None:
             self.built: list[str] = []
@@ -170,14 +170,14 @@ def extensions() -> tuple[list[Extension], dict]:
 
 
 class Wheel(bdist_wheel):
-    """One wheel a platform: the libraries hold no Python, and _C's facts are all that another Python does without."""
+    """Tag one wheel per platform. The libraries do not depend on Python; only build_info() of ``_C`` does."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 class Modules(build_py):
-    """Puts the schemas of csrc/ops.cpp beside the modules, which read them (cxv_kernels/library.py)."""
+    """Copy the schemas of csrc/ops.cpp into the package, where cxv_kernels/library.py reads them."""
 
     def run(self) -> None:
         super().run()

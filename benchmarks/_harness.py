@@ -375,7 +375,7 @@ def random_qkv(batch: int, tokens: int, device: torch.device, dtype: torch.dtype
 
 
 def fused_row(section: str, op: str, like: Tensor, **values: Any) -> Row:
-    """A row for the implementation that the dispatcher selects; marked where that is the reference."""
+    """Return a row for the implementation that the dispatcher selects, marked if it is the reference."""
     row = Row(section, implementation="fused", backend=dispatch.resolve(op, like), **values)
     if row.backend == "reference":
         row.status = "= reference"

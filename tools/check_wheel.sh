@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# check_wheel.sh WHEEL TORCH [PYTHON]: installs the wheel beside that version of torch into a fresh environment, and runs
-# the self-check there. Of what the package needs, only what the ops do: another torch may have no torchvision.
+# check_wheel.sh WHEEL TORCH [PYTHON]: install the wheel with that version of torch into a new environment and run the
+# self-check. Only the dependencies of the ops are installed, because some versions of torch have no torchvision.
 set -euo pipefail
 wheel=$(realpath "$1")
 venv=$(mktemp -d)

@@ -1,8 +1,8 @@
-"""What the compiler makes of every GPU kernel, without a GPU: registers, spills, shared memory, instructions.
+"""Report registers, spills, shared memory and instructions of every compiled GPU kernel, without a GPU.
 
-Beside each Triton kernel stands its floor: the bytes of the tensors that it was given, each moved once, and the
-exponentials of its features, on a card's datasheet rates. A floor is a prediction of the best, not a measurement; so is
-the time that the compiled loop over tokens takes to issue, which no floor of bytes shows.
+Each Triton kernel has a roofline bound ("floor"): the time to move the bytes of its tensors once and to compute the
+exponentials of its features, at the datasheet rates of a card. The report also predicts the time to issue the
+instructions of the compiled loop over tokens. Both are predictions and not measurements.
 """
 
 import argparse

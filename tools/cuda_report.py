@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, and what a T4 should do with them: no GPU is needed, and nothing is measured.
+"""Report the code that nvcc generates for the CUDA kernels and predict their time on a T4, without a GPU.
 
     python tools/cuda_report.py [--arch 75]
 
@@ -51,7 +51,7 @@ class Kernel:
 
     @property
     def tensor_core_share(self) -> float:
-        """Of the multiply-adds in the inner loops (each instruction counted once), those on tensor cores."""
+        """Return the share of the multiply-adds in the inner loops (each instruction once) that use tensor cores."""
         loop = self.inner_loops
         tensor = sum(n * sum(t.startswith(name) for t in loop) for name, n in MACS.items())
         return tensor / max(1, tensor + 32 * sum(t.startswith("FFMA") for t in loop))
@@ -72,7 +72,7 @@ class Kernel:
 
 @cache
 def cuobjdump() -> str | None:
-    """The toolkit's, else Triton's own."""
+    """Return the path of the toolkit's tool, or of Triton's."""
     found = shutil.which("cuobjdump")
     if found:
         return found
@@ -90,7 +90,7 @@ def library() -> Path | None:
 
 
 def dump(*arguments: str) -> str:
-    """What cuobjdump prints."""
+    """Return the output of cuobjdump."""
     done = subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 

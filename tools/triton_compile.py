@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels exactly as they would be launched, for a card that need not be there.
+"""Compile the Triton kernels exactly as they would be launched, without a GPU.
 
 The launches are recorded, not guessed: every case of :mod:`cxv_kernels.testing` and a training step of each model run
 on the CPU, forward and backward, while :func:`recording` takes each kernel with its arguments.
@@ -33,7 +33,7 @@ from cxv_kernels import _triton, dispatch, testing
 
 @dataclass(frozen=True)
 class Card:
-    """Limits of a multiprocessor (CUDA programming guide), and a card's datasheet rates: for floors, not facts."""
+    """Limits of a multiprocessor (CUDA programming guide) and datasheet rates of a card, for roofline bounds."""
 
     name: str
     bandwidth: float  # bytes per second
@@ -109,8 +109,7 @@ MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "clt
 
 @contextmanager
 def recording(take: Callable[..., None], arch: int = 80) -> Iterator[None]:
-    """In the block every device counts as an ``arch`` for Triton, and ``take(kernel, grid, arguments, options)`` gets
-    the launches."""
+    """Record launches: in the block, Triton treats every device as ``arch``, and a launch calls ``take`` instead."""
 
     def launch(op: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         if 0 not in grid:
@@ -140,7 +139,7 @@ def launches(
     only: Sequence[str] | None = None,
     ragged: bool = False,
 ) -> list[Launch]:
-    """What the ops, forward and backward, and a training step of each model launch on ``arch``.
+    """Return the launches of the ops, forward and backward, and of a training step of each model on ``arch``.
 
     Args:
         features: the Performer's random features, or None for ⌊D ln D⌋.
@@ -168,7 +167,7 @@ def launches(
         try:
             with recording(take, arch):
                 run()
-        except Exception as error:  # the report goes on without what it would have launched, and says so
+        except Exception as error:  # the report lists the error and continues without the launches of this case
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
             found.append(Launch(case, None, name, (), (), {}, 0, units, exps, words[:300]))
 
@@ -251,7 +250,7 @@ class Compiled:
 
     @property
     def fault(self) -> str:
-        """Why nobody would launch it, if so."""
+        """Return the reason why the kernel cannot be launched, or an empty string."""
         if self.error:
             return self.error
         if self.shared > CARDS[self.arch].block_shared:
@@ -376,7 +375,7 @@ def instructions_of_a_round(sass: str, blocks: int) -> int:
 
 
 def _serialized(ptx: str, ptxas: str) -> bool:
-    """Whether ptxas says that it had each wgmma wait for the one before, which loses most of their speed."""
+    """Return True if ptxas reports that each wgmma waits for the one before, which loses most of their speed."""
     if "wgmma.mma_async" not in ptx:
         return False
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -389,7 +388,7 @@ def _serialized(ptx: str, ptxas: str) -> bool:
 
 
 def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:
-    """Fill in what the machine code tells, and return it."""
+    """Add the data of the machine code to the row, and return it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

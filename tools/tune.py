@@ -1,15 +1,16 @@
-"""Chooses how the Triton kernels are launched and writes the table configs.json.
+"""Choose the launch options of the Triton kernels and write the table configs.json.
 
-For each kernel, size and dtype the candidates are compiled first, without a GPU: those that spill, need more shared
-memory than a block may have, or have Hopper's products wait for one another, drop out. On a GPU each of the others must
-then compute what the float64 reference does, and the fastest is taken: the time is that of the whole op, of which the
-other kernels are the same for all candidates.
-With ``--rank-by compile`` the one is taken whose loop over tokens issues the fewest instructions per token, of those
-that hide no less latency, by their stages and resident warps, than the packaged choice, unless that is within 2 %. The
-table then says what the compiler thinks of speed, not a card.
+For each kernel, size and dtype the candidates are first compiled, without a GPU. Candidates that spill, need more
+shared memory than a block can have, or make Hopper's products wait for one another are rejected. On a GPU each of the
+others must then agree with the float64 reference, and the fastest one is chosen. The time is that of the whole op, and
+the other kernels of the op are the same for all candidates.
 
-By time it tunes the GPU's own architecture, sm_80 or sm_90, and refuses others: what fits there it does not know, and
-without a level of theirs in the table, what they measured would be how an A100 is launched.
+``--rank-by compile`` needs no GPU. It chooses the candidate whose loop over tokens issues the fewest instructions per
+token, among those that hide at least as much latency as the packaged choice, by their stages and resident warps. The
+packaged choice is kept if it is within 2 %. The table is then based on the compiler's output and not on measurements.
+
+``--rank-by time`` tunes the architecture of the GPU, sm_80 or sm_90. Other architectures are refused, because their
+limits are not known here and the table has no level for them.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def candidates(entry: Entry, most: int) -> list[Options]:
 
 
 def _fault(row: Compiled) -> str:
-    """Why the candidate is out, if so."""
+    """Return the reason why the candidate is rejected, or an empty string."""
     if row.error:
         return row.error
     if row.spills:
@@ -129,7 +130,7 @@ def _fault(row: Compiled) -> str:
 
 
 def compile_candidates(found: Sequence[Entry], table: Table, jobs: int) -> None:
-    """Note what spills, what is too large and what does not compile; of the rest, choose by the instructions issued."""
+    """Note candidates that spill, are too large or do not compile. Choose among the others by issued instructions."""
     wanted: list[tuple[int, Any]] = []
     owners: list[tuple[Entry, int]] = []
     for entry in found:
@@ -161,13 +162,13 @@ def compile_candidates(found: Sequence[Entry], table: Table, jobs: int) -> None:
 
 
 def _cheapest(left: Sequence[int], costs: Sequence[float | None]) -> int:
-    """The candidate of the least cost; the first of all, the packaged one, unless another is clearly cheaper."""
+    """Return the candidate with the least cost, or the packaged one (the first) unless another is clearly cheaper."""
     known = [i for i in left if costs[i] is not None]
     return min(known, key=lambda i: costs[i] * (0.98 if i == 0 else 1), default=left[0] if left else 0)
 
 
 def time_candidates(entry: Entry, table: Table, device: torch.device, budget: float) -> None:
-    """Time each that is left in its op, forward and backward, once it has computed what the reference does."""
+    """Time the remaining candidates in their op, forward and backward, after a check against the reference."""
     kind = DTYPES[entry.dtype]
     case = next(
         case
@@ -217,7 +218,7 @@ def line(entry: Entry) -> str:
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fill in the table entry by entry; what was tried goes into the results."""
+    """Fill in the table entry by entry, and return it with all candidates."""
     table: Table = configs.packaged()
     found = [
         entry
@@ -256,8 +257,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=positive, default=24, help="at most, for each entry")
     parser.add_argument("--budget", type=float, default=0.02, help="seconds of timing per candidate")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--table", type=Path, default=configs.PATH, help="where the table goes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="what was tried goes there")
+    parser.add_argument("--table", type=Path, default=configs.PATH, help="file of the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the candidates and their results to FILE")
     arguments = parser.parse_args(argv)
     if _triton.TRITON_MISSING:
         parser.error(_triton.TRITON_MISSING)
@@ -277,7 +278,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune; write the table and what was tried; 0."""
+    """Tune, write the table and the candidates, and return 0."""
     arguments = parse(argv)
     results = tune(arguments)
     _write(arguments.table, table_text(results["table"]))
