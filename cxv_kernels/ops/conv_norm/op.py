@@ -17,7 +17,7 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor]:
-    """Its gradients of x and weight, as far as ``needed``, else empty (0)."""
+    """Return the gradients of x and weight, or empty tensors (0) if they are not needed."""
     grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *_OPTIONS, [*needed[:2], False])
     return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needed[:2], strict=False))
 
@@ -35,7 +35,7 @@ def _fake_backward(grad_out, x, weight, bias, out, rstd, gamma, beta, eps, neede
 
 
 def _in_dtype_of(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The parameters in x's dtype; under autocast theirs is another, and no copy of them is kept for backward."""
+    """Cast the parameters to the dtype of x. Under autocast they differ, and no copies are saved for backward."""
     return tuple(None if t is None else t.to(x.dtype) for t in parameters)
 
 
@@ -65,5 +65,5 @@ register(
     "conv_norm",
     cpu=Support(),
     cuda=Support(CUDA_DTYPES, min_channels=3, max_channels=3072),
-    triton=Support(max_channels=4096),  # those of a pixel lie in one program's registers
+    triton=Support(max_channels=4096),  # one program holds all channels of a pixel in registers
 )

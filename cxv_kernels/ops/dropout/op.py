@@ -30,10 +30,10 @@ def _save(ctx: Any, *tensors: Tensor) -> None:
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    """What was saved.
+    """Return the saved tensors.
 
     Raises:
-        RuntimeError: one of them was changed in place.
+        RuntimeError: If a saved tensor was modified in place.
     """
     seed = ctx.seed
     if seed is None:

@@ -1,7 +1,7 @@
 """The fused ops: fake implementations, autograd, and what the kernels support.
 
-The outputs ``state`` and ``key_stat`` of linear_attention are opaque: each backend lays them out for its own backward
-kernels, and no other backend reads them. Those of kv_state are S and z (1/z's logarithm for softmax) on every backend.
+The outputs ``state`` and ``key_stat`` of linear_attention are opaque: each backend has its own layout for its backward
+kernels, and no other backend reads them. The outputs of kv_state are S and a statistic of z on every backend.
 """
 
 from torch import Tensor
@@ -24,7 +24,7 @@ def _triton_fake(q, k, v, key_mask, feature_map, eps):
 
 
 def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """What the Triton kernels keep of a head: U (B, H, F + 2, E) and the statistics (B, H, 2 F + 1)."""
+    """Return empty tensors for the state of the Triton kernels: U (B, H, F + 2, E) and statistics (B, H, 2 F + 1)."""
     state = q.new_empty((*q.shape[:2], features + 2, value_dim), dtype=accumulate_dtype(q.dtype))
     return state, state.new_empty((*q.shape[:2], 2 * features + 1))
 
@@ -35,16 +35,16 @@ def _fake_kv_state(k, v, key_mask, feature_map):
 
 
 def _kv_state_backward(kernel, grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, needed):
-    if feature_map == "softmax":  # S is normalized, and z is 1: what S's gradient does to the normalization
+    if feature_map == "softmax":  # S is normalized and z is 1, so this is the gradient through the normalization
         grad_z = -(grad_state * state).sum(dim=-1)
     return kernel(grad_state, grad_z, k, v, key_mask, key_stat, feature_map, needed)
 
 
 def z_of(key_stat: Tensor, feature_map: str) -> Tensor:
-    """z = Σ φ(k) of the key pass's statistic."""
+    """Return z = Σ φ(k) for the statistic of the key pass."""
     if feature_map != "softmax":
         return key_stat.clone()
-    # 1, 0 where no key is seen and the statistic is infinite, NaN where it is NaN
+    # z is 1. It is 0 if no key is visible (the statistic is then infinite), and NaN if the statistic is NaN.
     return (key_stat - key_stat + 1).masked_fill(key_stat.isinf(), 0)
 
 

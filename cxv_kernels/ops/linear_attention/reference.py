@@ -10,17 +10,17 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 
 
 def _feature_map(x: Tensor, feature_map: str) -> Tensor:
-    # exp and not elu(x) + 1, which cancels: below −16 it is 0 in float32
+    # exp instead of elu(x) + 1, whose terms cancel: below −16 it is 0 in float32
     return below_zero(x).exp() + F.relu(x) if feature_map == "elu" else F.relu(x)
 
 
 def below_zero(x: Tensor) -> Tensor:
-    """min(x, 0), whose derivative at 0 is 1 (clamp's depends on the version of PyTorch)."""
+    """Return min(x, 0) with derivative 1 at 0 (the derivative of clamp depends on the version of PyTorch)."""
     return x - F.relu(x)
 
 
 def largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """The maximum over ``dim`` (kept) without a gradient; 0 where it is −∞ or of nothing."""
+    """Return the detached maximum over ``dim`` (kept), or 0 if it is −∞ or ``x`` is empty."""
     if x.numel() == 0:
         return x.detach().sum(dim=dim, keepdim=True)
     top = x.detach().amax(dim=dim, keepdim=True)
@@ -28,7 +28,7 @@ def largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def hide_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """k and v with zeros for hidden keys: 0 · NaN would be seen in results and gradients."""
+    """Replace hidden keys and their values by zeros, because 0 · NaN would change results and gradients."""
     if key_mask is None:
         return k, v
     hidden = ~key_mask[:, None, :, None]
@@ -36,10 +36,10 @@ def hide_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Te
 
 
 def rescaled(state: Tensor, z: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(S u, z u, u), u such that the largest z of a head is 2^digits: φ(q)·z is then no subnormal number. An eps
-    that outweighs φ(q)·z is kept below 1.
+    """Return (S u, z u, u) with a factor u that makes the largest z of a head 2^digits.
 
-    A result does not depend on a common factor of S, z and eps.
+    φ(q)·z is then not subnormal. If eps outweighs φ(q)·z, u keeps eps below 1. The result of attention does not depend
+    on a common factor of S, z and eps.
     """
     info = torch.finfo(z.dtype)
     top = largest(z, -1)
@@ -50,16 +50,16 @@ def rescaled(state: Tensor, z: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator (…, E) / denominator (…, 1), with 0 where the denominator is 0: a query that sees no key gets zeros."""
+    """Return numerator (…, E) / denominator (…, 1), or 0 if the denominator is 0 (a query without visible keys)."""
     return numerator / denominator.masked_fill(denominator == 0, 1)
 
 
 def kv_state_reference(
     k: Tensor, v: Tensor, feature_map: str = "elu", key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """S = Σ φ(k)ᵀv (B, H, D, E) and z = Σ φ(k) (B, H, D), in float32 (float64 for float64).
+    """Compute S = Σ φ(k)ᵀv (B, H, D, E) and z = Σ φ(k) (B, H, D), in float32 (float64 for float64 inputs).
 
-    For ``"softmax"``, φ(k) is the softmax over tokens of D^-¼·k, so z is 1 (0 where there is no key).
+    For ``"softmax"``, φ(k) is the softmax over tokens of D^-¼·k, so z is 1 (0 without visible keys).
     """
     dtype = accumulate_dtype(k.dtype)
     k, v = hide_keys(k.to(dtype), v.to(dtype), key_mask)
@@ -75,8 +75,11 @@ def kv_state_reference(
 
 
 def _elu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """φ = exp(min(x, 0))·(1 + max(x, 0)). Each feature's exponents are relative to its largest over the keys, and a
-    query's to its largest over the features: the denominator is at least 1 and nothing underflows."""
+    """Compute attention with φ = exp(min(x, 0))·(1 + max(x, 0)).
+
+    The exponents of a feature are relative to its largest over the keys, and the exponents of a query to its largest
+    over the features. So the denominator is at least 1, and nothing underflows.
+    """
     k, v = hide_keys(k, v, key_mask)
     exponent = below_zero(k)
     if key_mask is not None:
@@ -97,7 +100,7 @@ def linear_attention_reference(
     eps: float = 1e-6,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`cxv_kernels.linear_attention`; computed in float32 (float64 for float64), returned in q's dtype."""
+    """See :func:`cxv_kernels.linear_attention`. Computes in float32 (float64 for float64 inputs)."""
     x = q.to(accumulate_dtype(q.dtype))
     if feature_map == "elu":
         return _elu_attention(x, k.to(x.dtype), v.to(x.dtype), key_mask).to(q.dtype)

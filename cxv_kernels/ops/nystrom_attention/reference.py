@@ -1,5 +1,7 @@
-"""Nyström attention in plain PyTorch. Its two token-sized softmaxes are scaled-dot-product attention, so no N × 64
-map is stored; what is left is small."""
+"""Nyström attention in plain PyTorch.
+
+``F.scaled_dot_product_attention`` computes the two softmaxes over tokens, so no N × 64 map is stored.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,9 @@ PINV_INITS = ("head", "batch")
 
 
 def segment_means(x: Tensor, num_segments: int) -> Tensor:
-    """Means (B, H, num_segments, D) of consecutive tokens of x (B, H, N, D), N ≥ num_segments.
+    """Return the means (B, H, num_segments, D) of segments of consecutive tokens of x (B, H, N, D), N ≥ num_segments.
 
-    Where num_segments does not divide N, the first N mod num_segments segments have one token more.
+    If num_segments does not divide N, the first N mod num_segments segments have one token more.
     """
     *lead, tokens, dim = x.shape
     size, longer = tokens // num_segments, tokens % num_segments
@@ -32,10 +34,10 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
 
 
 def iterative_pinv(a: Tensor, iterations: int = 6, init: str = "head") -> Tensor:
-    """Moore-Penrose inverse of each matrix of a (…, m, m) by cubic iterations (Xiong et al. 2021, eq. 11-14).
+    """Approximate the pseudo-inverse of each matrix of a (…, m, m) by cubic iterations (Xiong et al. 2021, eq. 11-14).
 
-    The first iterate is aᵀ / (largest row sum · largest column sum): of each matrix with ``init="head"``, of all
-    matrices together with ``"batch"``.
+    The first iterate is aᵀ / (largest row sum · largest column sum). The sums are those of each matrix with
+    ``init="head"``, and those of all matrices together with ``"batch"``.
     """
     row_sums, column_sums = a.abs().sum(dim=-1), a.abs().sum(dim=-2)
     if init == "batch":
@@ -51,25 +53,25 @@ def iterative_pinv(a: Tensor, iterations: int = 6, init: str = "head") -> Tensor
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(D^-½ q kᵀ) v in v's dtype, in a form that differentiates twice; q or k may be wider than v."""
+    """Compute softmax(D^-½ q kᵀ) v in v's dtype, twice differentiable; q or k can have a wider dtype than v."""
     dtype = torch.promote_types(q.dtype, k.dtype)
     weights = (q.to(dtype) @ k.to(dtype).transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return (weights @ v.to(dtype)).to(v.dtype)
 
 
 def mix_reference(q_means: Tensor, k_means: Tensor, summary: Tensor, pinv_init: str = "head") -> Tensor:
-    """A⁺ summary (B, H, m, E) with A = softmax(D^-½ q_means k_meansᵀ); means (B, H, m, D) in float32 or float64."""
+    """Compute A⁺ summary (B, H, m, E) with A = softmax(D^-½ q_means k_meansᵀ), for means (B, H, m, D) in float32."""
     a = (q_means * q_means.shape[-1] ** -0.5 @ k_means.transpose(-2, -1)).softmax(dim=-1)
     inverse = iterative_pinv(a, init=pinv_init)
     return (inverse @ summary.to(inverse.dtype)).to(summary.dtype)
 
 
 def residual_reference(v: Tensor, weight: Tensor) -> Tensor:
-    """Each head of v (B, H, N, E) convolved along its tokens with weight (H, 1, K, 1).
+    """Convolve each head of v (B, H, N, E) along its tokens with weight (H, 1, K, 1).
 
-    As a one-dimensional convolution of H·E channels. In two dimensions oneDNN's gradient of the weight is off by 5 to
-    8 % for 196 or 256 tokens along the height, and with ``torch.compile`` in bfloat16 and tokens along the width a step
-    does not end within minutes (PyTorch 2.14, AVX-512); this is the fastest of the three in float32 too.
+    This is a one-dimensional convolution of H·E channels, which is also the fastest form in float32. A two-dimensional
+    one has errors in PyTorch 2.14 with AVX-512: for 196 or 256 tokens along the height, oneDNN's gradient of the weight
+    is wrong by 5 to 8 %; with tokens along the width, a step with ``torch.compile`` in bfloat16 takes many minutes.
     """
     if v.numel() == 0:
         return v * weight.sum()
@@ -87,7 +89,7 @@ def nystrom_attention_reference(
     residual_weight: Tensor | None = None,
     pinv_init: str = "head",
 ) -> Tensor:
-    """See :func:`cxv_kernels.nystrom_attention`; no more landmarks than tokens are used."""
+    """See :func:`cxv_kernels.nystrom_attention`."""
     landmarks = min(landmarks, q.shape[2], k.shape[2])
     if q.numel() == 0 or v.numel() == 0:  # PyTorch 2.11's attention divides by the number of heads and samples
         out = (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])

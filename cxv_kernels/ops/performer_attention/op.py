@@ -49,11 +49,11 @@ def unsupported_options(
     """Return the reason why a fused backend does not support these arguments, or None.
 
     Args:
-        eps: that of the attention, None for the default.
+        eps: ``eps`` of the attention, None for the default.
     """
     if eps is not None and 0 < eps < LEAST_EPS and backend != "cpu":
         return f"does not support an eps between 0 and {LEAST_EPS:g}, which needs float64"
-    # its weights of features are factors, of which float16 holds an absolute 1e-10
+    # Triton multiplies by the weights of the features, and float16 rounds them with an absolute error of 1e-10
     if eps is not None and 0 < eps < 1e-5 and backend == "triton" and dtype == torch.float16:
         return "does not support an eps between 0 and 1e-05 in float16"
     if stabilizer != "head":
