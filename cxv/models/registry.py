@@ -1,4 +1,4 @@
-"""Models by name: Table 1's fifteen rows as ``family-layers`` or ``family-layers/heads``."""
+"""Models by name: the fifteen rows of Table 1 as ``family-layers`` or ``family-layers/heads``."""
 
 import difflib
 import fnmatch
@@ -21,7 +21,8 @@ from .cxv import CLTV, CNV, CPV
 from .hybrid import HybridViLT, HybridViN, HybridViP
 from .variants import variant_of
 
-# Table 1's rows, and what builds a family: (depth=…, num_heads=…, **kwargs) → a model, without heads for some.
+# The rows of Table 1, with the function (depth=…, num_heads=…, **kwargs) that builds a model of the family. Some
+# families have no heads.
 TABLE_1: dict[str, Callable[..., nn.Module]] = {
     "resnet-18": baselines.resnet,
     "resnet-34": baselines.resnet,
@@ -41,34 +42,38 @@ TABLE_1: dict[str, Callable[..., nn.Module]] = {
 }
 _FUSED = (CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP)
 _NAME = re.compile(r"([a-z-]+?)-(\d+)(?:/(\d+))?")
-# family → (what builds it, whether its names have heads)
+# family → (the function that builds it, True if its names have heads)
 _FAMILIES = {m[1]: (build, m[3] is not None) for n, build in TABLE_1.items() if (m := _NAME.fullmatch(n))}
 
 REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError)
-"""What models, PyTorch's modules and the baselines' libraries raise about an argument, built or called."""
+"""Exceptions that models, PyTorch's modules and the libraries of the baselines raise for an invalid argument."""
 
 
 def list_models(filter: str = "") -> list[str]:
-    """The names of the paper's models, those that match ``filter`` (shell wildcards) if it is given.
+    """Return the names of the paper's models, sorted.
 
-    Other depths and numbers of heads can be built too: ``create_model("cpv-3/8")``. The models of timm and vit-pytorch
-    need the extra ``cxv[baselines]``.
+    :func:`create_model` also builds other depths and numbers of heads, such as ``"cpv-3/8"``. The models of timm and
+    vit-pytorch require the extra ``cxv[baselines]``.
+
+    Args:
+        filter: Pattern with shell wildcards. Default: all names.
     """
     return sorted(fnmatch.filter(TABLE_1, filter) if filter else TABLE_1)
 
 
 def has_fused_ops(name: str) -> bool:
-    """Whether ``use_fused`` makes a difference to the model of this name.
+    """Return True if the model has fused ops, so that ``use_fused`` has an effect.
 
     Raises:
-        ValueError: no such model.
+        ValueError: If the name is unknown.
     """
     return _parse(name)[0] in _FUSED
 
 
 def downsampling(name: str) -> str:
-    """The argument that makes a model's map smaller than the image: ``patch_size`` of one of patches, else
-    ``stem_stride``, also for a name that :func:`create_model` refuses.
+    """Return the argument that reduces the size of a model's feature map: ``patch_size`` or ``stem_stride``.
+
+    The result is ``stem_stride`` for unknown names, too.
     """
     with suppress(ValueError):
         if "patch_size" in inspect.signature(_parse(name)[0]).parameters:
@@ -84,24 +89,31 @@ def create_model(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model by name; with ``checkpoint`` a trained one.
+    """Build a model by name, optionally with the weights of a checkpoint.
 
     Args:
-        name: ``family-depth/heads``, e.g. ``"cpv-5/4"``, or ``family-depth`` for those without heads, e.g.
-            ``"resnet-18"``; case does not matter.
-        checkpoint: the weights: a file of :func:`cxv.save_safetensors`, the ``--output`` of a run of ``cxv train`` (its
-            best epoch), or a ``.pt`` of it. Its arguments are the defaults then. Another ``num_classes`` than its own
-            makes a fresh classifier on the trained features.
-        device, dtype: of the model; None leaves parameters and buffers where and as they are made. The same seed gives
-            the same weights on every device.
-        **kwargs: the model's own, e.g. ``num_classes``, ``img_size``, ``in_chans``; see :class:`cxv.CXV`, and
-            :class:`cxv.models.variants.Variant` for the ablations of CPV, CNV and CLTV. ``use_fused`` and
-            ``recompute`` are accepted by all models; those without fused ops ignore them.
+        name: ``family-depth/heads``, such as ``"cpv-5/4"``, or ``family-depth`` for a family without heads, such as
+            ``"resnet-18"``. Upper and lower case are equivalent.
+        checkpoint: Weights to load: a file of :func:`cxv.save_safetensors`, the ``--output`` of ``cxv train`` (its best
+            epoch), or a ``.pt`` file in it. The arguments in the checkpoint are the defaults of ``**kwargs``. If
+            ``num_classes`` differs from the checkpoint, the model gets a new classifier.
+        device: Device of the model. Default: PyTorch's default device. A seed gives the same weights on every device.
+        dtype: Dtype of the model. Default: PyTorch's default dtype.
+        **kwargs: Arguments of the model, such as ``num_classes``, ``img_size`` and ``in_chans``. See :class:`cxv.CXV`,
+            and :class:`cxv.models.variants.Variant` for the ablations of CPV, CNV and CLTV. All models accept
+            ``use_fused`` and ``recompute``; models without fused ops ignore them.
+
+    Returns:
+        The model, a ``torch.nn.Module``.
 
     Raises:
-        ValueError: no such model, or ``depth`` or ``num_heads`` given besides the name; a checkpoint that is missing,
-            damaged, of another model, or whose weights do not fit;
-        ImportError: a baseline's library is not installed.
+        ValueError: If the name is unknown, ``depth`` or ``num_heads`` is passed in addition to the name, or the
+            checkpoint is missing, damaged, belongs to another model or has weights that do not fit.
+        ImportError: If the library of a baseline is not installed.
+
+    Example::
+
+        model = cxv.create_model("cpv-5/4", num_classes=100, use_fused=True)
     """
     kwargs = to_numbers(kwargs)
     build, depth, heads = _parse(name)
@@ -115,7 +127,7 @@ def create_model(
         **({} if heads is None else {"num_heads": heads}),
         **{k: v for k, v in kwargs.items() if build in _FUSED or k not in ("use_fused", "recompute")},
     )
-    model.model_name, model.model_kwargs = name.lower(), kwargs  # what save_safetensors writes beside the weights
+    model.model_name, model.model_kwargs = name.lower(), kwargs  # save_safetensors writes them with the weights
     return model.to(device=device, dtype=dtype)
 
 
@@ -125,22 +137,21 @@ def load_model(
     device: torch.device | str = "cpu",
     use_fused: bool | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a trained model from its run's directory or its file alone.
+    """Load a trained model from the directory of its run or from a file.
 
     Args:
-        checkpoint_dir: the ``--output`` of the run, one of the checkpoint files in it, a file of
-            :func:`cxv.save_safetensors`, or a directory with one named ``model.safetensors``.
-        which: ``"best"`` or ``"last"``, of a run.
-        device: where to put the model.
-        use_fused: the fused kernels or plain PyTorch; default as in the run.
+        checkpoint_dir: The ``--output`` of the run, a checkpoint file in it, a file of :func:`cxv.save_safetensors`, or
+            a directory with a file ``model.safetensors``.
+        which: The ``"best"`` or the ``"last"`` epoch of a run.
+        device: Device of the model.
+        use_fused: Use fused kernels, or plain PyTorch. Default: as in the run.
 
     Returns:
-        The model, in ``eval()`` mode, and the checkpoint: ``classes`` (names in label order), ``img_size``
-        (pixels), ``in_chans``, ``normalization``, ``args``, ``epoch`` …
+        The model in ``eval()`` mode, and the checkpoint, a dict with ``classes`` (names in label order), ``img_size``
+        (pixels), ``in_chans``, ``normalization``, ``args``, ``epoch`` and more.
 
     Raises:
-        InputError: no such checkpoint, a damaged one, or one whose weights do not fit the model that it
-        names.
+        InputError: If the checkpoint is missing or damaged, or its weights do not fit the model that it names.
     """
     path = find_checkpoint(checkpoint_dir, which)
     checkpoint = read_checkpoint(path)
@@ -149,23 +160,23 @@ def load_model(
 
 
 def build_trained(checkpoint: dict[str, Any], path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
-    """The model that a checkpoint describes, its arguments replaced by ``kwargs``, with its weights.
+    """Build the model of a checkpoint with its weights; ``kwargs`` replace the arguments in the checkpoint.
 
     Raises:
-        InputError: the file, named ``path``, describes no model, or its weights are those of another.
+        InputError: If the file ``path`` does not describe a model, or its weights do not fit the model.
     """
     try:
         model = build_model(checkpoint["model_name"], checkpoint["model_kwargs"] | kwargs)
     except MemoryError:
         raise
-    except Exception as error:  # arguments that somebody else wrote raise nearly anything
+    except Exception as error:  # arguments in a foreign file can raise almost any exception
         raise InputError(f"{path}: the model it names cannot be built ({first_line(error)})") from error
     load_weights(model, checkpoint, path)
     return model
 
 
 def build_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """``cxv.create_model``, its refusals as :class:`InputError`."""
+    """Call :func:`create_model` and convert errors about arguments to :class:`InputError`."""
     try:
         return create_model(name, **kwargs)
     except REFUSALS as error:

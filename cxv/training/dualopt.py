@@ -1,4 +1,4 @@
-"""DualOpT: AdamW until it plateaus, then SGD from the best weights."""
+"""DualOpT: AdamW until top-1 accuracy no longer improves, then SGD from the best weights."""
 
 import copy
 import math
@@ -22,10 +22,10 @@ _DECAY = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 class DualOpT:
     """The two-phase optimizer of CXV (arXiv 2201.10271, section 4).
 
-    Phase ``"adamw"`` trains with AdamW at a constant rate. When top-1 has not improved for ``patience`` epochs, or
-    after the phase's ``max_epochs``, the best weights so far are reloaded and phase ``"sgd"`` continues from them with
-    a fresh SGD, until the same holds for it; then :attr:`finished` is true. Both phases share one best-so-far. An equal
-    top-1 counts as an improvement.
+    Phase ``"adamw"`` trains with AdamW at a constant rate. When top-1 accuracy has not improved for ``patience``
+    epochs, or after ``max_epochs``, DualOpT reloads the best weights and starts phase ``"sgd"`` with a new SGD. When
+    the same condition ends this phase, :attr:`finished` is true. Both phases share the best top-1. An equal top-1
+    counts as an improvement.
 
     Example::
 
@@ -39,23 +39,27 @@ class DualOpT:
             opt.end_epoch(top1)
         opt.load_best()
 
+    The best weights are stored in host memory. DualOpT is not a ``torch.optim.Optimizer``: pass the active optimizer
+    :attr:`optimizer` to a ``GradScaler`` or a scheduler. It is another object after the switch.
+
     Args:
-        params: the parameters to train, or the ``nn.Module`` that owns them. Given the module, its buffers
-            (the statistics of a BatchNorm, say) are kept and reloaded with the best weights too. Or groups as torch's
-            optimizers take them, ``{"params": …, "lr": …, "weight_decay": …}``, the last two optional and AdamW's: SGD
-            keeps the ratio of a group's rate to ``lr``.
-        patience: epochs without an improvement that end a phase, at least 1.
-        lr, betas, eps, weight_decay: AdamW's.
-        sgd_lr, momentum: SGD's. It has no weight decay and no Nesterov momentum.
-        max_epochs: the most epochs of the AdamW and of the SGD phase. ``None`` is no cap; 0 leaves that
-            phase out.
-        module: the module that owns ``params``, where those are groups: its buffers are kept and reloaded too.
+        params: The ``nn.Module`` to train, or its parameters. For a module, the buffers (such as the statistics of a
+            BatchNorm) are also stored and reloaded with the best weights. Parameter groups
+            ``{"params": …, "lr": …, "weight_decay": …}`` are accepted as well. Their optional ``lr`` and
+            ``weight_decay`` are those of AdamW; SGD keeps the ratio of the group's rate to ``lr``.
+        patience: Number of epochs without an improvement that end a phase, at least 1.
+        lr: Learning rate of AdamW.
+        betas: Betas of AdamW.
+        eps: eps of AdamW.
+        weight_decay: Weight decay of AdamW.
+        sgd_lr: Learning rate of SGD.
+        momentum: Momentum of SGD, which has no weight decay and no Nesterov momentum.
+        max_epochs: Largest numbers of epochs of the AdamW phase and the SGD phase. ``None`` stands for no limit, and 0
+            skips the phase.
+        module: The module that owns ``params``, if ``params`` are groups. Its buffers are stored and reloaded, too.
 
     Raises:
-        InputError: (a ``ValueError``) an argument is out of its range.
-
-    The best weights are kept in host memory. DualOpT is not a ``torch.optim.Optimizer``: give :attr:`optimizer`, the
-    active one, to a ``GradScaler`` or a scheduler. It is another object after the switch.
+        InputError: If an argument is out of range. It is a ``ValueError``.
     """
 
     def __init__(
@@ -108,11 +112,11 @@ class DualOpT:
         self.best_top1: float | None = None
         """The best top-1 so far, in the unit given to :meth:`end_epoch`."""
         self.best_epoch: int | None = None
-        """The epoch (from 1) that made it; the latest one of a tie."""
+        """The epoch (from 1) with the best top-1. If several epochs are equal, it is the latest one."""
         self.switch_epoch: int | None = None
-        """The last epoch of AdamW, once it is over."""
+        """The last epoch of the AdamW phase, after the phase has ended."""
         self.switch_reason: str | None = None
-        """Why it ended, as :attr:`stop_reason`."""
+        """The reason why the AdamW phase ended, as in :attr:`stop_reason`."""
         self._phase_epoch = 0
         self._best: dict[str, Tensor] = {}
         self._first = "sgd" if max_epochs[0] == 0 else "adamw"
@@ -131,7 +135,7 @@ class DualOpT:
 
     @property
     def stop_reason(self) -> str | None:
-        """The argument that ended the present phase, ``"patience"`` or ``"max_epochs"``; ``None`` while it goes on."""
+        """The argument that ended the current phase, ``"patience"`` or ``"max_epochs"``, or ``None`` before that."""
         if self.num_bad_epochs >= self.patience:
             return "patience"
         cap = self.max_epochs[self._phase]
@@ -139,7 +143,7 @@ class DualOpT:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the active optimizer."""
+        """The parameter groups of the active optimizer."""
         return self.optimizer.param_groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -149,15 +153,18 @@ class DualOpT:
         return self.optimizer.step(closure)
 
     def end_epoch(self, top1: float) -> bool:
-        """Report the epoch's top-1 (a fraction or per cent) and switch the phase when it is time.
+        """Report the top-1 accuracy of an epoch and switch the phase if it is over.
+
+        Args:
+            top1: Top-1 accuracy, as a fraction or in per cent.
 
         Returns:
-            True if the epoch is the best so far. An equal top-1 counts as an improvement: its weights are kept and
-            :attr:`num_bad_epochs` goes back to 0.
+            True if the epoch is the best so far. An equal top-1 counts as an improvement: its weights are stored, and
+            :attr:`num_bad_epochs` becomes 0.
 
         Raises:
-            InputError: ``top1`` is not finite.
-            RuntimeError: the training is over (:attr:`finished`).
+            InputError: If ``top1`` is not finite.
+            RuntimeError: If the training is over (:attr:`finished`).
         """
         if self.finished:
             raise RuntimeError("end_epoch: both phases of DualOpT are over")
@@ -168,7 +175,7 @@ class DualOpT:
         best = self.best_top1 is None or top1 >= self.best_top1
         if best:
             self.num_bad_epochs, self.best_top1, self.best_epoch = 0, top1, self.epoch
-            # a copy on the CPU too; never written to again, so that state_dict() may share it
+            # Copy also on the CPU. The copies are never modified, so state_dict() can share them.
             self._best = {k: t.detach().to("cpu", copy=True) for k, t in self._tensors().items()}
         else:
             self.num_bad_epochs += 1
@@ -176,27 +183,26 @@ class DualOpT:
         return best
 
     def restart(self) -> None:
-        """Begin anew with the first phase, from the best weights so far, by a fresh optimizer.
+        """Start the first phase again, from the best weights and with a new optimizer.
 
-        The paper's post-training: after DualOpT on augmented images another one on clean images. The best so far and
-        the count of epochs go on.
+        The paper uses this for post-training: after DualOpT on augmented images it runs DualOpT again on clean images.
+        The best top-1 and the number of epochs are not reset.
         """
         self.switch_epoch = self.switch_reason = None
         self._reload(self._first)
 
     @torch.no_grad()
     def load_best(self) -> None:
-        """Copy the best weights so far (and buffers, given a module) into the model, in place."""
+        """Copy the best weights (and the buffers of a module) into the model, in place."""
         for name, tensor in self._tensors().items():
             if name in self._best:
                 tensor.copy_(self._best[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later :meth:`load_state_dict` needs to go on bit for bit.
+        """Return the state from which :meth:`load_state_dict` continues with exactly the same bits.
 
-        Tensors, numbers, strings: ``torch.load(weights_only=True)`` reads it. As in torch it refers to the
-        live state. The weights now in the model are the model's to save; ``patience`` and the caps are the
-        constructor's.
+        It has tensors, numbers and strings, so ``torch.load(weights_only=True)`` can read it. As in torch, the tensors
+        are not copied. The state does not include the current weights of the model, ``patience`` and ``max_epochs``.
         """
         return {
             "phase": self._phase,
@@ -207,12 +213,12 @@ class DualOpT:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, the phase included.
+        """Restore a state of :meth:`state_dict`, including the phase.
 
-        If this object's caps are lower and the phase is over by them, the switch happens here.
+        If the phase is over according to the ``max_epochs`` of this object, the phase switches here.
 
         Raises:
-            InputError: the state is of other parameters, or not DualOpT's.
+            InputError: If the state belongs to other parameters, or is not a state of DualOpT.
         """
         if "stale" in state:
             reason = state.get("switch_reason")
@@ -267,14 +273,14 @@ class DualOpT:
         self.zero_grad()  # the gradients were those of other weights
 
     def _tensors(self) -> dict[str, Tensor]:
-        # looked up each time: a module may put another tensor in a buffer's place
+        # looked up each time, because a module can replace a buffer by another tensor
         if self._module is not None:
             return dict(self._module.named_parameters()) | dict(self._module.named_buffers())
         return {str(i): p for i, p in enumerate(self._params)}
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:
-    """As torch's optimizers take them; one of all the parameters where no groups are given."""
+    """Return parameter groups in the form of torch's optimizers; parameters without groups become one group."""
     if isinstance(params, nn.Module):
         params = params.parameters()
     if isinstance(params, Tensor | dict) or not isinstance(params, Iterable):
@@ -297,7 +303,7 @@ def _groups(params: Any) -> list[dict[str, Any]]:
 
 
 def _numbers(group: Any) -> Any:
-    """A group of parameters with Python's numbers; anything else unchanged."""
+    """Convert the numbers of a parameter group to Python numbers. Return other values unchanged."""
     if not isinstance(group, dict):
         return group
     return {name: value if name == "params" else to_number(value) for name, value in group.items()}
