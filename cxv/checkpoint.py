@@ -1,6 +1,6 @@
-"""The file format of checkpoints: written atomically, with checksums, and read without ever unpickling code.
+"""The file format of checkpoints. Files are written atomically, have checksums, and cannot run code when read.
 
-It knows no models: :mod:`cxv.models.registry` builds the one that a file names.
+This module does not depend on the models: :mod:`cxv.models.registry` builds the model that a file names.
 """
 
 import io
@@ -24,7 +24,7 @@ FORMAT = "cxv-checkpoint-1"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 SAFETENSORS = "model.safetensors"
 METADATA_KEY = "cxv"
-"""Where the header of a safetensors file has :data:`METADATA`, as JSON."""
+"""The key in the header of a safetensors file under which :data:`METADATA` are stored as JSON."""
 METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model_name": ("a string", lambda v: isinstance(v, str)),
     "model_kwargs": ("a dict", lambda v: isinstance(v, dict)),
@@ -43,19 +43,19 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "args": ("a dict", lambda v: isinstance(v, dict)),
 }
-"""What a shared file says of its weights. ``metrics``: losses and top-1 (per cent) of ``epoch``; ``args``: those of
-``cxv train`` but for paths and the machine; both empty where no run of ``cxv train`` made the model."""
+"""The metadata of a shared file. ``metrics`` has losses and top-1 (per cent) of ``epoch``, and ``args`` has the
+arguments of ``cxv train`` except paths and the machine. Both are empty if ``cxv train`` did not make the model."""
 _RENAMED = {"normalisation": "normalization", "optimiser": "optimizer", "position": "resume_state"}
-"""Keys of files that were written before version 0.1.0 was released, and their names now."""
+"""Keys in files from before the release of version 0.1.0, and their current names."""
 
 
 def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | Path | None = None) -> None:
-    """Write a file so that, whatever happens, ``path`` holds either all of the old content or all of the new.
+    """Write a file so that ``path`` has either the complete old content or the complete new content at any time.
 
-    The old content is kept as ``previous``, if that is given.
+    If ``previous`` is given, the old content is kept there.
 
     Raises:
-        InputError: the disk is full, the directory is not writable, …
+        InputError: If the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -65,7 +65,7 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
             f.flush()
             os.fsync(f.fileno())
         if previous is not None and path.exists():
-            os.replace(path, previous)  # a kill here leaves no ``path``: its readers take ``previous`` then
+            os.replace(path, previous)  # after a kill here there is no ``path``, and its readers use ``previous``
         os.replace(temporary, path)
         if os.name == "posix":  # the new name is on the disk once its directory is
             directory = os.open(path.parent, os.O_RDONLY)
@@ -80,14 +80,18 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
 
 
 def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
-    """See that a run's checkpoints find room on the disk, before an epoch is spent on them: by what the disk has free,
-    and, as quotas and limits do not show there, by taking the room of one for a moment.
+    """Check before an epoch that the disk has room for the checkpoints of a run.
+
+    The check reads the free space of the disk. It also allocates the space of one checkpoint for a moment, because
+    quotas and limits are not visible in the free space.
 
     Args:
-        copies: of the weights in a checkpoint; by default the weights, the best, and two moments.
+        output: Directory of the run.
+        model: The model.
+        copies: Copies of the weights in a checkpoint. The default counts the weights, the best weights and two moments.
 
     Raises:
-        InputError: they do not, or ``output`` cannot be written to.
+        InputError: If there is not enough space, or ``output`` is not writable.
     """
     tensors = [*model.parameters(), *model.buffers()]
     size = copies * sum(t.numel() * t.element_size() for t in tensors) + 2**18
@@ -108,17 +112,17 @@ def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
 
 
 def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:
-    """The bytes of a checkpoint, for :func:`atomic_write`."""
+    """Return the bytes of a checkpoint, for :func:`atomic_write`."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     return buffer.getbuffer()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read one checkpoint file, ``.pt`` or ``.safetensors``, onto the CPU. Neither can run code.
+    """Read a checkpoint file, ``.pt`` or ``.safetensors``, onto the CPU. Neither format can run code.
 
     Raises:
-        InputError: it is missing, truncated, corrupt, or another program's.
+        InputError: If the file is missing, truncated, corrupt, or from another program.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,7 +139,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise almost any exception
         other = path.with_name(BEST if path.name == LAST else LAST)
         hint = f"; {other.name} beside it may be intact" if other.is_file() else ""
         raise InputError(
@@ -148,10 +152,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_metadata(metadata: Any) -> None:
-    """See that all of :data:`METADATA` is there and agrees.
+    """Check that all entries of :data:`METADATA` are present and consistent.
 
     Raises:
-        InputError: it names the entry.
+        InputError: If an entry is missing or invalid. The message has its name.
     """
     if not isinstance(metadata, dict):
         raise InputError(f"metadata: expected a dict, got {metadata!r}")
@@ -164,7 +168,7 @@ def check_metadata(metadata: Any) -> None:
 
 
 def _rename(entries: Any) -> Any:
-    """Give the keys of an older file their names of today. Anything but a dict is returned unchanged."""
+    """Give the keys of an older file their current names. Values other than a dict are returned unchanged."""
     return {_RENAMED.get(name, name): v for name, v in entries.items()} if isinstance(entries, dict) else entries
 
 
@@ -194,13 +198,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
-    """The checkpoint that a run goes on from: ``last.pt``, or ``previous.pt`` where that cannot be read.
+    """Read the checkpoint from which a run continues: ``last.pt``, or ``previous.pt`` if ``last.pt`` is unreadable.
 
     Returns:
-        The checkpoint, and why it is the previous one if it is.
+        The checkpoint, and the reason why it is the previous one, or None.
 
     Raises:
-        InputError: neither can be read; the message is about ``last.pt``.
+        InputError: If neither can be read. The message is about ``last.pt``.
     """
     output = Path(output)
     try:
@@ -213,10 +217,10 @@ def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
 
 
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
-    """The checkpoint file that ``path`` is, or has in it if it is a directory.
+    """Return ``path`` if it is a file, or the checkpoint file in it if it is a directory.
 
     Raises:
-        InputError: there is nothing of this name, or ``which`` is neither ``"best"`` nor ``"last"``.
+        InputError: If ``path`` does not exist, or ``which`` is neither ``"best"`` nor ``"last"``.
     """
     if which not in ("best", "last"):
         raise InputError(f"which: expected best or last, got {which!r}")
@@ -230,10 +234,10 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copy a checkpoint's weights into the model.
+    """Copy the weights of a checkpoint into the model.
 
     Raises:
-        InputError: names or shapes differ; the model is as it was.
+        InputError: If names or shapes differ. The model is then unchanged.
     """
     here = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     there = {name: tuple(t.shape) for name, t in checkpoint["model"].items()}
@@ -249,7 +253,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of the random generators that a training step may draw from."""
+    """Return the states of the random generators that a training step can use."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -257,7 +261,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what :func:`rng_state` gave."""
+    """Restore the states of :func:`rng_state`."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if device.type == "cuda" and "cuda" in state:

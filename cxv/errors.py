@@ -1,25 +1,25 @@
-"""The one exception that bad input raises, and what PyTorch's mean."""
+"""The exception for invalid input, and helpers to interpret exceptions of PyTorch."""
 
 import torch
 
-# How CUDA, its libraries, the CPU's allocator and the fused ops say that memory is short, where PyTorch's own class of
-# exception is lost on the way.
+# Messages of CUDA, its libraries, the CPU allocator and the fused ops when memory is exhausted. These errors do not
+# always have PyTorch's class OutOfMemoryError.
 _MEMORY_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 class InputError(ValueError):
-    """Something the user can put right: a bad argument, a missing file, a run that diverged.
+    """An error that the user can correct: an invalid argument, a missing file, a run that diverged.
 
-    The message is one line that names the argument or the file, the value, and the allowed values. Arguments are in
-    backticks. The command line prints the message without a traceback, and flags in place of the arguments.
+    The message is one line with the argument or file, the value and the allowed values. Arguments are in backticks. The
+    command line prints the message without a traceback, with flags instead of arguments.
     """
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that memory is short, on a GPU or here."""
+    """Return True if the error says that the memory of a GPU or of the CPU is exhausted."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MEMORY_WORDS)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Return the first line of an exception's message."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,6 +1,7 @@
-"""Models for programs without cxv, or without Python: ONNX, ``torch.export`` and AOTInductor.
+"""Export models for programs without cxv or without Python: ONNX, ``torch.export`` and AOTInductor.
 
-Every file is read back and compared with the eager model before it takes its name. docs/deploy.md: how to run them.
+Every file is read back and compared with the eager model before it gets its final name. docs/deploy.md explains how to
+run the files.
 """
 
 import copy
@@ -25,24 +26,25 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
-"""The formats, and how their files' names end."""
-OPSET = 20  # of ONNX; onnxruntime has it since 1.17
+"""The formats and the suffixes of their files."""
+OPSET = 20  # opset of ONNX; onnxruntime supports it since 1.17
 TOLERANCE = 1e-4
-"""The largest difference of a logit from the eager model's, over the larger of 1 and the largest logit."""
+"""The largest allowed difference from the eager model's logits, relative to the larger of 1 and the largest logit."""
 BATCH_SIZES = (1, 2, 3, 8)
-"""What a file is checked with."""
+"""The batch sizes with which a file is checked."""
 MIN_AGREEMENT = 0.9
-"""The share of the images whose class an int8 file must leave as it was."""
+"""The smallest share of images that must have the same class with an int8 file."""
 
-Run = Callable[[Tensor], Tensor]  # images (B, C, H, W) float32 → logits (B, classes), as a file has them
+Run = Callable[[Tensor], Tensor]  # images (B, C, H, W) float32 → logits (B, classes)
 
 
 @dataclass
 class Exported:
-    """A file that passed its check.
+    """A file that has passed its check.
 
-    ``difference``: the largest of a logit from the eager model's. ``agreement``: the share of the real images, ``None``
-    without any, that have the eager model's class. ``any_size``: whether it takes images of any size.
+    ``size`` is in bytes. ``difference`` is the largest difference from the logits of the eager model. ``agreement`` is
+    the share of ``images`` with the class of the eager model, or ``None`` without images. ``any_size`` is True if the
+    file accepts images of any size.
     """
 
     path: Path
@@ -64,26 +66,28 @@ def export_model(
     calibration: Tensor | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Exported:
-    """Write a model as ``path``, checked on random images of several batch sizes, and on ``images``.
+    """Write a model to a file and check the file on random images of several batch sizes and on ``images``.
 
-    The batch is dynamic in every format, and so are height and width where the model takes any. What is written is the
-    model in ``eval()`` mode, in float32, whatever its own mode and dtype are, which it keeps.
+    The batch size is dynamic in every format. Height and width are dynamic if the model accepts any size. The file has
+    the model in ``eval()`` mode and float32; the mode and the dtype of ``model`` itself do not change.
 
     Args:
-        model: on the CPU.
-        path: ends in ``.onnx`` for ``"onnx"``, else in ``.pt2``. What it held is kept until the new file is proved.
-        format: ``"onnx"`` (opset 20, by the references, for any runtime), ``"torch"`` (``torch.export.load``; with
-            ``use_fused`` it needs ``import cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with ``use_fused`` the
-            program that loads it opens ``cxv_kernels/_cpu.abi3.so`` before).
-        img_size: pixels a side, or (H, W), of the images that are tried. in_chans: their channels.
-        images: normalized images (N, in_chans, S, S) float32 to compare on too.
-        calibration: such images, and what is written is an int8 model (``"onnx"`` alone): convolutions and linear maps
-            in 8 bits, static scales from these images, everything else in float32.
-        metadata: goes into the file, as JSON under the name ``cxv``.
+        model: A model on the CPU.
+        path: File to write, ``.onnx`` for ``"onnx"``, otherwise ``.pt2``. An existing file is replaced only after the
+            check.
+        format: ``"onnx"`` (opset 20, plain operators, for any runtime), ``"torch"`` (for ``torch.export.load``; with
+            ``use_fused`` the program must import ``cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with
+            ``use_fused`` the program must first load ``cxv_kernels/_cpu.abi3.so``).
+        img_size: Side of the images for the check in pixels, or (H, W).
+        in_chans: Channels of these images.
+        images: More images for the check, normalized, shape (N, in_chans, S, S), float32.
+        calibration: Images like ``images``, from which an int8 model is calibrated (only for ``"onnx"``). Convolutions
+            and linear maps then have 8 bits and static scales; all other operators stay in float32.
+        metadata: Dict that is written into the file as JSON, under the name ``cxv``.
 
     Raises:
-        InputError: another format or suffix, a missing package or compiler, a file that cannot be written, or one that
-            does not compute what the model does: then nothing has been written.
+        InputError: If the format or suffix is wrong, a package or compiler is missing, the file cannot be written, or
+            it does not agree with the model. Nothing is written then.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -128,9 +132,12 @@ def export_model(
 
 @python_numbers
 def load_exported(path: str | Path, format: str, threads: int = 0) -> Run:
-    """What a file of :func:`export_model` computes: normalized images (B, C, H, W) float32 → logits (B, classes).
+    """Load a file of :func:`export_model` as a function of normalized images (B, C, H, W) that returns logits.
 
-    ``threads``: of onnxruntime (0: one a core); the others take PyTorch's.
+    Args:
+        path: The file.
+        format: Its format, see :func:`export_model`.
+        threads: Threads of onnxruntime (0: one per core). The other formats use the threads of PyTorch.
     """
     if format == "torch":
         return torch.export.load(path).module()
@@ -146,11 +153,11 @@ def load_exported(path: str | Path, format: str, threads: int = 0) -> Run:
 
 
 def _trace(model: nn.Module, in_chans: int, sizes: Sequence[tuple[int, int]]) -> tuple["ExportedProgram", bool]:
-    """The graph for images of the first size, or of any where that takes the second too; and which of both."""
+    """Return the graph, and whether it accepts images of any size or only of the first of ``sizes``."""
     from torch.export import Dim, export
 
     example, other = (torch.zeros(2, in_chans, *size) for size in sizes)
-    # learned positions and class tokens fix the size, and fewer tokens than landmarks bound it
+    # learned positions and class tokens fix the size, and the number of landmarks limits it
     program = export(model, (example,), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.AUTO, 3: Dim.AUTO},))
     try:
         program.module()(other)
@@ -190,9 +197,9 @@ _WRITERS: dict[str, Callable[["ExportedProgram", Path, str], None]] = {
 
 
 def _quantize(path: Path, calibration: Tensor) -> None:
-    """Put the int8 form of an ONNX file in its place.
+    """Replace an ONNX file by its int8 form.
 
-    Only what has weights: 8 bits do not hold the range of FAVOR+'s exponentials.
+    Only operators with weights are quantized, because 8 bits are not enough for the range of FAVOR+'s exponentials.
     """
     quantization = need("onnxruntime.quantization", "export")
     shape_inference = need("onnxruntime.quantization.shape_inference", "export")
@@ -223,7 +230,11 @@ def _quantize(path: Path, calibration: Tensor) -> None:
 def _compare(
     model: nn.Module, run: Run, tried: Sequence[Tensor], real: Sequence[Tensor], int8: bool, path: Path
 ) -> tuple[float, float | None]:
-    """The largest difference and the agreement on the real images; InputError where they are too large or small."""
+    """Return the largest difference, and the agreement on the real images.
+
+    Raises:
+        InputError: If the difference is too large or the agreement too small.
+    """
     difference, same = 0.0, 0
     for i, images in enumerate([*tried, *real]):
         want = model(images)

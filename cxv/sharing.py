@@ -1,4 +1,4 @@
-"""Weights to give away: one safetensors file that says which model they are of, and how it was trained."""
+"""Share weights in one safetensors file that describes the model and its training."""
 
 import json
 from collections.abc import Mapping
@@ -18,28 +18,32 @@ from .models.backbone import Backbone
 from .models.registry import build_trained
 
 _PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
-"""A run's arguments that are nobody else's business."""
+"""Arguments of a run that are not written into a shared file."""
 
 
 def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which: str = "best", **metadata: Any) -> None:
-    """Write a model's weights, and what is needed to use them, into one safetensors file, atomically.
+    """Write the weights of a model and their metadata into one safetensors file, atomically.
 
-    ``cxv.create_model(name, checkpoint=path)``, ``cxv eval`` and ``cxv predict`` read it, and so does whatever else
-    reads safetensors. A fresh model takes the weights before anything is written.
+    ``cxv.create_model(name, checkpoint=path)``, ``cxv eval``, ``cxv predict`` and every other reader of safetensors can
+    read the file. Before it is written, the weights are loaded into a new model as a check.
 
     Args:
-        source: a model of :func:`cxv.create_model`, also compiled or in (Distributed)DataParallel, or what
-            ``cxv train`` wrote: its ``--output`` or a ``.pt`` file.
-        path: the file to write, ``….safetensors``.
-        which: ``"best"`` or ``"last"``, of a run's weights.
-        **metadata: in place of what ``source`` says (see ``cxv.checkpoint.METADATA``): ``classes``, names in
-            label order, by default the labels' numbers; ``normalization``, the mean and std of pixels in [0, 1], by
-            default the paper's 0.5 and 0.5; ``seed``; ``metrics``, numbers by name; and, for a model that
-            :func:`cxv.create_model` did not build, ``model_name`` and ``model_kwargs``.
+        source: A model of :func:`cxv.create_model`, also compiled or in (Distributed)DataParallel; or the ``--output``
+            of ``cxv train``; or a ``.pt`` file in it.
+        path: File to write. Its name ends in ``.safetensors``.
+        which: Weights of the ``"best"`` or the ``"last"`` epoch of a run.
+        **metadata: Entries that replace the metadata of ``source`` (see ``cxv.checkpoint.METADATA``): ``classes``,
+            names in label order (default: the labels); ``normalization``, mean and std of pixels in [0, 1] (default:
+            0.5 and 0.5, as in the paper); ``seed``; ``metrics``, numbers by name. For a model that
+            :func:`cxv.create_model` did not build, also ``model_name`` and ``model_kwargs``.
 
     Raises:
-        InputError: no such checkpoint, or a damaged one; metadata that are unknown or do not fit the model;
-            weights that are quantized or sharded; a file that cannot be written.
+        InputError: If the checkpoint is missing or damaged, the metadata are unknown or do not fit the model, the
+            weights are quantized or sharded, or the file cannot be written.
+
+    Example::
+
+        cxv.save_safetensors("runs/digits-cpv-2-4", "model.safetensors")
     """
     from safetensors.torch import save
 
@@ -62,16 +66,16 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
                 "gather sharded weights"
             )
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    with torch.random.fork_rng(devices=[]):  # the fresh model's initial weights are not the caller's draws
+    with torch.random.fork_rng(devices=[]):  # the new model must not change the caller's random state
         build_trained({**metadata, "model": weights}, f"{path} (not written)", {})
     atomic_write(path, save(weights, {"format": "pt", METADATA_KEY: json.dumps(metadata)}))
 
 
 def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, Any]:
-    """The metadata of a model or of a checkpoint, those of ``given`` first.
+    """Return the metadata of a model or a checkpoint; ``given`` replaces entries.
 
     Raises:
-        InputError: metadata that are unknown, missing, of the wrong type, or that contradict one another.
+        InputError: If metadata are unknown, missing, of the wrong type or contradictory.
     """
     unknown = sorted(given.keys() - METADATA.keys())
     if unknown:
@@ -103,7 +107,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model within what torch.compile and data parallelism put around it."""
+    """Return the model inside the wrappers of torch.compile and data parallelism."""
     while hasattr(model, "_orig_mod") or isinstance(model, DataParallel | DistributedDataParallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
@@ -120,7 +124,7 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a ``.pt`` of ``cxv train``, or of what was read from a safetensors file."""
+    """Return the metadata of a ``.pt`` file of ``cxv train``, or of a safetensors file."""
     found = {name: checkpoint[name] for name in METADATA if name in checkpoint}
     found["args"] = {k: v for k, v in checkpoint["args"].items() if v is not None and k not in _PRIVATE}
     if "history" in checkpoint:
