@@ -1,7 +1,7 @@
-"""What the models are built of: pixels as tokens, residual branches, convolution with norm, and the MLP.
+"""Building blocks of the models: pixels as tokens, residual branches, convolution with norm, and the MLP.
 
-A residual branch keeps its input alone for the backward pass. :meth:`ResidualBranch.forward` says how, from top to
-bottom; the layers above it apply linear maps to pixels, those below it are the branches and sub-layers themselves.
+A residual branch saves only its input for the backward pass; :meth:`ResidualBranch.forward` implements this. The
+functions above it apply linear maps to pixels, and the classes below it are the sub-layers.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +18,8 @@ import cxv_kernels
 from cxv_kernels.tracing import record_call, refuse_torchscript
 from cxv_kernels.validation import is_plain_tensor
 
-# Tokens of a chunk: what backward recomputes at once is small. On a CPU its widest tensors stay in the last-level
-# cache; a GPU needs more work at a time to be full (how much, nobody has measured yet).
+# Tokens of a chunk, which backward recomputes at once. On a CPU the widest tensors of a chunk stay in the last-level
+# cache. A GPU needs more work at a time; the number for GPUs has not been measured yet.
 CHUNK_TOKENS = 8192
 DEVICE_CHUNK_TOKENS = 65536
 
@@ -28,18 +28,18 @@ DEVICE_CHUNK_TOKENS = 65536
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H·W, C), pixels in raster order; a view if x is channels_last."""
+    """Reshape x (B, C, H, W) to (B, H·W, C), pixels in raster order. The result is a view if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_pixels(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H·W, C) → (B, C, H, W), channels_last in memory; a view."""
-    # no unflatten: torch.onnx.export(dynamo=False) takes the sizes of its result for constants
+    """Return tokens (B, H·W, C) as a view (B, C, H, W), channels_last in memory."""
+    # not unflatten, because torch.onnx.export(dynamo=False) treats the sizes of its result as constants
     return tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], *like.shape[2:])
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """x (B, C, H, W), channels_last in memory; by what ``torch.func.vmap`` has a rule for."""
+    """Convert x (B, C, H, W) to channels_last with operations that ``torch.func.vmap`` supports."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -47,7 +47,7 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """True if a hook may change, or hold on to, what goes into or comes out of one of these modules."""
+    """Return True if a hook can change or keep the input or output of one of these modules."""
     own = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
     shared = nn.modules.module
     forward = shared._global_forward_hooks or shared._global_forward_pre_hooks
@@ -55,9 +55,12 @@ def has_hooks(*modules: nn.Module) -> bool:
 
 
 def is_unmodified(layer: nn.Module) -> bool:
-    """True if the layer is an unmodified nn.Linear, nn.Conv2d ("same" padding) or nn.LayerNorm without hooks whose
-    weights are plain tensors, so that they can go to a fused op. Every other layer must be called: an adapter, a pruned
-    layer, one with quantized or distributed weights (tensor subclasses), one that a hook observes."""
+    """Return True if a fused op can use the weights of the layer directly.
+
+    The layer is then an nn.Linear, nn.Conv2d ("same" padding) or nn.LayerNorm without hooks and with plain tensors as
+    weights. Every other layer must be called: an adapter, a pruned layer, a layer with hooks, or a layer with quantized
+    or distributed weights (tensor subclasses).
+    """
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.LayerNorm) or "forward" in layer.__dict__ or has_hooks(layer):
         return False
     if not all(t is None or is_plain_tensor(t) for t in (layer.weight, layer.bias)):
@@ -69,9 +72,9 @@ def is_unmodified(layer: nn.Module) -> bool:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The linear map weight (C_out, C_in) at every pixel of x (B, C_in, H, W)."""
-    # float32 on a CPU: oneDNN's convolution is up to twice as fast as the BLAS behind F.linear, and its backward is a
-    # fifth faster where all tokens are one row of pixels
+    """Apply the linear map ``weight`` (C_out, C_in) to every pixel of x (B, C_in, H, W)."""
+    # In float32 on a CPU, oneDNN's convolution is up to twice as fast as the BLAS behind F.linear, and its backward is
+    # a fifth faster if all tokens are one row of pixels.
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and not torch.is_autocast_enabled("cpu"):
         row = to_tokens(x).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
         y = F.conv2d(row, weight[:, :, None, None], bias)
@@ -111,19 +114,19 @@ def records_or_transforms() -> bool:
 
 
 class ForwardState:
-    """Hold what a forward pass reads, so that ``torch.utils.checkpoint`` can recompute it in the backward pass.
+    """Store the state of a module, so that ``torch.utils.checkpoint`` can recompute a forward pass in backward.
 
-    Create it right before the forward pass. The recomputation then uses the backend, the ``training`` and
-    ``requires_grad`` flags, the submodules and the weights of the forward pass (``torch.func.functional_call`` may have
-    lent them). Afterwards the module is as it was before the recomputation.
+    Create it directly before the forward pass. The recomputation then uses the backend, the ``training`` and
+    ``requires_grad`` flags, the submodules and the weights of the forward pass, even if
+    ``torch.func.functional_call`` had replaced them. Afterwards the module has its own state again.
 
     Args:
-        module: the module that is recomputed.
-        changing: its submodules whose forward pass may change their buffers, such as BatchNorm. The recomputation gets
-            copies with the values from before the forward pass, so that nothing is updated twice.
+        module: The module that is recomputed.
+        changing: Submodules whose forward pass can change their buffers, such as BatchNorm. The recomputation gets
+            copies with the values from before the forward pass, so no buffer is updated twice.
 
     Raises:
-        RuntimeError: in the backward pass, if a weight or another buffer was changed in place since the forward pass.
+        RuntimeError: In the backward pass, if a weight or another buffer was modified in place after the forward pass.
     """
 
     def __init__(self, module: nn.Module, changing: Iterable[nn.Module] = ()):
@@ -145,7 +148,7 @@ class ForwardState:
                         self._tensors.append((table, name, t, _version(t), t.requires_grad))
 
     def checkpoint(self, function: Callable[..., Tensor], *args: Any, preserve_rng_state: bool) -> Tensor:
-        """``function(*args)``, of which the backward pass has the tensors in ``args`` alone."""
+        """Return ``function(*args)`` and save only the tensors in ``args`` for the backward pass."""
         is_forward = True
 
         def run(*args: Any) -> Tensor:
@@ -194,7 +197,7 @@ def _version(tensor: Tensor) -> int | None:
 def _is_sharded(then: Tensor, now: Tensor | None) -> bool:
     """Return True if FSDP has replaced the shard ``then`` by the whole parameter ``now``, outside of the forward pass.
 
-    Its hooks do so again before the recomputation, so that ``now`` is to be used.
+    Its hooks do this again before the recomputation, which must then use ``now``.
     """
     if now is None or now is then:
         return False
@@ -206,20 +209,21 @@ def _is_sharded(then: Tensor, now: Tensor | None) -> bool:
 
 
 class DropoutFn:
-    """Dropout of pixels (B, C, H, W) with a mask that is a function of a seed, so that a recomputation drops the same.
+    """Dropout of pixels (B, C, H, W) with a mask from a seed, so that a recomputation drops the same elements.
 
     Args:
-        rate: the probability of a zero. seed: see :func:`cxv_kernels.dropout_seed`; None for no dropout.
-        first_image: the place of the first of the B images in the batch, for their part of the batch's mask.
-        path: stochastic depth (Huang et al. 2016), the factor (B,) of each image's branch, or None for 1.
-        backend: as in :func:`cxv_kernels.dropout`.
+        rate: Probability of a zero.
+        seed: See :func:`cxv_kernels.dropout_seed`. None disables dropout.
+        first_image: Index in the batch of the first image, which selects the slice of the batch's mask.
+        path: Stochastic depth (Huang et al. 2016): a factor for the branch of each image, shape (B,), or None.
+        backend: As in :func:`cxv_kernels.dropout`.
     """
 
     def __init__(self, rate: float, seed: Tensor | None, first_image: int, path: Tensor | None, backend: str | None):
         self.rate, self.seed, self.first_image, self.path, self.backend = rate, seed, first_image, path, backend
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + path · dropout(x)."""
+        """Return residual + path · dropout(x)."""
         tokens, residual = to_tokens(x), to_tokens(residual)
         if self.path is not None:
             tokens = tokens if self.seed is None else self._dropout(cxv_kernels.dropout, tokens)
@@ -231,7 +235,7 @@ class DropoutFn:
         return to_pixels(out, x)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """dropout(GELU(x))."""
+        """Return dropout(GELU(x))."""
         tokens = to_tokens(x)
         return to_pixels(F.gelu(tokens) if self.seed is None else self._dropout(cxv_kernels.gelu_dropout, tokens), x)
 
@@ -249,15 +253,17 @@ class ResidualBranch(nn.Module):
     ``use_fused=False``.
 
     Args:
-        dim: C. drop_rate: probability of a zero in training. pre_norm: a LayerNorm before the branch.
-        use_fused: see above; False also pins the reference.
-        recompute: False keeps the activations for backward instead, on the whole batch: faster, with more memory.
-        drop_path_rate: probability that an image skips the branch in training.
+        dim: C, the channels.
+        drop_rate: Probability of dropout in training.
+        use_fused: Use the fused ops, see above. False uses the reference.
+        pre_norm: Apply a LayerNorm before the branch.
+        recompute: If False, save the activations of the whole batch, which is faster and needs more memory.
+        drop_path_rate: Probability in training that an image skips the branch.
     """
 
-    num_dropouts = 1  # of the branch
-    first_image = 0  # place of x's first image in the batch: given a part of a batch, dropout uses that part's masks
-    couples_images = False  # True if the result for an image depends on the other images: the batch is one chunk then
+    num_dropouts = 1  # number of dropouts in the branch
+    first_image = 0  # index in the batch of x's first image, so that a slice of a batch uses its slice of the masks
+    couples_images = False  # True if an image changes the results of others; the batch is then one chunk
     __prepare_scriptable__ = refuse_torchscript
 
     def __init__(
@@ -277,11 +283,11 @@ class ResidualBranch(nn.Module):
         self.backend = None if use_fused else "reference"
 
     def forward_chunk(self, x: Tensor, *dropouts: DropoutFn) -> Tensor:
-        """x + the branch of x, some of the batch's images; the last of the dropouts adds x."""
+        """Return x + branch(x) for some images of the batch. The last dropout adds x."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """(B, C, H, W) → the same; ``inplace`` allows the result to be written into x where no gradient is wanted."""
+        """Return x + branch(x). With ``inplace`` and without gradients, the result may be written into x."""
         if isinstance(x, Proxy):
             return record_call(self, x)
         grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
@@ -316,24 +322,24 @@ class ResidualBranch(nn.Module):
         return out
 
     def normed(self, x: Tensor) -> Tensor:
-        """The input of the branch, (B, C, H, W): x, or its norm."""
+        """Return x (B, C, H, W), or its norm if the branch has one."""
         return x if self.pre_norm is None else to_pixels(self.pre_norm(to_tokens(x)), x)
 
     def _chunk_size(self, x: Tensor) -> int:
-        """Images of a chunk, at least 1."""
+        """Return the number of images per chunk, at least 1."""
         if self.couples_images:
             return max(1, x.shape[0])
         tokens = CHUNK_TOKENS if x.device.type == "cpu" else DEVICE_CHUNK_TOKENS
         return max(1, tokens // max(1, x.shape[2] * x.shape[3]))
 
     def _draw_noise(self, device: torch.device) -> tuple[Any, ...]:
-        """The rates of dropout and stochastic depth, 0 unless in training, and a seed for each that is above 0."""
+        """Return the rates of dropout and stochastic depth (0 in evaluation) and the seeds for nonzero rates."""
         drop, path = (self.drop_rate, self.drop_path_rate) if self.training else (0.0, 0.0)
         count = (self.num_dropouts if drop else 0) + (1 if path else 0)
         return drop, path, *(cxv_kernels.dropout_seed(device) for _ in range(count))
 
     def _run(self, x: Tensor, first_image: int, drop_rate: float, path_rate: float, *seeds: Tensor) -> Tensor:
-        """forward_chunk(x) with the masks of these seeds."""
+        """Return forward_chunk(x) with the masks of these seeds."""
         path = None
         if path_rate:
             *seeds, seed = seeds
@@ -349,7 +355,7 @@ class ResidualBranch(nn.Module):
 
 
 class Mlp(ResidualBranch):
-    """x + the MLP of x: 1×1 convolution, GELU, dropout, 1×1 convolution, dropout. More arguments: ResidualBranch's."""
+    """x + MLP(x): 1×1 convolution, GELU, dropout, 1×1 convolution, dropout. Further arguments: ResidualBranch."""
 
     num_dropouts = 2
 
@@ -364,9 +370,9 @@ class Mlp(ResidualBranch):
 
 
 class ConvNorm(nn.Module):
-    """The convolutional sub-layer: 3×3 convolution, then LayerNorm over channels (section 3.3 and 3.4), in one op.
+    """The convolutional sub-layer: 3×3 convolution, then LayerNorm over channels (sections 3.3 and 3.4), in one op.
 
-    Modified or replaced layers are called one by one: a LayerNorm gets tokens (B, N, C), another norm pixels.
+    Modified or replaced layers are called separately: a LayerNorm gets tokens (B, N, C), another norm gets pixels.
     """
 
     __prepare_scriptable__ = refuse_torchscript
@@ -378,11 +384,11 @@ class ConvNorm(nn.Module):
         self.backend = None if use_fused else "reference"
 
     def owns_output(self) -> bool:
-        """Return True if nobody else can hold the output: the layers are PyTorch's own."""
+        """Return True if no other code can hold the output, because the layers are unmodified."""
         return is_unmodified(self.conv) and type(self.norm) is nn.LayerNorm
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → (B, out_chans, H, W)."""
+        """Map x (B, in_chans, H, W) to (B, out_chans, H, W)."""
         if isinstance(x, Proxy):
             return record_call(self, x)
         conv, norm = self.conv, self.norm
@@ -394,5 +400,5 @@ class ConvNorm(nn.Module):
         return self.normalize(conv(x))
 
     def normalize(self, y: Tensor) -> Tensor:
-        """The norm of y (B, out_chans, H, W)."""
+        """Apply the norm to y (B, out_chans, H, W)."""
         return to_pixels(self.norm(to_tokens(y)), y) if isinstance(self.norm, nn.LayerNorm) else self.norm(y)

@@ -1,6 +1,6 @@
-"""CPV, CNV and CLTV with the changes that the paper tries in section 5, and that do harm or gain nothing.
+"""CPV, CNV and CLTV with the ablations of section 5 of the paper, which do not improve the models.
 
-``cxv.create_model("cnv-5/4", stem_convs=3)`` builds one of these if an argument is theirs.
+``cxv.create_model("cnv-5/4", stem_convs=3)`` builds a variant if one of its arguments is passed.
 """
 
 import inspect
@@ -20,13 +20,13 @@ from .cxv import CLTV, CNV, CPV
 
 
 class StdLayerNorm(nn.LayerNorm):
-    """The released code's LayerNorm: (x − μ) / (σ + eps) instead of (x − μ) / √(σ² + eps).
+    """LayerNorm of the released code: (x − μ) / (σ + eps) instead of (x − μ) / √(σ² + eps).
 
-    Its gradient is NaN where all channels are equal.
+    Its gradient is NaN if all channels are equal.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, C) → the same."""
+        """Normalize x (…, C) over its channels."""
         std = x.var(dim=-1, correction=0, keepdim=True).sqrt()
         return (x - x.mean(dim=-1, keepdim=True)) / (std + self.eps) * self.weight + self.bias
 
@@ -35,9 +35,9 @@ NORMS = {"layer": nn.LayerNorm, "layer_std": StdLayerNorm, "batch": nn.BatchNorm
 
 
 class ConvNormVariant(ConvNorm):
-    """GELU between convolution and norm, another norm or none, a residual around the convolution or both.
+    """ConvNorm with GELU before the norm, another norm or none, or a residual around the convolution or both.
 
-    A residual needs as many channels out as in, and is left out elsewhere.
+    The residual is omitted if the numbers of input and output channels differ.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ConvNormVariant(ConvNorm):
         self.residual = residual if in_chans == out_chans else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → (B, out_chans, H, W)."""
+        """Map x (B, in_chans, H, W) to (B, out_chans, H, W)."""
         if isinstance(x, Proxy):
             return record_call(self, x)
         if self.act is None and self.residual != "conv":
@@ -62,28 +62,30 @@ class ConvNormVariant(ConvNorm):
 
 
 class Variant:
-    """The arguments of section 5, for a subclass that is one of our models, too.
+    """The arguments of section 5, for a subclass that also derives from one of our models.
+
+    The results in parentheses are those of the paper.
 
     Args:
-        stem_convs: 1 to 3 convolutions in the stem, to C/2 channels, halved towards the image (Table 2, CNV on
-            CIFAR-10: 89.45, 89.93 and 89.56 %).
-        stem_padding: 0 lets the stem shrink the image (17 % less memory, under 2 points lost).
-        stem_act: GELU between the stem's convolutions (about 2 points lost).
-        stem_pool: a 3×3 max-pooling of stride 1 after each, as in CCT ("similar decrease").
+        stem_convs: Number of convolutions in the stem, 1 to 3. The last has C/2 channels, each one before it half as
+            many (Table 2, CNV on CIFAR-10: 89.45, 89.93 and 89.56 %).
+        stem_padding: With 0 the stem shrinks the image (17 % less memory, a loss of less than 2 points).
+        stem_act: GELU between the convolutions of the stem (a loss of about 2 points).
+        stem_pool: 3×3 max-pooling with stride 1 after each convolution, as in CCT ("similar decrease").
         conv_act: GELU between convolution and norm of a layer ("decrease").
-        conv_every: 2 leaves convolution and norm to layers 0, 2, 4 … ("degraded").
-        conv_residual: a residual around the ``"conv"`` or the ``"conv_norm"`` of a layer, where the channels agree, so
-            not in layer 0 ("no gain").
+        conv_every: With 2, only layers 0, 2, 4 … have convolution and norm ("degraded").
+        conv_residual: Residual around the ``"conv"`` or the ``"conv_norm"`` of each layer except layer 0, whose numbers
+            of channels differ ("no gain").
         positions: ``"learned"``, a vector per token before each attention, or ``"rotary"`` ("no gain"). Learned
             positions fix the size of the image.
-        norm: ``"layer"``, ``"layer_std"`` (the released code's, whose eps is added to the standard deviation; its
-            gradient is NaN where a pixel's channels are equal) or ``"batch"`` (over 4 points lost).
-        norm_every: 2 leaves the norm to layers 0, 2, 4 … ("the loss does not converge").
-        pre_norm: a LayerNorm inside each residual branch, besides the others ("degraded considerably").
-        **kwargs: the model's own.
+        norm: ``"layer"``, ``"layer_std"`` (the norm of the released code, which adds eps to the standard deviation; its
+            gradient is NaN if all channels of a pixel are equal) or ``"batch"`` (a loss of more than 4 points).
+        norm_every: With 2, only layers 0, 2, 4 … have a norm ("the loss does not converge").
+        pre_norm: Additional LayerNorm inside each residual branch ("degraded considerably").
+        **kwargs: Arguments of the model.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
     """
 
     @python_numbers
@@ -129,7 +131,7 @@ class Variant:
                 )
 
     def _make_stem(self, convs: int, padding: int, act: bool, pool: bool) -> tuple[nn.Sequential, int]:
-        """The stem, and the number of tokens after it."""
+        """Return the stem and the number of tokens after it."""
         if self.embed_dim % 2 ** max(convs, 2):
             raise ValueError(f"embed_dim must be a multiple of {2**convs}, got {self.embed_dim}")
         height, width = image_size(self.img_size)

@@ -34,10 +34,10 @@ _FLUSH_EVERY = 16  # batches between two reads of the loss: each read makes a GP
 
 @dataclass
 class EpochState:
-    """Where an epoch is: all that a checkpoint needs to continue it after its last whole step.
+    """The progress of an epoch, from which a checkpoint continues after the last complete step.
 
-    ``sampler`` is the state of the sampler's generator before the epoch, ``lr`` the rate of its first step; the sums
-    are over ``seen`` images, and ``skipped`` counts steps that an fp16 overflow skipped.
+    ``sampler`` is the state of the sampler's generator before the epoch, and ``lr`` the rate of the first step. The
+    sums are over ``seen`` images. ``skipped`` counts the steps that were skipped after an fp16 overflow.
     """
 
     sampler: Tensor
@@ -51,10 +51,10 @@ class EpochState:
 
 @dataclass
 class Engine:
-    """Trains a model for one epoch at a time and evaluates it.
+    """Train a model for one epoch at a time and evaluate it.
 
-    ``scheduler`` is stepped, and ``average`` updated, after every step; the average's weights are evaluated if there is
-    one. ``augment`` may be changed between epochs.
+    Every step steps ``scheduler`` and updates ``average``. If there is an average, its weights are evaluated.
+    ``augment`` can be changed between epochs.
     """
 
     model: nn.Module
@@ -253,19 +253,22 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager] | None = None,
     world: World | None = None,
 ) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and exact top-1 (per cent) over every image, in ``eval()`` mode.
+    """Evaluate a model on every image, in ``eval()`` mode.
 
     Args:
-        model: images (B, C, H, W) → logits (B, classes); its mode is put back.
-        data: a split of :func:`load_data`, or a ``DataLoader``, or any batches of images as the model takes them and
-            labels (B,) int64.
-        batch_size: of a split.
-        device: where the batches go; default: the model's.
-        autocast: makes the context of a forward pass; default: none.
-        world: processes, all of which must call it, that share the images of a split; none is counted twice.
+        model: Module that maps images (B, C, H, W) to logits (B, classes). Its mode is restored afterwards.
+        data: A split of :func:`load_data`, a ``DataLoader``, or an iterable of batches (images, labels) with labels of
+            shape (B,) in int64.
+        batch_size: Batch size for a split.
+        device: Device of the batches. Default: the device of the model.
+        autocast: Function that returns the context of a forward pass. Default: no autocast.
+        world: Processes that share the images of a split. All of them must call the function.
+
+    Returns:
+        Mean cross-entropy (nats) and top-1 accuracy (per cent).
 
     Raises:
-        InputError: ``data`` is something else, or empty.
+        InputError: If ``data`` is something else, or empty.
     """
     if not isinstance(data, ImageSet | Iterable):
         raise InputError(
@@ -292,7 +295,7 @@ def predict(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager] | None = None,
 ) -> Tensor:
-    """Logits (images, classes) of every image, in ``eval()`` mode: float32, on the CPU."""
+    """Return the logits (images, classes) of every image in ``eval()`` mode, in float32 on the CPU."""
     results = _logits(model, data, batch_size, torch.device(device), autocast, World())
     return torch.cat([logits.cpu() for logits, _ in results])
 
@@ -325,10 +328,10 @@ def _logits(
 
 
 def pick_device(name: str) -> torch.device:
-    """``"auto"`` (a GPU if there is one) or a torch device name.
+    """Return the device of a name: ``"auto"`` (a GPU if there is one) or the name of a torch device.
 
     Raises:
-        InputError: no such device here.
+        InputError: If the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -345,10 +348,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A factory of the context that a forward pass of this precision runs in.
+    """Return a function that makes the context of a forward pass in this precision.
 
     Raises:
-        InputError: unknown, or fp16 on a CPU, where torch has no fast half arithmetic to train with.
+        InputError: If the precision is unknown, or is fp16 on a CPU, which has no fast fp16 arithmetic in torch.
     """
     if precision not in PRECISIONS:
         raise InputError(f"`precision`: expected one of {', '.join(PRECISIONS)}, got {precision!r}")

@@ -60,10 +60,10 @@ from .optim import (
 
 @dataclass
 class TrainResult:
-    """``best_top1`` (per cent) was reached at ``best_epoch`` of ``epochs``; the files are in ``output``.
+    """The result of a run. Its files are in ``output``.
 
-    ``best_top1`` is that of the validation images if there are any, else of the test set; ``summary`` has the top-1 of
-    the test set.
+    ``best_top1`` (per cent) was reached at ``best_epoch`` of ``epochs``, on the validation images if there are any,
+    else on the test set. ``summary`` has the top-1 accuracy on the test set.
     """
 
     best_top1: float
@@ -74,20 +74,24 @@ class TrainResult:
 
 
 def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> TrainResult:
-    """Train a model with DualOpT (or one of its phases), or continue a run (``resume``), and write it into ``output``.
+    """Train a model with DualOpT (or one of its phases), or resume a run, and write the run into ``config.output``.
 
-    After every epoch ``last.pt`` (and ``best.pt`` at a best) and ``metrics.jsonl`` are replaced atomically; a run that
-    is killed continues from ``last.pt``, on the CPU to the same bits as if nothing had happened. Top-1 of the test set
-    selects the best epoch, as in the paper. With ``validation``, top-1 of these held-out training images selects it,
-    and the test set is evaluated once, after the last epoch, with the selected weights. Sets torch's and Python's
-    random seeds and, given ``threads``, torch's number of threads.
+    After every epoch ``last.pt`` and ``metrics.jsonl`` are replaced atomically, and ``best.pt`` if the epoch is the
+    best. A run that was killed continues from ``last.pt``; on the CPU it gives the same bits as an uninterrupted run.
+    Top-1 accuracy on the test set selects the best epoch, as in the paper. With ``validation``, top-1 on held-out
+    training images selects it, and the test set is evaluated once, after the last epoch, with the selected weights. The
+    function sets the random seeds of torch and Python and, with ``threads``, the number of threads of torch.
 
-    Under torch's default process group (:func:`cxv.training.distributed.process_group`) its processes train one model
-    together: each computes its shard of every batch, and the main one writes. The result is that of one process with
-    the same batches, within rounding.
+    In torch's default process group (:func:`cxv.training.distributed.process_group`) all processes train one model
+    together: each computes its shard of every batch, and the main process writes the files. The result equals that of
+    one process with the same batches, up to rounding.
+
+    Args:
+        config: The arguments of the run.
+        log: Function that receives the log lines. Default: print them.
 
     Raises:
-        InputError: bad arguments or files, a directory that holds another run, or a loss that is not finite.
+        InputError: If arguments or files are invalid, the directory has another run, or the loss is not finite.
     """
     return Trainer(config, log).run()
 
@@ -125,8 +129,8 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            InputError: as :func:`train`.
-            KeyboardInterrupt: Ctrl-C or SIGTERM, after what was done is saved.
+            InputError: As :func:`train`.
+            KeyboardInterrupt: After Ctrl-C or SIGTERM, when the run is saved.
         """
         self._begin()
         with self._explained_errors(), deferred_interrupts():
@@ -189,7 +193,7 @@ class Trainer:
         """Run one image (C, H, W) through the model before the run writes anything: some arguments fail only there.
 
         Raises:
-            InputError: the model refuses it.
+            InputError: If the model does not support the image.
         """
         try:
             with torch.no_grad(), self.autocast():
@@ -214,7 +218,7 @@ class Trainer:
             self.resume_state = saved.get("resume_state")
 
     def _begin(self) -> None:
-        """Log what is about to happen, and make or check the output."""
+        """Log the configuration of the run, and create or check the output directory."""
         config, log = self.config, self.log
         if self._model_is_default:
             width = "" if config.embed_dim is None else f" with `embed_dim` {config.embed_dim}"
@@ -280,7 +284,7 @@ class Trainer:
             self.log(post_training_line(self.opt, self.config, reason))
 
     def _test_once(self) -> None:
-        """Evaluate the test set with the selected weights, unless that is done, and add it to their epoch's line."""
+        """Evaluate the test set with the selected weights, once, and add the result to the line of their epoch."""
         row = next(row for row in self.history if row["epoch"] == self.opt.best_epoch)
         if "test_top1" in row:
             return
@@ -304,9 +308,9 @@ class Trainer:
         """Write the checkpoint and ``metrics.jsonl``.
 
         Args:
-            best: it is the best one, too.
-            resume_state: of the engine, in the middle of an epoch.
-            keep: keep the last checkpoint as the previous one.
+            best: Also write it as the best checkpoint.
+            resume_state: State of the engine in the middle of an epoch.
+            keep: Keep the last checkpoint as the previous one.
         """
         with self.world.sync_errors():
             if not self.world.is_main:
@@ -349,7 +353,10 @@ class Trainer:
 
     @contextmanager
     def _explained_errors(self) -> Iterator[None]:
-        """A block whose interruption saves the run, and whose lack of memory or of a process is an InputError."""
+        """In the block, save the run if it is interrupted, and convert some errors to ``InputError``.
+
+        These are the errors if memory is exhausted, or if another process has ended.
+        """
         resume = f"go on with  cxv train --resume --output {self.output}"
         try:
             yield
@@ -407,10 +414,10 @@ def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, 
 def _create(
     config: TrainConfig, kwargs: dict[str, Any], saved: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, with the weights of ``config.init`` if a run begins with those, and all of its arguments.
+    """Return the model, with the weights of ``config.init`` if a run starts from them, and all of its arguments.
 
     Raises:
-        InputError: the model cannot be built, or the weights are not of this model.
+        InputError: If the model cannot be built, or the weights do not fit it.
     """
     if saved is None and config.init is not None:
         try:
