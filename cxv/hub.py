@@ -1,7 +1,7 @@
-"""Models on the Hugging Face Hub (extra ``hub``), by huggingface_hub's mixin.
+"""Share models on the Hugging Face Hub, with the mixin of huggingface_hub (extra ``hub``).
 
-What is shared is the file of :func:`cxv.save_safetensors`, a copy of its metadata in ``config.json``, for people and
-the Hub to read, and a model card. Only the safetensors file is read back, and it cannot run code.
+A repository has the file of :func:`cxv.save_safetensors`, a copy of its metadata in ``config.json`` for people and the
+Hub, and a model card. Only the safetensors file is read back, and it cannot run code.
 """
 
 import inspect
@@ -42,17 +42,21 @@ class HubModel(
     pipeline_tag="image-classification",
     tags=["cxv", "image-classification", "linear-attention"],
 ):
-    """A model with its metadata, and the mixin's ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
+    """A model with its metadata, and the methods ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
 
-    ``HubModel.from_checkpoint("runs/digits-cpv-2-4").push_to_hub("me/cpv-digits")``, and elsewhere
-    ``HubModel.from_pretrained("me/cpv-digits")``; ``.model`` is the model proper, ``.metadata`` what is known of it.
+    ``.model`` is the wrapped model, and ``.metadata`` has its metadata.
 
     Args:
-        model: of :func:`cxv.create_model`. **metadata: as in :func:`cxv.save_safetensors`.
+        model: A model of :func:`cxv.create_model`.
+        **metadata: As in :func:`cxv.save_safetensors`.
 
     Raises:
-        InputError: metadata that do not fit the model; from ``from_pretrained``, a file that is damaged or of something
-            else.
+        InputError: If the metadata do not fit the model.
+
+    Example::
+
+        HubModel.from_checkpoint("runs/digits-cpv-2-4").push_to_hub("me/cpv-digits")
+        model = HubModel.from_pretrained("me/cpv-digits")
     """
 
     def __init__(self, model: nn.Module, **metadata: Any):
@@ -63,12 +67,12 @@ class HubModel(
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, which: str = "best") -> "HubModel":
-        """Of a run of ``cxv train``, a ``.pt`` or a ``.safetensors`` file; see :func:`cxv.training.load_model`."""
+        """Load a run of ``cxv train``, a ``.pt`` or a ``.safetensors`` file; see :func:`cxv.training.load_model`."""
         model, checkpoint = load_model(path, which)
         return cls(model, **describe(checkpoint))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W), normalized as ``metadata["normalization"]`` says → logits (B, num_classes)."""
+        """Map images (B, in_chans, H, W), normalized by ``metadata["normalization"]``, to logits (B, num_classes)."""
         return self.model(x)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -86,14 +90,15 @@ class HubModel(
         """Load a model from the Hub or from a directory that ``save_pretrained`` wrote, in ``eval()`` mode.
 
         Args:
-            pretrained_model_name_or_path: the repository's name, or the directory.
-            map_location: the device. use_fused: as in :func:`cxv.training.load_model`.
-            **kwargs: those of huggingface_hub's ``from_pretrained``. Metadata and arguments of the model are accepted
-                too if they are those of the file: they do not change the model.
+            pretrained_model_name_or_path: Name of the repository, or the directory.
+            map_location: Device of the model.
+            use_fused: As in :func:`cxv.training.load_model`.
+            **kwargs: Arguments of huggingface_hub's ``from_pretrained``. Metadata and model arguments are also
+                accepted if they agree with the file; they do not change the model.
 
         Raises:
-            InputError: a damaged file or one of something else; a keyword that is not known, or that the file
-                contradicts.
+            InputError: If the file is damaged or from another program, or a keyword is unknown or disagrees with the
+                file.
         """
         described = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
         options = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}

@@ -11,7 +11,11 @@ from .report import Report, check_suffix
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("eval", help="top-1 of a trained model", description="Top-1 of a trained model.")
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a trained model",
+        description="Print the top-1 accuracy and the loss of a trained model on a test set.",
+    )
     parser.set_defaults(run=run)
     add_checkpoint(parser)
     add_option(parser, "data", shown="the run's")

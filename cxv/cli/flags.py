@@ -1,4 +1,4 @@
-"""Flags of the command line, made from the fields of :class:`TrainConfig`, and the values that they take."""
+"""Flags of the command line, generated from the fields of :class:`TrainConfig`, and parsers of their values."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ _OTHER_ARGUMENTS = ("format", "report")  # arguments of the library that errors 
 
 
 def cli_flag(name: str) -> str:
-    """The flag of an argument."""
+    """Return the flag of an argument."""
     return "--model-arg" if name == "model_args" else f"--{name.replace('_', '-')}"
 
 
@@ -28,9 +28,11 @@ def add_option(
     """Add the flag of a field of :class:`TrainConfig`.
 
     Args:
-        shown: the default in words, in place of the field's own.
-        default: the value without the flag.
-        note: more help, after the field's own.
+        parser: The parser or argument group.
+        name: Name of the field.
+        shown: Description of the default. Default: that of the field.
+        default: Value without the flag.
+        note: Text after the help of the field.
     """
     option = OPTIONS[name]
     choices, metavar = option.metadata["choices"], option.metadata["metavar"]

@@ -11,7 +11,9 @@ from .flags import add_checkpoint, add_machine
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("predict", help="classify images", description="The five likeliest classes of images.")
+    parser = commands.add_parser(
+        "predict", help="classify images", description="Print the five most likely classes of each image."
+    )
     parser.set_defaults(run=run)
     add_checkpoint(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, in any format that PIL reads")

@@ -1,4 +1,4 @@
-"""What ``cxv eval --report`` writes: the confusion matrix, accuracy by class and the worst mistakes, in one file."""
+"""The report of ``cxv eval --report``: confusion matrix, accuracy by class and worst mistakes, in one file."""
 
 import base64
 import html

@@ -16,19 +16,19 @@ from cxv_kernels.validation import python_numbers, to_number
 from .datasets import need
 
 NUM_BINS = 31
-"""The magnitudes that RandAugment knows: 0 to 30."""
+"""The number of magnitudes of RandAugment, 0 to 30."""
 
 
 class Augmentation(Protocol):
-    """Draws for every image of an epoch, and the operation on a batch of images by their rows of these draws."""
+    """An augmentation: random draws for every image of an epoch, and their application to a batch of images."""
 
     @property
     def columns(self) -> int:
-        """Numbers drawn for an image."""
+        """Number of draws per image."""
         ...
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
-        """(num_images, columns) int64, a function of the seed and the epoch alone."""
+        """Return draws of shape (num_images, columns), int64. They depend only on the seed and the epoch."""
         ...
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True)
 class FlipCrop:
-    """A horizontal flip of every second image on average, then a crop of the image's size from the image with
-    ``padding`` black pixels on each side, uniform over the (2·padding + 1)² places.
+    """Flip half of the images horizontally, pad them with ``padding`` black pixels, and crop them to their size.
 
-    torchvision's RandomHorizontalFlip and RandomCrop draw once for a whole batch; here every image has its own draws.
+    The crop is uniform over the (2·padding + 1)² positions. Every image has its own draws, unlike in torchvision's
+    RandomHorizontalFlip and RandomCrop, which draw once for a batch.
     """
 
     hflip: bool
@@ -50,7 +50,7 @@ class FlipCrop:
     columns = 3
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
-        """(num_images, 3) int64: whether to flip, then the crop's top and left in the padded image."""
+        """Return draws (num_images, 3), int64: the flip, and the top and left of the crop in the padded image."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"FlipCrop {self.seed} {epoch}".encode()))
         flip = torch.randint(1 + self.hflip, (num_images, 1), generator=generator)
         return torch.cat((flip, torch.randint(2 * self.padding + 1, (num_images, 2), generator=generator)), dim=1)
@@ -83,11 +83,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Cubuk et al. 2020 as in torchvision: ``num_ops`` of 14 operations, drawn with replacement for each image, all of
-    one ``magnitude`` (0 to 30), nearest neighbors, on uint8.
+    """RandAugment (Cubuk et al. 2020) on uint8 images, as in torchvision with nearest-neighbor interpolation.
 
-    What an image gets is a function of ``seed``, the epoch and its place in the set: the batches, the device and a
-    resumed run change nothing. The images of a batch that drew the same operation go through it together.
+    Each image gets ``num_ops`` of 14 operations, drawn with replacement, with one ``magnitude`` (0 to 30). The draws
+    depend only on ``seed``, the epoch and the index of the image in the set, and not on the batches, the device or
+    whether the run was resumed. An operation is applied at once to all images of a batch that drew it.
     """
 
     num_ops: int
@@ -104,7 +104,7 @@ class RandAugment:
 
     @python_numbers
     def draws(self, num_images: int, epoch: int) -> Tensor:
-        """(num_images, num_ops) int64: twice the operation's number, plus 1 where its magnitude is negative."""
+        """Return draws (num_images, num_ops), int64: twice the operation's number, plus 1 for a negative magnitude."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"RandAugment {self.seed} {epoch}".encode()))
         shape = (num_images, self.num_ops)
         op = torch.randint(len(_OPS), shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Data-parallel training: the processes that ``torchrun`` started, and the division of a batch among them."""
+"""Data-parallel training with the processes that ``torchrun`` starts."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,13 +16,15 @@ T = TypeVar("T")
 
 
 class RemoteError(InputError):
-    """An error that ends this process and that another one reports."""
+    """An error that ends this process and that another process reports."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The processes of this job as torch's default group, where ``torchrun`` started several: gloo for what is on the
-    CPU, NCCL for what is on a GPU."""
+    """Create torch's default process group in the block if ``torchrun`` started several processes.
+
+    The group uses gloo for CPU tensors and NCCL for GPU tensors.
+    """
     if not (dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ):
         yield
         return
@@ -33,10 +35,10 @@ def process_group() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together: this one is number ``rank`` of ``size``.
+    """The processes that train one model together. This process is number ``rank`` of ``size``.
 
-    Each process holds the whole dataset and goes through the same batches in the same order; it computes its
-    :meth:`shard` of each batch. Decisions depend on sums over all processes, so all decide alike.
+    Each process has the whole dataset, reads the same batches in the same order, and computes its :meth:`shard` of each
+    batch. Decisions depend on sums over all processes, so they are the same in all processes.
     """
 
     rank: int = 0
@@ -44,32 +46,32 @@ class World:
 
     @staticmethod
     def current() -> "World":
-        """The processes of torch's default group, or one process if there is no group."""
+        """Return the processes of torch's default group, or one process if there is no group."""
         if dist.is_available() and dist.is_initialized():
             return World(dist.get_rank(), dist.get_world_size())
         return World()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and the log."""
+        """True if this process writes the files and the log."""
         return self.rank == 0
 
     def shard(self, n: int) -> range:
-        """The consecutive items of ``n`` that belong to this process; the first processes have one more if need be."""
+        """Return the range of ``n`` items for this process. The first processes can have one item more."""
         length, more = divmod(n, self.size)
         first = self.rank * length + min(self.rank, more)
         return range(first, first + length + (self.rank < more))
 
     def shard_rows(self, rows: Tensor, batch_size: int) -> Tensor:
-        """This process's shard of each batch of ``rows``; the first row of a batch stands in for an empty shard."""
+        """Return this process's shard of each batch of ``rows``. An empty shard gets the first row of its batch."""
         shards = ((batch, self.shard(len(batch))) for batch in rows.split(batch_size))
         return torch.cat([batch[shard.start : shard.stop] if shard else batch[:1] for batch, shard in shards])
 
     def local_device(self, device: torch.device) -> torch.device:
-        """This process's own GPU, where ``device`` is "cuda" without a number.
+        """Return the GPU of this process if ``device`` is "cuda" without a number.
 
         Raises:
-            InputError: there are more processes than GPUs, or all of them were given the same one.
+            InputError: If there are more processes than GPUs, or ``device`` is one GPU for several processes.
         """
         if self.size == 1 or device.type != "cuda":
             return device
@@ -82,24 +84,27 @@ class World:
         return torch.device("cuda", local)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over the processes (DistributedDataParallel)."""
+        """Wrap the model in DistributedDataParallel, which averages the gradients over the processes."""
         return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers: a batch norm's statistics are of its part of the batches, and
-        DistributedDataParallel leaves those of the last batch as they are."""
+        """Copy the buffers of the main process to all processes.
+
+        Each process computes the statistics of a batch norm from its own shards, and DistributedDataParallel does not
+        synchronize them after the last batch.
+        """
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over the processes, in place."""
+        """Add ``values`` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def max(self, value: int) -> int:
-        """The largest value of any process."""
+        """Return the largest value of all processes."""
         if self.size == 1:
             return value
         largest = torch.tensor(value)
@@ -107,12 +112,12 @@ class World:
         return int(largest)
 
     def lost_process(self, error: RuntimeError) -> bool:
-        """Whether ``error`` says that another process has ended."""
+        """Return True if ``error`` means that another process has ended."""
         return self.size > 1 and (isinstance(error, dist.DistError) or "by peer" in str(error))
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """A block in which an InputError of one process ends all of them; the first process that has one reports it.
+        """End all processes if one has an InputError in the block. The first process with an error reports it.
 
         No process may wait for another within the block.
         """

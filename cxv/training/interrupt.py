@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between batches, where nothing is half done."""
+"""Handle Ctrl-C and SIGTERM between batches, when no step is incomplete."""
 
 import contextlib
 import signal
@@ -8,11 +8,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_waiting: int | None = None  # the signal that came, for the main thread
+_waiting: int | None = None  # the signal that has arrived, for the main thread
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised between two batches: all that a step writes to is as a whole step left it. ``signal``: its number."""
+    """Raised between two batches, after a complete step. ``signal`` is the number of the signal."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -21,11 +21,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM raise :class:`Interrupted` at the next item of :func:`interruptible`, and a second one
-    acts at once.
+    """In the block, let Ctrl-C and SIGTERM raise :class:`Interrupted` at the next item of :func:`interruptible`.
 
-    Raised anywhere else it can be lost in a callback or end the process inside autograd. Where another handler than
-    Python's own is set, or in another thread than the main one, nothing is changed: only the main thread gets signals.
+    A second signal acts at once. An exception raised elsewhere could be lost in a callback, or end the process inside
+    autograd. The block changes nothing if another handler than Python's own is set, or outside of the main thread,
+    because only the main thread receives signals.
     """
     global _waiting
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -53,10 +53,10 @@ def deferred_interrupts() -> Iterator[None]:
 
 
 def interruptible(items: Iterable[T], agree: Callable[[int], int] = int) -> Iterator[T]:
-    """The items; a signal that waits is raised before the next one.
+    """Yield the items, and raise a pending signal before the next one.
 
-    ``agree`` is called with its number (0: none) before each item and after the last one and returns the number to
-    raise: several processes stop at the same item.
+    ``agree`` is called before each item and after the last one with the number of the pending signal (0 for none), and
+    returns the number to raise. With it, several processes stop at the same item.
     """
     for item in items:
         _raise_if_waiting(agree)

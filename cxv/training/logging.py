@@ -1,4 +1,4 @@
-"""What a run tells its user: log lines, the curves, TensorBoard's numbers, the summary of its scores."""
+"""Output of a run: log lines, training curves, TensorBoard files and the summary of the scores."""
 
 import io
 import statistics

@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedules and weight averages of a training run, from PyTorch's pieces."""
+"""Parameter groups, learning-rate schedules and weight averages of a training run."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from ..checkpoint import load_weights
 
 SCHEDULES = ("constant", "cosine", "onecycle")
 WARMUP_START = 0.01
-"""The first rate of a warm-up before the cosine, over the peak."""
+"""The first rate of the warm-up before a cosine, relative to the peak."""
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the parameters: matrices and kernels of convolutions, which decay, and all others, which do not.
+    """Return two parameter groups: matrices and convolution kernels with weight decay, all others without.
 
-    Norms, biases, positions and class tokens are the others.
+    The others are norms, biases, positions and class tokens.
     """
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -32,15 +32,15 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 def make_scheduler(
     optimizer: Optimizer, schedule: str, lr: float, steps: int, warmup_steps: int | None = None
 ) -> LRScheduler | None:
-    """Make the scheduler of a run's learning rate; it is stepped after every step of the optimizer.
+    """Make the scheduler of the learning rate. Step it after every step of the optimizer.
 
     Args:
-        optimizer: its rates are overwritten by those of the first step.
+        optimizer: The optimizer. Its learning rates are overwritten by those of the first step.
         schedule: ``"constant"`` (no scheduler), ``"cosine"`` (down to 0, after a linear warm-up) or ``"onecycle"``
             (PyTorch's ``OneCycleLR``, which also cycles the momentum).
-        lr: the peak.
-        steps: of the whole run.
-        warmup_steps: until the peak; by default none before the cosine, and OneCycleLR's own 30 %.
+        lr: Peak of the learning rate.
+        steps: Number of steps of the run.
+        warmup_steps: Number of steps before the peak. Default: 0 for ``"cosine"``, 30 % for ``"onecycle"``.
     """
     if schedule == "constant":
         return None
@@ -55,10 +55,12 @@ def make_scheduler(
 
 
 def load_scheduler(scheduler: LRScheduler, state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
-    """Restore a scheduler that was made anew, and the rates and momenta that its constructor has overwritten.
+    """Restore a new scheduler, and the rates and momenta that its constructor has overwritten.
 
     Args:
-        state: what its ``state_dict`` gave. optimizer_state: what the optimizer's gave at that time.
+        scheduler: The new scheduler.
+        state: ``state_dict`` of the old scheduler.
+        optimizer_state: ``state_dict`` of the optimizer from the same time.
     """
     scheduler.load_state_dict(state)
     for group, saved in zip(scheduler.optimizer.param_groups, optimizer_state["param_groups"], strict=True):
@@ -66,14 +68,15 @@ def load_scheduler(scheduler: LRScheduler, state: dict[str, Any], optimizer_stat
 
 
 def make_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Make the exponential moving average of a model's weights, or None without ``decay``; buffers are copied."""
+    """Make the exponential moving average of the weights (buffers are copied), or return None without ``decay``."""
     return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def weights_state(model: nn.Module, average: AveragedModel | None) -> dict[str, Any]:
-    """A checkpoint's entries about weights: ``model`` has the weights to use, which are the average's if there is one.
+    """Return the weights for a checkpoint. ``model`` has the weights to use: the average, if there is one.
 
-    ``training_model`` then has those that the optimizer goes on from, and ``num_averaged`` the updates of the average.
+    With an average, ``training_model`` has the weights from which the optimizer continues, and ``num_averaged`` the
+    number of updates of the average.
     """
     if average is None:
         return {"model": model.state_dict()}
@@ -85,10 +88,10 @@ def weights_state(model: nn.Module, average: AveragedModel | None) -> dict[str, 
 
 
 def load_weights_state(model: nn.Module, average: AveragedModel | None, checkpoint: dict[str, Any], path: Any) -> None:
-    """Restore what :func:`weights_state` gave.
+    """Restore the state of :func:`weights_state`.
 
     Raises:
-        InputError: names or shapes differ, in the file named ``path``.
+        InputError: If names or shapes in the file ``path`` differ from the model.
     """
     if average is None:
         return load_weights(model, checkpoint, path)

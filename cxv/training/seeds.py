@@ -1,4 +1,4 @@
-"""Several runs that differ by their seed alone."""
+"""Several runs that differ only by their seed."""
 
 import json
 from collections.abc import Callable
