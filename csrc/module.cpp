@@ -1,4 +1,4 @@
-// cxv_kernels._C: what this build holds. It links against nothing of PyTorch, so it imports wherever Python does.
+// cxv_kernels._C: information about the build. It does not link against PyTorch, so it can always be imported.
 #include <pybind11/pybind11.h>
 
 #include <string>

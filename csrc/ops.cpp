@@ -13,9 +13,9 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
       "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor state,"
       " Tensor key_stat, str feature_map, float eps, bool[3] needed)"
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
-  // linear_attention's state and key_stat alone.
+  // Only the state and key_stat of linear_attention.
   m.def("kv_state_forward(Tensor k, Tensor v, Tensor? key_mask, str feature_map) -> (Tensor state, Tensor key_stat)");
-  // grad_z: what is added to v·grad_stateᵀ in the gradient of φ(k).
+  // grad_z is added to v·grad_stateᵀ in the gradient of φ(k).
   m.def(
       "kv_state_backward(Tensor grad_state, Tensor grad_z, Tensor k, Tensor v, Tensor? key_mask, Tensor key_stat,"
       " str feature_map, bool[2] needed) -> (Tensor grad_k, Tensor grad_v)");
@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
   m.def("gelu_dropout_backward(Tensor grad_out, Tensor x, Tensor seed, float p, int offset) -> Tensor");
 
   // x (B, C_in, H, W), weight (C_out, C_in, 3, 3), bias (C_out) in x's dtype; gamma, beta (C_out) and rstd (B, H, W) in
-  // float32, or float64 for float64 inputs. out (B, C_out, H, W) lies in memory as the convolution's output does.
+  // float32, or float64 for float64 inputs. out (B, C_out, H, W) has the memory format of the convolution's output.
   m.def(
       "conv_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor beta, float eps)"
       " -> (Tensor out, Tensor rstd)");

@@ -1,13 +1,13 @@
-// What a linear-attention kernel is given. Torch-free.
+// The parameters of a linear-attention kernel. Torch-free.
 #pragma once
 
 #include "view.h"
 
 namespace cxv {
 
-// Three are functions of the projection x·Wᵀ: FAVOR+ with the constant eps added to φ, FAVOR+ proper (eps = 0), and
-// relu with eps added. kElu is φ itself, for kv_state; kEluExact, for linear_attention, keeps S / z and log z, which
-// no key underflows.
+// Three maps are functions of the projection x·Wᵀ: FAVOR+ with the constant eps added to φ, the original FAVOR+
+// (eps = 0), and relu with eps added. kElu is φ itself, for kv_state. kEluExact, for linear_attention, keeps S / z and
+// log z, which do not underflow.
 enum class FeatureMap { kSoftmax, kElu, kRelu, kFavor, kFavorExact, kFavorRelu, kEluExact };
 
 // Of linear_attention, kv_state, performer_attention and performer_features. Accumulators ("acc") are double for double

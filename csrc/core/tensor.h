@@ -83,7 +83,7 @@ inline View view(const Tensor& t) {
   return v;
 }
 
-// One of PyTorch's own ops; what fails does so in PyTorch's words, where it keeps them.
+// Calls an op of PyTorch. An error has PyTorch's message if the stable ABI provides it.
 inline void call_dispatcher(const char* op, StableIValue* stack) {
   if (torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
   const bool kept = torch_exception_get_what_without_backtrace != nullptr;

@@ -1,5 +1,5 @@
 // The norm pass of conv_norm and its backward, block by block of pixels, for one instruction set. The derivation is in
-// cxv_kernels/conv_norm/README.md; names follow it.
+// cxv_kernels/ops/conv_norm/README.md; names follow it.
 #pragma once
 
 #include "../core/conv_norm.h"

@@ -12,7 +12,7 @@ namespace {
 
 using Pass = LinearAttentionKernels::Pass;
 
-// Fixed, so that the order of every sum depends on the shape alone.
+// Constants, so that the order of every sum depends only on the shape.
 constexpr int64_t kSplitTokens = 1024;                      // of linear attention
 constexpr int64_t kSplitBlocks = 4, kMaxBlockSplits = 128;  // of conv_norm's backward
 
@@ -41,9 +41,9 @@ void run_and_reduce(Pass pass, Pass reduce, const LinearAttentionParams& p, Work
   }
 }
 
-// Whether x̂ can be read off the result, as (out − β)/γ. Rounding out to a unit roundoff of u leaves an error of
-// u(|x̂| + |β/γ|), and what is subnormal or infinite leaves more. Of one or two channels du is little more than what
-// cancels.
+// True if x̂ can be computed from the result as (out − β)/γ. If out is rounded with a unit roundoff of u, x̂ has an
+// error of u(|x̂| + |β/γ|), and a larger one if out is subnormal or infinite. With one or two channels, du is little
+// more than the rounding error of a cancellation.
 template <class A>
 bool can_recover_xhat(const ConvNormParams& p) {
   const bool half = p.dtype == DType::kHalf, low = half || p.dtype == DType::kBFloat16;
@@ -112,8 +112,8 @@ void check_supported(const ConvNormParams&) {}
 
 void conv_norm_forward(const ConvNormParams& p, const Tensor&) { run(kernels().conv_norm.forward, p, p.blocks()); }
 
-// One tensor of the result's size: the convolution if it is run again, a copy of grad_out if that lies otherwise in
-// memory, and the convolution's gradient, which overwrites either.
+// Allocates one tensor of the result's size. It holds the convolution if that is computed again, a copy of grad_out if
+// its memory format differs, and then the gradient of the convolution, which overwrites them.
 Tensor conv_norm_backward(ConvNormParams& p, Tensor grad_out, const Tensor& x, const Tensor& weight, const Tensor& out,
                           bool conv_needed) {
   std::optional<Tensor> workspace;

@@ -1,5 +1,5 @@
-// DropoutParams whose mask is a function of (seed, element), for one instruction set. cxv_kernels/dropout/README.md
-// says which.
+// Dropout with a mask that is a function of seed and element, for one instruction set.
+// cxv_kernels/ops/dropout/README.md defines the function.
 #pragma once
 
 #include "../core/dropout.h"

@@ -11,7 +11,7 @@
 namespace cxv {
 namespace CXV_ISA {
 
-// Of what φ(x) = e(x) + c: tiles hold e. Padding columns of e are 0.
+// The feature map φ(x) = e(x) + c. Tiles hold e, and the padding columns of e are 0.
 template <class A>
 class Features {
   using V = Vec<A>;
@@ -153,9 +153,9 @@ class Features {
     unpack(grad, stride[2], stride[3], source, projected_ ? Dp_ : Mp_, rows, D_, scale_);
   }
 
-  // elu's φ(q) z / Σ φ(q) z, z up to a factor, and in `feature_grad`, if not null, φ'(q) z / Σ φ(q) z. False where a
-  // sum is so small that what has underflowed of it counts: then exact_elu_queries has to do it, from the tile as it
-  // was.
+  // Computes φ(q) z / Σ φ(q) z of elu, with z up to a factor, and φ'(q) z / Σ φ(q) z in `feature_grad` unless it is
+  // null. Returns false if a sum is so small that underflow changes it. exact_elu_queries must then start from the
+  // original tile.
   bool elu_queries(A* tile, const A* z, int64_t rows, A* feature_grad) const {
     const A least = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
     for (int64_t r = 0; r < rows; ++r) {
@@ -216,7 +216,7 @@ class Features {
   void clear_padding(A* row) const {
     for (int64_t d = M_; d < Mp_; ++d) row[d] = 0;
   }
-  // φ of elu is exp(min(x, 0)) · (1 + max(x, 0)): what underflows is the exponential alone, and that is shifted.
+  // φ of elu is exp(min(x, 0)) · (1 + max(x, 0)). Only the exponential can underflow, so only its exponent is shifted.
   static V below_zero(V x) { return x > 0 ? V{} : x; }
   static V above_zero(V x) { return x > 0 ? x : V{}; }
   void elu_keys(A* tile, const A* shift, int64_t rows) const {

@@ -1,5 +1,5 @@
 // Linear attention in tiles of tokens, for one instruction set. The derivation is in
-// cxv_kernels/linear_attention/README.md; names follow it, and feature_map.h has φ.
+// cxv_kernels/ops/linear_attention/README.md; names follow it, and feature_map.h has φ.
 #pragma once
 
 #include "feature_map.h"
@@ -427,7 +427,7 @@ class LinearAttentionPass {
   void load_statistic(A* dst, A* weight, int64_t head) {
     const A* from = static_cast<const A*>(p_.key_stat) + head * M_;
     if (p_.feature_map == FeatureMap::kSoftmax) return;
-    // A head that sees no key has no bias; of elu's features one alone may have no key above −∞.
+    // A head without visible keys has no bias. With elu, a single feature can have no key above −∞.
     const A none = p_.feature_map == FeatureMap::kEluExact ? -A(INFINITY) : A(0);
     for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalized() && from[m] == A(INFINITY) ? none : from[m];
     if (p_.feature_map != FeatureMap::kEluExact) return;
@@ -541,7 +541,7 @@ class LinearAttentionPass {
     const A c = features_.constant(), count = sum[E_];
     for (int64_t m = 0; m < M_; ++m) {
       if (features_.normalized()) {
-        // No key is seen: exp(k − ∞) = 0 makes every φ(k) of the backward pass 0. A softmax of −∞ alone is NaN.
+        // Without visible keys, exp(k − ∞) = 0 makes every φ(k) of the backward pass 0. A softmax of only −∞ is NaN.
         const A total = z[m], none = p_.feature_map == FeatureMap::kSoftmax && count > 0 ? A(NAN) : A(0);
         z[m] = total == 0 ? none + A(INFINITY) : max[m] + std::log(total);
         for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = total == 0 ? none : S[m * E_ + e] / total;

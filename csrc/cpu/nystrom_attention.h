@@ -1,5 +1,5 @@
 // Nyström attention's passes, for one instruction set. The derivation is in
-// cxv_kernels/nystrom_attention/README.md; names follow it.
+// cxv_kernels/ops/nystrom_attention/README.md; names follow it.
 #pragma once
 
 #include "../core/nystrom_attention.h"
@@ -459,8 +459,8 @@ class NystromMixPass {
     for (int64_t i = 0; i < m_; ++i) c[i * mp_ + i] += diagonal;
   }
 
-  // A, and the iterates Z with what each was made of: W = AZ, U = 15 − W(7 − W), T = ¼(13 − WU), Z' = ZT. Returns A's
-  // largest column sum. Its largest row sum, the scale's other factor, is 1, and so has no gradient.
+  // Computes A and the iterates Z with their intermediate matrices: W = AZ, U = 15 − W(7 − W), T = ¼(13 − WU), Z' = ZT.
+  // Returns the largest column sum of A. The largest row sum, the other factor of the scale, is 1 and has no gradient.
   A invert(int64_t head) {
     load_tile<A>(q_, Dp_, p_.q, head, D_, scale_);
     load_transposed<A>(kt_, p_.k, head, D_);

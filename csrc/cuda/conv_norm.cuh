@@ -1,7 +1,7 @@
 // The norm pass of conv_norm and its backward on CUDA cores. Torch-free. The derivation is in
-// cxv_kernels/conv_norm/README.md; names follow it. A block takes groups of neighboring pixels, its threads laid over
-// pixels × lanes of channels: of NCHW a warp runs along 32 pixels, of channels_last along the channels of one, which up
-// to 256 it holds in registers (norm_forward_rows, norm_backward_rows).
+// cxv_kernels/ops/conv_norm/README.md; names follow it. A block takes groups of neighboring pixels, its threads laid
+// over pixels × lanes of channels: of NCHW a warp runs along 32 pixels, of channels_last along the channels of one,
+// which up to 256 it holds in registers (norm_forward_rows, norm_backward_rows).
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,8 @@ namespace cuda {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / 32;
-// Of one or two channels du is little more than what cancels; of more than the most, shared memory lacks the sums.
+// With one or two channels, du is little more than the rounding error of a cancellation. With more channels than the
+// maximum, the sums do not fit the shared memory.
 constexpr int64_t kMinNormChannels = 3, kMaxNormChannels = 3072;
 
 // What the kernels need beyond ConvNormParams: the convolution's arguments, for the channels whose y does not tell x̂.
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward(const __grid_consta
     float sum = 0, first = 0, second = 0;
     cell.each([&](int64_t c, int64_t i) { sum += value(c, i); });
     const float shift = cell.sum(sum) / p.channels;
-    // The first sum is 0 but for rounding; what it is not corrects mean and variance.
+    // Without rounding the first sum would be 0. Its rounding error corrects mean and variance.
     cell.each([&](int64_t c, int64_t i) {
       const float d = value(c, i) - shift;
       first += d;
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_reduce(const __gri
   if (p.grad_bias != nullptr) from_float(sums[2], static_cast<T*>(p.grad_bias) + c);
 }
 
-// Splits of the sums over pixels: of the shape alone.
+// Splits of the sums over pixels. They depend only on the shape.
 inline int64_t norm_splits(const ConvNormParams& p) {
   const int64_t splits = (norm_groups(p) + 3) / 4;
   return splits < 1 ? 1 : splits < 512 ? splits : 512;

@@ -1,4 +1,4 @@
-// Launches, and what device.cu asks of the dtypes' files.
+// Launches, and the functions that device.cu calls in the files of the dtypes.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>

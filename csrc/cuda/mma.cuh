@@ -1,5 +1,5 @@
-// Elements of 16 and 32 bits, and tensor cores: every line of PTX, and the fragments that mma reads. Without nvcc,
-// tests/simt/simt.h stands in for ptx.
+// Elements of 16 and 32 bits, and tensor cores: all PTX, and the fragments that mma reads. Without nvcc,
+// tests/simt/simt.h replaces ptx.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -32,7 +32,7 @@ __device__ __forceinline__ void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-// The same number, of which the compiler knows nothing: what is computed from it is computed again, not kept.
+// Returns x in a way that the compiler cannot analyze, so it computes dependent values again instead of keeping them.
 __device__ __forceinline__ int forget(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<__half> (&a)[4], c
   ptx::mma_m16n8k8_f16(c, a[0].bits, a[1].bits, b[2 * half].bits);
   ptx::mma_m16n8k8_f16(c, a[2].bits, a[3].bits, b[2 * half + 1].bits);
 }
-// The same on CUDA cores: what a tensor core does within a warp, by shuffles. Right, not fast.
+// The same on CUDA cores, with shuffles in place of a tensor core. Correct but slow.
 template <int half>
 __device__ __forceinline__ void mma(float (&c)[4], const Pair<float> (&a)[4], const Pair<float> (&b)[4]) {
   const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 8;

@@ -43,7 +43,7 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
 
 // t dense in memory; p.channels_last is its format.
 inline Tensor to_dense(ConvNormParams& p, Tensor t) {
-  // Where both fit, vectors run along what there is more of.
+  // If t has both formats, vectors run along the larger dimension.
   const bool nchw = is_dense(t, false), nhwc = is_dense(t, true);
   if (!nchw && !nhwc) t = torch::stable::contiguous(t);
   p.channels_last = nhwc && !(nchw && p.pixels > 1);

@@ -7,7 +7,7 @@
 
 namespace cxv::device {
 
-// Sets the splits, and raises what the device does not support.
+// Sets the splits. Raises an error if the device does not support the parameters.
 void plan(LinearAttentionParams& p);
 // Workspace is allocated on `like`'s device.
 void linear_attention_forward(const LinearAttentionParams& p, const Tensor& like);

@@ -9,7 +9,7 @@
 namespace cxv {
 namespace {
 
-// Of performer_features FAVOR+ without eps is no map of its own.
+// performer_features needs no separate map for FAVOR+ without eps.
 FeatureMap feature_map_of(const std::string& kernel, bool exact) {
   STD_TORCH_CHECK(kernel == "softmax" || kernel == "relu", "cxv_kernels: kernel must be softmax or relu, got ", kernel);
   return kernel == "relu" ? FeatureMap::kFavorRelu : exact ? FeatureMap::kFavorExact : FeatureMap::kFavor;

@@ -1,4 +1,4 @@
-// Every kernel for one instruction set: included by the .cpp files beside this alone.
+// All kernels for one instruction set. Only the .cpp files in this folder include this header.
 #pragma once
 
 #include "../conv_norm.h"

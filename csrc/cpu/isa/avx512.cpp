@@ -1,5 +1,5 @@
-// Every kernel for AVX512. The standard headers come before the target does: what they define inline is shared with
-// the whole library and must run everywhere.
+// All kernels for AVX512. The standard headers come before the target pragma, because the whole library shares their
+// inline functions, which must run on every CPU.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

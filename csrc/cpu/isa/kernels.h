@@ -1,6 +1,6 @@
-// What each instruction set's build (avx2.cpp, …) exports: the passes of every op, in one table. A pass does the items
-// [begin, end). Items are independent, and what one computes depends on nothing but its own head or block, so neither
-// threads nor batch change a bit.
+// The table that the build of each instruction set (avx2.cpp, …) exports: the passes of every op. A pass computes the
+// items [begin, end). The result of an item depends only on its own head or block, so neither the threads nor the batch
+// change a bit.
 #pragma once
 
 #include "../../core/conv_norm.h"

@@ -1,7 +1,8 @@
-// Vectors of one instruction set, with the conversions and the exponential the kernels need. Torch-free.
+// Vectors of one instruction set, with the conversions and the exponential of the kernels. Torch-free.
 //
-// Included once per instruction set (csrc/cpu/isa_*.cpp), which defines CXV_ISA (a namespace, so that no two sets
-// share a symbol) and CXV_VECTOR_BYTES. GCC and Clang vector extensions make the same source serve all of them.
+// Each instruction set (csrc/cpu/isa/*.cpp) includes this file once and defines CXV_VECTOR_BYTES and CXV_ISA, a
+// namespace that keeps the symbols of the sets apart. The vector extensions of GCC and Clang compile the same source
+// for all sets.
 #pragma once
 
 #include <cmath>

@@ -1,19 +1,19 @@
 // Linear attention and FAVOR+ on tensor cores, the feature map a parameter. The derivation is in
-// cxv_kernels/linear_attention/README.md, "On tensor cores"; in short, with z for what a map is a function of (x, or
+// cxv_kernels/ops/linear_attention/README.md, "CUDA: on tensor cores". In short, with z for the argument of a map (x or
 // its projection) and φ = e + c:
 //
 //   key_pass        rows of features × columns of tokens: Σ e yᵀ and Σ e ω, relative to a running maximum per feature
 //   reduce          the splits' sums in order: S and z of the keys, or R and ρ of the queries (their gradients,
 //                   normalized); pack_state: U = S/z − c̄, or R, scaled to fit 16 bits
-//   query_pass      rows of tokens × columns of features: out, and what backward needs of a query's softmax
+//   query_pass      rows of tokens × columns of features: out, and the statistics of a query's softmax for backward
 //   query_backward  the same: grad_q; then the sums of the key pass over the queries: R and ρ
 //   key_backward    the same: grad_k and grad_v
 //
-// An exponential map's exponents are in base 2, log₂e in D^-¼ W; W is the sum of two 16-bit operands, so that exponents
-// are exact to 2⁻²⁰. Products of float32 are made on CUDA cores. Statistics, state, sums and division are fp32. The
-// order of every sum follows from N, D, E and M.
+// The exponents of an exponential map are in base 2, and D^-¼ W contains log₂e. W is the sum of two 16-bit operands, so
+// exponents are accurate to 2⁻²⁰. CUDA cores compute the products of float32. Statistics, state, sums and division are
+// float32. The order of every sum depends on N, D, E and M.
 //
-// Torch-free: the tests run it on the host. This file has what the passes share.
+// Torch-free: the tests run it on the host. This file has the code that the passes share.
 #pragma once
 
 #include <cmath>

@@ -10,10 +10,10 @@
 namespace cxv {
 namespace cuda {
 
-// What an op asks for. kState: state and key_stat alone, of kv_state.
+// The call of an op. kState computes only state and key_stat, for kv_state.
 enum class Call { kForward, kBackward, kState, kStateBackward, kFeaturesMax, kFeaturesForward, kFeaturesBackward };
 
-// The splits follow from N, D, E and M: their partial states take at most an eighth of what the tokens take.
+// The splits depend on N, D, E and M: their partial states take at most an eighth of the memory of the tokens.
 inline void set_splits(LinearAttentionParams& p) {
   const int64_t widest = p.features > p.value_dim ? p.features : p.value_dim, fewest = 16 * (widest > 64 ? widest : 64);
   const auto splits = [fewest](int64_t tokens) {

@@ -1,5 +1,5 @@
-// The query pass, and what it shares with the other passes over tokens: a warp has 16 tokens in registers, the features
-// go by in shared memory, rows of tokens × columns of features.
+// The query pass, and the code that it shares with the other passes over tokens. A warp has 16 tokens in registers and
+// loops over the features in shared memory: rows of tokens × columns of features.
 #pragma once
 
 #include "common.cuh"

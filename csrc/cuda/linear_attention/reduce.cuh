@@ -1,4 +1,4 @@
-// The splits' sums added in order (reduce), and what the passes over tokens then read (pack_state).
+// Add the sums of the splits in order (reduce), and convert them for the passes over tokens (pack_state).
 #pragma once
 
 #include "key_pass.cuh"
