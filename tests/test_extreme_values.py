@@ -237,7 +237,7 @@ def test_elu_is_exported_to_onnx(tmp_path):
 @every_dtype
 @every_backend
 def test_kv_state_at_any_mean(backend, dtype, feature_map):
-    """S and z are public: right to float32 where they are normal numbers, and 0 below."""
+    """S and z, which are public, are accurate in float32 for normal numbers, and 0 below them."""
     for mean, scale in ((-18.0, 1.0), (-80.0, 1.0), (-100.0, 1.0), (100.0, 1.0), (0.0, 1e-22), (0.0, 1e3)):
         _, k, v = draw(1, dtype, (0.0, mean), (1.0, scale))
         exact_k, exact_v = k.double(), v.double()
@@ -267,7 +267,7 @@ def results(op: Callable, *inputs: Tensor, **options) -> list[Tensor]:
 @pytest.mark.parametrize("name", SPOILT)
 @needs_cpp
 def test_what_is_not_finite_stays_visible(name, value):
-    """The C++ kernels are finite where the float64 reference is, and NaN or infinite where it is not."""
+    """The results of the C++ kernels are finite exactly if those of the float64 reference are."""
     op, attention = SPOILT[name], not name.startswith("kv_state")
     for position in range(3 if attention else 2):
         inputs = draw(2, torch.float32, (0.0, 0.0), (1.0, 1.0))[0 if attention else 1 :]

@@ -48,7 +48,7 @@ def compiled(function):
 @needs_triton
 @pytest.mark.parametrize("model", MODELS)
 def test_a_training_step_is_one_graph(model):
-    """Its kernels are launched from the graph, forward and backward; what they would compute is left out."""
+    """The graph launches the kernels, forward and backward. Their computation is skipped."""
     needed = (MODELS[model], "conv_norm", "dropout")
     if not all(map(served, needed)):
         pytest.skip(f"the Triton backend does not have all of {', '.join(needed)}")

@@ -197,14 +197,18 @@ def folder_sources(
 
 
 def decode_image(path: str | Path, in_chans: int = 3, img_size: int | Sequence[int] | None = None) -> Tensor:
-    """An image file as a uint8 tensor (in_chans, H, W) of ``img_size``, or of its own size.
+    """Read an image file as a uint8 tensor (in_chans, H, W).
 
-    Turned upright by its EXIF tag, made RGB (or gray for ``in_chans=1``; alpha is dropped), cropped about the
-    center to the shape of ``img_size``, pixels a side or (H, W), and resized (bicubic, antialiased) unless it has that
-    size already.
+    The image is rotated by its EXIF tag and converted to RGB (gray for ``in_chans=1``) without alpha. If its size
+    differs from ``img_size``, it is cropped about the center to the aspect ratio and resized (bicubic, antialiased).
+
+    Args:
+        path: The file.
+        in_chans: 3 for RGB, 1 for gray.
+        img_size: Side in pixels, or (H, W). Default: the size of the image.
 
     Raises:
-        InputError: not an image, or a damaged one; the message names the file.
+        InputError: If the file is not an image or is damaged. The message has the file.
     """
     image_module, ops, numpy = need("PIL.Image"), need("PIL.ImageOps"), need("numpy")
     try:
@@ -235,7 +239,7 @@ def need(module: str, extra: str = "train") -> ModuleType:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Return the message of an exception in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,6 +1,6 @@
-"""Datasets as uint8 images, decoded once (in memory, mapped from a file, or on a device), and batches of them.
+"""Datasets as uint8 images (in memory, in a mapped file or on a device), and batches of them.
 
-The paper normalizes each channel with mean = std = 0.5, Tiny ImageNet with its own statistics.
+The paper normalizes each channel with mean = std = 0.5, and Tiny ImageNet with its own statistics.
 """
 
 import difflib
@@ -38,21 +38,22 @@ TINY_IMAGENET = {
     "mean": [122.479 / 255, 114.276 / 255, 101.396 / 255],
     "std": [70.492 / 255, 68.568 / 255, 71.813 / 255],
 }
-"""Tiny ImageNet's own mean and std of a channel, from [0, 1], as the paper's scripts have them."""
+"""Mean and std of the channels of Tiny ImageNet, for pixels in [0, 1], from the paper's scripts."""
 GROUP_BYTES = 2**22
 """Bytes of images that are gathered and augmented at once; several batches of small images share these calls."""
 DEVICE_SHARE = 0.25
-"""The share of a device's free memory that a dataset takes by default, at most."""
+"""The largest share of a device's free memory that a dataset uses by default."""
 
-_DIGITS_SEED = 0  # of the held-out fifth: another ``seed`` must not move images between training and test
+_DIGITS_SEED = 0  # selects the held-out fifth, because ``seed`` must not move images between training and test
 
 
 @dataclass
 class ImageSet:
-    """One split: ``pixels`` (M, C, S, S) uint8, in memory, mapped from a file or on a device; ``labels`` (N,) int64.
+    """A split of a dataset: ``pixels`` (M, C, S, S) uint8 and ``labels`` (N,) int64.
 
-    ``rows`` (N,) int64 are the split's images among ``pixels``; None: all, in order. ``skipped``: the files left out.
-    ``normalization``: mean and std, of pixels in [0, 1], numbers or one for each channel.
+    ``rows`` (N,) int64 are the indices of the split's images in ``pixels``; None stands for all images in order.
+    ``skipped`` lists the files that were skipped. ``normalization`` has mean and std of pixels in [0, 1], as numbers or
+    with a number per channel.
     """
 
     pixels: Tensor
@@ -67,16 +68,16 @@ class ImageSet:
 
     @property
     def images(self) -> Tensor:
-        """(N, C, S, S) uint8; a copy where ``rows`` choose."""
+        """The images (N, C, S, S), uint8. They are a copy if the split has ``rows``."""
         return self.pixels if self.rows is None else self.pixels[self.rows]
 
     def subset(self, index: Tensor) -> "ImageSet":
-        """Those of the images, by their place; none is copied."""
+        """Return the images with these indices, without a copy."""
         rows = index if self.rows is None else self.rows[index]
         return replace(self, labels=self.labels[index], rows=rows, _fingerprint=None)
 
     def take(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (n, C, S, S) uint8 and labels (n,) by their place in the set (int64, on the CPU), on ``device``."""
+        """Return images (n, C, S, S), uint8, and labels (n,) of these indices (int64, on the CPU), on ``device``."""
         rows = index if self.rows is None else self.rows[index]
         images, labels = (t[i.to(t.device)] for t, i in ((self.pixels, rows), (self.labels, index)))
         pin = device.type == "cuda" and images.device.type == "cpu"  # the copy goes on while this process does
@@ -84,12 +85,12 @@ class ImageSet:
         return images.to(device, non_blocking=pin), labels.to(device, non_blocking=pin)
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The set with its pixels, and no others, in the memory of ``device``, where its batches are then made."""
+        """Return the set with its own pixels in the memory of ``device``. Its batches are then made there."""
         pixels = self.images.to(device, copy=self.rows is None)
         return replace(self, pixels=pixels, labels=self.labels.to(device), rows=None)
 
     def fingerprint(self) -> int:
-        """A CRC-32 of the pixels and the labels: equal for the same images in the same order."""
+        """Return a CRC-32 of pixels and labels, which is equal for the same images in the same order."""
         if self._fingerprint is None:
             total = 0
             for index in torch.arange(len(self)).split(4096):
@@ -100,7 +101,7 @@ class ImageSet:
 
 @dataclass
 class Data:
-    """A dataset: its ``classes`` in label order, the ``img_size`` in pixels, and the splits asked for."""
+    """A dataset: the ``classes`` in label order, the ``img_size`` in pixels, and the loaded splits."""
 
     name: str
     classes: list[str]
@@ -117,7 +118,7 @@ class Data:
 
     @property
     def place(self) -> str:
-        """Where the pixels are, in words."""
+        """The location of the pixels, for log lines."""
         pixels = self.splits[next(iter(self.splits))].pixels
         return "in memory" if pixels.device.type == "cpu" else f"on {pixels.device}"
 
@@ -150,30 +151,35 @@ def load_data(
     normalization: dict[str, Any] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Data:
-    """Load a dataset as uint8: digits into memory, the others decoded once into a cache and mapped from it.
+    """Load a dataset as uint8 images. Digits are in memory; other datasets are decoded once and mapped from a cache.
 
     Args:
-        name: ``"digits"`` (scikit-learn's 1797 real 8×8 scans, gray, a fixed stratified fifth held out),
-            ``"cifar10"`` or ``"cifar100"`` (torchvision's, downloaded into ``data_dir`` if not there),
-            ``"tiny-imagenet"`` (200 classes, 64×64, downloaded likewise; its ``val/`` is the test split), or
-            ``"folder"``: ``data_dir/train/CLASS/…`` and ``data_dir/test/CLASS/…`` (or ``val``; ``test`` if
-            both are there), in any format that PIL reads, as RGB (alpha is dropped).
-        data_dir: where the files are; ``data`` for the downloaded ones by default.
-        img_size: side in pixels. Other sizes are cropped about the center to a square and resized (bicubic,
-            antialiased). Default: the dataset's own; for a folder the shorter side of its first training
-            image (in sorted order), at most 64.
-        limit_train, limit_test: use at most so many images, balanced over the classes, drawn by ``seed``.
-            Only those are decoded.
-        validation: take so many of the training images, each class by its share, drawn by ``seed``, for a split
-            ``"validation"``; ``limit_train`` counts what is left to train on.
-        on_corrupt: ``"error"`` or ``"skip"``: what to do about an image that cannot be decoded.
-        splits: which of ``"train"`` and ``"test"`` to load.
-        cache_dir: where the decoded images are kept; see :mod:`cxv.data.cache`. ``"none"``: in memory alone.
-        normalization: in place of the dataset's own (the paper's): ``mean`` and ``std`` of pixels in [0, 1].
-        log: takes a line about the cache or images that were skipped; default: print it.
+        name: Name of the dataset. ``"digits"`` is the digits of scikit-learn (1797 gray 8×8 scans, of which a fixed
+            stratified fifth is the test set). ``"cifar10"`` and ``"cifar100"`` are those of torchvision, downloaded
+            into ``data_dir`` if they are missing. ``"tiny-imagenet"`` (200 classes, 64×64) is downloaded in the same
+            way, and its ``val/`` is the test set. ``"folder"`` reads ``data_dir/train/CLASS/…`` and
+            ``data_dir/test/CLASS/…`` (or ``val``, if there is no ``test``) as RGB, in any format that PIL reads.
+        data_dir: Directory of the files. Default for downloaded datasets: ``data``.
+        img_size: Side of the images in pixels. Images of other sizes are cropped about the center to a square and
+            resized (bicubic, antialiased). Default: the size of the dataset; for a folder the shorter side of its first
+            training image (in sorted order), at most 64.
+        limit_train: Largest number of training images, balanced over the classes and drawn by ``seed``. Only these
+            images are decoded.
+        limit_test: Largest number of test images, drawn in the same way.
+        validation: Number of training images for a split ``"validation"``, drawn by ``seed`` from each class by its
+            share. ``limit_train`` counts the images that remain for training.
+        seed: Seed of the draws.
+        on_corrupt: ``"error"`` to raise an error for an image that cannot be decoded, or ``"skip"`` to skip the image.
+        splits: The splits to load, ``"train"`` and ``"test"``.
+        cache_dir: Directory of the cache, see :mod:`cxv.data.cache`. ``"none"`` decodes into memory.
+        normalization: ``mean`` and ``std`` of pixels in [0, 1]. Default: those of the paper for this dataset.
+        log: Function that receives log lines about the cache and skipped images. Default: print them.
+
+    Returns:
+        The dataset. Its ``train``, ``test`` and ``validation`` are the splits.
 
     Raises:
-        InputError: anything wrong with these arguments or with the files, or too little memory for them.
+        InputError: If an argument or a file is invalid, or the memory is too small.
     """
     sizes = {"img_size": img_size, "limit_train": limit_train, "limit_test": limit_test, "validation": validation}
     _check_arguments(name, on_corrupt, splits, sizes)
@@ -299,11 +305,11 @@ def batches(
     skip: int = 0,
     shard: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of ``(images, labels)``: (B, C, S, S) float32, normalized, and (B,) int64, on ``device``.
+    """Yield batches of normalized images (B, C, S, S), float32, and labels (B,), int64, on ``device``.
 
-    In the order of the set, or shuffled by ``generator`` (a CPU one); the last batch may be smaller. ``augment``
-    works on the device, by its draws for ``epoch``. The first ``skip`` batches are left out. ``shard`` selects
-    the rows of a batch that this process gets.
+    The batches have the order of the set, or are shuffled by a CPU ``generator``. The last batch can be smaller.
+    ``augment`` runs on the device with its draws for ``epoch``. The first ``skip`` batches are skipped. ``shard``
+    selects the rows of a batch for this process.
     """
     device = torch.device(device)
     order = torch.arange(len(data)) if generator is None else torch.randperm(len(data), generator=generator)
@@ -325,7 +331,10 @@ def batches(
 
 @python_numbers
 def normalize(images: Tensor, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD) -> Tensor:
-    """uint8 (…, C, H, W) to float32: [0, 255] to [0, 1], less mean, over std. The paper's 0.5 and 0.5 give [-1, 1]."""
+    """Convert uint8 images (…, C, H, W) to float32 in [0, 1], subtract the mean and divide by the std.
+
+    The paper's 0.5 and 0.5 give [-1, 1].
+    """
 
     def of_channels(values: float | Sequence[float]) -> float | Tensor:
         if not isinstance(values, Sequence):

@@ -15,7 +15,7 @@ from .trainer import train
 
 
 def has_seeds(config: TrainConfig) -> bool:
-    """Whether this is a matter of several runs: ``seeds`` are given, or are in the directory to resume."""
+    """Return True for several runs: ``seeds`` are given, or the directory to resume has runs of several seeds."""
     if config.seeds is not None:
         return True
     root = Path(config.output or default_output(config))
@@ -23,16 +23,16 @@ def has_seeds(config: TrainConfig) -> bool:
 
 
 def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Train once for each of ``config.seeds``, in ``output/seed-N``, and write best, mean and sd into
-    ``output/summary.json``.
+    """Train once for each of ``config.seeds`` in ``output/seed-N``, and write ``output/summary.json``.
 
-    With ``resume`` the runs that are over are not trained again, one that was interrupted goes on, and the rest begin.
+    The summary has the best, mean and standard deviation of top-1. With ``resume``, finished runs are not trained
+    again, an interrupted run continues, and the other runs start.
 
     Returns:
-        What :func:`cxv.training.logging.summarize_seeds` gives.
+        The result of :func:`cxv.training.logging.summarize_seeds`.
 
     Raises:
-        InputError: as :func:`train`, and when ``output`` holds something else.
+        InputError: As :func:`train`, or if ``output`` has something else.
     """
     world = World.current()
     log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)

@@ -155,7 +155,7 @@ class Centered(ResidualBranch):
 
 
 def test_coupled_images_run_as_one_batch():
-    """A branch of anybody's own that says so sees the whole batch, with and without gradients."""
+    """A custom branch that couples images sees the whole batch, with and without gradients."""
     x = torch.randn(5, 16, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
     plain, fused = Centered(16, use_fused=False), Centered(16, use_fused=True)
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)

@@ -29,7 +29,7 @@ PEAK_GB = {
 
 
 def ledger(name, mode, dtype, batch=2, side=32):
-    """The measured ledger and the predicted sum."""
+    """The measured memory breakdown and the predicted sum."""
     model = build(name, mode).train()
     images, labels = random_batch(batch, side, dtype)
     loss_of(model, images[:1], labels[:1], dtype)

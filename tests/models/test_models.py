@@ -405,7 +405,7 @@ def test_compile_fullgraph(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_learns(name):
-    """Two classes that differ by where they are bright: a few steps suffice."""
+    """A few steps are enough to learn two classes that are bright in different places."""
     model = small(name, use_fused=True, num_classes=2, drop_rate=0.1)
     target = torch.arange(16) % 2
     x = torch.randn(16, 3, 8, 8) * 0.3

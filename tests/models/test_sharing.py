@@ -350,7 +350,7 @@ for name in ("hub", "timm"):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The Hub as a directory: what is uploaded, and downloads from there."""
+    """A directory in place of the Hub, with uploads and downloads."""
     from huggingface_hub import hub_mixin
 
     import cxv.hub
