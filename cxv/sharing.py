@@ -21,7 +21,14 @@ _PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device
 """A run's arguments that are nobody else's business."""
 
 
-def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which: str = "best", **metadata: Any) -> None:
+def save_safetensors(
+    source: nn.Module | str | Path,
+    path: str | Path,
+    *,
+    which: str = "best",
+    dtype: torch.dtype | None = None,
+    **metadata: Any,
+) -> None:
     """Write a model's weights, and what is needed to use them, into one safetensors file, atomically.
 
     ``cxv.create_model(name, checkpoint=path)``, ``cxv eval`` and ``cxv predict`` read it, and so does whatever else
@@ -32,6 +39,8 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
             ``cxv train`` wrote: its ``--output`` or a ``.pt`` file.
         path: the file to write, ``….safetensors``.
         which: ``"best"`` or ``"last"``, of a run's weights.
+        dtype: the floating-point dtype of the file, for example ``torch.float16`` for a file of half the size; None
+            keeps the weights' own. A model that loads the file has float32 parameters.
         **metadata: in place of what ``source`` says (see ``cxv.checkpoint.METADATA``): ``classes``, names in
             label order, by default the labels' numbers; ``normalization``, the mean and std of pixels in [0, 1], by
             default the paper's 0.5 and 0.5; ``seed``; ``metrics``, numbers by name; and, for a model that
@@ -39,13 +48,16 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
 
     Raises:
         InputError: no such checkpoint, or a damaged one; metadata that are unknown or do not fit the model;
-            weights that are quantized or sharded; a file that cannot be written.
+            weights that are quantized or sharded; a dtype that is not a floating-point one; a file that cannot be
+            written.
     """
     from safetensors.torch import save
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"path: expected a name that ends in .safetensors, got {path}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
     if isinstance(source, nn.Module):
         if which != "best":
             raise InputError(f"which: chooses among the weights of a run, and source is a model; got {which!r}")
@@ -61,7 +73,9 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
                 f"{name}: expected a plain tensor, got {type(t).__name__}: save the model before it is quantized, and "
                 "gather sharded weights"
             )
-    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    weights = {
+        name: t.detach().cpu().to(dtype if t.is_floating_point() else None).contiguous() for name, t in weights.items()
+    }
     with torch.random.fork_rng(devices=[]):  # the fresh model's initial weights are not the caller's draws
         build_trained({**metadata, "model": weights}, f"{path} (not written)", {})
     atomic_write(path, save(weights, {"format": "pt", METADATA_KEY: json.dumps(metadata)}))
