@@ -52,6 +52,7 @@ def register_with_transformers(
         "cxv_linear": functools.partial(_linear, feature_map),
         "cxv_nystrom": functools.partial(_nystrom, num_landmarks),
     }
+    torch.compiler.assume_constant_result(_projection)  # here, as it imports torch._dynamo
     head = torch.zeros(1, 1, 2, 4, device="cpu")
     with use_backend("reference"):  # raises now for a wrong option
         for function in attend.values():
@@ -118,7 +119,6 @@ def _mask(
     return attention_mask
 
 
-@torch.compiler.assume_constant_result
 def _projection(num_features: int, dim: int, device: torch.device) -> Tensor:
     return _cached_projection(num_features, dim, device)
 
