@@ -446,6 +446,7 @@ CALLS = {
     "load_data": _load_data,
     "batches": _batches,
     "evaluate": _evaluate,
+    "predict": _evaluate,
     "export_model": _export,
 }
 
@@ -454,7 +455,7 @@ CALLS = {
 @pytest.mark.parametrize("name", list(CALLS))
 def test_numbers_of_other_libraries_are_pythons(name, kind, tmp_path):
     """NumPy's numbers, and arrays and tensors without dimensions, give the results of Python's."""
-    if name in ("load_data", "batches", "evaluate"):
+    if name in ("load_data", "batches", "evaluate", "predict"):
         pytest.importorskip("sklearn")
     results = []
     for n in (lambda x: x, NUMBERS[kind]):
