@@ -21,7 +21,14 @@ _PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device
 """Arguments of a run that are not written into a shared file."""
 
 
-def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which: str = "best", **metadata: Any) -> None:
+def save_safetensors(
+    source: nn.Module | str | Path,
+    path: str | Path,
+    *,
+    which: str = "best",
+    dtype: torch.dtype | None = None,
+    **metadata: Any,
+) -> None:
     """Write the weights of a model and their metadata into one safetensors file, atomically.
 
     ``cxv.create_model(name, checkpoint=path)``, ``cxv eval``, ``cxv predict`` and every other reader of safetensors can
@@ -32,6 +39,8 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
             of ``cxv train``; or a ``.pt`` file in it.
         path: File to write. Its name ends in ``.safetensors``.
         which: Weights of the ``"best"`` or the ``"last"`` epoch of a run.
+        dtype: Floating-point dtype of the file, for example ``torch.float16`` for half the size. Default: the dtype of
+            the weights. A model that loads the file has float32 parameters.
         **metadata: Entries that replace the metadata of ``source`` (see ``cxv.checkpoint.METADATA``): ``classes``,
             names in label order (default: the labels); ``normalization``, mean and std of pixels in [0, 1] (default:
             0.5 and 0.5, as in the paper); ``seed``; ``metrics``, numbers by name. For a model that
@@ -39,7 +48,7 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
 
     Raises:
         InputError: If the checkpoint is missing or damaged, the metadata are unknown or do not fit the model, the
-            weights are quantized or sharded, or the file cannot be written.
+            weights are quantized or sharded, ``dtype`` is not a floating-point dtype, or the file cannot be written.
 
     Example::
 
@@ -50,6 +59,8 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"path: expected a name that ends in .safetensors, got {path}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
     if isinstance(source, nn.Module):
         if which != "best":
             raise InputError(f"which: chooses among the weights of a run, and source is a model; got {which!r}")
@@ -65,7 +76,9 @@ def save_safetensors(source: nn.Module | str | Path, path: str | Path, *, which:
                 f"{name}: expected a plain tensor, got {type(t).__name__}: save the model before it is quantized, and "
                 "gather sharded weights"
             )
-    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    weights = {
+        name: t.detach().cpu().to(dtype if t.is_floating_point() else None).contiguous() for name, t in weights.items()
+    }
     with torch.random.fork_rng(devices=[]):  # the new model must not change the caller's random state
         build_trained({**metadata, "model": weights}, f"{path} (not written)", {})
     atomic_write(path, save(weights, {"format": "pt", METADATA_KEY: json.dumps(metadata)}))

@@ -54,8 +54,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "attn_mem": partial(from_rows, "attn_mem-cpu", _report.attention_memory, _report.training_memory),
     "model_step headline": partial(from_rows, "model_step-cpu", _report.step_headline, newest=False),
     "model_step": partial(from_rows, "model_step-cpu", _report.step_memory, _report.step_times),
-    "integrations attention": partial(from_rows, "integrations-cpu", _report.integration_attention),
-    "integrations models": partial(from_rows, "integrations-cpu", _report.integration_models),
     "deploy": deploy,
     "table1": lambda: table1.table(table1.read(RESULTS / "table1-cpu.csv")).markdown(),
     "ablations": lambda: ablations.report(ablations.read(RESULTS / "ablations-cpu.jsonl"), dataset="cifar10"),

@@ -72,7 +72,7 @@ RESERVED = {
     "depth": "it comes from the model's name",
     "num_heads": "it comes from the model's name",
     "checkpoint": "give `init`",
-    **{name: f"give `{name}`" for name in ("img_size", "embed_dim", "drop_rate")},
+    **{name: f"give `{name}`" for name in ("img_size", "embed_dim", "drop_rate", "drop_path_rate")},
     "use_fused": "give `fused`",
     "recompute": "give `recompute`",
 }
@@ -131,6 +131,13 @@ class TrainConfig:
     embed_dim: int | None = _model("number of channels", shown="the model's own, 128", **_COUNT)
     drop_rate: float | None = _model(
         "dropout probability", metavar="P", check=_FRACTION, shown="the model's own; the paper's is 0.5"
+    )
+    drop_path_rate: float | None = _model(
+        "stochastic depth: the probability that an image skips a branch of the last layer; it is 0 in the first layer "
+        "and rises linearly",
+        metavar="P",
+        check=_FRACTION,
+        shown="0",
     )
     stem_stride: int | None = _model(
         "stride of the first convolution, or the side of a patch",

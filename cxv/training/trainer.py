@@ -175,7 +175,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         kwargs = {"num_classes": len(data.classes), "in_chans": data.in_chans, "img_size": data.img_size}
         kwargs["use_fused"] = config.fused
-        kwargs |= {k: getattr(config, k) for k in ("embed_dim", "drop_rate") if getattr(config, k) is not None}
+        named = ("embed_dim", "drop_rate", "drop_path_rate")
+        kwargs |= {name: getattr(config, name) for name in named if getattr(config, name) is not None}
         if config.stem_stride is not None:
             kwargs[downsampling(config.model)] = config.stem_stride
         if not config.recompute or config.init is not None:  # of the file with the first weights, or the default

@@ -53,6 +53,7 @@ def register_with_transformers(
         "cxv_linear": functools.partial(_linear, feature_map),
         "cxv_nystrom": functools.partial(_nystrom, num_landmarks),
     }
+    torch.compiler.assume_constant_result(_projection)  # here, as it imports torch._dynamo
     head = torch.zeros(1, 1, 2, 4, device="cpu")
     with use_backend("reference"):  # raises now for a wrong option
         for function in attend.values():
@@ -121,11 +122,6 @@ def _mask(
 
 def _projection(num_features: int, dim: int, device: torch.device) -> Tensor:
     return _cached_projection(num_features, dim, device)
-
-
-# torch.compile treats the result as a constant. The decorator torch.compiler.assume_constant_result sets the same
-# attribute but would import torch._dynamo.
-_projection._dynamo_marked_constant = True
 
 
 @functools.cache

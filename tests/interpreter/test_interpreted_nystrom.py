@@ -160,5 +160,5 @@ def test_opcheck():
 
 def test_declines_what_does_not_fit():
     q, wide = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 129)
-    with pytest.raises(RuntimeError, match="heads of at most 128 channels, not 129"):
+    with pytest.raises(RuntimeError, match="supports 1 to 128 channels, not 129"):
         nystrom_attention(q, q, wide, backend="triton")

@@ -72,6 +72,20 @@ def test_round_trip(tmp_path, name):
     assert load_file(tmp_path / "a.safetensors").keys() == model.state_dict().keys()  # any reader finds the names
 
 
+def test_float16_file_loads_as_float32(saved):
+    """The file is half as large, and a model that loads it has float32 parameters with the rounded values."""
+    model, path = saved
+    half = path.with_name("half.safetensors")
+    cxv.save_safetensors(model, half, dtype=torch.float16)
+    assert all(t.dtype == torch.float16 for t in load_file(half).values())
+    loaded = cxv.create_model("cpv-1/2", checkpoint=half)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].half().float())
+    with pytest.raises(InputError, match=r"dtype: expected a floating-point dtype or None, got torch\.int8"):
+        cxv.save_safetensors(model, half, dtype=torch.int8)
+
+
 def test_what_the_file_says(saved):
     _, path = saved
     _, checkpoint = load_model(path.parent)  # a directory with a model.safetensors
