@@ -185,9 +185,7 @@ def without_bias(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **optio
     return conv_norm(x, weight, None, gamma, beta, **options)
 
 
-def nystrom_with_residual(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, num_landmarks: int = 3, **options
-) -> Tensor:
+def nystrom_with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, num_landmarks: int = 3, **options) -> Tensor:
     return nystrom_attention(q, k, v, num_landmarks, residual_weight=weight, **options)
 
 

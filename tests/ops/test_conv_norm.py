@@ -134,7 +134,9 @@ def test_gradients_where_the_output_does_not_tell_xhat(gain, case, backend, dtyp
     # γ and β in float32, as under autocast: float16 has no 1e-8
     params = [t.to(accumulate_dtype(dtype)) for t in (gamma, beta)]
     grads = [torch.randn(2, 24, 6, 9).to(dtype)]
-    assert_close_to_float64(case, backend, [*(t.to(dtype) for t in (x, weight, bias)), *params], image(3, 24), grads=grads)
+    assert_close_to_float64(
+        case, backend, [*(t.to(dtype) for t in (x, weight, bias)), *params], image(3, 24), grads=grads
+    )
 
 
 @every_backend

@@ -1,4 +1,4 @@
-"""nystrom_attention: its definition with every map written out, its landmarks and inverse, and the ops that it is made of.
+"""nystrom_attention: its definition with every map written out, its landmarks and inverse, and the ops of its parts.
 
 test_values.py, test_gradients.py and test_pytorch.py have the properties of every op.
 """

@@ -9,7 +9,17 @@ from functools import partial
 
 import pytest
 import torch
-from cases import PERFORMER, Sizes, assert_close_to_float64, device_of, every, every_backend, in_float64, run, with_dtypes
+from cases import (
+    PERFORMER,
+    Sizes,
+    assert_close_to_float64,
+    device_of,
+    every,
+    every_backend,
+    in_float64,
+    run,
+    with_dtypes,
+)
 from cases import projection as projection_of
 from conftest import heads, needs_cpp
 from torch.nn.functional import normalize

@@ -25,7 +25,9 @@ ONE_PER_OP = list({case.op: case for case in reversed(CASES) if case.label != "n
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), [("contiguous", torch.float32), ("NCHW", torch.float16)], ids=["contiguous-float32", "NCHW-float16"]
+    ("layout", "dtype"),
+    [("contiguous", torch.float32), ("NCHW", torch.float16)],
+    ids=["contiguous-float32", "NCHW-float16"],
 )
 @every_backend
 @every(CASES)

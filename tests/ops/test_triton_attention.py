@@ -50,7 +50,9 @@ def test_bits_of_a_head_with_splits(case):
     inputs, call = case.inputs(sizes, torch.float16), case.bind("triton", sizes)
     with short_splits():
         first = run(call, inputs)
-        assert all(torch.equal(a[1:, 1:], b) for a, b in zip(first, run(call, [t[1:, 1:] for t in inputs]), strict=True))
+        assert all(
+            torch.equal(a[1:, 1:], b) for a, b in zip(first, run(call, [t[1:, 1:] for t in inputs]), strict=True)
+        )
         with poisoned_memory():
             for name in ("NCHW", "a chunk of qkv"):
                 assert all(map(torch.equal, first, run(call, [layouts(t)[name] for t in inputs]))), name

@@ -1,4 +1,4 @@
-"""The kernels of conv_norm and dropout of Triton in its interpreter: tiles, the implicit GEMM, 32-bit offsets and limits.
+"""Triton's kernels of conv_norm and dropout in its interpreter: tiles, implicit GEMM, 32-bit offsets and limits.
 
 The other files of this folder have the properties of every backend; tests/test_triton.py runs both.
 """
