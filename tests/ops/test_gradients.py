@@ -120,7 +120,10 @@ def test_saved_bytes(case, backend):
         saved = saved_bytes(lambda call=call, outs=outs, inputs=inputs: outs.extend(call(*inputs)), inputs)
         found.append(saved.beyond_inputs - (outs[0].nbytes if case.op == "conv_norm" else 0))
     pixels = 8 * 8 * 4  # conv_norm: one float32 per pixel besides its output
-    assert found[1] - found[0] == (pixels if case.op == "conv_norm" else 0)
+    growth = pixels if case.op == "conv_norm" else 0
+    if case.op == "nystrom_attention" and backend != "cpu":  # the output of PyTorch's attention, and a sum per query
+        growth = 2 * 60 * (8 + 1) * 4
+    assert found[1] - found[0] == growth
     if case in ATTENTION_CASES:
         reference = saved_bytes(lambda: case.bind("reference", sizes)(*inputs), inputs)
         assert found[1] < reference.beyond_inputs
