@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from PIL import Image
 from cxv_kernels._triton import interpreting
 from cxv_kernels.library import CPP_MISSING
 
-# tests/test_triton.py and tests/test_host_gpu.py run these folders in processes of their own
+sys.path.append(str(Path(__file__).parent / "ops"))  # its cases.py and its extreme values are used elsewhere, too
+# tests/test_triton.py and tests/test_host_gpu.py run these in processes of their own
 ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
-collect_ignore = [*(() if interpreting() else ("interpreter",)), *(() if ON_HOST_GPU else ("host_gpu",))]
+collect_ignore_glob = [*(() if interpreting() else ("ops/test_triton_*.py",)), *(() if ON_HOST_GPU else ("host_gpu",))]
 if not ON_HOST_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine; gpu_suite.py is a GPU's
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
@@ -26,6 +29,9 @@ LONGEST = (
     "test_trainer.py",
     "test_compile_gate.py",
     "test_models.py",
+    "test_pytorch.py",
+    "test_values.py",
+    "test_derivatives.py",
 )
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
 

@@ -1,7 +1,8 @@
 """The ops as tests/ops calls them: one ``Case`` per op and variant, its inputs, and the error model."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import heads, needs_cpp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cxv_kernels
 from cxv_kernels import (
@@ -22,6 +24,7 @@ from cxv_kernels import (
     performer_features,
 )
 from cxv_kernels._triton import interpreting
+from cxv_kernels.ops.linear_attention.triton import configs
 from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import FLOAT_DTYPES
 
@@ -52,15 +55,22 @@ def dtypes_of(backend: str) -> Sequence[torch.dtype]:
     return (torch.float32, torch.float16, *([torch.bfloat16] if backend == "triton" else []))
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 with_dtypes = pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        pytest.param(*param.values, dtype, marks=param.marks, id=f"{param.values[0]}-{dtype}".replace("torch.", ""))
+        pytest.param(*param.values, dtype, marks=param.marks, id=f"{param.values[0]}-{name_of(dtype)}")
         for param in BACKENDS
         for dtype in dtypes_of(param.values[0])
     ],
 )
 """(backend, dtype): all that run here."""
+in_float64 = pytest.mark.parametrize(
+    "backend", ["reference", *(param for param in BACKENDS if torch.float64 in dtypes_of(param.values[0]))]
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Sizes:
 
 TINY = Sizes(1, 2, 5, 6, 3, 4, (3, 3))
 ODD = Sizes()
+SMALL = Sizes(1, 2, 20, 23, 8, 5, (4, 5)) if interpreting() else ODD
 SIZES = {
     "one": Sizes(1, 1, 1, 1, 1, 3, (2, 2)),
     "odd": ODD,
@@ -174,8 +185,8 @@ def without_bias(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **optio
     return conv_norm(x, weight, None, gamma, beta, **options)
 
 
-def nystrom_with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options) -> Tensor:
-    return nystrom_attention(q, k, v, 3, residual_weight=weight, **options)
+def nystrom_with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, num_landmarks: int = 3, **options) -> Tensor:
+    return nystrom_attention(q, k, v, num_landmarks, residual_weight=weight, **options)
 
 
 def dropped_residual(x: Tensor, residual: Tensor, **options) -> Tensor:
@@ -229,7 +240,9 @@ DROPOUT = [
     Case("dropout", "residual", dropped_residual, lambda s: [attention_shapes(s)[0]] * 2, 1, dropout_seed),
     Case("gelu_dropout", "", partial(gelu_dropout, p=0.3), lambda s: attention_shapes(s)[:1], 4, dropout_seed),
 ]
-ATTENTION_CASES = [*LINEAR, *PERFORMER, *NYSTROM]
+FOUR_KERNELS = ("key_pass", "query_pass", "query_backward", "key_backward")
+LINEAR_FAMILY = [*LINEAR, *PERFORMER]
+ATTENTION_CASES = [*LINEAR_FAMILY, *NYSTROM]
 MASKED = [case for case in (*LINEAR, *PERFORMER, *STATE) if case.takes_mask]
 CASES = [*LINEAR, *PERFORMER, *STATE, *FEATURES, *NYSTROM, *CONV_NORM, *DROPOUT]
 
@@ -264,15 +277,62 @@ def assert_close_to_float64(
     inputs: Sequence[Tensor],
     sizes: Sizes = ODD,
     amplification: float = 1,
+    grads: Sequence[Tensor] | None = None,
     **constants: Tensor | None,
-) -> None:
-    """Compare outputs and gradients with the float64 reference on the same inputs, within the error model."""
+) -> list[Tensor]:
+    """Compare outputs and gradients with the float64 reference on the same inputs, within the error model.
+
+    ``grads``: of the outputs, see `run`. Returns outputs and gradients.
+    """
     dtype = inputs[0].dtype
     placed = [t.detach().to(device_of(backend)) for t in inputs]
-    wants = run(case.bind("reference", sizes, **constants), [t.detach().double() for t in inputs])
-    gots = run(case.bind(backend, sizes, **constants), placed)
+    wants = run(case.bind("reference", sizes, **constants), [t.detach().double() for t in inputs], grads)
+    gots = run(case.bind(backend, sizes, **constants), placed, grads)
     for place, (got, want) in enumerate(zip(gots, wants, strict=True)):
         assert got.shape == want.shape
+        assert place < len(gots) - len(inputs) or got.dtype == inputs[place - len(gots)].dtype
         error = (got.cpu().double() - want).abs()
         bound = tolerance(want, dtype, case.depth(sizes), amplification * case.amplification)
         assert error.numel() == 0 or error.max() <= bound, f"result {place}: {error.max():.2e} > {bound:.2e}"
+    return gots
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is filled with NaN, which shows where a kernel leaves it."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(4).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class OpCalls(TorchDispatchMode):
+    """Records (op, arguments) of the calls of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Callable, tuple]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace.startswith("cxv_kernels"):
+            self.made.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+def short_splits(**options: int | bool) -> AbstractContextManager[None]:
+    """A table of Triton's launch options that cuts few tokens into several splits; with other options, too."""
+    entries = {name: configs.lookup(name, 0, 32, None, torch.float32) for name in FOUR_KERNELS}
+    short = {"TOKENS": 64, "BLOCK_N": 32} | options
+    return configs.override({name: {"default": entry | short} for name, entry in entries.items()})

@@ -1,13 +1,33 @@
-"""performer_attention and performer_features: the semantics of FAVOR+ and the paper's variants of it."""
+"""performer_attention and performer_features: the semantics of FAVOR+ and the paper's variants of it.
+
+test_linear_attention.py has more of the kernels; test_values.py, test_gradients.py and test_pytorch.py have the
+properties of every op.
+"""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from conftest import heads
+from cases import (
+    PERFORMER,
+    Sizes,
+    assert_close_to_float64,
+    device_of,
+    every,
+    every_backend,
+    in_float64,
+    run,
+    with_dtypes,
+)
+from cases import projection as projection_of
+from conftest import heads, needs_cpp
+from torch.nn.functional import normalize
 
 import cxv_kernels
 from cxv_kernels import orthogonal_projection, performer_attention, performer_features
+from cxv_kernels._triton import interpreting
+from cxv_kernels.testing import saved_bytes
 
 
 def setup(queries=40, keys=60, dim=16, value_dim=16, batch=2, features=None):
@@ -22,7 +42,7 @@ def test_number_of_features():
 def test_projection_is_orthogonal_with_gaussian_norms_and_reproducible():
     draw = [orthogonal_projection(110, 32, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
     assert torch.equal(*draw)
-    directions = torch.nn.functional.normalize(draw[0].double(), dim=1)
+    directions = normalize(draw[0].double(), dim=1)
     for start in range(0, 110, 32):
         block = directions[start : start + 32]
         torch.testing.assert_close(block @ block.T, torch.eye(len(block), dtype=torch.float64), atol=1e-6, rtol=0)
@@ -56,12 +76,12 @@ def definition(q, k, v, w, kernel, eps, key_mask=None, batch_maximum=False):
 
 
 @pytest.mark.parametrize(("kernel", "eps"), [("softmax", 1e-4), ("softmax", 0.1), ("softmax", 0.0), ("relu", 1e-3)])
-def test_is_the_definition(kernel, eps):
+@in_float64
+def test_performer_attention_is_its_definition(backend, kernel, eps):
     q, k, v, w = setup(value_dim=5)
-    torch.testing.assert_close(performer_attention(q, k, v, w, kernel, eps=eps), definition(q, k, v, w, kernel, eps))
-    key_mask = torch.rand(2, 60) > 0.3
-    got = performer_attention(q, k, v, w, kernel, eps=eps, key_mask=key_mask)
-    torch.testing.assert_close(got, definition(q, k, v, w, kernel, eps, key_mask))
+    for key_mask in (None, torch.rand(2, 60) > 0.3):
+        got = performer_attention(q, k, v, w, kernel, eps=eps, key_mask=key_mask, backend=backend)
+        torch.testing.assert_close(got, definition(q, k, v, w, kernel, eps, key_mask))
 
 
 def test_default_eps_is_the_papers():
@@ -70,9 +90,10 @@ def test_default_eps_is_the_papers():
     assert torch.equal(performer_attention(q, k, v, w, "relu"), performer_attention(q, k, v, w, "relu", eps=1e-3))
 
 
-def test_features_make_attention():
+@in_float64
+def test_features_make_attention(backend):
     q, k, v, w = setup()
-    phi_q, phi_k = performer_features(q, w, True), performer_features(k, w, False)
+    phi_q, phi_k = (performer_features(x, w, x is q, backend=backend) for x in (q, k))
     assert phi_q.shape == (2, 3, 40, w.shape[0])
     weights = phi_q @ phi_k.mT
     torch.testing.assert_close(weights @ v / weights.sum(-1, keepdim=True), performer_attention(q, k, v, w))
@@ -90,38 +111,46 @@ def test_approximates_softmax_attention():
     assert error < 0.05
 
 
-def test_head_stabilizer_is_batch_invariant_and_batch_stabilizer_is_the_released_code():
+@pytest.mark.parametrize("features", [70] if interpreting() else [1, 15, 16, 17, 64, 300])
+@with_dtypes
+@every(PERFORMER)
+def test_number_of_random_features(case, backend, dtype, features):
+    """Also more than a block of the kernels holds."""
+    sizes = Sizes(1, 2, 40, 70, 12, 9)
+    w = projection_of(features, 12)
+    assert_close_to_float64(case, backend, case.inputs(sizes, dtype), sizes, projection=w)
+
+
+def test_head_stabilizer_in_any_batch():
     q, k, v, w = setup(batch=3)
     k[1] *= 3
     for alone in range(3):
         part = slice(alone, alone + 1)
         got = performer_attention(q[part], k[part], v[part], w)
         torch.testing.assert_close(got, performer_attention(q, k, v, w)[part], rtol=1e-12, atol=1e-13)
+
+
+def test_batch_stabilizer_is_the_released_code():
+    q, k, v, w = setup(batch=3)
+    k[1] *= 3
     released = performer_attention(q, k, v, w, stabilizer="batch")
     torch.testing.assert_close(released, definition(q, k, v, w, "softmax", 1e-4, batch_maximum=True))
     assert not torch.allclose(released[:1], performer_attention(q[:1], k[:1], v[:1], w, stabilizer="batch"), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "eps", "stabilizer"),
-    [("softmax", 0.0, "head"), ("softmax", 0.0, "batch"), ("softmax", 0.1, "batch"), ("relu", 1e-3, "head")],
-)
-def test_gradcheck(kernel, eps, stabilizer):
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_batch_stabilizer_gradcheck(eps):
     """Finite differences see the maxima: with eps > 0 only the batch stabilizer has its function's gradient."""
     q, k, v, w = setup(4, 5, 3, 2, features=6)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    options = {"eps": eps, "stabilizer": stabilizer, "backend": "reference"}
-    assert torch.autograd.gradcheck(lambda *t: performer_attention(*t, w, kernel, **options), inputs)
+    options = {"eps": eps, "stabilizer": "batch", "backend": "reference"}
+    assert torch.autograd.gradcheck(lambda *t: performer_attention(*t, w, **options), inputs)
+    for is_query in (True, False):
+        assert torch.autograd.gradcheck(lambda x: performer_features(x, w, is_query, **options), inputs[0])  # noqa: B023
 
 
-@pytest.mark.parametrize("is_query", [True, False], ids=["queries", "keys"])
-def test_gradcheck_of_features_with_the_batch_stabilizer(is_query):
-    q, _, _, w = setup(4, 5, 3, 2, features=6)
-    options = {"eps": 0.1, "stabilizer": "batch", "backend": "reference"}
-    assert torch.autograd.gradcheck(lambda x: performer_features(x, w, is_query, **options), q.requires_grad_())
-
-
-def test_head_stabilizers_carry_no_gradient():
+@in_float64
+def test_head_stabilizers_carry_no_gradient(backend):
     """With eps > 0 a shift does not cancel, so finite differences see it and the gradient must not: the gradient is
     that of the same formula with the shifts held fixed."""
     q, k, v, w = setup(4, 5, 3, 2, features=6)
@@ -134,20 +163,19 @@ def test_head_stabilizers_carry_no_gradient():
         return weights @ v / weights.sum(-1, keepdim=True)
 
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    got = torch.autograd.grad(performer_attention(*inputs, w, eps=0.1).square().sum(), inputs)
+    got = torch.autograd.grad(performer_attention(*inputs, w, eps=0.1, backend=backend).square().sum(), inputs)
     torch.testing.assert_close(got, torch.autograd.grad(fixed(*inputs).square().sum(), inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("eps", [0.0, 1e-4])
 @pytest.mark.parametrize("norm", [1, 10, 30])
-def test_finite_and_close_to_float64_for_large_inputs(dtype, eps, norm):
+def test_long_inputs_of_the_reference(dtype, eps, norm):
     q, k, v, w = setup(dim=32)
-    q, k = (torch.nn.functional.normalize(x, dim=-1) * norm for x in (q, k))
+    q, k = (normalize(x, dim=-1) * norm for x in (q, k))
     low = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-    exact = [x.detach().double() for x in low]
-    out = performer_attention(*low, w.float(), eps=eps)
-    want = performer_attention(*exact, w, eps=eps)
+    out = performer_attention(*low, w.float(), eps=eps, backend="reference")
+    want = performer_attention(*(x.detach().double() for x in low), w, eps=eps, backend="reference")
     assert out.isfinite().all()
     # exponents reach norm² / √D = 160: their rounding is a relative error of the features
     bound = torch.finfo(dtype).eps + 160 * torch.finfo(torch.float32).eps
@@ -155,27 +183,32 @@ def test_finite_and_close_to_float64_for_large_inputs(dtype, eps, norm):
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().square().sum(), low))
 
 
-def test_eps_zero_keeps_the_keys_that_the_papers_form_loses():
-    """Long keys: with the paper's one maximum per head every feature is the eps, and the heads only average."""
-    q, k, v, w = setup(dim=32, keys=200)
-    k = torch.nn.functional.normalize(k, dim=-1) * 30
-    average = v.mean(dim=-2, keepdim=True).expand(-1, -1, 40, -1)
-    lost = (performer_attention(q, k, v, w) - average).norm() / average.norm()
-    kept = (performer_attention(q, k, v, w, eps=0) - average).norm() / average.norm()
-    assert kept > 10 * lost
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("norm", [10, 30])
+@needs_cpp
+@every(PERFORMER[:2])
+def test_long_keys(case, norm, dtype):
+    """Exponents reach norm²/√D = 160, whose rounding is a relative error of the features. The paper's form, with one
+    maximum per head, loses its keys there: every feature is the eps, and the heads only average. eps = 0 does not."""
+    sizes = Sizes(1, 2, 40, 200, 32, 32)
+    q, k, v = case.inputs(sizes)
+    low = [x.to(dtype) for x in (norm * normalize(q, dim=-1), norm * normalize(k, dim=-1), v)]
+    out = assert_close_to_float64(case, "cpu", low, sizes, 20)[0].double()
+    average = v.mean(dim=-2, keepdim=True).expand_as(out)
+    if norm == 30:
+        assert ((out - average).norm() / average.norm() > 0.5) == (case.label == "exact")
 
 
-def test_empty_and_hidden_keys():
-    q, k, v, w = setup()
-    for kernel in ("softmax", "relu"):
-        for eps in (None, 0.0):
-            assert performer_attention(q, k[:, :, :0], v[:, :, :0], w, kernel, eps=eps).eq(0).all()
-            key_mask = torch.ones(2, 60, dtype=torch.bool)
-            key_mask[1] = False
-            out = performer_attention(q, k, v, w, kernel, eps=eps, key_mask=key_mask)
-            assert out[1].eq(0).all()
-            assert out.isfinite().all()
-    assert performer_attention(q[:0], k[:0], v[:0], w).shape == (0, 3, 40, 16)
+@every_backend
+def test_gradients_where_eps_dominates(backend):
+    """Long keys of unequal length: with one maximum for all, nearly all features are the eps alone."""
+    sizes = Sizes(1, 2, 60, 200, 32, 32)
+    q, k, v = PERFORMER[0].inputs(sizes)
+    inputs = [t.half() for t in (q, 12 * normalize(k, dim=-1), v)]
+    gots = run(PERFORMER[0].bind(backend, sizes), [t.to(device_of(backend)) for t in inputs])
+    wants = run(PERFORMER[0].bind("reference", sizes), [t.double() for t in inputs])
+    for got, want in zip(gots, wants, strict=True):
+        assert (got.cpu().double() - want).abs().max() <= 1e-2 * want.abs().max() + 6e-8
 
 
 def test_autocast_leaves_the_projection_alone():
@@ -185,6 +218,48 @@ def test_autocast_leaves_the_projection_alone():
         assert performer_features(q, w, True).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, performer_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), w))
+
+
+@needs_cpp
+@every(PERFORMER[:2])
+def test_saved_state(case):
+    """Beyond the inputs S, z, the maxima and the projection alone: O(M·E)."""
+    sizes = Sizes(4, 4, 1024, 1024, 32, 32)
+    inputs = case.inputs(sizes, torch.float32, grad=True)
+    w = projection_of(110, 32)
+
+    def saved(backend):
+        return saved_bytes(lambda: case.bind(backend, sizes, projection=w)(*inputs), inputs)
+
+    found = saved("cpu")
+    assert found.beyond_inputs == 4 * 4 * (110 * 32 + 110 + 1) * 4 + 110 * 32 * 4
+    assert found.total <= 3.5 * inputs[0].nbytes
+    assert saved("reference").beyond_inputs >= 3 * found.beyond_inputs
+
+
+@every_backend
+def test_options_of_the_reference_alone(backend):
+    q, k, v = (t.to(device_of(backend)) for t in setup()[:3])
+    w = torch.randn(5, 16).to(q.device)
+    attend = partial(performer_attention, q.float(), k.float(), v.float())
+    with pytest.raises(RuntimeError, match=f"{backend} does not support stabilizer='batch'"):
+        attend(w, stabilizer="batch", backend=backend)
+    with pytest.raises(RuntimeError, match=f"{backend} does not support a projection that requires grad"):
+        attend(w.requires_grad_(), backend=backend)
+    assert attend(w, backend="reference").requires_grad
+
+
+@needs_cpp
+def test_raw_ops_refuse_bad_arguments():
+    q, k, v, w = setup()
+    op = torch.ops.cxv_kernels.performer_attention_forward
+    for match, w, kernel in (  # noqa: B020
+        ("kernel must be softmax or relu, got cosine", w, "cosine"),
+        ("projection has size 15 in dimension 1, expected 16", w[:, :15], "softmax"),
+        ("projection has a dtype that does not go with q's", w.float(), "softmax"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            op(q, k, v, w, None, kernel, 0.0)
 
 
 def test_bad_input():

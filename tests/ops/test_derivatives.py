@@ -1,127 +1,58 @@
 """Derivatives of the fused ops: any order is the reference's, or an error says what to use instead."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
+import cases
 import pytest
 import torch
+from cases import Case, Sizes, every, projection
 from conftest import heads, needs_cpp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cxv
-from cxv_kernels import (
-    conv_norm,
-    dropout,
-    dropout_seed,
-    gelu_dropout,
-    kv_state,
-    linear_attention,
-    nystrom_attention,
-    performer_attention,
-    performer_features,
-)
+from cxv_kernels import dropout, dropout_seed, gelu_dropout, kv_state, linear_attention, performer_attention
 from cxv_kernels.ops.linear_attention.op import linear_attention_op
 
 pytestmark = needs_cpp
+SAME = Sizes(1, 2, 5, 5, 3, 3, (3, 3))  # q, k and v may be one tensor
 TOKENS = (1, 2, 5, 3)
-EPS = 0.1  # of conv_norm: a pixel of three channels may have hardly any variance, which the higher orders divide by
 CHANGED = "modified by an inplace operation"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A call of an op: ``function(*inputs, **constants, backend=…)``; constants are tensors without gradient."""
+def variants(case: Case) -> Iterator[Case]:
+    """The case with other constants: with a key mask, too."""
 
-    function: Callable
-    shapes: Sequence[tuple[int, ...]]
-    constants: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    def constants(sizes: Sizes) -> dict[str, Tensor | float]:
+        # a pixel of three channels may have hardly any variance, which the higher orders divide by
+        return case.constants(sizes) | ({"eps": 0.1} if case.op == "conv_norm" else {})
 
-    def inputs(self, *requires_grad: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """Inputs that all require grad, or those of these places alone."""
-        places = requires_grad or range(len(self.shapes))
-        return [heads(*shape, dtype=dtype, grad=i in places) for i, shape in enumerate(self.shapes)]
-
-    def bound(self, backend: str, **constants: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-        """A function of the inputs that returns a tuple."""
-        constants = {name: make() for name, make in self.constants.items()} | constants
-
-        def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-            out = self.function(*inputs, **constants, backend=backend)
-            return out if isinstance(out, tuple) else (out,)
-
-        return call
+    yield replace(case, constants=constants)
+    if case.takes_mask:
+        key_mask = torch.tensor([[True, False, True, True, True]])
+        masked = lambda sizes: constants(sizes) | {"key_mask": key_mask.clone()}  # noqa: E731
+        yield replace(case, label=f"{case.label}-masked", constants=masked)
 
 
-def key_mask() -> Tensor:
-    return torch.tensor([[True, False, True, True, True]])
-
-
-def projection() -> Tensor:
-    return torch.linspace(-1, 1, 12, dtype=torch.float64).cos().mul(2).view(4, 3) - 1
-
-
-def seed() -> Tensor:
-    return torch.tensor(12345)
-
-
-def nystrom_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return nystrom_attention(q, k, v, 3, residual_weight=weight, backend=backend)
-
-
-def without_bias(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
-    return conv_norm(x, weight, None, gamma, beta, EPS, backend=backend)
-
-
-def dropped_residual(x: Tensor, residual: Tensor, backend: str, seed: Tensor) -> Tensor:
-    return dropout(x, 0.3, seed, residual=residual, backend=backend)
-
-
-KERNELS = {"softmax": {}, "exact softmax": {"eps": 0.0}, "relu": {"kernel": "relu"}}
-MASKS = {"": {}, ", masked": {"key_mask": key_mask}}
-IMAGE, PIXEL = (1, 2, 3, 3), (3,)
-CASES = {
-    **{
-        f"linear_attention {feature_map}{masked}": Case(
-            partial(linear_attention, feature_map=feature_map), (TOKENS,) * 3, mask
-        )
-        for feature_map in ("softmax", "elu", "relu")
-        for masked, mask in MASKS.items()
-    },
-    **{
-        f"kv_state {feature_map}{masked}": Case(partial(kv_state, feature_map=feature_map), (TOKENS,) * 2, mask)
-        for feature_map in ("softmax", "elu", "relu")
-        for masked, mask in MASKS.items()
-    },
-    **{
-        f"performer_attention {kernel}{masked}": Case(
-            partial(performer_attention, **options), (TOKENS,) * 3, {"projection": projection} | mask
-        )
-        for kernel, options in KERNELS.items()
-        for masked, mask in MASKS.items()
-    },
-    **{
-        f"performer_features {kernel} of {'queries' if is_query else 'keys'}": Case(
-            partial(performer_features, is_query=is_query, **options), (TOKENS,), {"projection": projection}
-        )
-        for kernel, options in KERNELS.items()
-        for is_query in (True, False)
-    },
-    "nystrom_attention": Case(partial(nystrom_attention, num_landmarks=3), (TOKENS,) * 3),
-    "nystrom_attention with residual": Case(nystrom_residual, ((TOKENS,) * 3 + ((2, 1, 3, 1),))),
-    "conv_norm": Case(partial(conv_norm, eps=EPS), (IMAGE, (3, 2, 3, 3), PIXEL, PIXEL, PIXEL)),
-    "conv_norm without bias": Case(without_bias, (IMAGE, (3, 2, 3, 3), PIXEL, PIXEL)),
-    "dropout": Case(partial(dropout, p=0.3), (TOKENS,), {"seed": seed}),
-    "dropout with residual": Case(dropped_residual, (TOKENS,) * 2, {"seed": seed}),
-    "gelu_dropout": Case(partial(gelu_dropout, p=0.3), (TOKENS,), {"seed": seed}),
-}
-OPS = {name.partition(" ")[0]: case for name, case in reversed(CASES.items())}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(",", "") for name in CASES])
+CASES = [variant for case in cases.CASES if case.label != "channels_last" for variant in variants(case)]
+OPS = {case.op: case for case in reversed(CASES)}
+every_case = every(CASES)
 every_op = pytest.mark.parametrize("op", OPS)
+
+
+def leaves(case: Case, *requires_grad: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Inputs that all require grad, or those of these places alone."""
+    inputs = case.inputs(SAME, dtype)
+    return [t.requires_grad_(not requires_grad or i in requires_grad) for i, t in enumerate(inputs)]
+
+
+def bind(case: Case, backend: str, **constants: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    return case.bind(backend, SAME, **constants)
 
 
 @contextmanager
@@ -158,51 +89,50 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], relative: f
 
 def assert_derivatives(case: Case, inputs: Sequence[Tensor]) -> None:
     with differentiable_sdpa():
-        found, expected = (derivatives(case.bound(backend), inputs) for backend in ("cpu", "reference"))
+        found, expected = (derivatives(bind(case, backend), inputs) for backend in ("cpu", "reference"))
     assert_same(found, expected)
 
 
 @every_case
 def test_three_orders_are_the_references(case):
-    assert_derivatives(case, case.inputs())
+    assert_derivatives(case, leaves(case))
 
 
 @every_case
 def test_three_orders_where_one_input_requires_grad(case):
-    for place in range(len(case.shapes)):
-        assert_derivatives(case, case.inputs(place))
+    for place in range(len(case.shapes(SAME))):
+        assert_derivatives(case, leaves(case, place))
 
 
 @every_case
 def test_three_orders_where_inputs_are_one_tensor(case):
-    by_shape = {tuple(t.shape): t for t in case.inputs()}
-    assert_derivatives(case, [by_shape[shape] for shape in case.shapes])
+    by_shape = {tuple(t.shape): t for t in leaves(case)}
+    assert_derivatives(case, [by_shape[shape] for shape in case.shapes(SAME)])
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 3), (1, 0, 5, 3), (1, 2, 0, 3)], ids=["batch", "heads", "tokens"])
 @pytest.mark.parametrize("op", ["linear_attention", "kv_state", "performer_attention", "performer_features"])
 def test_three_orders_where_a_size_is_zero(op, shape):
-    case = next(case for name, case in CASES.items() if name.startswith(op))
-    assert_derivatives(case, [heads(*shape, grad=True) for _ in case.shapes])
+    assert_derivatives(OPS[op], [heads(*shape, grad=True) for _ in OPS[op].shapes(SAME)])
 
 
 @every_op
 def test_three_orders_in_float16(op):
     """State and statistics are float32 there; the roundings of both sides enter the higher orders."""
     case = OPS[op]
-    inputs = [(t.detach() / 2).requires_grad_() for t in case.inputs(dtype=torch.float16)]
+    inputs = [(t.detach() / 2).requires_grad_() for t in leaves(case, dtype=torch.float16)]
     with differentiable_sdpa():
-        found, expected = (derivatives(case.bound(backend), inputs) for backend in ("cpu", "reference"))
+        found, expected = (derivatives(bind(case, backend), inputs) for backend in ("cpu", "reference"))
     assert all(t.dtype == torch.float16 for t in found)
     assert_same([t.double() for t in found], [t.double() for t in expected], relative=0.02)
 
 
 @every_op
-def test_a_second_order_without_create_graph_keeps_no_graph(op):
+def test_second_order_without_create_graph_keeps_no_graph(op):
     """Its results have no history, so what they were computed from is freed."""
     case = OPS[op]
-    inputs = case.inputs()
-    first = torch.autograd.grad(scalar(case.bound("cpu")(*inputs)), inputs, create_graph=True)
+    inputs = leaves(case)
+    first = torch.autograd.grad(scalar(bind(case, "cpu")(*inputs)), inputs, create_graph=True)
     for create_graph in (True, False):
         second = torch.autograd.grad(scalar(first), inputs, create_graph=create_graph, retain_graph=True)
         assert all(t.requires_grad == create_graph for t in second)
@@ -250,13 +180,13 @@ def composed(function: Callable, inputs: Sequence[Tensor]) -> dict[str, Callable
 @pytest.mark.parametrize("op", [op for op in OPS if op != "dropout"])
 def test_ways_to_ask_for_derivatives(op, way):
     """Of a function of the first input; dropout is linear in it."""
-    case, inputs = OPS[op], OPS[op].inputs()
+    case, inputs = OPS[op], leaves(OPS[op])
     state = torch.get_rng_state()
     found = []
     with differentiable_sdpa():
         for backend in ("cpu", "reference"):
             torch.set_rng_state(state)
-            found.append(composed(case.bound(backend), inputs)[way]())
+            found.append(composed(bind(case, backend), inputs)[way]())
     assert_same(found[:1], found[1:])
     assert found[1].any()
 
@@ -278,18 +208,18 @@ UNSUPPORTED = {
 
 @every_op
 @pytest.mark.parametrize("way", UNSUPPORTED)
-def test_an_unsupported_transform_names_the_reference(way, op):
-    x, *rest = OPS[op].inputs()
-    transform, name = UNSUPPORTED[way]
+def test_unsupported_transform_names_the_reference(way, op):
+    x, *rest = leaves(OPS[op])
+    call, (transform, name) = bind(OPS[op], "cpu"), UNSUPPORTED[way]
     with pytest.raises(NotImplementedError, match=rf'{name}.* pass backend="reference".* use_fused=False'):
-        transform(lambda x: OPS[op].bound("cpu")(x, *rest)[0], x.detach())
+        transform(lambda x: call(x, *rest)[0], x.detach())
 
 
 @pytest.mark.parametrize("op", ["linear_attention", "nystrom_attention", "conv_norm"])
-def test_a_transform_inside_compile_raises(op):
+def test_transform_inside_compile_raises(op):
     """Dynamo differentiates what is inside the kernels' calls, and PyTorch takes those for constants."""
-    x, *rest = (t.detach() for t in OPS[op].inputs())
-    gradient = torch.func.grad(lambda x: scalar(OPS[op].bound("cpu")(x, *rest)))
+    x, *rest = (t.detach() for t in leaves(OPS[op]))
+    gradient = torch.func.grad(lambda x: scalar(bind(OPS[op], "cpu")(x, *rest)))
     with pytest.raises(RuntimeError, match="use_fused=False"):
         torch.compile(gradient, fullgraph=True, backend="eager")(x)
 
@@ -300,8 +230,8 @@ def test_a_transform_inside_compile_raises(op):
 def gradient_of_order(case: Case, order: int, changed: str | None) -> tuple[Tensor | None, ...]:
     """The gradient of that order, where a tensor changes between the last forward and the last backward pass."""
     torch.manual_seed(0)
-    inputs, constants = case.inputs(), {name: make() for name, make in case.constants.items()}
-    current = case.bound("cpu", **constants)(*inputs)
+    inputs, constants = leaves(case), case.constants(SAME)
+    current = bind(case, "cpu", **constants)(*inputs)
     for _ in range(order - 1):
         current = torch.autograd.grad(scalar(current), inputs, create_graph=True, allow_unused=True)
     loss = scalar(current)
@@ -314,10 +244,11 @@ def gradient_of_order(case: Case, order: int, changed: str | None) -> tuple[Tens
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @every_case
-def test_a_change_before_backward_is_an_error_or_has_no_effect(case, order):
+def test_change_before_backward_is_an_error_or_has_no_effect(case, order):
     """Whichever tensor changes in place: PyTorch's error, or the gradients of the tensors as they were."""
     expected = gradient_of_order(case, order, None)
-    for name in (*map(str, range(len(case.shapes))), *case.constants):
+    tensors = [name for name, value in case.constants(SAME).items() if isinstance(value, Tensor)]
+    for name in (*map(str, range(len(case.shapes(SAME)))), *tensors):
         try:
             found = gradient_of_order(case, order, name)
         except RuntimeError as error:
@@ -328,7 +259,7 @@ def test_a_change_before_backward_is_an_error_or_has_no_effect(case, order):
 
 @pytest.mark.parametrize("function", [dropout, gelu_dropout])
 @pytest.mark.parametrize(("compiled", "order"), [(False, 1), (False, 2), (True, 1)], ids=["eager", "twice", "compiled"])
-def test_a_seed_buffer_that_is_refilled_before_backward(order, compiled, function):
+def test_seed_buffer_that_is_refilled_before_backward(order, compiled, function):
     """As one does for a CUDA graph: without an error elements would get the gradient of another mask."""
     buffer, x = dropout_seed(), torch.randn(300, requires_grad=True)
     call = lambda x, seed: function(x * x, 0.5, seed, backend="cpu").sin().sum()  # noqa: E731
@@ -340,7 +271,7 @@ def test_a_seed_buffer_that_is_refilled_before_backward(order, compiled, functio
         loss.backward()
 
 
-def test_a_seed_drawn_in_inference_mode():
+def test_seed_drawn_in_inference_mode():
     """It has no version; it is used as any other."""
     x = torch.randn(300, requires_grad=True)
     with torch.inference_mode():
@@ -354,13 +285,13 @@ def test_a_seed_drawn_in_inference_mode():
 
 
 @every_case
-def test_an_output_that_is_changed_before_backward(case):
+def test_output_that_is_changed_before_backward(case):
     """PyTorch's error where backward reads the output, else the gradients of what was done."""
-    inputs = case.inputs()
-    for place in range(len(case.bound("cpu")(*inputs))):
-        outs = case.bound("cpu")(*inputs)
+    inputs = leaves(case)
+    for place in range(len(bind(case, "cpu")(*inputs))):
+        outs = bind(case, "cpu")(*inputs)
         outs[place].mul_(2)
-        doubled = [2 * out if i == place else out for i, out in enumerate(case.bound("reference")(*inputs))]
+        doubled = [2 * out if i == place else out for i, out in enumerate(bind(case, "reference")(*inputs))]
         expected = torch.autograd.grad(scalar(doubled), inputs, allow_unused=True)
         try:
             found = torch.autograd.grad(scalar(outs), inputs, allow_unused=True)
@@ -376,8 +307,8 @@ def test_an_output_that_is_changed_before_backward(case):
 @every_op
 def test_backward_twice(op):
     case = OPS[op]
-    inputs = case.inputs()
-    loss = scalar(case.bound("cpu")(*inputs))
+    inputs = leaves(case)
+    loss = scalar(bind(case, "cpu")(*inputs))
     once, again = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, once, again))
 
@@ -385,10 +316,10 @@ def test_backward_twice(op):
 @every_op
 def test_autocast_in_backward_changes_nothing(op):
     case = OPS[op]
-    inputs = [t.detach().float().requires_grad_() for t in case.inputs()]
+    inputs = [t.detach().float().requires_grad_() for t in leaves(case)]
 
     def second(enabled: bool) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(scalar(case.bound("cpu")(*inputs)), inputs, create_graph=True)
+        first = torch.autograd.grad(scalar(bind(case, "cpu")(*inputs)), inputs, create_graph=True)
         loss = scalar(first)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             return torch.autograd.grad(loss, inputs, allow_unused=True)
@@ -397,18 +328,18 @@ def test_autocast_in_backward_changes_nothing(op):
 
 
 @every_op
-def test_a_second_order_under_hooks_and_anomaly_detection(op):
+def test_second_order_under_hooks_and_anomaly_detection(op):
     """Hooks on saved tensors and on gradients."""
-    case, inputs = OPS[op], OPS[op].inputs()
+    case, inputs = OPS[op], leaves(OPS[op])
     seen = []
     with differentiable_sdpa():
-        expected = derivatives(case.bound("reference"), inputs, 2)
+        expected = derivatives(bind(case, "reference"), inputs, 2)
         inputs[0].register_hook(lambda g: seen.append(g.shape))
         with (
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
             torch.autograd.detect_anomaly(check_nan=True),
         ):
-            found = derivatives(case.bound("cpu"), inputs, 2)
+            found = derivatives(bind(case, "cpu"), inputs, 2)
     assert_same(found, expected)
     assert seen == [inputs[0].shape] * 2
 
@@ -425,14 +356,14 @@ def test_one_output_of_kv_state(feature_map, output):
     assert_same(alone("cpu"), alone("reference"))
 
 
-def test_a_projection_that_requires_grad_goes_to_the_reference():
+def test_projection_that_requires_grad_goes_to_the_reference():
     """In autograd and torch.func alike; a backend that is named does not take it."""
     q, k, v = (heads(*TOKENS) for _ in range(3))
 
     def loss(w: Tensor, backend: str | None = None) -> Tensor:
         return scalar([performer_attention(q, k, v, w, backend=backend)])
 
-    w = projection().requires_grad_()
+    w = projection(7, 3).requires_grad_()
     expected = torch.autograd.grad(loss(w, "reference"), w)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the announcement, once in a process
@@ -498,7 +429,7 @@ def test_three_orders_of_a_fused_model(name):
 
 
 @pytest.mark.parametrize("way", ["vmap", "jvp"])
-def test_an_unsupported_transform_of_a_fused_model_names_the_option(way):
+def test_unsupported_transform_of_a_fused_model_names_the_option(way):
     fused, _ = models("cpv-1/2")
     transform, name = UNSUPPORTED[way]
     with pytest.raises(NotImplementedError, match=f"{name}.* use_fused=False"):

@@ -1,4 +1,4 @@
-"""The tuner's choice of what is right and fast, on kernels that Triton's interpreter runs."""
+"""The tuner selects what is correct and fast, on kernels that Triton's interpreter runs."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def entry(tune, **changes):
     return made
 
 
-def test_takes_what_is_right(monkeypatch):
+def test_selection_of_correct_candidates(monkeypatch):
     import tune
 
     monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
@@ -44,7 +44,7 @@ def test_takes_what_is_right(monkeypatch):
     assert mine.chosen == mine.packaged
 
 
-def test_what_cannot_be_launched_is_out(monkeypatch):
+def test_selection_without_launch_errors(monkeypatch):
     import tune
 
     monkeypatch.setattr(tune, "SHAPE", (1, 1, 64))
@@ -55,7 +55,7 @@ def test_what_cannot_be_launched_is_out(monkeypatch):
     assert mine.chosen == mine.packaged
 
 
-def test_the_table_serves_what_was_put_there():
+def test_lookup_of_a_new_entry():
     import tune
 
     mine = entry(tune, num_warps=2)

@@ -1,0 +1,161 @@
+"""Every op on every backend as a part of PyTorch: opcheck, autocast, compile, export, and no hidden copies."""
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    SMALL,
+    OpCalls,
+    Sizes,
+    and_reference,
+    device_of,
+    every,
+    every_backend,
+    gradient_like,
+)
+from conftest import layouts, needs_cpp
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.library import opcheck
+
+from cxv_kernels._triton import interpreting
+from cxv_kernels.testing import tolerance
+
+ONE_PER_OP = list({case.op: case for case in reversed(CASES) if case.label != "no-bias"}.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("contiguous", torch.float32), ("NCHW", torch.float16)],
+    ids=["contiguous-float32", "NCHW-float16"],
+)
+@every_backend
+@every(CASES)
+def test_opcheck(case, backend, layout, dtype):
+    """Every op that a forward and backward pass calls, with the arguments of that call; in float16 state and statistics
+    have another dtype."""
+    inputs = case.inputs(Sizes(1, 2, 20, 20, 4, 6, (3, 4)), dtype)
+    if layout == "NCHW" and case.op not in ("conv_norm", "dropout", "gelu_dropout"):  # which have layouts of their own
+        inputs = [layouts(t)["NCHW"] if len(t) == 1 else t for t in inputs]
+    inputs = [t.to(device_of(backend)) for t in inputs]
+    masks = {"key_mask": torch.arange(20).view(1, 20).to(inputs[0].device) % 3 > 0} if case.takes_mask else {}
+    with OpCalls() as calls:
+        for needed in (range(len(inputs)), (0,), (len(inputs) - 1,)):
+            leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+            outs = case.bind(backend, Sizes(dim=4), **masks)(*leaves)
+            outs = [o for o in outs if o.requires_grad]
+            torch.autograd.grad(outs, [leaves[i] for i in needed], [gradient_like(o) for o in outs], allow_unused=True)
+    assert calls.made
+    seen = set()
+    for op, args in calls.made:
+        key = (str(op), str([a for a in args if not isinstance(a, torch.Tensor)]))
+        if key not in seen:
+            seen.add(key)
+            opcheck(op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+
+
+@and_reference
+@every(CASES)
+def test_autocast(case, backend):
+    """Inputs are cast to bfloat16 together; float64 and the parameters of a norm stay as they are."""
+    low = torch.float16 if interpreting() else torch.bfloat16
+    inputs = [t.to(device_of(backend)) for t in case.inputs(SMALL, torch.float32)]
+    mixed = [t.requires_grad_() for t in (inputs[0].to(low), *inputs[1:])]
+    call, kept = case.bind(backend, SMALL), 2 if case.op == "conv_norm" else 0
+    with torch.autocast(inputs[0].device.type, dtype=low):
+        outs = call(*mixed)
+        if device_of(backend) == "cpu":
+            assert call(*(t.double() for t in inputs))[0].dtype == torch.float64
+    exact = [t.to(low).double() if i < len(inputs) - kept else t.double() for i, t in enumerate(inputs)]
+    wants = case.bind("reference", SMALL)(*(t.detach().cpu() for t in exact))
+    for out, want in zip(outs, wants, strict=True):
+        assert out.dtype == (torch.float32 if case.op == "kv_state" else low)
+        bound = tolerance(want.detach(), low, case.depth(SMALL), 2 * case.amplification)
+        assert (out.cpu().double() - want).abs().max() <= bound
+    outs = [out for out in outs if out.requires_grad]
+    gradients = torch.autograd.grad(outs, mixed, [gradient_like(out) for out in outs])
+    assert [g.dtype for g in gradients] == [t.dtype for t in mixed]
+
+
+@pytest.mark.parametrize(
+    ("case", "dynamic"),
+    [*((case, False) for case in CASES), *((case, True) for case in ONE_PER_OP)],
+    ids=lambda value: {False: "static", True: "dynamic"}.get(value, str(value)),
+)
+@every_backend
+def test_compile_without_graph_breaks(case, backend, dynamic):
+    """The compiled step has the fused ops, forward and backward, and the eager results; also for other sizes."""
+    torch._dynamo.reset()
+    ops = []
+
+    def spy(graph, _):
+        ops.extend(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    call = case.bind(backend, SMALL)
+
+    def loss(*inputs):
+        return sum(out.square().sum() for out in call(inputs[0] * 2, *inputs[1:]))
+
+    compiler = aot_autograd(fw_compiler=spy, bw_compiler=spy)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=compiler)
+    others = [Sizes(3, 2, 41, 29, SMALL.dim, 5, (7, 8))] if dynamic else []
+    for sizes in (SMALL, *others):
+        inputs = [t.to(device_of(backend)).requires_grad_() for t in case.inputs(sizes, torch.float32)]
+        got, want = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    if not dynamic and case in ONE_PER_OP:  # some inputs without a gradient
+        inputs = [t.detach().requires_grad_(i == len(inputs) - 1) for i, t in enumerate(inputs)]
+        got, want = (torch.autograd.grad(f(*inputs), inputs[-1]) for f in (compiled, loss))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with OpCalls() as eager:
+        torch.autograd.grad(loss(*inputs), [t for t in inputs if t.requires_grad])
+    assert {op for op, _ in eager.made} <= set(ops)
+
+
+@pytest.mark.slow
+@every_backend
+@every(ONE_PER_OP)
+def test_compile_by_inductor(case, backend):
+    if interpreting():
+        pytest.skip("Inductor compiles nothing in the interpreter")
+    inputs = [t.to(device_of(backend)).requires_grad_() for t in case.inputs(SMALL, torch.float32)]
+    call = case.bind(backend, SMALL)
+
+    def loss(*inputs):
+        return sum(out.sin().sum() for out in call(*inputs))
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs), rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+@every([case for case in CASES if not interpreting()])
+def test_export(case):
+    """An exported program has the fused ops and the same results."""
+
+    call = case.bind(None, SMALL)
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return call(*inputs)
+
+    inputs = tuple(case.inputs(SMALL, torch.float32))
+    program = torch.export.export(Module(), inputs)
+    targets = {getattr(node.target, "namespace", "") for node in program.graph.nodes}
+    assert "cxv_kernels" in targets
+    torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+
+
+@every_backend
+@every([case for case in CASES if case.op != "conv_norm" and "dropout" not in case.op])
+def test_no_copy_of_strided_inputs(case, backend):
+    if backend != "cpu":
+        pytest.skip("counted on the CPU")
+    inputs = [layouts(t)["a chunk of qkv"] if t.dim() == 4 and len(t) == 2 else t for t in case.inputs(SMALL)]
+    inputs = [t.float() if t.is_contiguous() else layouts(t.float())["a chunk of qkv"] for t in inputs]
+    call = case.bind(backend, SMALL)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        call(*inputs)
+    copied = [e.input_shapes[0] for e in profile.events() if e.name in ("aten::copy_", "aten::clone")]
+    assert not [shape for shape in copied if len(shape) == 4 and shape[2] in (SMALL.queries, SMALL.keys)]
