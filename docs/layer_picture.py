@@ -46,8 +46,8 @@ def draw(path: Path) -> None:
             box(axes, x, width, text, COMPUTED)
         sums = (10.2, 13.8)
         for x in sums:
-            axes.text(x, 0, "+", ha="center", va="center", fontsize=17, color=TEXT,
-                      bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": FRAME, "lw": 1.6})  # fmt: skip
+            frame = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": FRAME, "lw": 1.6}
+            axes.text(x, 0, "+", ha="center", va="center", fontsize=17, color=TEXT, bbox=frame)
         lines = [(-0.7, 0.6), (3.1, 3.7), (5.9, 7.1), (9.6, 9.9), (10.5, 11.3), (13.2, 13.5), (14.1, 15.0)]
         for start, end in lines:
             arrow(axes, (start, 0), (end, 0))
