@@ -68,7 +68,7 @@ def test_key_mask(case, backend, dtype):
 @every([case for case in CASES if case.op not in ("conv_norm", "dropout", "gelu_dropout")])
 @pytest.mark.parametrize("layout", layouts(torch.zeros(1, 1, 1, 1)))
 def test_strides(layout, case, backend):
-    """Views are read as they lie; the output lies like the first input."""
+    """Views are read as they lie; the output lies like the first input, unless PyTorch's own attention makes it."""
     for dtype in dtypes_of(backend)[1:] if backend == "cpu" else [torch.float16]:
         contiguous = case.inputs(SMALL, dtype)
         strided = [layouts(t)[layout] if i < 3 else torch.stack([t, t], -1)[..., 0] for i, t in enumerate(contiguous)]
@@ -77,7 +77,8 @@ def test_strides(layout, case, backend):
         assert_close_to_float64(case, backend, [*strided[:1], *contiguous[1:]], SMALL, 4)
     if layout == "(B, N, H, D)":
         out = case.bind(backend, SMALL)(*(t.to(device_of(backend)) for t in strided))[0]
-        assert case.op in ("kv_state", "performer_features") or out.transpose(1, 2).is_contiguous()
+        others = ("kv_state", "performer_features", *(["nystrom_attention"] if backend == "triton" else []))
+        assert case.op in others or out.transpose(1, 2).is_contiguous()
 
 
 @every_backend
