@@ -17,8 +17,9 @@ sys.path.append(str(Path(__file__).parent / "ops"))  # its cases.py and its extr
 # tests/test_triton.py and tests/test_host_gpu.py run these in processes of their own
 ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
 collect_ignore_glob = [*(() if interpreting() else ("ops/test_triton_*.py",)), *(() if ON_HOST_GPU else ("host_gpu",))]
-if not ON_HOST_GPU:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine; gpu_suite.py is a GPU's
+ON_GPU = "CXV_TEST_GPU" in os.environ  # tests/ops with the kernels of a real GPU: CXV_TEST_GPU=1 pytest -m gpu
+if not (ON_HOST_GPU or ON_GPU):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take a minute or more: the others fill up what the processes have left.

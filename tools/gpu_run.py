@@ -7,6 +7,7 @@ writes its output to ``<output>/<step>.log``, and the benchmarks their CSV files
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ def steps(output: Path, python: str, data_dir: str | None) -> list[tuple[str, fl
     plan = [
         ("build", 0.4, [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]),
         ("checks", 0.4, [python, "-m", "cxv_kernels"]),
+        ("tests", 0.4, [python, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "ops")]),
         ("attn_mem", 0.4, [python, f"{bench}/attn_mem.py", *common, *low]),
         ("model_step", 0.5, [python, f"{bench}/model_step.py", *common, "--models", "cpv-5/4", *low]),
         ("attn_speed", 0.9, [python, f"{bench}/attn_speed.py", *common, *low]),
@@ -37,7 +39,8 @@ def steps(output: Path, python: str, data_dir: str | None) -> list[tuple[str, fl
 def run(name: str, command: Sequence[str], seconds: float, output: Path) -> str:
     """Run one step; its outcome in words. SIGTERM lets a training run save its state."""
     with (output / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        environment = os.environ | {"CXV_TEST_GPU": "1"}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,5 @@
 """The ops as tests/ops calls them: one ``Case`` per op and variant, its inputs, and the error model."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import heads, needs_cpp
+from conftest import ON_GPU, heads, needs_cpp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +34,7 @@ BACKENDS = (
     if interpreting()
     else [pytest.param("cpu", marks=needs_cpp), *(pytest.param(name, marks=gpu) for name in ("cuda", "triton"))]
 )
-if "CXV_TEST_GPU" not in os.environ:
+if not ON_GPU:
     BACKENDS = BACKENDS[:1]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 and_reference = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -130,8 +129,12 @@ class Case:
         return [t.to(dtype).requires_grad_(grad) for t in drawn]
 
     def bind(self, backend: str, sizes: Sizes = ODD, **constants: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
-        """A function of the inputs that returns a tuple of outputs."""
+        """A function of the inputs that returns a tuple of outputs; skips the test if a GPU's backend lacks the op."""
         bound = self.constants(sizes) | constants
+        if backend in ("cuda", "triton") and ON_GPU:
+            reason = cxv_kernels.explain_backend(self.op, "cuda")[backend]
+            if reason != "supported":
+                pytest.skip(f"{backend}: {reason}")
 
         def call(*inputs: Tensor) -> tuple[Tensor, ...]:
             placed = {k: t.to(inputs[0].device) if isinstance(t, Tensor) else t for k, t in bound.items()}

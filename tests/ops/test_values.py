@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import (
     ATTENTION_CASES,
-    BACKENDS,
     CASES,
     LINEAR_FAMILY,
     MASKED,
@@ -173,8 +172,3 @@ def test_every_instruction_set(isa):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] in (isa, "baseline")
-
-
-def test_backends_of_this_process():
-    """These files test at least one fused backend."""
-    assert BACKENDS
