@@ -295,7 +295,18 @@ def predict(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager] | None = None,
 ) -> Tensor:
-    """Return the logits (images, classes) of every image in ``eval()`` mode, in float32 on the CPU."""
+    """Compute the logits of every image, in ``eval()`` mode.
+
+    Args:
+        model: Module that maps images (B, C, H, W) to logits (B, classes). Its mode is restored afterwards.
+        data: A split of :func:`load_data`.
+        batch_size: Images per batch.
+        device: Device of the model, to which the batches are moved.
+        autocast: Function that returns the context of a forward pass. Default: no autocast.
+
+    Returns:
+        Logits (images, classes) in float32, on the CPU, in the order of the split.
+    """
     results = _logits(model, data, batch_size, torch.device(device), autocast, World())
     return torch.cat([logits.cpu() for logits, _ in results])
 
