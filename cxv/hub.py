@@ -169,6 +169,7 @@ class HubModel(
             "seed": "not recorded" if m["seed"] is None else m["seed"],
             "epoch": "not recorded" if m["epoch"] is None else m["epoch"],
         } | {name.replace("_", " "): f"{value:.4g}" for name, value in m["metrics"].items()}
+        rows |= m["notes"]
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         selected = ""
         if "test_top1" in m["metrics"] and "validation_top1" not in m["metrics"]:
