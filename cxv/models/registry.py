@@ -26,7 +26,7 @@ from .variants import variant_of
 TABLE_1: dict[str, Callable[..., nn.Module]] = {
     "resnet-18": baselines.resnet,
     "resnet-34": baselines.resnet,
-    "fnet-10": baselines.FNet,
+    "fnet-10": baselines.fnet,
     "mlp-mixer-5": baselines.mlp_mixer,
     "wavemix-5": baselines.WaveMix,
     "convmixer-16": baselines.convmixer,
