@@ -5,8 +5,11 @@
         --evaluation "10,000 test images of CIFAR-10 at 32 pixels, bfloat16, evaluated once" \
         --training "30 epochs on the 50,000 training images"
 
-The file is cxv/weights/MODEL.safetensors in float16. The metadata of the run (arguments, epoch, seed, class names, size
-and normalization of the images) go into it with these notes. A later file of the same model replaces an earlier one.
+The file is cxv/weights/MODEL.safetensors in float16; it replaces an earlier file of the same model. The metadata of the
+run (arguments, epoch, seed, class names, size and normalization of the images) go into it with these notes.
+
+The published top-1 must be that of the float16 file. Write the file, run `cxv eval --checkpoint cltv-5/4 …`, and write
+the file again with the printed figure. Then run tools/docs_tables.py, which updates docs/sharing.md.
 """
 
 import argparse
