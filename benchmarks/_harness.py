@@ -513,7 +513,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def limit_memory() -> None:
-    """Limit this process to 90 % of the machine's memory, so that PyTorch raises an error before the system kills us."""
+    """Limit this process to 90 % of the memory, so that PyTorch raises an error before the system kills us."""
     import resource  # not on Windows
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -374,28 +374,19 @@ def integration_models(rows: Sequence[Row]) -> Table:
 
 def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
     others = {"torch.compile": "torch.compile", "fused": "accelerated"}
-    header = [
-        "model/channels" if section == "attention" else "model",
-        "mode",
-        size,
-        "batch",
-        "eager, ms",
-        *others.values(),
-        "peak, MB: eager",
-        *others.values(),
-    ]
-    table = Table(header, left=2)
+    name = "model/channels" if section == "attention" else "model"
+    table = Table(
+        [name, "mode", size, "batch", "eager, ms", *others.values(), "peak, MB: eager", *others.values()], left=2
+    )
     for eager in [row for row in rows if (row.section, row.implementation) == (section, "eager")]:
         head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
         if eager.status != "ok":
             table.rows.append([*head, reason(eager)])
             continue
         mode = "training_ms" if eager.variant == "training" else "forward_ms"
-        same = {name: getattr(eager, name) for name in ("section", "name", "dtype", "variant", "batch", "size")}
-        times, peaks = (
-            [spread(getattr(eager, mode), getattr(eager, mode.replace("_ms", "_iqr_ms")))],
-            [mb(eager.peak_bytes)],
-        )
+        same = {key: getattr(eager, key) for key in ("section", "name", "dtype", "variant", "batch", "size")}
+        times = [spread(getattr(eager, mode), getattr(eager, mode.replace("_ms", "_iqr_ms")))]
+        peaks = [mb(eager.peak_bytes)]
         for implementation in others:
             row = find(rows, implementation=implementation, **same)
             times.append(ratio(row, eager, mode) if row else "")
