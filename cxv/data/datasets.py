@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,9 @@ def folder_sources(data_dir: str | Path | None, labels: str | Path | None, reque
         listings, has_splits = scan_csv(Path(labels), root)
     else:
         folders = find_splits(root)
+        for first, second in combinations(folders, 2):
+            if os.path.samefile(folders[first], folders[second]):
+                log(f"the {first} and the {second} images are the same: {folders[first]} and {folders[second]}")
         has_splits = bool(folders)
         more = ["validation"] if "train" in splits or "test" not in folders else []
         wanted = [split for split in SPLITS if split in splits + more] if has_splits else ["train"]
@@ -220,13 +224,20 @@ def folder_sources(data_dir: str | Path | None, labels: str | Path | None, reque
     return _file_sources(root, _check_classes(listings), listings, replace(request, splits=splits))
 
 
-def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return a random order in which any first part has each class by its share."""
+def class_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return a random order of the labels, and how many of its own class come before each item in that order."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    share = torch.empty(len(labels), dtype=torch.float64)  # how far through its own class each image comes
+    rank = torch.empty_like(order)
     for c in labels.unique():
         mine = order[labels[order] == c]
-        share[mine] = (torch.arange(len(mine), dtype=share.dtype) + 0.5) / len(mine)
+        rank[mine] = torch.arange(len(mine))
+    return order, rank
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Return a random order in which any first part has each class by its share."""
+    order, rank = class_ranks(labels, seed)
+    share = (rank.double() + 0.5) / labels.bincount()[labels]  # how far through its own class each image comes
     return order[torch.argsort(share[order], stable=True)]
 
 

@@ -155,6 +155,12 @@ def test_validation_as_a_fraction(folder):
             resolve(TrainConfig(validation=share))
 
 
+def test_a_split_that_is_a_link_to_another_one_is_reported(folder):
+    shutil.rmtree(folder / "test")
+    (folder / "test").symlink_to(folder / "train")
+    assert "the test and the train images are the same" in load(folder)[1]
+
+
 # --- links
 
 
