@@ -35,18 +35,6 @@ SHARES = {"test": 0.1, "validation": 0.1}
 Chunks = Iterator[tuple[Tensor, Tensor]]
 Select = Callable[[Tensor, str], Tensor]
 
-_CIFAR = {
-    "cifar10": (
-        "CIFAR10",
-        "cifar-10-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    ),
-    "cifar100": (
-        "CIFAR100",
-        "cifar-100-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-    ),
-}
 _TINY = ("tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 _TINY_LAYOUT = "wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
 
@@ -102,13 +90,12 @@ class Decoding:
 
 def cifar_sources(name: str, data_dir: str | Path, request: Request) -> list[Source]:
     """CIFAR-10 or CIFAR-100 as torchvision keeps it in ``data_dir``, downloaded if it is not there."""
-    class_name, archive, url = _CIFAR[name]
-    dataset = getattr(need("torchvision.datasets"), class_name)
+    dataset = getattr(need("torchvision.datasets"), name.upper())
     root = Path(data_dir) / dataset.base_folder
     splits, preprocessing = request.splits, request.sized(32)
 
     def load(split: str) -> Any:
-        with _downloading(name, data_dir, archive, url):
+        with _downloading(name, data_dir, dataset.filename, dataset.url):
             return dataset(str(data_dir), train=split == "train", download=True)
 
     def select_images(data: Any, rows: Tensor) -> Tensor:
