@@ -328,10 +328,11 @@ def _typical_side(paths: list[Path], request: Request) -> int:
         raise InputError(f"{paths[0].parent}: not one image could be read")
     side = min(MAX_DEFAULT_SIZE, sorted(map(min, sizes))[(len(sizes) - 1) // 2])
     if set(sizes) != {(side, side)}:
-        small, large = ("×".join(map(str, pick(sizes, key=lambda size: size[0] * size[1]))) for pick in (min, max))
+        sizes.sort(key=lambda size: size[0] * size[1])
+        extremes = " to ".join(dict.fromkeys("×".join(map(str, size)) for size in (sizes[0], sizes[-1])))
         how = {"crop": "cropped and resized", "pad": "resized and padded", "squash": "resized"}
         request.log(
-            f"images of {small} to {large} pixels are {how[request.preprocessing.resize]} to {side}×{side}; "
+            f"images of {extremes} pixels are {how[request.preprocessing.resize]} to {side}×{side}; "
             "`img_size` and `resize` change it"
         )
     return side

@@ -37,7 +37,7 @@ class Listing:
         if not self.passed_over:
             return None
         parts = [
-            f"{reason}{': pip install pillow-heif' if reason in ('.heic', '.heif') else ''}: {count}"
+            f"{reason}: {count}" + (" (pip install pillow-heif)" if reason in (".heic", ".heif") else "")
             for reason, count in sorted(self.passed_over.items())
         ]
         images, classes = f"{len(self.paths):,} images", f"{len(set(self.labels))} classes"
