@@ -230,6 +230,8 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
 
 def _divide(listing: Listing, request: Request, where: Path) -> dict[str, Listing]:
     """Divide the images of a folder without splits by :data:`SHARES`, or take all of them for each split."""
+    if not listing.paths:
+        return dict.fromkeys(request.splits, listing)  # the caller's error
     if request.whole:
         request.log(f"{printable(where)} has no splits: all of its {len(listing.paths):,} images are used")
         return dict.fromkeys(request.splits, listing)

@@ -129,6 +129,14 @@ def test_class_folders_without_splits_are_divided_by_class(unsplit):
     assert "all of its 60 images are used" in log
 
 
+def test_a_folder_without_class_folders_is_an_error(tmp_path):
+    write_image(tmp_path / "0.png")
+    log = []
+    with pytest.raises(InputError, match=r"no class folders in it; expected .*CLASS.IMAGE"):
+        load_data(tmp_path, log=log.append)
+    assert "passed over: .png outside of the class folders: 1" in log[0]
+
+
 def test_too_few_images_to_divide_are_an_error(tmp_path):
     for name in CLASSES:
         write_image(tmp_path / name / "0.png")
@@ -364,6 +372,7 @@ def test_csv_file_of_two_columns_is_divided(unsplit):
             r"line 3: x\.png is bee in train here and ant in train ",
         ),
         ([], r"needs the columns path and label"),
+        (["path,label"], r"has no lines of images"),
     ],
 )
 def test_csv_errors_name_the_line(tmp_path, lines, message):
