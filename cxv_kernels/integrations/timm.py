@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cxv_kernels import linear_attention
 
-from .swap import ClassSwap, Example, is_unmodified, refuse_torchscript
+from .swap import Example, Swap, is_unmodified, refuse_torchscript
 
 
 class FusedLiteMLA(LiteMLA):
@@ -36,4 +36,4 @@ def _examples() -> list[Example]:
     return [(LiteMLA(8, 8, dim=4, scales=scales), (torch.randn(2, 8, 3, 4),)) for scales in ((), (3, 5))]
 
 
-SWAPS = (ClassSwap(LiteMLA, FusedLiteMLA, unsupported=_unsupported, examples=_examples),)
+SWAPS = (Swap(owner=LiteMLA, fused=FusedLiteMLA, unsupported=_unsupported, examples=_examples),)
