@@ -6,6 +6,7 @@ reference on the same (rounded) inputs.
 
 import contextlib
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -210,19 +211,14 @@ def run(
     return max(results, key=lambda result: result.ratio)
 
 
-def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str, str]]:
-    """Check every case on every backend. A backend that does not support a case gives (op, backend, reason)."""
+def run_all(device: str | torch.device = "cpu") -> list[Result]:
+    """Check every case on every backend that supports it, in every dtype."""
     device = torch.device(device)
-    found: list[Result | tuple[str, str, str]] = []
-    for case in cases():
-        for backend in dispatch.BACKENDS[1:]:
-            for dtype in FLOAT_DTYPES:
-                reason = dispatch.unsupported_reason(case.op, backend, device, dtype, case.dim)
-                if backend == "reference" or reason is None:
-                    found.append(run(case, backend, device, dtype))
-                else:
-                    found.append((case.op, backend, reason))
-    return found
+    return [
+        run(case, backend, device, dtype)
+        for case, backend, dtype in itertools.product(cases(), dispatch.BACKENDS[1:], FLOAT_DTYPES)
+        if backend == "reference" or not dispatch.unsupported_reason(case.op, backend, device, dtype, case.dim)
+    ]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
