@@ -132,6 +132,14 @@ def test_a_t4_gets_what_multiplies_no_matrices(rows):
     assert {row["kernel"] for row in older if row["dot"]} == {"_convolve"}
 
 
+@pytest.mark.slow
+def test_instructions_of_a_token(rows):
+    """In the loop over tokens of a head with 32 channels and 110 features."""
+    narrow = [row for row in rows if row["constants"].get("D") == 32 and row["case"] == MODELS[0]]
+    issued = {row["kernel"]: row["issued"] for row in narrow if row["dtype"] == "float16"}
+    assert all(10 < issued[kernel] < 1000 for kernel in ("key_pass", "query_pass", "query_backward", "key_backward"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
