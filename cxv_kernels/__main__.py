@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from . import OPS, __version__, self_check, testing
-from .dispatch import BACKENDS, explain_backend
+from .dispatch import BACKENDS, dtype_name, explain_backend
 from .library import CPP_MISSING, build_info
 from .validation import FLOAT_DTYPES
 
-DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
+DTYPES = {dtype: dtype_name(dtype) for dtype in FLOAT_DTYPES}
 
 
 def _describe() -> None:

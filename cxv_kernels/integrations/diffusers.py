@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention, SanaMultiscaleLinearAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxv_kernels import linear_attention
 
-from .swap import Example, Swap, is_unmodified
+from .swap import Example, Swap, other_feature_map
 
 
 class FusedProcessor:
@@ -106,12 +106,6 @@ def _unsupported(module: Any) -> str | None:
     return None
 
 
-def _unsupported_multiscale(module: Any) -> str | None:
-    if not is_unmodified(module.nonlinearity, nn.ReLU):
-        return f"has the feature map {type(module.nonlinearity).__name__}, or a hook on it, and not a plain ReLU"
-    return None
-
-
 def _multiscale_examples() -> list[Example]:
     return [
         (SanaMultiscaleLinearAttention(8, 8, attention_head_dim=4, **options), (torch.randn(2, 8, *size),))
@@ -148,7 +142,7 @@ SWAPS = (
         attribute="processor",
         original=processors.SanaMultiscaleAttnProcessor2_0,
         fused=FusedSanaMultiscaleAttnProcessor,
-        unsupported=_unsupported_multiscale,
+        unsupported=lambda module: other_feature_map(module.nonlinearity),
         examples=_multiscale_examples,
     ),
 )

@@ -26,6 +26,13 @@ def is_residual(layer: nn.Module, heads: int) -> bool:
     return same_size and one_per_head and plain
 
 
+def other_feature_map(layer: nn.Module) -> str | None:
+    """Return the reason why relu attention cannot bypass the layer with the feature map, or None."""
+    if is_unmodified(layer, nn.ReLU):
+        return None
+    return f"has the feature map {type(layer).__name__}, or a hook on it, and not a plain ReLU"
+
+
 def refuse_torchscript(module: nn.Module) -> NoReturn:
     """Raise ``RuntimeError``: the ``__prepare_scriptable__`` of modules that call our ops."""
     raise RuntimeError(
