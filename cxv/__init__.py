@@ -1,10 +1,15 @@
 """Convolutional X-formers for Vision (Jeevan & Sethi, arXiv 2201.10271)."""
 
-from cxv_kernels import __version__
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from .models import CLTV, CNV, CPV, CXV, HybridViLT, HybridViN, HybridViP, create_model, list_models
-from .sharing import save_safetensors
-from .training import DualOpT
+if TYPE_CHECKING:
+    from cxv_kernels import __version__
+
+    from .models import CLTV, CNV, CPV, CXV, HybridViLT, HybridViN, HybridViP, create_model, list_models
+    from .sharing import save_safetensors
+    from .training import DualOpT
 
 __all__ = [
     "CLTV",
@@ -20,3 +25,21 @@ __all__ = [
     "list_models",
     "save_safetensors",
 ]
+_MODULES = {"DualOpT": ".training", "save_safetensors": ".sharing", "__version__": "cxv_kernels"}  # the rest: .models
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or a submodule when it is used first.
+
+    The command can therefore handle Ctrl-C while PyTorch is being imported.
+    """
+    if name in __all__:
+        module = importlib.import_module(_MODULES.get(name, ".models"), __name__)
+        return globals().setdefault(name, getattr(module, name))
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ from cxv_kernels.validation import to_number
 
 from ..checkpoint import BEST, LAST, PREVIOUS, read_last
 from ..data.augment import NUM_BINS, default_stages
+from ..data.cache import NONE as NO_CACHE
 from ..data.loader import DATASETS
 from ..errors import InputError
 from ..models.registry import has_fused_ops
@@ -80,6 +81,7 @@ RESERVED = {
 
 _NUMBERS = {int | None: (int, "a whole number"), float | None: (int | float, "a number")}
 """For the type of an argument that is a number, the types that are allowed, in words too."""
+_PATHS = ("init", "data_dir", "cache_dir", "output")
 _ONE_PHASE = ("schedule", "warmup_epochs", "ema_decay", "progressive")  # arguments that need a known number of epochs
 
 Check = tuple[Callable[[Any], bool], str]
@@ -328,7 +330,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
         full = run | arguments | {"output": full["output"]}
         _check_unchanged(run, arguments, output)
     else:
-        _check_output(output, config.overwrite)
+        check_output(output, config.overwrite)
     config = replace(config, **{name: full[name] for name in OPTIONS if name in full})
     _check(config)
     if saved is not None:
@@ -341,13 +343,18 @@ def _check_unchanged(run: dict[str, Any], arguments: dict[str, Any], output: Pat
     changed = [
         f"`{k}` ({run.get(k)} in the run, {v} now)"
         for k, v in arguments.items()
-        if k not in changeable and run.get(k) != v
+        if k not in changeable and run.get(k) != _stored(k, v)
     ]
     if changed:
         raise InputError(f"`resume`: the run in {output} has other arguments: {', '.join(changed)}")
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Check that a new run can be written into the directory.
+
+    Raises:
+        InputError: If there is a run already, and ``overwrite`` is False.
+    """
     present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
     if present and not overwrite:
         raise InputError(
@@ -386,8 +393,13 @@ def default_output(config: TrainConfig) -> str:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """What a run remembers of its configuration."""
-    return {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+    """What a run remembers of its configuration. Paths are absolute, so that they are valid in every directory."""
+    return {k: _stored(k, v) for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+
+
+def _stored(name: str, value: Any) -> Any:
+    is_path = name in _PATHS and value not in (None, NO_CACHE)
+    return str(Path(value).absolute()) if is_path else value
 
 
 def _to_json(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import contextlib
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,12 +22,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def deferred_interrupts() -> Iterator[None]:
+def deferred_interrupts(announce: bool = True) -> Iterator[None]:
     """In the block, let Ctrl-C and SIGTERM raise :class:`Interrupted` at the next item of :func:`interruptible`.
 
-    A second signal acts at once. An exception raised elsewhere could be lost in a callback, or end the process inside
-    autograd. The block changes nothing if another handler than Python's own is set, or outside of the main thread,
-    because only the main thread receives signals.
+    With ``announce``, a line on stderr answers the signal at once. A second signal acts at once. An exception raised
+    elsewhere could be lost in a callback, or end the process inside autograd. The block changes nothing if another
+    handler than Python's own is set, or outside of the main thread, because only the main thread receives signals.
     """
     global _waiting
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -44,12 +46,41 @@ def deferred_interrupts() -> Iterator[None]:
     for number in handlers:
         signal.signal(number, wait)
     try:
-        yield
+        with _announced(handlers) if announce else contextlib.nullcontext():
+            yield
         _raise_if_waiting()
     finally:
         _waiting = None
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _announced(numbers: Collection[int]) -> Iterator[None]:
+    """In the block, say on stderr when one of these signals arrives that the run will stop.
+
+    Python calls a handler only between two instructions of the main thread, that is after a whole backward pass. A
+    thread that reads from the wakeup socket is faster.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def announce() -> None:
+        while received := reader.recv(1):
+            if received[0] in numbers:
+                print("\nstopping after this batch; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+                return
+
+    thread = threading.Thread(target=announce, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # ends the thread
+        thread.join()
+        reader.close()
 
 
 def interruptible(items: Iterable[T], agree: Callable[[int], int] = int) -> Iterator[T]:

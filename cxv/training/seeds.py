@@ -50,7 +50,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
         try:
             runs[seed] = train(config_of_seed, log).summary
         except KeyboardInterrupt:
-            log(f"and the other seeds after it with  cxv train --resume --output {root}")
+            log(f"and the other seeds after it with  cxv train --resume {root}")
             raise
     total = summarize_seeds(runs)
     if world.is_main:

@@ -6,13 +6,14 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -30,9 +31,22 @@ from ..checkpoint import (
 )
 from ..data.augment import Augmentation, Chain, FlipCrop, RandAugment
 from ..data.loader import load_data, to_device
-from ..errors import InputError, first_line, out_of_memory
+from ..errors import InputError, first_line, listed, out_of_memory
 from ..models.registry import REFUSALS, build_model, create_model, downsampling
-from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TENSORBOARD, TrainConfig, fit_to_data, resolve, to_dict
+from .config import (
+    ARGS,
+    CURVES,
+    METRICS,
+    NAMES,
+    SUMMARY,
+    TENSORBOARD,
+    TrainConfig,
+    check_output,
+    default_output,
+    fit_to_data,
+    resolve,
+    to_dict,
+)
 from .distributed import World
 from .dualopt import DualOpT
 from .engine import Engine, autocast_for, pick_device
@@ -56,6 +70,8 @@ from .optim import (
     weight_decay_groups,
     weights_state,
 )
+
+_LOCK = ".lock"
 
 
 @dataclass
@@ -93,17 +109,22 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     Raises:
         InputError: If arguments or files are invalid, the directory has another run, or the loss is not finite.
     """
-    return Trainer(config, log).run()
+    with ExitStack() as locks:
+        return Trainer(config, log, locks).run()
 
 
 class Trainer:
-    """A run of :func:`train`: the constructor prepares everything and writes nothing, :meth:`run` trains."""
+    """A run of :func:`train`: the constructor prepares everything and writes nothing, :meth:`run` trains.
 
-    def __init__(self, config: TrainConfig, log: Callable[[str], None] | None = None):
-        world = self.world = World.current()
+    ``locks`` keeps other processes out of the output directory until it is closed.
+    """
+
+    def __init__(self, config: TrainConfig, log: Callable[[str], None] | None, locks: ExitStack):
+        world, self._locks = World.current(), locks
+        self.world = world
         self.log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
         self._model_is_default = config.model is None and not config.resume
-        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(_resolve, config, world))
+        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(_resolve, config, world, locks))
         config = self.config
         self.output = Path(config.output)
         with world.sync_errors():
@@ -133,7 +154,7 @@ class Trainer:
             KeyboardInterrupt: After Ctrl-C or SIGTERM, when the run is saved.
         """
         self._begin()
-        with self._explained_errors(), deferred_interrupts():
+        with self._explained_errors(), deferred_interrupts(self.world.is_main):
             while not self.opt.finished:
                 self._train_epoch()
             if self.data.validation is not None:
@@ -159,8 +180,8 @@ class Trainer:
     def _check_same_data(self, saved: dict[str, Any], classes: list[str]) -> None:
         if saved["classes"] != classes:
             raise InputError(
-                f"`resume`: the run in {self.output} has the classes {_list(saved['classes'])}, the data has "
-                f"{_list(classes)}"
+                f"`resume`: the run in {self.output} has the classes {listed(saved['classes'])}, the data "
+                f"has {listed(classes)}"
             )
         changed = [split for split, value in self.fingerprint.items() if saved["data_fingerprint"][split] != value]
         if changed:
@@ -230,7 +251,7 @@ class Trainer:
         if self._saved_phase is None:
             with self.world.sync_errors():
                 if self.world.is_main:
-                    _make_output(self.output, config.overwrite)
+                    _make_output(self.output, config.overwrite, self._locks)
                     check_space(self.output, self.model, self._copies)
             self._save()  # so that a run killed in its first epoch can be resumed too
         else:
@@ -358,7 +379,7 @@ class Trainer:
 
         These are the errors if memory is exhausted, or if another process has ended.
         """
-        resume = f"go on with  cxv train --resume --output {self.output}"
+        resume = f"go on with  cxv train --resume {self.output}"
         try:
             yield
         except KeyboardInterrupt as error:
@@ -393,17 +414,23 @@ class Trainer:
             return result
         if self._board is not None:
             self._board.close()
-        drawn = plot_curves(self.history, output / CURVES, f"{self.config.model} on {self.config.data}")
+        curves = plot_curves(self.history, f"{self.config.model} on {self.config.data}")
+        atomic_write(output / CURVES, curves)
         atomic_write(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         split = "" if self.data.validation is None else "validation "
         self.log(f"best {split}top-1 {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
         self.log(summary_line(summary))
-        files = [BEST, LAST, METRICS, ARGS, SUMMARY] + [CURVES] * drawn + [TENSORBOARD] * (self._board is not None)
-        self.log(f"in {output}: {', '.join(files)}" + ("" if drawn else " (no curves: pip install 'cxv[train]')"))
+        files = [BEST, LAST, METRICS, ARGS, SUMMARY, CURVES] + [TENSORBOARD] * (self._board is not None)
+        self.log(f"in {output}: {', '.join(files)}")
         return result
 
 
-def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
+def _resolve(
+    config: TrainConfig, world: World, locks: ExitStack
+) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
+    output = Path(config.output or default_output(config))
+    if output.is_dir():
+        _lock(output, locks)
     resolved = resolve(config)
     if resolved[0].batch_size < world.size:
         raise InputError(
@@ -430,11 +457,27 @@ def _create(
     return build_model(config.model, kwargs), kwargs
 
 
-def _make_output(output: Path, overwrite: bool) -> None:
+def _lock(output: Path, locks: ExitStack) -> None:
+    """Keep other processes out of the directory. This process can lock it twice.
+
+    Raises:
+        InputError: If another process trains in it.
+    """
+    try:
+        locks.enter_context(FileLock(output / _LOCK, timeout=0, is_singleton=True))
+    except Timeout as error:
+        raise InputError(f"`output`: another process is training in {output}; give another directory") from error
+    except (OSError, NotImplementedError):  # a read-only directory, which is reported later, or no locks on this disk
+        return
+
+
+def _make_output(output: Path, overwrite: bool, locks: ExitStack) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"`output`: cannot create {output} ({error.strerror})") from error
+    _lock(output, locks)
+    check_output(output, overwrite)  # again: another process can have trained here while this one read its data
     if overwrite:
         for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
             (output / name).unlink(missing_ok=True)
@@ -472,7 +515,3 @@ def _make_augmentation(config: TrainConfig) -> Augmentation | None:
     if config.rand_augment is not None:
         steps.append(RandAugment(*config.rand_augment, seed=config.seed))
     return Chain(tuple(steps)) if len(steps) > 1 else next(iter(steps), None)
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", … ({len(names)})" if len(names) > 10 else "")

@@ -260,5 +260,5 @@ def test_ctrl_c_and_sigterm_exit_cleanly_and_say_where_to_go_on(tmp_path, number
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
     assert process.returncode == status, err
-    assert f"go on with  cxv train --resume --output {output}" in out
+    assert f"go on with  cxv train --resume {output}" in out
     assert "Traceback" not in err

@@ -283,7 +283,7 @@ def test_seeds_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_module, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_seeds(TrainConfig(**small, seeds=(3, 4, 5), output=str(tmp_path / "a")), log=lines.append)
-    assert f"cxv train --resume --output {tmp_path / 'a'}" in lines[-1]
+    assert f"cxv train --resume {tmp_path / 'a'}" in lines[-1]
     monkeypatch.undo()
     assert not (tmp_path / "a" / "seed-5").exists()
     again = TrainConfig(output=str(tmp_path / "a"), resume=True)

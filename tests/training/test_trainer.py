@@ -208,7 +208,7 @@ def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_pa
     lines = []
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(output=str(output), resume=True, epochs=3, sgd_epochs=2), log=lines.append)
-    assert f"interrupted; epoch 3 is saved: go on with  cxv train --resume --output {output}" in lines
+    assert f"interrupted; epoch 3 is saved: go on with  cxv train --resume {output}" in lines
     monkeypatch.undo()
     train(TrainConfig(output=str(output), resume=True), log=lines.append)
     assert_same_run(output, whole[0])
