@@ -101,7 +101,7 @@ def test_a_write_that_fails_keeps_the_checkpoint_before_it_and_says_so(augmented
     assert "File too large" in done.stdout
     assert f"; what {output / 'last.pt'} has is kept, and `resume` goes on from it" in done.stdout
     assert read_checkpoint(output / "last.pt")["epoch"] == 2
-    assert not list(output.glob(".*"))  # no half file
+    assert not list(output.glob(".*.tmp"))  # no half file
     resume(output)
     run(tmp_path / "b", **{**AUGMENTED, "validation": None})
     assert_same_run(output, tmp_path / "b")
@@ -262,7 +262,7 @@ def test_kill_9_at_every_step_of_every_write(tmp_path):
         else:
             run(output, **_SHORT)  # nothing of it is there: the same command again
         assert_same_run(output, tmp_path / "whole")
-        assert not list(output.glob(".*")), number
+        assert not list(output.glob(".*.tmp")), number
     assert resumed == len(fatal) - 2
 
 

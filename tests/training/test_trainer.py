@@ -60,7 +60,7 @@ def test_files_of_a_run(whole):
     assert rows[-1]["best_top1"] == max(row["test_top1"] for row in rows) == result.best_top1
     assert json.loads((output / "args.json").read_text())["batch_size"] == 32
     assert (output / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert not list(output.glob(".*"))  # no temporary file is left
+    assert not list(output.glob(".*.tmp"))  # no temporary file is left
     assert f"best top-1 {result.best_top1:.2f} % at epoch {result.best_epoch} of 5" in log
     assert str(output) in log
     best = max(rows[:3], key=lambda row: (row["test_top1"], row["epoch"]))
