@@ -135,6 +135,14 @@ def test_onnx_on_a_hundred_images(name, tmp_path):
     written = onnx.load(done.path)
     assert {o.domain: o.version for o in written.opset_import}[""] == 20
     assert not any("cxv" in node.domain for node in written.graph.node)
+    axes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*written.graph.input, *written.graph.output)
+    }
+    assert axes == {
+        "images": ["batch", 3, *(["height", "width"] if done.any_size else [10, 10])],
+        "logits": ["batch", 4],
+    }
 
 
 @every_model
