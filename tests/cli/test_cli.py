@@ -108,17 +108,6 @@ def test_train_eval_predict_on_a_folder(capsys, folder, tmp_path):
     assert_error(call(capsys, "eval", "--checkpoint", output, "--data", "digits"), "classes (0, 1, 2", "blue, green")
 
 
-def test_predict_names_a_bad_image(capsys, run, tmp_path):
-    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
-    Image.new("L", (8, 8)).save(good)
-    bad.write_bytes(good.read_bytes()[:40])
-    code, out, _ = call(capsys, "predict", "--checkpoint", run, good)
-    assert code == 0
-    assert len(out.splitlines()) == 6
-    assert_error(call(capsys, "predict", "--checkpoint", run, good, bad), str(bad), "cannot read the image")
-    assert_error(call(capsys, "predict", "--checkpoint", run, tmp_path / "none.png"), "none.png")
-
-
 def test_models_lists_names_and_parameters(capsys):
     code, out, _ = call(capsys, "models")
     assert code == 0
