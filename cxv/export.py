@@ -78,7 +78,7 @@ def export_model(
         format: ``"onnx"`` (opset 20, plain operators, for any runtime), ``"torch"`` (for ``torch.export.load``; with
             ``use_fused`` the program must import ``cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with
             ``use_fused`` the program must first load ``cxv_kernels/_cpu.abi3.so``).
-            An ONNX file has the input ``images`` (``batch``, channels, ``height``, ``width``) and the output ``logits``.
+            ONNX files have the input ``images`` (``batch``, channels, ``height``, ``width``) and the output ``logits``.
         img_size: Side of the images for the check in pixels, or (H, W).
         in_chans: Channels of these images.
         images: More images for the check, normalized, shape (N, in_chans, S, S), float32.
