@@ -95,5 +95,5 @@ def _history(path: Path, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """The epochs of the run: all of them if the checkpoint is in its directory, else those up to the checkpoint."""
     if "history" in checkpoint:
         with suppress(OSError, ValueError):
-            return [json.loads(line) for line in (path.parent / METRICS).read_text().splitlines()]
+            return [json.loads(line) for line in (path.parent / METRICS).read_bytes().splitlines()]
     return checkpoint.get("history") or []

@@ -76,6 +76,30 @@ def test_closed_streams_do_no_harm():
     assert process("print('a'); print('b', file=sys.stderr); sys.stderr.isatty()", ">&- 2>&-") == (0, b"", b"")
 
 
+def test_an_unknown_user_without_a_home_in_an_ascii_locale(tmp_path):
+    """As in a container that is started with ``--user 12345``."""
+    code = """
+import os, pwd, sys
+def unknown(uid):
+    raise KeyError(uid)
+pwd.getpwuid = unknown
+from cxv.__main__ import run
+sys.exit(run())
+"""
+    env = {name: value for name, value in ENV.items() if name not in ("HOME", "CXV_CACHE", "XDG_CACHE_HOME")}
+    env |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / split / name / "é.png")
+    args = ["train", "--model", "cpv-1/2", "--embed-dim", "16", "--data", "images", "--epochs", "1", "--sgd-epochs", "0"]
+    command = [sys.executable, "-c", code, *args, "--output", "run"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"2 training and 2 test images, 2 classes, 3x8x8" in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
 def test_ctrl_c_while_pytorch_is_imported():
     code = """
 import sys, time
