@@ -12,6 +12,7 @@ from ..data.loader import locate
 from ..errors import InputError
 from ..models.registry import load_model
 from ..training.config import DEFAULTS
+from .flags import with_flags
 
 
 def open_checkpoint(
@@ -72,7 +73,7 @@ def load_run_data(
         limits.pop("validation", None)
     if options.get("limit_test") is not None:
         limits["limit_test"] = args.limit_test
-    return load_data(
+    data = load_data(
         name,
         data_dir,
         labels=labels,
@@ -85,7 +86,18 @@ def load_run_data(
         **{k: options.get(k) or run[k] for k in ("on_corrupt", "max_pixels")},
         **Preprocessing.from_dict(checkpoint).of_pixels(),
         **limits,
+        log=_log,
     )
+    expected = checkpoint.get("data_fingerprint", {})
+    if is_own and all(run[name] == value for name, value in limits.items()):
+        for split in splits:
+            if expected.get(split) not in (None, data.splits[split].fingerprint()):
+                _log(f"the {split} images are not those of the run: files were added, removed or changed")
+    return data
+
+
+def _log(line: str) -> None:
+    print(with_flags(line), flush=True)
 
 
 def _same_file(path: str | None, other: str | None) -> bool:

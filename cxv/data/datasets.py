@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,6 @@ SHARES = {"test": 0.1, "validation": 0.1}
 Chunks = Iterator[tuple[Tensor, Tensor]]
 Select = Callable[[Tensor, str], Tensor]
 
-_CIFAR = {
-    "cifar10": (
-        "CIFAR10",
-        "cifar-10-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    ),
-    "cifar100": (
-        "CIFAR100",
-        "cifar-100-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-    ),
-}
 _TINY = ("tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 _TINY_LAYOUT = "wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
 
@@ -101,13 +90,12 @@ class Decoding:
 
 def cifar_sources(name: str, data_dir: str | Path, request: Request) -> list[Source]:
     """CIFAR-10 or CIFAR-100 as torchvision keeps it in ``data_dir``, downloaded if it is not there."""
-    class_name, archive, url = _CIFAR[name]
-    dataset = getattr(need("torchvision.datasets"), class_name)
+    dataset = getattr(need("torchvision.datasets"), name.upper())
     root = Path(data_dir) / dataset.base_folder
     splits, preprocessing = request.splits, request.sized(32)
 
     def load(split: str) -> Any:
-        with _downloading(name, data_dir, archive, url):
+        with _downloading(name, data_dir, dataset.filename, dataset.url):
             return dataset(str(data_dir), train=split == "train", download=True)
 
     def select_images(data: Any, rows: Tensor) -> Tensor:
@@ -190,6 +178,9 @@ def folder_sources(data_dir: str | Path | None, labels: str | Path | None, reque
         listings, has_splits = scan_csv(Path(labels), root)
     else:
         folders = find_splits(root)
+        for first, second in combinations(folders, 2):
+            if os.path.samefile(folders[first], folders[second]):
+                log(f"the {first} and the {second} images are the same: {folders[first]} and {folders[second]}")
         has_splits = bool(folders)
         more = ["validation"] if "train" in splits or "test" not in folders else []
         wanted = [split for split in SPLITS if split in splits + more] if has_splits else ["train"]
@@ -221,13 +212,20 @@ def folder_sources(data_dir: str | Path | None, labels: str | Path | None, reque
     return _file_sources(root, _check_classes(listings), listings, replace(request, splits=splits))
 
 
-def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return a random order in which any first part has each class by its share."""
+def class_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return a random order of the labels, and how many of its own class come before each item in that order."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    share = torch.empty(len(labels), dtype=torch.float64)  # how far through its own class each image comes
+    rank = torch.empty_like(order)
     for c in labels.unique():
         mine = order[labels[order] == c]
-        share[mine] = (torch.arange(len(mine), dtype=share.dtype) + 0.5) / len(mine)
+        rank[mine] = torch.arange(len(mine))
+    return order, rank
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Return a random order in which any first part has each class by its share."""
+    order, rank = class_ranks(labels, seed)
+    share = (rank.double() + 0.5) / labels.bincount()[labels]  # how far through its own class each image comes
     return order[torch.argsort(share[order], stable=True)]
 
 

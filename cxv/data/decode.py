@@ -47,8 +47,9 @@ class Preprocessing:
         interpolation: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``; PIL antialiases the last three.
         background: Color behind transparent pixels: a name or ``#rrggbb``.
         white_level: Value of white in gray images of more than 8 bits; larger values are clipped. ``None``: 1 for float
-            images, and 65535 for 16-bit images. An image that does not fit this rule is refused: a float image with
-            values outside [0, 1], a 16-bit image whose values all fit into 12 bits, and a 32-bit image.
+            images; 16-bit images keep their high byte, so that 65535 is white. An image that does not fit this rule is
+            refused: a float image with values outside [0, 1], a 16-bit image whose values all fit into 12 bits, and a
+            32-bit image.
         mean: Mean of pixels in [0, 1], a number or one for each channel.
         std: Standard deviation, like ``mean``.
 

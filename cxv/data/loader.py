@@ -18,7 +18,15 @@ from cxv_kernels.validation import python_numbers
 
 from ..errors import InputError, listed
 from .cache import Decoded, cache_folder, check_memory, crc, decode
-from .datasets import Request, Source, cifar_sources, folder_sources, stratified_order, tiny_imagenet_sources
+from .datasets import (
+    Request,
+    Source,
+    cifar_sources,
+    class_ranks,
+    folder_sources,
+    stratified_order,
+    tiny_imagenet_sources,
+)
 from .decode import MEAN, STD, Preprocessing, need, normalize, pixel_limit
 from .scan import SPLITS
 
@@ -309,11 +317,7 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.empty_like(order)  # how many of its own class come before each item in that order
-    for c in labels.unique():
-        mine = order[labels[order] == c]
-        rank[mine] = torch.arange(len(mine))
+    order, rank = class_ranks(labels, seed)
     # the first of every class, then the second of every class, …; a class's turn in a round is random too
     turn = torch.argsort(rank[order], stable=True)
     return order[turn[:limit]].sort().values

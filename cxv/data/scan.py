@@ -4,7 +4,7 @@ import csv
 import os
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ def find_splits(root: Path) -> dict[str, Path]:
     Raises:
         InputError: If a folder cannot be read, or a split has two folders.
     """
-    subfolders = [entry for entry in _entries(root) if os.path.isdir(entry) and not is_hidden(entry.name)]
+    subfolders = [entry for entry in _entries(root) if _leads_to(entry.is_dir) and not is_hidden(entry.name)]
     named = [folder for folder in subfolders if folder.name.lower() in _SPLIT_OF]
     # a folder "train" beside "car" and "bus" is a class, unless there are folders in it
     if not named or (len(named) < len(subfolders) and not any(map(_has_folders, named))):
@@ -141,7 +141,7 @@ def list_images(root: Path, folders: dict[str, Path], splits: Iterable[str]) -> 
     for split, folder in folders.items():
         known: dict[tuple[int, int], str] = {}
         for entry in _entries(folder):
-            if not os.path.isdir(entry) or is_hidden(entry.name):
+            if not _leads_to(entry.is_dir) or is_hidden(entry.name):
                 _sort_in(entry, extensions, listings[split].passed_over, " outside of the class folders")
             elif _identity(entry.path) in roots:
                 listings[split].passed_over[_READ] += 1
@@ -153,8 +153,8 @@ def list_images(root: Path, folders: dict[str, Path], splits: Iterable[str]) -> 
         read |= known.keys()
     if root not in folders.values():
         for entry in _entries(root):
-            if Path(entry.path) not in folders.values() and not is_hidden(entry.name) and os.path.isdir(entry):
-                inner = [inner.path for inner in _entries(entry.path) if os.path.isdir(inner)]
+            if Path(entry.path) not in folders.values() and not is_hidden(entry.name) and _leads_to(entry.is_dir):
+                inner = [inner.path for inner in _entries(entry.path) if _leads_to(inner.is_dir)]
                 if images := sum(_count_images(path, extensions) for path in (entry.path, *inner)):
                     next(iter(listings.values())).passed_over[f"{entry.name}/ beside the splits (images)"] += images
     todo = deque(item for item in todo if item[0] in splits)
@@ -169,7 +169,7 @@ def list_images(root: Path, folders: dict[str, Path], splits: Iterable[str]) -> 
                 continue
             read.add(_identity(folder))
         for entry in _entries(folder):
-            if os.path.isdir(entry) and not is_hidden(entry.name):
+            if _leads_to(entry.is_dir) and not is_hidden(entry.name):
                 (links if entry.is_symlink() else todo).append((split, label, entry.path))
             elif _sort_in(entry, extensions, passed_over):
                 found[split, label].append(Path(entry.path))
@@ -188,12 +188,12 @@ def list_images(root: Path, folders: dict[str, Path], splits: Iterable[str]) -> 
 def _sort_in(entry: os.DirEntry, extensions: Iterable[str], passed_over: Counter[str], where: str = "") -> bool:
     """Return True for an image file (a broken link to one included); count anything else."""
     ext = os.path.splitext(entry.name)[1].lower()
-    if is_hidden(entry.name) and os.path.isdir(entry):
+    if is_hidden(entry.name) and _leads_to(entry.is_dir):
         images = _count_images(entry.path, extensions)
         passed_over[f"{entry.name}/ (images)" if images else f"{entry.name}/"] += images or 1
     elif is_hidden(entry.name):
         passed_over["hidden files"] += 1
-    elif os.path.exists(entry) and not os.path.isfile(entry):
+    elif not _leads_to(entry.is_file) and os.path.exists(entry):
         passed_over["neither files nor folders"] += 1
     elif ext not in extensions or where:
         passed_over[(ext or "without extension") + where] += 1
@@ -214,7 +214,7 @@ def is_hidden(name: str) -> bool:
 
 
 def _has_folders(folder: os.DirEntry) -> bool:
-    return any(os.path.isdir(entry) and not is_hidden(entry.name) for entry in _entries(folder.path))
+    return any(_leads_to(entry.is_dir) and not is_hidden(entry.name) for entry in _entries(folder.path))
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry]:
@@ -223,6 +223,13 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"`data_dir`: cannot read {printable(folder)} ({error.strerror})") from error
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    """Return ``entry.is_dir()`` or ``entry.is_file()``, which raise an error for a link to itself."""
+    with suppress(OSError):
+        return kind()
+    return False
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

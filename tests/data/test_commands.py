@@ -73,6 +73,16 @@ def test_eval_takes_the_test_images_of_the_run_or_all_of_another_folder(capsys, 
     assert_error(call(capsys, "eval", "--checkpoint", output, "--data", tmp_path), "--data", "cow", "dog, 猫$")
 
 
+def test_eval_says_that_the_images_have_changed(capsys, output, photos):
+    """A new file moves images of a folder without splits from training to test."""
+    new = photos / "dog" / "new.png"
+    write_image(new, seed=5, size=(20, 20))
+    _, out, _ = call(capsys, "eval", "--checkpoint", output)
+    new.unlink()
+    assert "the test images are not those of the run: files were added, removed or changed" in out
+    assert "not those of the run" not in call(capsys, "eval", "--checkpoint", output)[1]
+
+
 def test_evaluated_splits_are_those_of_the_run(output):
     class Arguments:
         checkpoint, which, threads = output, "best", None

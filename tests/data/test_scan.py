@@ -155,6 +155,12 @@ def test_validation_as_a_fraction(folder):
             resolve(TrainConfig(validation=share))
 
 
+def test_a_split_that_is_a_link_to_another_one_is_reported(folder):
+    shutil.rmtree(folder / "test")
+    (folder / "test").symlink_to(folder / "train")
+    assert "the test and the train images are the same" in load(folder)[1]
+
+
 # --- links
 
 
@@ -163,10 +169,11 @@ def test_a_link_loop_gives_every_image_once_with_its_own_class(folder):
         (folder / "train" / name / "loop").symlink_to(folder / "train")
         (folder / "train" / name / "up").symlink_to(folder)
     (folder / "train" / "all").symlink_to(folder)
+    (folder / "train" / "ant" / "self").symlink_to(folder / "train" / "ant" / "self")
     data, log = load(folder)
     assert len(data.train) == 12
     assert all(own == label for own, label in classes_of(data))
-    assert "links to folders that are read already: 7" in log
+    assert "links to folders that are read already: 7, without extension: 1" in log
 
 
 def test_a_link_into_another_class_or_split_leaves_the_images_there(folder):
