@@ -83,6 +83,7 @@ def test_a_report_that_cannot_be_written_is_named(tmp_path):
         report([0, 1], [0, 0], ["a", "b"]).write(tmp_path / "nowhere" / "a.html")
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_scores_are_those_of_scikit_learn():
     """Also where a class has no image, or is never predicted."""
     metrics = pytest.importorskip("sklearn.metrics")

@@ -92,8 +92,8 @@ sys.exit(run())
         for name in ("a", "b"):
             (tmp_path / "images" / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "images" / split / name / "é.png")
-    args = ["train", "--model", "cpv-1/2", "--embed-dim", "16", "--data", "images", "--epochs", "1", "--sgd-epochs", "0"]
-    command = [sys.executable, "-c", code, *args, "--output", "run"]
+    args = "train --model cpv-1/2 --embed-dim 16 --data images --epochs 1 --sgd-epochs 0 --output run"
+    command = [sys.executable, "-c", code, *args.split()]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert b"2 training and 2 test images, 2 classes, 3x8x8" in done.stdout
