@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -148,7 +148,7 @@ class DualOpT(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters, a group as in ``params``. Their best weights so far are the present ones."""
-        (group,) = _groups([param_group])
+        group = _group(param_group)
         self._groups.append(dict(group))
         super().add_param_group(group if self._phase == "adamw" else self._sgd_group(**group))
         if self._best:
@@ -256,14 +256,15 @@ class DualOpT(torch.optim.Optimizer):
         self._phase_epoch, self._best = state["phase_epoch"], dict(best)
         self._switch_if_due()
 
+    def _make(self, phase: str) -> torch.optim.Optimizer:
+        groups = [dict(group) for group in self._groups]
+        if phase == "adamw":
+            return torch.optim.AdamW(groups, **self._adamw)
+        return torch.optim.SGD([self._sgd_group(**group) for group in groups], **self._sgd)
+
     def _start(self, phase: str) -> None:
         self._phase, self._phase_epoch, self.num_bad_epochs = phase, 0, 0
-        groups = [dict(group) for group in self._groups]
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, **self._adamw)
-            if phase == "adamw"
-            else torch.optim.SGD([self._sgd_group(**group) for group in groups], **self._sgd)
-        )
+        self.optimizer = self._make(phase)
         for new, old in zip(self.optimizer.param_groups, self.param_groups, strict=True):
             if "initial_lr" in old:  # of a scheduler, which goes on with its rate, betas and own entries
                 new |= {name: value for name, value in old.items() if name == "lr" or name not in new}
@@ -309,26 +310,22 @@ def _groups(params: Any) -> list[dict[str, Any]]:
             f"params: expected an iterable of tensors or of groups, or one nn.Module, got a {type(params).__name__}"
         )
     params = list(params)
-    groups = params if any(isinstance(group, dict) for group in params) else [{"params": params}]
-    for group in groups:
-        if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay"}:
-            got = list(group) if isinstance(group, dict) else f"a {type(group).__name__}"
-            raise InputError(f"params: expected groups of 'params' and at most 'lr' and 'weight_decay', got {got}")
-    groups = [
-        {name: list(_tensors_of(v)) if name == "params" else to_number(v) for name, v in group.items()}
-        for group in groups
-    ]
-    for group in groups:
-        _check("params: lr of a group", group.get("lr", 1), *_RATE)
-        _check("params: weight_decay of a group", group.get("weight_decay", 0), *_DECAY)
-    return groups
+    return [_group(group) for group in (params if any(isinstance(p, dict) for p in params) else [{"params": params}])]
 
 
-def _tensors_of(params: Any) -> Iterator[Tensor]:
-    for p in [params] if isinstance(params, Tensor) else params:
+def _group(group: Any) -> dict[str, Any]:
+    """Return a parameter group with a list of tensors and with Python numbers."""
+    if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay"}:
+        got = list(group) if isinstance(group, dict) else f"a {type(group).__name__}"
+        raise InputError(f"params: expected groups of 'params' and at most 'lr' and 'weight_decay', got {got}")
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    group = {name: to_number(value) for name, value in group.items() if name != "params"}
+    _check("params: lr of a group", group.get("lr", 1), *_RATE)
+    _check("params: weight_decay of a group", group.get("weight_decay", 0), *_DECAY)
+    for p in params:
         if not isinstance(p, Tensor):
             raise InputError(f"params: expected tensors, groups of them or one nn.Module, got a {type(p).__name__}")
-        yield p
+    return {"params": params} | group
 
 
 def _whole(value: Any) -> bool:

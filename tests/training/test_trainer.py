@@ -367,6 +367,11 @@ CHANGED = {
     "label_smoothing": 0.5,
     "warmup_epochs": 1.0,
     "progressive": ((8, 3),),
+    "freeze": 1,
+    "mixup": 0.2,
+    "color_jitter": 0.2,
+    "class_weights": "balanced",
+    "balanced_sampling": True,
 }
 
 
@@ -552,11 +557,11 @@ def weights(output):
     return read_checkpoint(output / "last.pt")["model"]
 
 
-@pytest.mark.parametrize("weights", [None, "balanced"], ids=["plain", "class-weights"])
-def test_accumulated_batches_are_the_large_batch(tmp_path, weights):
+@pytest.mark.parametrize("class_weights", [None, "balanced"], ids=["plain", "class-weights"])
+def test_accumulated_batches_are_the_large_batch(tmp_path, class_weights):
     # 90 images: the last step is smaller, and so is its last batch
     same = {"optimizer": "sgd", "lr": 0.1, "sgd_epochs": None, "drop_rate": 0.0, "limit_train": 90, "epochs": 2}
-    same |= {"class_weights": weights}
+    same |= {"class_weights": class_weights}
     run(tmp_path / "large", batch_size=32, **same)
     run(tmp_path / "parts", batch_size=8, accumulate=4, **same)
     run(tmp_path / "small", batch_size=8, **same)
