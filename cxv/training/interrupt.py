@@ -1,16 +1,19 @@
-"""Handle Ctrl-C and SIGTERM between batches, when no step is incomplete."""
+"""Handle Ctrl-C, SIGTERM and a time limit between batches, when no step is incomplete."""
 
 import contextlib
+import math
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 _waiting: int | None = None  # the signal that has arrived, for the main thread
+_OUT_OF_TIME = 1  # in place of a signal's number, and less than any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,6 +22,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signal = signum
+
+
+class OutOfTimeError(Exception):
+    """Raised between two batches, after a complete step, when the time limit has passed."""
 
 
 @contextlib.contextmanager
@@ -83,14 +90,15 @@ def _announced(numbers: Collection[int]) -> Iterator[None]:
         reader.close()
 
 
-def interruptible(items: Iterable[T], agree: Callable[[int], int] = int) -> Iterator[T]:
-    """Yield the items, and raise a pending signal before the next one.
+def interruptible(items: Iterable[T], agree: Callable[[int], int] = int, deadline: float = math.inf) -> Iterator[T]:
+    """Yield the items, and raise a pending signal, or :class:`OutOfTimeError` after ``deadline``, before the next one.
 
     ``agree`` is called before each item and after the last one with the number of the pending signal (0 for none), and
-    returns the number to raise. With it, several processes stop at the same item.
+    returns the number to raise. With it, several processes stop at the same item. ``deadline`` is a time of
+    ``time.monotonic``.
     """
     for item in items:
-        _raise_if_waiting(agree)
+        _raise_if_waiting(agree, deadline)
         yield item
     _raise_if_waiting(agree)
 
@@ -99,7 +107,9 @@ def _in_main() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _raise_if_waiting(agree: Callable[[int], int] = int) -> None:
-    number = agree((_in_main() and _waiting) or 0)
+def _raise_if_waiting(agree: Callable[[int], int] = int, deadline: float = math.inf) -> None:
+    number = agree((_in_main() and _waiting) or _OUT_OF_TIME * (time.monotonic() >= deadline))
+    if number == _OUT_OF_TIME:
+        raise OutOfTimeError
     if number:
         raise Interrupted(number)

@@ -1,5 +1,6 @@
 """Output of a run: log lines, training curves, TensorBoard files and the summary of the scores."""
 
+import csv
 import io
 import statistics
 from functools import cache
@@ -58,8 +59,15 @@ def _recipe_line(config: TrainConfig, data: Data) -> str:
 def _extras(config: TrainConfig) -> list[str]:
     """The parts of a recipe that the paper's does not have."""
     extras = (
+        (f"stem and {config.freeze} layers frozen", config.freeze is not None),
         ("horizontal flips", config.hflip),
         (f"random crops with {config.random_crop} pixels of padding", config.random_crop),
+        (f"color jitter {config.color_jitter}", config.color_jitter),
+        (f"random erasing {config.random_erasing}", config.random_erasing),
+        (f"MixUp {config.mixup}", config.mixup),
+        (f"CutMix {config.cutmix}", config.cutmix),
+        ("balanced class weights", config.class_weights),
+        ("balanced sampling", config.balanced_sampling),
         (f"{config.schedule} learning rate", config.schedule != "constant"),
         (f"weight decay {config.weight_decay} of matrices", config.weight_decay is not None),
         (f"label smoothing {config.label_smoothing}", config.label_smoothing),
@@ -171,7 +179,16 @@ def _at(score: dict[str, Any]) -> str:
     return f"{score['test_top1']:.2f} % (epoch {score['epoch']})"
 
 
-# --- curves
+# --- tables and curves
+
+
+def to_csv(history: list[dict[str, Any]]) -> bytes:
+    """The lines of ``metrics.jsonl`` as a table. Missing numbers are empty cells."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in history for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return table.getvalue().encode()
 
 
 def phase_name(row: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def test_train_prints_its_progress_and_result(capsys, tmp_path):
     assert "epoch   1 AdamW lr 0.001" in out
     assert "switch to SGD after epoch 1: AdamW has reached --epochs 1" in out
     assert "epoch   2 SGD   lr 0.001" in out
-    assert f"in {output}: best.pt, last.pt, metrics.jsonl, args.json, summary.json, curves.png" in out
+    assert f"in {output}: best.pt, last.pt, metrics.jsonl, metrics.csv, args.json, summary.json, curves.png" in out
 
 
 def test_resume_takes_the_runs_arguments(capsys, run):
