@@ -238,7 +238,7 @@ def test_max_time_saves_the_run_and_resume_is_bit_exact(tmp_path, monkeypatch, e
     assert not result.finished
     assert (result.best_top1 is None) == (epoch == 1)
     assert (
-        f"stopped by `max_time` 90m; epoch {done} is saved: go on with  cxv train --resume --output {tmp_path / 'a'}"
+        f"stopped by `max_time` 90m; epoch {done} is saved: go on with  cxv train --resume {tmp_path / 'a'}"
         in log
     )
     monkeypatch.undo()
