@@ -231,6 +231,8 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
 
 def _divide(listing: Listing, request: Request, where: Path) -> dict[str, Listing]:
     """Divide the images of a folder without splits by :data:`SHARES`, or take all of them for each split."""
+    if not listing.paths:
+        return dict.fromkeys(request.splits, listing)  # the caller's error
     if request.whole:
         request.log(f"{printable(where)} has no splits: all of its {len(listing.paths):,} images are used")
         return dict.fromkeys(request.splits, listing)
@@ -329,10 +331,11 @@ def _typical_side(paths: list[Path], request: Request) -> int:
         raise InputError(f"{paths[0].parent}: not one image could be read")
     side = min(MAX_DEFAULT_SIZE, sorted(map(min, sizes))[(len(sizes) - 1) // 2])
     if set(sizes) != {(side, side)}:
-        small, large = ("×".join(map(str, pick(sizes, key=lambda size: size[0] * size[1]))) for pick in (min, max))
+        sizes.sort(key=lambda size: size[0] * size[1])
+        extremes = " to ".join(dict.fromkeys("×".join(map(str, size)) for size in (sizes[0], sizes[-1])))
         how = {"crop": "cropped and resized", "pad": "resized and padded", "squash": "resized"}
         request.log(
-            f"images of {small} to {large} pixels are {how[request.preprocessing.resize]} to {side}×{side}; "
+            f"images of {extremes} pixels are {how[request.preprocessing.resize]} to {side}×{side}; "
             "`img_size` and `resize` change it"
         )
     return side

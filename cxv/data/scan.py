@@ -37,7 +37,7 @@ class Listing:
         if not self.passed_over:
             return None
         parts = [
-            f"{reason}{': pip install pillow-heif' if reason in ('.heic', '.heif') else ''}: {count}"
+            f"{reason}: {count}" + (" (pip install pillow-heif)" if reason in (".heic", ".heif") else "")
             for reason, count in sorted(self.passed_over.items())
         ]
         images, classes = f"{len(self.paths):,} images", f"{len(set(self.labels))} classes"
@@ -98,6 +98,8 @@ def scan_csv(file: Path, root: Path) -> tuple[dict[str, Listing], bool]:
         columns = {"path": 0, "label": 1, "split": None}
     else:
         raise InputError(f"`labels`: {file} needs the columns path and label, and its first line is {','.join(header)}")
+    if not rows:
+        raise InputError(f"`labels`: {file} has no lines of images")
     listings: dict[str, Listing] = {}
     label_of: dict[Path, tuple[str, str]] = {}
     for number, row in rows:

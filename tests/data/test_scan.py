@@ -129,6 +129,14 @@ def test_class_folders_without_splits_are_divided_by_class(unsplit):
     assert "all of its 60 images are used" in log
 
 
+def test_a_folder_without_class_folders_is_an_error(tmp_path):
+    write_image(tmp_path / "0.png")
+    log = []
+    with pytest.raises(InputError, match=r"no class folders in it; expected .*CLASS.IMAGE"):
+        load_data(tmp_path, log=log.append)
+    assert "passed over: .png outside of the class folders: 1" in log[0]
+
+
 def test_too_few_images_to_divide_are_an_error(tmp_path):
     for name in CLASSES:
         write_image(tmp_path / name / "0.png")
@@ -232,7 +240,7 @@ def test_files_that_are_passed_over_are_reported_by_reason(folder):
     parts = log.partition("passed over: ")[2].split(", ")
     assert log.startswith(f"train: 12 images, 3 classes in {train}; passed over: ")
     assert {
-        ".heic: pip install pillow-heif: 2",
+        ".heic: 2 (pip install pillow-heif)",
         ".jpg outside of the class folders: 1",
         ".net/ (images): 1",
         ".pdf: 1",
@@ -252,7 +260,7 @@ def test_files_that_are_passed_over_are_reported_by_reason(folder):
 def test_a_class_folder_without_images_says_what_is_in_it(folder):
     for path in (folder / "train" / "bee").iterdir():
         path.rename(path.with_suffix(".heic"))
-    with pytest.raises(InputError, match=r"bee: this class folder has no image .*\.heic: pip install pillow-heif: 4"):
+    with pytest.raises(InputError, match=r"bee: this class folder has no image .*\.heic: 4 .pip install pillow-heif"):
         load_data(folder)
 
 
@@ -265,7 +273,7 @@ def test_heic_is_read_if_pillow_heif_is_installed(folder, monkeypatch):
     (folder / "train" / "ant" / "0.webp").rename(path)
     decode_module.register_heif.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    assert ".heic: pip install pillow-heif: 1" in load(folder)[1]
+    assert ".heic: 1 (pip install pillow-heif)" in load(folder)[1]
     (folder / "a.heic").write_bytes(b"?")
     with pytest.raises(InputError, match=r"a\.heic: cannot read .*; pip install pillow-heif"):
         decode_module.decode_image(folder / "a.heic")
@@ -364,6 +372,7 @@ def test_csv_file_of_two_columns_is_divided(unsplit):
             r"line 3: x\.png is bee in train here and ant in train ",
         ),
         ([], r"needs the columns path and label"),
+        (["path,label"], r"has no lines of images"),
     ],
 )
 def test_csv_errors_name_the_line(tmp_path, lines, message):
