@@ -29,13 +29,15 @@ from ..checkpoint import (
     set_rng_state,
 )
 from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment
-from ..data.datasets import need
+from ..data.decode import need
 from ..data.loader import load_data, to_device
 from ..errors import InputError, first_line, out_of_memory
+from ..models.arguments import image_size
 from ..models.registry import REFUSALS, build_model, create_model, downsampling
 from .config import (
     ARGS,
     CURVES,
+    DATA_ARGUMENTS,
     METRICS,
     NAMES,
     SUMMARY,
@@ -162,9 +164,8 @@ class Trainer:
 
     def _load_data(self, saved: dict[str, Any] | None) -> None:
         config, world = self.config, self.world
-        names = ("img_size", "limit_train", "limit_test", "validation", "seed", "on_corrupt", "cache_dir")
-        kwargs = {name: getattr(config, name) for name in names}
-        data = world.rank0_first(lambda: load_data(config.data, config.data_dir, log=self.log, **kwargs))
+        kwargs = {name: getattr(config, name) for name in DATA_ARGUMENTS}
+        data = world.rank0_first(lambda: load_data(config.data, log=self.log, **kwargs))
         with world.sync_errors():
             fit_to_data(config, data.img_size, len(data.train))
         self.fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
@@ -206,7 +207,7 @@ class Trainer:
             self.model, self.model_kwargs = _create(config, kwargs, saved)
             self.model.to(self.device)
             for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
-                self._try_model((data.in_chans, size, size))
+                self._try_model((data.in_chans, *image_size(size)))
             self.frozen = freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()  # in place: the same parameters by the same names
@@ -358,9 +359,7 @@ class Trainer:
             "model_name": self.config.model,
             "model_kwargs": self.model_kwargs,
             "classes": self.data.classes,
-            "img_size": self.data.img_size,
-            "in_chans": self.data.in_chans,
-            "normalization": self.data.normalization,
+            **self.data.preprocessing.to_dict(),
             "data_fingerprint": self.fingerprint,
             "optimizer": self.opt.state_dict(),
             "post_training": self.post_training,
@@ -476,7 +475,7 @@ def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmen
         steps.append(RandAugment(*config.rand_augment, seed=config.seed))
     if config.color_jitter or config.random_erasing:
         v2, jitter = need("torchvision.transforms.v2"), config.color_jitter or 0.0
-        gray = [255 * value for value in (mean if isinstance(mean, list) else [mean])]  # 0 when it is normalized
+        gray = [255 * value for value in ([mean] if isinstance(mean, float) else mean)]  # 0 when it is normalized
         erasing = v2.RandomErasing(config.random_erasing or 0.0, value=gray)
         steps.append(PerImage(v2.Compose([v2.ColorJitter(jitter, jitter, jitter), erasing]), seed=config.seed))
     return Chain(tuple(steps)) if len(steps) > 1 else next(iter(steps), None)
