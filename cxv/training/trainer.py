@@ -30,7 +30,7 @@ from ..checkpoint import (
     set_rng_state,
 )
 from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment
-from ..data.datasets import need
+from ..data.decode import need
 from ..data.loader import load_data, to_device
 from ..errors import InputError, first_line, listed, out_of_memory
 from ..models.arguments import image_size
@@ -506,7 +506,7 @@ def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmen
         steps.append(RandAugment(*config.rand_augment, seed=config.seed))
     if config.color_jitter or config.random_erasing:
         v2, jitter = need("torchvision.transforms.v2"), config.color_jitter or 0.0
-        gray = [255 * value for value in (mean if isinstance(mean, list) else [mean])]  # 0 when it is normalized
+        gray = [255 * value for value in ([mean] if isinstance(mean, float) else mean)]  # 0 when it is normalized
         erasing = v2.RandomErasing(config.random_erasing or 0.0, value=gray)
         steps.append(PerImage(v2.Compose([v2.ColorJitter(jitter, jitter, jitter), erasing]), seed=config.seed))
     return Chain(tuple(steps)) if len(steps) > 1 else next(iter(steps), None)
