@@ -204,7 +204,7 @@ def _read_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtyp
 def _read_file() -> dict[str, dict[str, str | None]]:
     path = cache_file()
     try:
-        content = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
         values = [verdict for verdicts in content.values() for verdict in verdicts.values()]
         if not all(verdict is None or isinstance(verdict, str) for verdict in values):
             raise ValueError("some entries are not verdicts")
