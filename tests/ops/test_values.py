@@ -39,7 +39,7 @@ def test_matches_float64(case, backend, dtype, sizes):
         pytest.skip("heads of more than 64 or 128 channels are the reference's")
     # conv_norm: of few channels little more than the rounding of the deviation is left, over √eps
     few = case.op == "conv_norm" and sizes == SIZES["one"]
-    if str(case) == "kv_state-softmax" and sizes == SIZES["one"] and dtype == torch.float16 and backend != "cpu":
+    if str(case) == "kv_state-softmax" and sizes == SIZES["one"] and dtype == torch.float16 and backend == "cuda":
         pytest.skip("of one key the gradient is 0, a difference of equal terms that tensor cores take in float16")
     assert_close_to_float64(case, backend, case.inputs(sizes, dtype), sizes, 1e5**0.5 if few else 1)
 
