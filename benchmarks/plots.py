@@ -1,9 +1,10 @@
-"""Redraw every picture of the benchmarks from their CSV files.
+"""Redraw every picture of the benchmarks from their CSV files, and training curves from JSON lines.
 
 python benchmarks/plots.py
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
+
+from cxv.training.logging import plot_curves
 
 COLORS = {"performer": "#d1495b", "linear": "#1b7f9e", "nystrom": "#e0a100", "sdpa": "#5a5a5a"}
 LABELS = {"performer": "Performer", "linear": "linear", "nystrom": "Nyström", "sdpa": "softmax (SDPA)"}
@@ -196,11 +199,17 @@ def draw_speed(rows: Sequence[Row], path: Path) -> None:
         figure.savefig(path)
 
 
+def draw_curves(path: Path) -> None:
+    """Loss and top-1 by epoch, from lines like those of a run's ``metrics.jsonl``."""
+    history = [{"phase": "adamw", **json.loads(line)} for line in path.read_text().splitlines()]
+    path.with_suffix(".png").write_bytes(plot_curves(history))
+
+
 DRAW = {"attn_mem": draw_memory, "attn_speed": draw_speed, "model_step": draw_steps}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw a picture for each CSV file in the folder, from its newest run."""
+    """Draw a picture for each CSV file in the folder, from its newest run, and for each training on CIFAR-10."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="folder of the CSV files")
     folder = parser.parse_args(argv).folder
@@ -211,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = read_rows(path)
         DRAW[path.stem.partition("-")[0]](latest(rows), path.with_suffix(".png"))
         print(path.with_suffix(".png"), f"({len(by_host(rows))} runs in {path.name})")
+    for path in sorted(folder.glob("cifar10-*.jsonl")):
+        draw_curves(path)
+        print(path.with_suffix(".png"))
     return 0
 
 
