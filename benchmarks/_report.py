@@ -364,30 +364,32 @@ def step_headline(rows: Sequence[Row]) -> Table:
 
 def integration_attention(rows: Sequence[Row]) -> Table:
     """The attention of other packages' models alone: the library's code, that compiled, and accelerated."""
-    return _integration_times(rows, "attention")
+    return _integrations(rows, "attention", "tokens")
 
 
 def integration_models(rows: Sequence[Row]) -> Table:
     """The whole models."""
-    return _integration_times(rows, "model")
+    return _integrations(rows, "model", "size")
 
 
-def _integration_times(rows: Sequence[Row], section: str) -> Table:
-    size = {"attention": "tokens", "model": "size"}[section]
-    header = ["model", "mode", "implementation", size, "batch", "ms", "ratio", "peak, MB", "ratio", "saved, MB"]
-    table = Table(header, left=3)
-    for row in rows:
-        if row.section != section:
+def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
+    others = {"torch.compile": "torch.compile", "fused": "accelerated"}
+    name = "model/channels" if section == "attention" else "model"
+    table = Table(
+        [name, "mode", size, "batch", "eager, ms", *others.values(), "peak, MB: eager", *others.values()], left=2
+    )
+    for eager in [row for row in rows if (row.section, row.implementation) == (section, "eager")]:
+        head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
+        if eager.status != "ok":
+            table.rows.append([*head, reason(eager)])
             continue
-        head = [row.name, row.variant, row.implementation]
-        if row.status != "ok":
-            table.rows.append([*head, reason(row)])
-            continue
-        same = {name: getattr(row, name) for name in ("section", "name", "dtype", "variant", "batch", "size")}
-        eager = None if row.implementation == "eager" else find(rows, implementation="eager", **same)
-        mode = "training_ms" if row.variant == "training" else "forward_ms"
-        time = spread(getattr(row, mode), getattr(row, mode.replace("_ms", "_iqr_ms")))
-        peak = f"{row.peak_bytes / eager.peak_bytes:.2f}×" if eager and eager.peak_bytes else ""
-        memory = [mb(row.peak_bytes), peak, mb(row.saved_bytes)]
-        table.rows.append([*head, f"{row.size:,}", str(row.batch), time, ratio(row, eager, mode), *memory])
+        mode = "training_ms" if eager.variant == "training" else "forward_ms"
+        same = {key: getattr(eager, key) for key in ("section", "name", "dtype", "variant", "batch", "size")}
+        times = [spread(getattr(eager, mode), getattr(eager, mode.replace("_ms", "_iqr_ms")))]
+        peaks = [mb(eager.peak_bytes)]
+        for implementation in others:
+            row = find(rows, implementation=implementation, **same)
+            times.append(ratio(row, eager, mode) if row else "")
+            peaks.append(f"{row.peak_bytes / eager.peak_bytes:.2f}×" if row and eager.peak_bytes else "")
+        table.rows.append([*head, *times, *peaks])
     return table

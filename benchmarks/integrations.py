@@ -218,10 +218,11 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, quick: bo
         modes = [*([False] if batch in batches else []), *([True] if batch == training_batch else [])]
         for shape, (name, x) in attention_inputs(model.eval(), names, image).items():
             alone, _ = implementations(attention_alone(model.get_submodule(name)), compiled)
-            tokens = shape[1] if len(shape) == 3 else shape[2] * shape[3]
+            tokens, channels = shape[1:] if len(shape) == 3 else (shape[2] * shape[3], shape[1] // 3)
             for training in modes:
                 x.requires_grad_(training)
-                yield from measure("attention", case.name, alone, x, tokens, training, **rounds)
+                named = f"{case.name}/{channels}"
+                yield from measure("attention", named, alone, x, tokens, training, **rounds)
         for training in modes:
             image.requires_grad_(training)
             yield from measure("model", case.name, variants, image, case.size, training, **rounds)
