@@ -22,6 +22,7 @@ ON_GPU = "CXV_TEST_GPU" in os.environ  # tests/ops with the kernels of a real GP
 if not (ON_HOST_GPU or ON_GPU):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes costs more than these graphs
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take a minute or more: the others fill up what the processes have left.
 LONGEST = (

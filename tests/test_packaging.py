@@ -77,7 +77,7 @@ def code(monkeypatch):
     return names
 
 
-def test_what_this_machine_can_build_was_built(code, monkeypatch):
+def test_libraries_that_can_be_built_exist(code, monkeypatch):
     assert code["why_not_cpp"]() is not None or library.CPP_MISSING is None
     monkeypatch.delenv("CXV_CUDA")
     monkeypatch.setenv("CUDA_HOME", os.environ.get("CUDA_HOME", ""))  # find_cuda sets it
@@ -85,7 +85,7 @@ def test_what_this_machine_can_build_was_built(code, monkeypatch):
     assert reason or library.CUDA_MISSING is None, f"nvcc {version} is here: {library.CUDA_MISSING}"
 
 
-def test_the_toolkits_root_is_nvccs_own_word(code, tmp_path):
+def test_cuda_home_of_a_wrapped_nvcc(code, tmp_path):
     """An nvcc on PATH may be a wrapper elsewhere."""
     executable(tmp_path / "nvcc", "echo '#$ TOP=/opt/some/cuda' >&2")
     assert code["find_cuda_home"](str(tmp_path / "nvcc")) == "/opt/some/cuda"
@@ -103,7 +103,7 @@ def test_the_toolkits_root_is_nvccs_own_word(code, tmp_path):
         ),
     ],
 )
-def test_a_compiler_that_fails_leaves_a_working_package(tmp_path, script, message):
+def test_failing_compiler_leaves_a_working_package(tmp_path, script, message):
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in ("setup.py", "pyproject.toml", "csrc", "README.md", "LICENSE"):

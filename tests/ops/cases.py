@@ -85,6 +85,11 @@ class Sizes:
     image: tuple[int, int] = (6, 9)
 
 
+def image(c_in: int, c_out: int, size: tuple[int, int] = (6, 9), batch: int = 2) -> Sizes:
+    """Sizes of conv_norm."""
+    return Sizes(batch=batch, dim=c_in, value_dim=c_out, image=size)
+
+
 TINY = Sizes(1, 2, 5, 6, 3, 4, (3, 3))
 ODD = Sizes()
 SMALL = Sizes(1, 2, 20, 23, 8, 5, (4, 5)) if interpreting() else ODD
@@ -131,10 +136,8 @@ class Case:
     def bind(self, backend: str, sizes: Sizes = ODD, **constants: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
         """A function of the inputs that returns a tuple of outputs; skips the test if a GPU's backend lacks the op."""
         bound = self.constants(sizes) | constants
-        if backend in ("cuda", "triton") and ON_GPU:
-            reason = cxv_kernels.explain_backend(self.op, "cuda")[backend]
-            if reason != "supported":
-                pytest.skip(f"{backend}: {reason}")
+        if (reason := self.support(backend)) != "supported":
+            pytest.skip(f"{backend}: {reason}")
 
         def call(*inputs: Tensor) -> tuple[Tensor, ...]:
             placed = {k: t.to(inputs[0].device) if isinstance(t, Tensor) else t for k, t in bound.items()}
@@ -142,6 +145,11 @@ class Case:
             return out if isinstance(out, tuple) else (out,)
 
         return call
+
+    def support(self, backend: str) -> str:
+        """ "supported", or why a GPU's backend does not have the op."""
+        on_gpu = backend in ("cuda", "triton") and ON_GPU
+        return cxv_kernels.explain_backend(self.op, "cuda")[backend] if on_gpu else "supported"
 
     def depth(self, sizes: Sizes) -> int:
         """The terms of the longest sum."""
