@@ -532,9 +532,19 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument --output: cannot create {arguments.output}: {error.strerror}")
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
+        if arguments.device == "cpu" and platform.system() == "Linux":
+            limit_memory()
         # the tables show where the reference runs
         warnings.filterwarnings("ignore", message=".*using the plain PyTorch implementation", category=UserWarning)
         return arguments
+
+
+def limit_memory() -> None:
+    """Limit this process to 90 % of the memory, so that PyTorch raises an error before the system kills us."""
+    import resource  # not on Windows
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_DATA, (memory * 9 // 10, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def progress(items: Iterable[Any], quiet: bool = False) -> Iterable[Any]:

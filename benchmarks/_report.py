@@ -110,8 +110,8 @@ def implementation(row: Row) -> str:
 
 # The implementation that the others of a section are compared with.
 BASELINES = {
-    "attention": ("reference", "eager"),  # of attn_mem.py, of integrations.py
-    "model": ("reference", "eager"),
+    "attention": ("reference",),
+    "model": ("reference",),
     "op": ("reference", "conv2d, layer_norm"),
     "memory": ("eager",),
     "time": ("eager",),
@@ -359,17 +359,31 @@ def step_headline(rows: Sequence[Row]) -> Table:
 # --- integrations ------------------------------------------------------------------------------------------------
 
 
-def integration_times(rows: Sequence[Row], section: str) -> Table:
-    """The models of other packages, or their attention alone: the library's code, that compiled, and accelerated."""
-    size = {"attention": "tokens", "model": "size"}[section]
-    header = ["model", "mode", "implementation", size, "batch", "ms", "ratio", "peak, MB", "ratio", "saved, MB"]
+def integration_attention(rows: Sequence[Row]) -> Table:
+    """The attention of other packages' models alone: the library's code, that compiled, and accelerated."""
+    return _integrations(rows, "attention", "tokens")
 
-    def cells(row: Row) -> list[str]:
-        eager = baseline_of(rows, row) if row.implementation != "eager" else None
-        mode = "training" if row.variant == "training" else "forward"
-        time = spread(getattr(row, f"{mode}_ms"), getattr(row, f"{mode}_iqr_ms"))
-        memory = [mb(row.peak_bytes), relative(row, eager, "peak_bytes", 2), mb(row.saved_bytes)]
-        return [f"{row.size:,}", str(row.batch), time, ratio(row, eager, f"{mode}_ms"), *memory]
 
-    mine = [row for row in rows if row.section == section]
-    return section_table(mine, header, lambda row: [row.name, row.variant, row.implementation], cells)
+def integration_models(rows: Sequence[Row]) -> Table:
+    """The whole models."""
+    return _integrations(rows, "model", "size")
+
+
+def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
+    others = {"torch.compile": "torch.compile", "fused": "accelerated"}
+    name = "model/channels" if section == "attention" else "model"
+    header = [name, "mode", size, "batch", "eager, ms", *others.values(), "peak, MB: eager", *others.values()]
+    table = Table(header, left=2)
+    for eager in [row for row in rows if (row.section, row.implementation) == (section, "eager")]:
+        head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
+        if eager.status != "ok":
+            table.rows.append([*head, reason(eager)])
+            continue
+        mode = "training" if eager.variant == "training" else "forward"
+        same = {key: getattr(eager, key) for key in ("section", "name", "dtype", "variant", "batch", "size")}
+        found = [find(rows, implementation=implementation, **same) for implementation in others]
+        times = [spread(getattr(eager, f"{mode}_ms"), getattr(eager, f"{mode}_iqr_ms"))]
+        times += [ratio(row, eager, f"{mode}_ms") if row else "" for row in found]
+        peaks = [mb(eager.peak_bytes), *(relative(row, eager, "peak_bytes", 2) if row else "" for row in found)]
+        table.rows.append([*head, *times, *peaks])
+    return table

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import _harness as bench  # imported before torch: it sets log levels
-from _report import integration_times, show
+from _report import integration_attention, integration_models, show
 
 import cxv_kernels
 from cxv_kernels.testing import peak_memory, saved_bytes
@@ -173,10 +173,11 @@ def measure_model(
         modes = [*([False] if batch in batches else []), *([True] if batch == training_batch else [])]
         for shape, (name, x) in attention_inputs(model.eval(), names, image).items():
             alone, _ = implementations(attention_alone(model.get_submodule(name)), compiled)
-            tokens = shape[1] if len(shape) == 3 else shape[2] * shape[3]
+            tokens, channels = shape[1:] if len(shape) == 3 else (shape[2] * shape[3], shape[1] // 3)
             for training in modes:
                 x.requires_grad_(training)
-                yield from measure("attention", model_name, alone, x, tokens, training, **rounds)
+                named = f"{model_name}/{channels}"
+                yield from measure("attention", named, alone, x, tokens, training, **rounds)
         for training in modes:
             image.requires_grad_(training)
             yield from measure("model", model_name, variants, image, size, training, **rounds)
@@ -206,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results.add(row)
     alone = "Attention alone. Times: median ± interquartile range. Ratio: to the library's eager code."
     whole = "The whole model; size: pixels of a side, or latent tokens."
-    attention, model = (integration_times(results.rows, section).text() for section in ("attention", "model"))
-    return show(results, alone, attention, whole, model)
+    attention, models = integration_attention(results.rows), integration_models(results.rows)
+    return show(results, alone, attention.text(), whole, models.text())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import zipfile
@@ -42,9 +43,16 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, dict) and all(isinstance(x, int | float) for x in v.values()),
     ),
     "args": ("a dict", lambda v: isinstance(v, dict)),
+    "notes": (
+        "a dict of strings",
+        lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values()),
+    ),
 }
 """The metadata of a shared file. ``metrics`` has losses and top-1 (per cent) of ``epoch``, and ``args`` has the
-arguments of ``cxv train`` except paths and the machine. Both are empty if ``cxv train`` did not make the model."""
+arguments of ``cxv train`` except paths and the machine. Both are empty if ``cxv train`` did not make the model.
+``notes`` are texts for people, such as the terms of the data."""
+WEIGHTS = Path(__file__).parent / "weights"
+"""The folder of the pretrained weights. The file of ``"cpv-5/4"`` is ``cpv-5-4.safetensors``."""
 _RENAMED = {"normalisation": "normalization", "optimiser": "optimizer", "position": "resume_state"}
 """Keys in files from before the release of version 0.1.0, and their current names."""
 
@@ -148,7 +156,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
-    return _rename(checkpoint)
+    return _update(checkpoint)
 
 
 def check_metadata(metadata: Any) -> None:
@@ -167,9 +175,11 @@ def check_metadata(metadata: Any) -> None:
         raise InputError(f"classes: expected {num_classes} names, as many as num_classes, got {classes}")
 
 
-def _rename(entries: Any) -> Any:
-    """Give the keys of an older file their current names. Values other than a dict are returned unchanged."""
-    return {_RENAMED.get(name, name): v for name, v in entries.items()} if isinstance(entries, dict) else entries
+def _update(entries: Any) -> Any:
+    """Give an older file the current names and entries. Values other than a dict are returned unchanged."""
+    if not isinstance(entries, dict):
+        return entries
+    return {"notes": {}} | {_RENAMED.get(name, name): v for name, v in entries.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             "cxv.save_safetensors writes one"
         )
     try:
-        metadata = _rename(json.loads(header[METADATA_KEY]))
+        metadata = _update(json.loads(header[METADATA_KEY]))
     except ValueError as error:
         raise InputError(f"{path}: the {METADATA_KEY!r} entry of its header is not JSON ({error})") from error
     try:
@@ -216,17 +226,38 @@ def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
             raise error from None
 
 
-def find_checkpoint(path: str | Path, which: str = "best") -> Path:
-    """Return ``path`` if it is a file, or the checkpoint file in it if it is a directory.
+def pretrained_models() -> list[str]:
+    """Return the names of the models that have pretrained weights in this package."""
+    return sorted(re.sub(r"(\d)-(\d)", r"\1/\2", path.stem) for path in WEIGHTS.glob("*.safetensors"))
+
+
+def find_pretrained(name: str) -> Path:
+    """Return the file with the pretrained weights of a model.
 
     Raises:
-        InputError: If ``path`` does not exist, or ``which`` is neither ``"best"`` nor ``"last"``.
+        InputError: If the package has no weights of it.
+    """
+    path = WEIGHTS / f"{name.lower().replace('/', '-')}.safetensors"
+    if name.lower() not in pretrained_models():
+        models = ", ".join(pretrained_models()) or "none"
+        raise InputError(f"{name} has no pretrained weights; these models do: {models}")
+    return path
+
+
+def find_checkpoint(path: str | Path, which: str = "best") -> Path:
+    """Return the checkpoint file for ``path``: a file, a directory with one, or the name of a pretrained model.
+
+    Raises:
+        InputError: If ``path`` is none of them, or ``which`` is neither ``"best"`` nor ``"last"``.
     """
     if which not in ("best", "last"):
         raise InputError(f"which: expected best or last, got {which!r}")
     path = Path(path)
+    if not path.exists() and path.as_posix().lower() in pretrained_models():
+        return find_pretrained(path.as_posix())
     if not path.exists():
-        raise InputError(f"{path}: no such file or directory")
+        models = ", ".join(pretrained_models()) or "none"
+        raise InputError(f"{path}: no such file or directory; pretrained models: {models}")
     if not path.is_dir():
         return path
     found = path / f"{which}.pt"

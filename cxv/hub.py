@@ -93,35 +93,22 @@ class HubModel(
             pretrained_model_name_or_path: Name of the repository, or the directory.
             map_location: Device of the model.
             use_fused: As in :func:`cxv.training.load_model`.
-            **kwargs: Arguments of huggingface_hub's ``from_pretrained``. Metadata and model arguments are also
-                accepted if they agree with the file; they do not change the model.
+            **kwargs: Arguments of huggingface_hub's ``from_pretrained``.
 
         Raises:
-            InputError: If the file is damaged or from another program, or a keyword is unknown or disagrees with the
-                file.
+            InputError: If the file is damaged or from another program, or a keyword is unknown. The arguments of the
+                model are those of the file; :func:`cxv.create_model` with ``checkpoint`` can change them.
         """
-        described = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
-        options = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
-        model = super().from_pretrained(
-            pretrained_model_name_or_path, map_location=map_location, use_fused=use_fused, **options
+        unknown = sorted(kwargs.keys() - set(_HUB_ARGUMENTS))
+        if unknown:
+            allowed = ", ".join((*_HUB_ARGUMENTS, "map_location", "use_fused"))
+            raise InputError(
+                f"{unknown[0]}: from_pretrained has no such keyword (allowed: {allowed}); to change the model, use "
+                "cxv.create_model(NAME, checkpoint=FILE, …)"
+            )
+        return super().from_pretrained(
+            pretrained_model_name_or_path, map_location=map_location, use_fused=use_fused, **kwargs
         )
-        model._check_described(described)
-        return model
-
-    def _check_described(self, described: dict[str, Any]) -> None:
-        """Raise ``InputError`` unless each of ``described`` is the model's metadata or argument of that name."""
-        own = {"num_classes": len(self.metadata["classes"])} | self.metadata["model_kwargs"] | self.metadata
-        for name, value in described.items():
-            if name not in own:
-                allowed = ", ".join((*_HUB_ARGUMENTS, "map_location", "use_fused"))
-                raise InputError(f"{name}: from_pretrained has no such keyword; allowed: {allowed}")
-            if json.loads(json.dumps(value, default=str)) != json.loads(json.dumps(own[name])):
-                create = f"cxv.create_model({own['model_name']!r}, checkpoint=FILE, num_classes={value!r})"
-                advice = f"; for a fresh classifier use {create}" if name == "num_classes" else ""
-                raise InputError(
-                    f"{name}: the file has {own[name]!r}, got {value!r}, and from_pretrained does not change the model"
-                    f"{advice}"
-                )
 
     @classmethod
     def _from_pretrained(
@@ -169,6 +156,7 @@ class HubModel(
             "seed": "not recorded" if m["seed"] is None else m["seed"],
             "epoch": "not recorded" if m["epoch"] is None else m["epoch"],
         } | {name.replace("_", " "): f"{value:.4g}" for name, value in m["metrics"].items()}
+        rows |= m["notes"]
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         selected = ""
         if "test_top1" in m["metrics"] and "validation_top1" not in m["metrics"]:

@@ -43,8 +43,9 @@ def save_safetensors(
             the weights. A model that loads the file has float32 parameters.
         **metadata: Entries that replace the metadata of ``source`` (see ``cxv.checkpoint.METADATA``): ``classes``,
             names in label order (default: the labels); ``normalization``, mean and std of pixels in [0, 1] (default:
-            0.5 and 0.5, as in the paper); ``seed``; ``metrics``, numbers by name. For a model that
-            :func:`cxv.create_model` did not build, also ``model_name`` and ``model_kwargs``.
+            0.5 and 0.5, as in the paper); ``seed``; ``metrics``, numbers by name; ``notes``, texts by
+            name, for people. For a model that :func:`cxv.create_model` did not build, also ``model_name`` and
+            ``model_kwargs``.
 
     Raises:
         InputError: If the checkpoint is missing or damaged, the metadata are unknown or do not fit the model, the
@@ -110,6 +111,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
         "epoch": None,
         "metrics": {},
         "args": {},
+        "notes": {},
     } | found
     check_metadata(metadata)
     try:

@@ -91,6 +91,8 @@ def run_script(monkeypatch, capsys):
         path = ROOT / script
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+        if os.name == "posix":  # a limit of the benchmarks' memory, which would stay
+            monkeypatch.setattr("resource.setrlimit", lambda *_: None)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(path), run_name="__main__")

@@ -93,6 +93,16 @@ def test_cuda_home_of_a_wrapped_nvcc(code, tmp_path):
     assert code["find_cuda_home"](str(tmp_path / "nvcc")) == str(tmp_path.parent)
 
 
+def test_package_has_its_data(tmp_path):
+    """The pretrained weights and the kernels' configurations are in the wheel."""
+    done = setup_py("build_py", "--build-lib", str(tmp_path / "lib"), path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for package in ("cxv", "cxv_kernels"):
+        files = [*(ROOT / package).rglob("*.safetensors"), *(ROOT / package).rglob("*.json")]
+        assert files
+        assert all((tmp_path / "lib" / file.relative_to(ROOT)).is_file() for file in files)
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -18,6 +18,8 @@ import ablations  # noqa: E402
 import table1  # noqa: E402
 from _harness import RESULTS, Row, read_csv, read_rows  # noqa: E402
 
+from cxv.checkpoint import find_pretrained, pretrained_models, read_checkpoint  # noqa: E402
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
@@ -44,6 +46,16 @@ def deploy() -> str:
     return table.markdown()
 
 
+def pretrained() -> str:
+    """The weights in the package, as their files describe them."""
+    lines = ["| model | top-1, % | evaluated on | training |", "| --- | ---: | --- | --- |"]
+    for name in pretrained_models():
+        found = read_checkpoint(find_pretrained(name))
+        (top1,), notes = found["metrics"].values(), found["notes"]
+        lines.append(f"| {name} | {top1:.2f} | {notes['evaluation']} | {notes['training']} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attn_speed headline": partial(from_rows, "attn_speed-cpu", _report.op_headline, newest=False),
     "attn_speed ops": partial(from_rows, "attn_speed-cpu", _report.op_times),
@@ -53,6 +65,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model_step headline": partial(from_rows, "model_step-cpu", _report.step_headline, newest=False),
     "model_step": partial(from_rows, "model_step-cpu", _report.step_memory, _report.step_times),
     "deploy": deploy,
+    "pretrained": pretrained,
     "table1": lambda: table1.table(read_csv(RESULTS / "table1-cpu.csv")).markdown(),
     "ablations": lambda: ablations.report(ablations.read(RESULTS / "ablations-cpu.jsonl"), dataset="cifar10"),
 }

@@ -57,7 +57,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="the --output of `cxv train`, a .pt file in it, or a .safetensors file of cxv.save_safetensors",
+        help="the --output of `cxv train`, a .pt file in it, a .safetensors file of cxv.save_safetensors, or the "
+        "name of a pretrained model",
     )
     parser.add_argument(
         "--which",

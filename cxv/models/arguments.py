@@ -47,13 +47,6 @@ def check_images(x: Tensor, in_chans: int) -> None:
         raise ValueError(f"input must be (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
 
 
-def check_image_size(x: Tensor, img_size: int | Sequence[int]) -> None:
-    """Raise ``ValueError`` unless ``x`` is (..., H, W) with H and W of ``img_size``."""
-    height, width = image_size(img_size)
-    if x.shape[-2:] != (height, width):
-        raise ValueError(f"input must be {height}×{width} pixels, got {tuple(x.shape)}")
-
-
 def hidden_width(dim: int, mlp_ratio: float) -> int:
     """Return the number of hidden channels of an MLP with ``dim`` input channels.
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from cxv_kernels.validation import to_numbers
 
-from ..checkpoint import find_checkpoint, load_weights, read_checkpoint
+from ..checkpoint import find_checkpoint, find_pretrained, load_weights, pretrained_models, read_checkpoint
 from ..errors import InputError, first_line
 from . import baselines
 from .cxv import CLTV, CNV, CPV
@@ -26,7 +26,7 @@ from .variants import variant_of
 TABLE_1: dict[str, Callable[..., nn.Module]] = {
     "resnet-18": baselines.resnet,
     "resnet-34": baselines.resnet,
-    "fnet-10": baselines.FNet,
+    "fnet-10": baselines.fnet,
     "mlp-mixer-5": baselines.mlp_mixer,
     "wavemix-5": baselines.WaveMix,
     "convmixer-16": baselines.convmixer,
@@ -49,7 +49,7 @@ REFUSALS = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError
 """Exceptions that models, PyTorch's modules and the libraries of the baselines raise for an invalid argument."""
 
 
-def list_models(filter: str = "") -> list[str]:
+def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     """Return the names of the paper's models, sorted.
 
     :func:`create_model` also builds other depths and numbers of heads, such as ``"cpv-3/8"``. The models of timm and
@@ -57,8 +57,9 @@ def list_models(filter: str = "") -> list[str]:
 
     Args:
         filter: Pattern with shell wildcards. Default: all names.
+        pretrained: Return only models that have pretrained weights in this package.
     """
-    return sorted(fnmatch.filter(TABLE_1, filter) if filter else TABLE_1)
+    return sorted(fnmatch.filter(pretrained_models() if pretrained else TABLE_1, filter or "*"))
 
 
 def has_fused_ops(name: str) -> bool:
@@ -84,6 +85,7 @@ def downsampling(name: str) -> str:
 def create_model(
     name: str,
     *,
+    pretrained: bool = False,
     checkpoint: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -94,9 +96,10 @@ def create_model(
     Args:
         name: ``family-depth/heads``, such as ``"cpv-5/4"``, or ``family-depth`` for a family without heads, such as
             ``"resnet-18"``. Upper and lower case are equivalent.
+        pretrained: Load the weights of this package, see :func:`cxv.list_models`. The same as ``checkpoint=name``.
         checkpoint: Weights to load: a file of :func:`cxv.save_safetensors`, the ``--output`` of ``cxv train`` (its best
-            epoch), or a ``.pt`` file in it. The arguments in the checkpoint are the defaults of ``**kwargs``. If
-            ``num_classes`` differs from the checkpoint, the model gets a new classifier.
+            epoch), a ``.pt`` file in it, or the name of a pretrained model. The arguments in the checkpoint are the
+            defaults of ``**kwargs``. If ``num_classes`` differs from the checkpoint, the model gets a new classifier.
         device: Device of the model. Default: PyTorch's default device. A seed gives the same weights on every device.
         dtype: Dtype of the model. Default: PyTorch's default dtype.
         **kwargs: Arguments of the model, such as ``num_classes``, ``img_size`` and ``in_chans``. See :class:`cxv.CXV`,
@@ -107,8 +110,9 @@ def create_model(
         The model, a ``torch.nn.Module``.
 
     Raises:
-        ValueError: If the name is unknown, ``depth`` or ``num_heads`` is passed in addition to the name, or the
-            checkpoint is missing, damaged, belongs to another model or has weights that do not fit.
+        ValueError: If the name is unknown, ``depth`` or ``num_heads`` is passed in addition to the name, the model has
+            no pretrained weights, or the checkpoint is missing, damaged, belongs to another model or has weights that
+            do not fit.
         ImportError: If the library of a baseline is not installed.
 
     Example::
@@ -120,6 +124,10 @@ def create_model(
     twice = {"depth", "num_heads"} & kwargs.keys()
     if twice:
         raise ValueError(f"{' and '.join(sorted(twice))} come from the name {name!r}: give them there")
+    if pretrained and checkpoint is not None:
+        raise ValueError(f"pretrained and checkpoint: give one of them, got checkpoint={str(checkpoint)!r} too")
+    if pretrained:
+        checkpoint = find_pretrained(name)
     if checkpoint is not None:
         return _create_trained(name, checkpoint, kwargs).to(device=device, dtype=dtype)
     model = variant_of(build, kwargs)(
@@ -140,8 +148,8 @@ def load_model(
     """Load a trained model from the directory of its run or from a file.
 
     Args:
-        checkpoint_dir: The ``--output`` of the run, a checkpoint file in it, a file of :func:`cxv.save_safetensors`, or
-            a directory with a file ``model.safetensors``.
+        checkpoint_dir: The ``--output`` of the run, a checkpoint file in it, a file of :func:`cxv.save_safetensors`, a
+            directory with a file ``model.safetensors``, or the name of a pretrained model.
         which: The ``"best"`` or the ``"last"`` epoch of a run.
         device: Device of the model.
         use_fused: Use fused kernels, or plain PyTorch. Default: as in the run.

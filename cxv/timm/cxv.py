@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("cxv.timm needs timm, which is not installed: pip install 'cxv[baselines]'") from error
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import find_pretrained, read_checkpoint
 from ..data.loader import MEAN, STD
 from ..errors import InputError
 from ..models import CLTV, CNV, CPV, HybridViLT, HybridViN, HybridViP
@@ -33,20 +33,10 @@ _CFG = {
 }
 # The class token and the pixels are one column, and the learned positions fix the size of the image.
 _WITH_CLASS_TOKEN = _CFG | {"pool_size": (1 + 32 * 32, 1), "fixed_input_size": True}
-default_cfgs = generate_default_cfgs(
-    {
-        "cpv_5_4": _CFG,
-        "cnv_5_4": _CFG,
-        "cltv_5_4": _CFG,
-        "hybrid_vip_6_8": _WITH_CLASS_TOKEN,
-        "hybrid_vin_6_8": _WITH_CLASS_TOKEN,
-        "hybrid_vilt_6_8": _CFG,
-    }
-)
 
 
 def _described(overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """``overlay`` with what its file of ours, if it has one, says of the weights."""
+    """Add the description of the weights to ``overlay``, if its ``file`` has one."""
     found: dict[str, Any] = {}
     with suppress(InputError):  # no file, or not one of ours: timm loads it or raises
         if overlay.get("file"):
@@ -57,6 +47,22 @@ def _described(overlay: Mapping[str, Any]) -> dict[str, Any]:
             for name, value in checkpoint["normalization"].items():
                 found[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * channels
     return {**found, **overlay}
+
+
+def _pretrained(name: str) -> dict[str, Any]:
+    """Return the entries of timm's configuration for the weights in this package, none if it has none."""
+    family, depth, heads = name.rsplit("_", 2)
+    with suppress(InputError):
+        return _described({"file": str(find_pretrained(f"{family.replace('_', '-')}-{depth}/{heads}"))})
+    return {}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: (_WITH_CLASS_TOKEN if name in ("hybrid_vip_6_8", "hybrid_vin_6_8") else _CFG) | _pretrained(name)
+        for name in ("cpv_5_4", "cnv_5_4", "cltv_5_4", "hybrid_vip_6_8", "hybrid_vin_6_8", "hybrid_vilt_6_8")
+    }
+)
 
 
 def _create(
@@ -79,6 +85,8 @@ def _create(
     overlay = pretrained_cfg_overlay or {}
     if isinstance(pretrained_cfg, Mapping):
         pretrained_cfg, overlay = None, {**pretrained_cfg, **overlay}
+    if overlay.get("url") or overlay.get("hf_hub_id"):  # in place of the weights in this package
+        overlay = {"file": None, **overlay}
     features = {"out_indices": min(3, kwargs.get("depth", 3)), "feature_cls": "getter"}
     built = build_model_with_cfg(
         variant_of(model, kwargs),

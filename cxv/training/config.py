@@ -72,6 +72,7 @@ RESERVED = {
     "depth": "it comes from the model's name",
     "num_heads": "it comes from the model's name",
     "checkpoint": "give `init`",
+    "pretrained": "give `init` the name of the model",
     **{name: f"give `{name}`" for name in ("img_size", "embed_dim", "drop_rate", "drop_path_rate")},
     "use_fused": "give `fused`",
     "recompute": "give `recompute`",

@@ -21,8 +21,9 @@ class FusedLiteMLA(LiteMLA):
         batch, _, height, width = x.shape
         qkv = self.qkv(x)
         qkv = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
-        heads = qkv.reshape(batch, -1, 3 * self.dim, height * width).transpose(-1, -2)
-        out = linear_attention(*heads.chunk(3, dim=-1), "relu", eps=self.eps)
+        heads = qkv.reshape(batch, -1, 3, self.dim, height * width)
+        q, k, v = (part.transpose(-1, -2) for part in heads.unbind(2))
+        out = linear_attention(q, k, v, "relu", eps=self.eps)
         return self.proj(out.transpose(-1, -2).reshape(batch, -1, height, width))
 
 

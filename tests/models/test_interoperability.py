@@ -132,18 +132,6 @@ def test_quantized_weights_leave_the_rest_trainable():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["cpv-1/2", "cnv-1/2", "cltv-1/2"])
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_torchao_quantizes_a_model(name, config):
-    quantization = pytest.importorskip("torchao.quantization")
-    model = small_model(name)
-    x = torch.randn(2, 3, 8, 8)
-    expected = model(x)
-    quantization.quantize_(model, getattr(quantization, config)())
-    assert any(type(p) is not nn.Parameter for p in model.parameters())
-    assert (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
-
-
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_dynamic_quantization_of_pytorch():
     if "fbgemm" not in torch.backends.quantized.supported_engines:
@@ -730,36 +718,6 @@ def test_attention_is_sharded_over_batch_and_heads(tmp_path):
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
-
-
-def test_overlapping_threads_do_not_share_a_backend():
-    """Two blocks that overlap and end in the order in which they began."""
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
-    seen = {}
-
-    def first():
-        with cxv_kernels.use_backend("reference"):
-            first_in.set()
-            second_in.wait(5)
-        first_out.set()
-        seen["first"] = cxv_kernels.get_backend()
-
-    def second():
-        first_in.wait(5)
-        seen["second before"] = cxv_kernels.get_backend()
-        with cxv_kernels.use_backend("reference"):
-            second_in.set()
-            first_out.wait(5)
-            seen["second within"] = cxv_kernels.get_backend()
-        seen["second"] = cxv_kernels.get_backend()
-
-    threads = [threading.Thread(target=f) for f in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == {"first": "auto", "second before": "auto", "second within": "reference", "second": "auto"}
-    assert cxv_kernels.get_backend() == "auto"
 
 
 def test_a_setting_belongs_to_its_thread_and_task():

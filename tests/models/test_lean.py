@@ -1,22 +1,22 @@
-"""What training keeps and needs, as a contract: bytes kept for backward, peaks, and no copies between the ops."""
+"""What training saves and needs, as a contract: bytes saved for backward, peaks, and no copies between the ops."""
 
 import gc
 
-import memory_breakdown
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs_cpp
-from memory_breakdown import LOW, autocast, build, loss_of, random_batch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import cxv
 from cxv.models.blocks import CHUNK_TOKENS
-from cxv_kernels.testing import peak_memory
+from cxv_kernels.testing import peak_memory, saved_bytes
 
 pytestmark = needs_cpp
 NAMES = ("cpv-5/4", "cnv-5/4", "cltv-5/4")
 MODES = ("fused", "checkpointed")
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)  # bfloat16 under autocast, with the weights in float32
 CHANNELS = 128
 KEPT_MB = {"cpv-5/4": 150, "cnv-5/4": 170, "cltv-5/4": 150}  # batch 32, bfloat16
 CHECKPOINTED_MB = 60
@@ -28,44 +28,92 @@ PEAK_GB = {
 }
 
 
-def ledger(name, mode, dtype, batch=2, side=32):
-    """The measured memory breakdown and the predicted sum."""
-    model = build(name, mode).train()
-    images, labels = random_batch(batch, side, dtype)
-    loss_of(model, images[:1], labels[:1], dtype)
-    found = memory_breakdown.measured(model, images, labels, dtype)
-    return found, memory_breakdown.predicted(model, images, dtype)
+def build(name: str, mode: str) -> nn.Module:
+    """The fused model, or the fused model with gradient checkpointing (``"checkpointed"``)."""
+    torch.manual_seed(0)
+    model = cxv.create_model(name, use_fused=True)
+    model.set_grad_checkpointing(mode == "checkpointed")
+    return model
+
+
+def random_batch(batch: int, side: int = 32) -> tuple[Tensor, Tensor]:
+    """Images (batch, 3, side, side) and labels."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 3, side, side, generator=generator), torch.randint(10, (batch,), generator=generator)
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The forward pass of a training step."""
+    with autocast(dtype):
+        return F.cross_entropy(model(images), labels)
+
+
+def measured(name: str, mode: str, dtype: torch.dtype, *size: int) -> tuple[int, int, int]:
+    """The bytes of the tensors that autograd saves, of all that the allocator holds, and as the shapes foretell."""
+    model, (images, labels) = build(name, mode).train(), random_batch(*size)
+    loss_of(model, images[:1], labels[:1], dtype)  # the first call may allocate what stays
+
+    def run() -> Tensor:
+        return loss_of(model, images, labels, dtype)
+
+    saved = saved_bytes(run, (*model.parameters(), *model.buffers(), images, labels)).beyond_inputs
+    return saved, peak_memory(run).kept, predicted(model, images, dtype)
+
+
+def predicted(model: cxv.CXV, images: Tensor, dtype: torch.dtype) -> int:
+    """The bytes saved by a fused model, from the shapes.
+
+    Of a layer: what conv_norm reads and writes (which attention reads), what the MLP reads, and one number per pixel;
+    under ``set_grad_checkpointing`` what the layer reads, alone.
+    """
+    batch, _, height, width = images.shape
+    channels, depth, size, pixels = model.embed_dim, len(model.layers), dtype.itemsize, batch * height * width
+    total = images.numel() * size + pixels * (channels // 4) * size  # the image converted, the stem's first output
+    total += pixels * (channels // 2 + (depth - 1) * channels) * size  # the inputs of the layers
+    # the pooled features, log-softmax, and what the loss divides by; the last two are float32
+    total += batch * channels * size + (batch * model.num_classes + 1) * 4
+    if not model.grad_checkpointing:
+        branches = [branch for layer in model.layers for branch in (layer.attn, layer.mlp)]
+        total += 2 * depth * pixels * channels * size + depth * pixels * 4
+        total += sum(8 * branch.num_dropouts for branch in branches if branch.drop_rate)  # the seeds
+    if dtype != torch.float32:
+        total += sum(w.numel() for w in (model.stem[0].weight, model.stem[1].weight, model.head.weight)) * size
+    return total
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_kept_for_backward(name, mode):
-    found, _ = ledger(name, mode, torch.bfloat16, batch=32)
-    assert found.allocated <= (KEPT_MB[name] if mode == "fused" else CHECKPOINTED_MB) * 1e6
-    assert found.total == pytest.approx(found.allocated, rel=0.02)
+    saved, allocated, _ = measured(name, mode, torch.bfloat16, 32)
+    assert allocated <= (KEPT_MB[name] if mode == "fused" else CHECKPOINTED_MB) * 1e6
+    assert saved == pytest.approx(allocated, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
-def test_kept_is_what_the_shapes_foretell(name, mode, dtype):
-    found, foretold = ledger(name, mode, dtype)
-    assert sum(foretold.values()) == pytest.approx(found.allocated, rel=0.02)
-    exact = {kind: nbytes for kind, nbytes in foretold.items() if kind != memory_breakdown.OTHER}
-    assert exact == {kind: nbytes for kind, nbytes in found.kinds.items() if kind != memory_breakdown.OTHER}
+def test_saved_is_what_the_shapes_foretell(name, mode, dtype):
+    """To the byte. The allocator also counts the random states of a checkpoint."""
+    saved, allocated, foretold = measured(name, mode, dtype, 2)
+    assert saved == foretold
+    assert allocated == pytest.approx(foretold, rel=0.02)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_is_linear_in_pixels(name, mode):
-    one, two, wide = (ledger(name, mode, torch.bfloat16, *size)[0].allocated for size in ((1, 32), (2, 32), (1, 64)))
+    one, two, wide = (measured(name, mode, torch.bfloat16, *size)[1] for size in ((1, 32), (2, 32), (1, 64)))
     assert (wide - one) / 3 == pytest.approx(two - one, rel=0.02)
 
 
 def two_steps(name, mode, dtype):
     """Two training steps of batch 32 with AdamW, which allocates its state in the first, with one image."""
-    images, labels = random_batch(32, 32, dtype)
-    model = build(name, mode).to(images.dtype).train()
+    images, labels = random_batch(32)
+    model = build(name, mode).train()
     optimizer = torch.optim.AdamW(model.parameters())
     for count in (1, 32):
         optimizer.zero_grad()
@@ -113,7 +161,7 @@ def test_no_activation_is_copied(name, dtype):
     What PyTorch's linear maps do is no such copy: some begin with the bias, broadcast into the result.
     """
     model = cxv.create_model(name, use_fused=True).train()
-    images, labels = random_batch(16, 32, dtype)
+    images, labels = random_batch(16)
     images = images.contiguous(memory_format=torch.channels_last)
     run = lambda: loss_of(model, images, labels, dtype).backward()  # noqa: E731
     assert copies(run, CHUNK_TOKENS * CHANNELS // 2) == []
@@ -122,7 +170,7 @@ def test_no_activation_is_copied(name, dtype):
 def inference(name, dtype, batch=32):
     """The peak beyond weights and images, what tensors (B, C, H, W) take, and a chunk's worth, in bytes."""
     model = build(name, "fused").eval()
-    images, _ = random_batch(batch, 32, dtype)
+    images, _ = random_batch(batch)
 
     def run():
         with torch.no_grad(), autocast(dtype):
@@ -132,7 +180,7 @@ def inference(name, dtype, batch=32):
     pixel = CHANNELS * dtype.itemsize
     # the MLP's hidden layer, twice as wide, before and after GELU; its output, and that with x added
     chunk = 6 * CHUNK_TOKENS * pixel
-    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if dtype in LOW else 0
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if dtype != torch.float32 else 0
     return peak_memory(run).peak, batch * 32 * 32 * pixel, chunk + weights
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models_support import create_or_skip
 from torch import Tensor, nn
 
 import cxv
@@ -323,19 +324,11 @@ def test_batch_forms_couple_images(name, options, coupled):
 # --- Table 1's baselines ---
 
 
-def build(name: str, **options) -> nn.Module:
-    if name.partition("-")[0] in ("vit", "mlp", "convmixer"):
-        pytest.importorskip("timm")
-    if name.partition("-")[0] in ("cct", "cvt"):
-        pytest.importorskip("vit_pytorch")
-    return cxv.create_model(name, **options)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("name", cxv.list_models())
 def test_norms_and_activations_are_the_released_ones(name):
     """Every norm has PyTorch's default eps of 1e-5, every GELU is exact."""
-    for module in build(name, img_size=16).modules():
+    for module in create_or_skip(name, img_size=16).modules():
         assert getattr(module, "eps", None) in (None, 1e-5)
         assert getattr(module, "approximate", "none") == "none"
 
@@ -354,7 +347,7 @@ DROPOUTS = {  # name → its dropouts with drop_rate=0.3 in the order of the cal
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_dropouts_are_where_the_released_code_has_them(name):
     """WaveMix calls its MLP for each of the four levels of the transform."""
-    model = build(name, img_size=16, drop_rate=0.3).train()
+    model = create_or_skip(name, img_size=16, drop_rate=0.3).train()
     calls: list[tuple[str, float]] = []
     outputs: list[tuple[Tensor, str]] = []
 
@@ -375,7 +368,7 @@ def test_dropouts_are_where_the_released_code_has_them(name):
 @pytest.mark.parametrize("name", [n for n in cxv.list_models() if n.partition("-")[0] not in ("resnet", "cct")])
 def test_weights_are_drawn_as_in_the_released_code(name):
     """PyTorch's default, uniform within ±1/√fan_in; class tokens and positions are normal with sd 1."""
-    model = build(name, img_size=16)
+    model = create_or_skip(name, img_size=16)
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             bound = layer.weight[0].numel() ** -0.5

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from models_support import create_or_skip
 from torch import nn
 
 import cxv
@@ -16,20 +17,13 @@ HYBRIDS = ("hybrid-vilt-6/8", "hybrid-vin-6/8", "hybrid-vip-6/8")
 OURS = ("cnv-5/4", "cltv-5/4", "cpv-5/4")
 
 
-def build(name: str, **kwargs) -> nn.Module:
-    if TABLE_1[name].__module__.endswith("libraries") and not name.startswith("resnet"):
-        pytest.importorskip("vit_pytorch" if name[:3] in ("cct", "cvt") else "timm")
-    return cxv.create_model(name, **kwargs)
-
-
 @pytest.mark.parametrize("name", TABLE_1)
 def test_any_image_size_and_classes(name):
     small, shallow = {}, name
     if not name.startswith("resnet"):
         family, _, heads = name.partition("/")
         small, shallow = {"embed_dim": 16}, f"{family.rpartition('-')[0]}-3" + (f"/{heads}" if heads else "")
-    build(name)  # skips where its library is missing
-    model = cxv.create_model(shallow, img_size=24, in_chans=1, num_classes=7, **small).train()
+    model = create_or_skip(shallow, img_size=24, in_chans=1, num_classes=7, **small).train()
     logits = model(torch.randn(2, 1, 24, 24))
     assert logits.shape == (2, 7)
     logits.square().sum().backward()

@@ -166,15 +166,21 @@ def test_a_file_of_weights_alone_loads(tmp_path):
     assert torch.equal(again.head.weight, model.head.weight)
 
 
-def test_learning_rates_by_layer():
+@pytest.mark.parametrize("name", ["cpv_5_4", "hybrid_vip_6_8"])
+def test_learning_rates_by_layer(name):
     from timm.optim import param_groups_layer_decay
 
-    model = timm.create_model("cpv_5_4", **SMALL)
+    model = create(name)
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))
     parts = (model.stem, *model.layers, model.head)
-    assert [{scale[id(p)] for p in part.parameters()} for part in parts] == [{0.5 ** (4 - i)} for i in range(5)]
+    if name == "cpv_5_4":
+        assert [{scale[id(p)] for p in part.parameters()} for part in parts] == [{0.5 ** (4 - i)} for i in range(5)]
+    else:
+        assert scale[id(model.cls_token)] == scale[id(model.stem[0].weight)] == 0.5**4
+        assert scale[id(model.norm.weight)] == scale[id(model.layers[2][1].fc1.weight)] == 0.5
+        assert scale[id(model.head.weight)] == 1.0
 
 
 def test_the_registry():
@@ -214,15 +220,6 @@ def test_configuration(name):
         unpooled.reset_classifier(0, "max")
     unpooled.reset_classifier(42, pool)
     assert unpooled.get_classifier().weight.shape == (42, 16)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_has_a_gradient(name):
-    model = create(name, num_classes=42).train()
-    y = model(torch.randn(2, 3, 8, 8))
-    y.mean().backward()
-    assert y.shape == (2, 42)
-    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -281,17 +278,6 @@ def test_weight_decay_leaves_out_positions_and_class_tokens():
         kept = {names[id(p)].split(".")[-1] for p in decayed["params"]}
         assert kept == {"weight"}
         assert {"pos_embed", "bias"} <= {names[id(p)].split(".")[-1] for p in plain["params"]}
-
-
-def test_learning_rates_of_a_hybrid_by_layer():
-    from timm.optim import param_groups_layer_decay
-
-    model = create("hybrid_vip_6_8")
-    groups = param_groups_layer_decay(model, layer_decay=0.5)
-    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    assert scale[id(model.cls_token)] == scale[id(model.stem[0].weight)] == 0.5**4
-    assert scale[id(model.norm.weight)] == scale[id(model.layers[2][1].fc1.weight)] == 0.5
-    assert scale[id(model.head.weight)] == 1.0
 
 
 def test_moving_average_of_the_weights():

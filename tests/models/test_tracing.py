@@ -12,7 +12,7 @@ import cxv
 import cxv_kernels
 from cxv.models.attention import PerformerAttention
 
-OURS = ["cpv-2/2", "cnv-2/2", "cltv-2/2", "hybrid-vip-2/2", "hybrid-vin-2/2", "hybrid-vilt-2/2", "fnet-2", "wavemix-2"]
+OURS = ["cpv-2/2", "cnv-2/2", "cltv-2/2", "hybrid-vip-2/2", "hybrid-vin-2/2", "hybrid-vilt-2/2", "wavemix-2"]
 VARIANTS = [(name, fused) for name in OURS for fused in (False, True) if not fused or "/" in name]
 IDS = [f"{name.split('-2')[0]}-{'fused' if fused else 'reference'}" for name, fused in VARIANTS]
 
