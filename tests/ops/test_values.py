@@ -77,7 +77,8 @@ def test_strides(layout, case, backend):
         strided = [layouts(t)[layout] if i < 3 else torch.stack([t, t], -1)[..., 0] for i, t in enumerate(contiguous)]
         assert not any(t.is_contiguous() for t in strided) or sizes.batch == 1
         assert_close_to_float64(case, backend, strided, sizes, 4)
-        assert_close_to_float64(case, backend, [*strided[:1], *contiguous[1:]], sizes, 4)
+        if not interpreting() or layout == "NCHW":
+            assert_close_to_float64(case, backend, [*strided[:1], *contiguous[1:]], sizes, 4)
     if layout == "(B, N, H, D)":
         out = case.bind(backend, sizes)(*(t.to(device_of(backend)) for t in strided))[0]
         others = ("kv_state", "performer_features", *(["nystrom_attention"] if backend == "triton" else []))
