@@ -36,6 +36,7 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "in_chans": ("an integer", lambda v: isinstance(v, int)),
     "normalization": ("a dict of mean and std", lambda v: isinstance(v, dict) and v.keys() == {"mean", "std"}),
+    "preprocessing": ("a dict or None", lambda v: v is None or isinstance(v, dict)),
     "seed": ("an integer or None", lambda v: v is None or isinstance(v, int)),
     "epoch": ("an integer or None", lambda v: v is None or isinstance(v, int)),
     "metrics": (

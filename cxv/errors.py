@@ -1,4 +1,6 @@
-"""The exception for invalid input, and helpers to interpret exceptions of PyTorch."""
+"""The exception for invalid input, and helpers for messages and for exceptions of PyTorch."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +15,20 @@ class InputError(ValueError):
     The message is one line with the argument or file, the value and the allowed values. Arguments are in backticks. The
     command line prints the message without a traceback, with flags instead of arguments.
     """
+
+
+def printable(text: object) -> str:
+    """Return the text in one line that every program can show.
+
+    Line ends, other control characters and bytes of a file name that are not UTF-8 are escaped: ``\\n``, ``\\udcff``.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """Join names for a message: at most ``limit`` of them, then "… and 190 more"."""
+    more = len(names) - limit
+    return ", ".join(map(printable, names[:limit])) + (f", … and {more} more" if more > 0 else "")
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -17,7 +17,7 @@ from .errors import InputError
 from .models.backbone import Backbone
 from .models.registry import build_trained
 
-_PRIVATE = ("init", "data_dir", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
+_PRIVATE = ("init", "data_dir", "labels", "cache_dir", "data_on_device", "output", "device", "threads", "seeds")
 """Arguments of a run that are not written into a shared file."""
 
 
@@ -107,6 +107,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
         "img_size": kwargs.get("img_size", 32),
         "in_chans": kwargs.get("in_chans", 3),
         "normalization": {"mean": MEAN, "std": STD},
+        "preprocessing": None,
         "seed": None,
         "epoch": None,
         "metrics": {},

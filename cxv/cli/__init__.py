@@ -12,7 +12,7 @@ from cxv_kernels import __version__
 
 from ..errors import InputError
 from ..training.distributed import RemoteError, World
-from . import eval, export, models, predict, train
+from . import cache, eval, export, models, predict, train
 from .flags import with_flags
 
 
@@ -47,6 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="cxv", description="Convolutional X-formers for vision (arXiv 2201.10271).")
     parser.add_argument("--version", action="version", version=f"cxv {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, eval, predict, export, models):
+    for command in (train, eval, predict, export, models, cache):
         command.add_parser(commands)
     return parser

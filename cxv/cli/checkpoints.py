@@ -1,15 +1,18 @@
 """The trained model that a command uses, and images for it."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import Data, load_data, normalize
+from ..data import Data, Preprocessing, load_data, normalize
+from ..data.loader import locate
 from ..errors import InputError
 from ..models.registry import load_model
 from ..training.config import DEFAULTS
+from .flags import with_flags
 
 
 def open_checkpoint(
@@ -30,48 +33,72 @@ def open_checkpoint(
             f"--checkpoint: {args.checkpoint} wants pixels normalized by {checkpoint['normalization']}; expected mean "
             f"and std, numbers or one for each of {checkpoint['in_chans']} channels"
         ) from error
-    checkpoint["args"] = DEFAULTS | dict.fromkeys(("data", "data_dir", "limit_test")) | checkpoint["args"]
+    run = ("data", "data_dir", "labels", "limit_train", "limit_test", "validation", "max_pixels")
+    checkpoint["args"] = DEFAULTS | dict.fromkeys(run) | checkpoint["args"]
     return model, checkpoint
 
 
 def load_run_data(
-    args: argparse.Namespace, checkpoint: dict[str, Any], *, same_classes: bool = False, **kwargs: Any
+    args: argparse.Namespace, checkpoint: dict[str, Any], *splits: str, match_classes: bool = True, **limits: int
 ) -> Data:
-    """Load the images of ``--data`` and ``--data-dir``, by default those of the run.
+    """Load images that the flags name, by default those of the run, with the preprocessing of the checkpoint.
 
     Args:
-        checkpoint: as :func:`open_checkpoint` returns it.
-        same_classes: the classes must be the checkpoint's.
-        **kwargs: arguments of :func:`load_data`; the run's own where they are None.
+        args: ``data``, ``data_dir``, and if the command has them ``labels``, ``cache_dir``, ``limit_test``,
+            ``on_corrupt`` and ``max_pixels``.
+        checkpoint: As :func:`open_checkpoint` returns it.
+        *splits: ``"train"``, ``"validation"``, ``"test"``.
+        match_classes: Match the classes to those of the checkpoint by name.
+        **limits: ``limit_train`` and ``limit_test`` instead of those of the run.
 
     Raises:
-        InputError: the checkpoint does not name its dataset, or the images have other classes or channels.
+        InputError: If the checkpoint does not name its dataset, or the images have classes that the model lacks.
     """
-    run = checkpoint["args"]
-    name = args.data or run["data"]
-    if name is None:
-        raise InputError(f"`data`: give it, as {args.checkpoint} does not say what the model was trained on")
-    if name == run["data"]:
-        if args.data_dir is None:
-            kwargs["limit_test"] = kwargs.get("limit_test") or run["limit_test"]
-        kwargs["data_dir"] = args.data_dir or run["data_dir"]
-    else:
-        kwargs["data_dir"] = args.data_dir
-    kwargs["on_corrupt"] = kwargs.get("on_corrupt") or run["on_corrupt"]
+    run, options = checkpoint["args"], vars(args)
+    own = locate(run["data"], run["data_dir"], run["labels"])
+    given = (args.data, args.data_dir, options.get("labels"))
+    if given == (None, None, None):
+        if run["data"] is None:
+            raise InputError(f"`data`: give it, as {args.checkpoint} does not say what the model was trained on")
+        given = own
+    elif given[0] is None and given[2] is None and own[0] != "digits":
+        given = (own[0], given[1], None)  # another directory of the same kind
+    name, data_dir, labels = locate(*given)
+    is_own = name == own[0] and _same_file(labels, own[2]) and _same_file(data_dir, own[1])
+    if name == own[0] and data_dir is None and labels is None:
+        (name, data_dir, labels), is_own = own, True
+    if is_own:
+        limits = {k: run[k] for k in ("limit_train", "limit_test", "validation")} | limits
+    if {"train", "validation"}.isdisjoint(splits):
+        limits.pop("validation", None)
+    if options.get("limit_test") is not None:
+        limits["limit_test"] = args.limit_test
     data = load_data(
         name,
-        img_size=checkpoint["img_size"],
+        data_dir,
+        labels=labels,
+        splits=splits,
         seed=run["seed"],
+        cache_dir=options.get("cache_dir"),
+        classes=checkpoint["classes"] if match_classes else None,
+        divide=is_own,
         normalization=checkpoint["normalization"],
-        **kwargs,
+        **{k: options.get(k) or run[k] for k in ("on_corrupt", "max_pixels")},
+        **Preprocessing.from_dict(checkpoint).of_pixels(),
+        **limits,
+        log=_log,
     )
-    if same_classes and data.classes != checkpoint["classes"]:
-        raise InputError(
-            f"`data`: its classes ({', '.join(data.classes)}) are not those of the checkpoint "
-            f"({', '.join(checkpoint['classes'])})"
-        )
-    if data.in_chans != checkpoint["in_chans"]:
-        raise InputError(
-            f"`data`: images of {data.in_chans} channels, and the checkpoint's model takes {checkpoint['in_chans']}"
-        )
+    expected = checkpoint.get("data_fingerprint", {})
+    if is_own and all(run[name] == value for name, value in limits.items()):
+        for split in splits:
+            if expected.get(split) not in (None, data.splits[split].fingerprint()):
+                _log(f"the {split} images are not those of the run: files were added, removed or changed")
     return data
+
+
+def _log(line: str) -> None:
+    print(with_flags(line), flush=True)
+
+
+def _same_file(path: str | None, other: str | None) -> bool:
+    return path == other or (None not in (path, other) and os.path.realpath(path) == os.path.realpath(other))

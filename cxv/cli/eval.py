@@ -20,6 +20,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_checkpoint(parser)
     add_option(parser, "data", shown="the run's")
     add_option(parser, "data_dir", shown="the run's", note="; folder needs only test/ or val/")
+    add_option(parser, "labels", shown="the run's")
     add_option(parser, "cache_dir")
     for name in ("limit_test", "on_corrupt", "batch_size", "precision"):
         add_option(parser, name, shown="the run's")
@@ -37,15 +38,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, checkpoint = open_checkpoint(args, device, args.fused)
     run = checkpoint["args"]
-    data = load_run_data(
-        args,
-        checkpoint,
-        same_classes=True,
-        splits=("test",),
-        limit_test=args.limit_test,
-        on_corrupt=args.on_corrupt,
-        cache_dir=args.cache_dir,
-    )
+    data = load_run_data(args, checkpoint, "test")
     precision = args.precision or run["precision"]
     if precision == "fp16" and args.precision is None and device.type != "cuda":
         precision = "fp32"

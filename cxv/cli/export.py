@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..data import normalize
+from ..data import Preprocessing, normalize
 from ..errors import InputError
 from ..export import FORMATS, OPSET, export_model
 from ..models.arguments import image_size
@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
     if args.int8 or args.data is not None or args.data_dir is not None:
         splits = ("train", "test") if args.int8 else ("test",)
         limits = {"limit_train": CALIBRATION_IMAGES, "limit_test": CHECK_IMAGES}
-        data = load_run_data(args, checkpoint, splits=splits, **limits)
+        data = load_run_data(args, checkpoint, *splits, match_classes=False, **limits)
         images = normalize(data.test.images, **data.normalization)
         calibration = normalize(data.train.images, **data.normalization) if args.int8 else None
-    known = ("model_name", "classes", "img_size", "in_chans", "normalization")
+    preprocessing = Preprocessing.from_dict(checkpoint).to_dict()
     done = export_model(
         model,
         args.out,
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         in_chans=checkpoint["in_chans"],
         images=images,
         calibration=calibration,
-        metadata={k: checkpoint[k] for k in known},
+        metadata={"model_name": checkpoint["model_name"], "classes": checkpoint["classes"], **preprocessing},
     )
     size = "any size" if done.any_size else "×".join(map(str, image_size(checkpoint["img_size"])))
     real = "" if images is None else f", {100 * done.agreement:.1f} % of {len(images):,} images have the same class"

@@ -120,6 +120,23 @@ def _numbers(count: int | None, example: str) -> Callable[[str], tuple[int, ...]
     return whole_numbers
 
 
+def _number(text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.replace("×", "x").lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"expected a whole number, or HEIGHTxWIDTH, got {text!r}")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 def _stages(text: str) -> tuple[tuple[int, int], ...]:
     try:
         return tuple((int(size), int(epochs)) for size, epochs in (stage.split(":") for stage in text.split(",")))
@@ -131,6 +148,8 @@ _TYPES: dict[Any, Callable[[str], Any]] = {
     str | None: str,
     int | None: whole_number,
     float | None: float,
+    int | float | None: _number,
+    int | tuple[int, int] | None: _size,
     tuple[int, int] | None: _numbers(2, "OPS,MAGNITUDE"),
     tuple[int, ...] | None: _numbers(None, "0,1,2"),
     tuple[tuple[int, int], ...] | None: _stages,

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from ..data import decode_image, normalize
+from ..data import Preprocessing, normalize
 from ..training.engine import pick_device
 from .checkpoints import open_checkpoint
 from .flags import add_checkpoint, add_machine
@@ -23,7 +23,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, checkpoint = open_checkpoint(args, device, args.fused)
-    images = [decode_image(path, checkpoint["in_chans"], checkpoint["img_size"]) for path in args.images]
+    preprocessing = Preprocessing.from_dict(checkpoint)
+    images = [preprocessing.decode(path) for path in args.images]
     for path, image in zip(args.images, images, strict=True):
         with torch.no_grad():
             x = normalize(image[None].to(device), **checkpoint["normalization"])

@@ -1,6 +1,6 @@
 """A cache of decoded images: files that are mapped into memory, shared by processes, and may be larger than memory.
 
-A split is one safetensors file with ``images`` (N, C, S, S) uint8 and ``labels`` (M,) int64. Its header describes the
+A split is one safetensors file with ``images`` (N, C, H, W) uint8 and ``labels`` (M,) int64. Its header describes the
 source and has a CRC-32 of everything. The files are in ``cache_dir``, else in ``$CXV_CACHE``, else in ``cxv`` of
 ``$XDG_CACHE_HOME`` or ``~/.cache``; "none" turns the cache off. You can delete the files at any time.
 """
@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,13 +20,16 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from .datasets import Source
 
 FORMAT = "cxv-images-1"
 NONE = "none"
+FILE_NAME = re.compile(r".+-(train|validation|test)-\d+(x\d+)?-[0-9a-f]{8}\.(safetensors|tmp|lock)")
+"""The names of the files of a cache."""
 _PIECE = 2**24  # bytes between looks at Ctrl-C
 
 Log = Callable[[str], None]
@@ -33,7 +37,7 @@ Log = Callable[[str], None]
 
 @dataclass
 class Decoded:
-    """A split, decoded: ``images`` (N, C, S, S) uint8, which may be mapped from a file, and the ``labels`` (M,) of all
+    """A split, decoded: ``images`` (N, C, H, W) uint8, which may be mapped from a file, and the ``labels`` (M,) of all
     its files, negative (``~label``) where one could not be decoded. ``fingerprint``: CRC-32 of images and their labels.
     """
 
@@ -43,12 +47,18 @@ class Decoded:
     fingerprint: int
 
 
-def cache_folder(folder: str | Path | None) -> Path | None:
-    """Where the cache is: ``folder``, or the default for None; no folder for "none"."""
+def cache_folder(folder: str | Path | None, log: Log | None = None) -> Path | None:
+    """Where the cache is: ``folder``, or the default for None; no folder for "none", or if there is no home directory,
+    which ``log`` reports."""
     folder = folder or os.environ.get("CXV_CACHE")
-    if folder is None:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxv"
-    return None if str(folder) == NONE else Path(folder)
+    if folder is not None:
+        return None if str(folder) == NONE else Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache) and cache != "/.cache":  # which is what an empty HOME gives
+        return Path(cache) / "cxv"
+    if log is not None:
+        log("no cache of the decoded images, as there is no home directory; `cache_dir` gives another one")
+    return None
 
 
 def decode(source: Source, variant: str, folder: Path | None, log: Log) -> Decoded:
@@ -62,9 +72,11 @@ def decode(source: Source, variant: str, folder: Path | None, log: Log) -> Decod
     """
     if folder is None:
         return _in_memory(source)
+    variant = f"{variant} {source.preprocessing.of_pixels()}"
     version = f"{source.version} {variant}"
-    name = zlib.crc32(f"{source.root.absolute()} {variant}".encode())
-    path = folder / f"{source.root.name}-{source.split}-{source.img_size}-{name:08x}.safetensors"
+    key = zlib.crc32(os.fsencode(f"{source.root.absolute()} {variant}"))
+    size, name = "x".join(map(str, source.preprocessing.img_size)), re.sub(r"[^\w.-]", "_", printable(source.root.name))
+    path = folder / f"{name}-{source.split}-{size}-{key:08x}.safetensors"
     try:
         cached = _read(path, source, version, log)
         if cached is not None:
@@ -110,8 +122,6 @@ def _alone(path: Path, log: Log) -> Iterator[None]:
 
 def _read(path: Path, source: Source, version: str, log: Log) -> Decoded | None:
     """Read the cache file; None if there is none, or it is damaged or of another version of the source."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:
@@ -135,6 +145,7 @@ def _write(path: Path, source: Source, version: str) -> None:
     decoding = source.open()
     count, *image = decoding.shape
     facts: dict[str, Any] = {"format": FORMAT, "version": version, "classes": decoding.classes}
+    facts |= {"source": printable(source.root.absolute()), "split": source.split}
     room = (len(_header(facts | {"crc32": 2**32}, count, decoding.shape)) + 63) // 64 * 64
     needed = room + 8 * count + math.prod(decoding.shape)
     free = shutil.disk_usage(path.parent).free

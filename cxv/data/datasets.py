@@ -1,7 +1,6 @@
 """Sources of images: CIFAR's archives, Tiny ImageNet's, folders of image files. Listed at once, decoded later."""
 
 import hashlib
-import importlib
 import json
 import os
 import socket
@@ -9,54 +8,68 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
-from ..models.arguments import image_size
+from ..errors import InputError, listed, printable
+from .decode import Preprocessing, need, one_line, stored_size
 from .progress import Progress
+from .scan import SPLITS, Listing, find_splits, list_images, scan_csv
 
 MAX_DEFAULT_SIZE = 64
 """The side that a folder of larger images gets without ``img_size``: the paper's largest, Tiny ImageNet's."""
+MAX_HEADERS = 1000
+"""Images whose size is looked up to choose the default ``img_size``."""
 CHUNK = 1024
 """Images decoded before they are passed on."""
+SPLIT_SEED = 0  # of folders without splits, because the run's ``seed`` must not move images between splits
+SHARES = {"test": 0.1, "validation": 0.1}
+"""The shares of the images of a folder without splits; the rest is for training."""
 Chunks = Iterator[tuple[Tensor, Tensor]]
 Select = Callable[[Tensor, str], Tensor]
 
-_CIFAR = {
-    "cifar10": (
-        "CIFAR10",
-        "cifar-10-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    ),
-    "cifar100": (
-        "CIFAR100",
-        "cifar-100-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-    ),
-}
 _TINY = ("tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 _TINY_LAYOUT = "wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
 
 
+@dataclass
+class Request:
+    """What to load: the ``splits``, and of each the images that ``select`` takes from its labels.
+
+    ``preprocessing`` has no ``img_size`` if the dataset chooses it. ``whole``: a folder without splits is not divided.
+    """
+
+    splits: Sequence[str]
+    preprocessing: Preprocessing
+    select: Select
+    on_corrupt: str
+    log: Callable[[str], None]
+    whole: bool = False
+    has_validation: bool = False
+
+    def sized(self, img_size: int) -> Preprocessing:
+        """The preprocessing, with ``img_size`` if none was given."""
+        given = self.preprocessing
+        return given if given.img_size is not None else replace(given, img_size=img_size)
+
+
 @dataclass(eq=False)
 class Source:
-    """One split of a dataset, of square images of ``img_size`` pixels, known but not decoded.
+    """One split of a dataset, known but not decoded.
 
     ``version`` is a digest of the files in ``root`` that it would be decoded from: another one means other images.
     ``open`` begins to decode them. ``paths``: of the image files, where each has its own.
     """
 
     split: str
-    img_size: int
+    preprocessing: Preprocessing
     root: Path
     version: str
     open: Callable[[], "Decoding"]
@@ -65,9 +78,9 @@ class Source:
 
 @dataclass
 class Decoding:
-    """A split of ``shape`` (N, C, S, S), at most, being decoded.
+    """A split of ``shape`` (N, C, H, W), at most, being decoded.
 
-    ``chunks``: of uint8 images (n, C, S, S) with int64 labels (m,), m ≥ n; those of images left out are ``~label``.
+    ``chunks``: of uint8 images (n, C, H, W) with int64 labels (m,), m ≥ n; those of images left out are ``~label``.
     """
 
     classes: list[str]
@@ -75,33 +88,26 @@ class Decoding:
     chunks: Chunks
 
 
-def cifar_sources(
-    name: str,
-    data_dir: str | Path,
-    splits: Sequence[str],
-    img_size: int | None,
-    select: Select,
-) -> list[Source]:
+def cifar_sources(name: str, data_dir: str | Path, request: Request) -> list[Source]:
     """CIFAR-10 or CIFAR-100 as torchvision keeps it in ``data_dir``, downloaded if it is not there."""
-    class_name, archive, url = _CIFAR[name]
-    dataset = getattr(need("torchvision.datasets"), class_name)
+    dataset = getattr(need("torchvision.datasets"), name.upper())
     root = Path(data_dir) / dataset.base_folder
-    img_size = img_size or 32
+    splits, preprocessing = request.splits, request.sized(32)
 
     def load(split: str) -> Any:
-        with _downloading(name, data_dir, archive, url):
+        with _downloading(name, data_dir, dataset.filename, dataset.url):
             return dataset(str(data_dir), train=split == "train", download=True)
 
     def select_images(data: Any, rows: Tensor) -> Tensor:
-        images = torch.from_numpy(data[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
-        return images if images.shape[-1] == img_size else resize(images, img_size)
+        return preprocessing.convert(torch.from_numpy(data[rows.numpy()]).permute(0, 3, 1, 2).contiguous())
 
     def decoding(split: str) -> Decoding:
         dataset_split = load(split)
         labels = torch.tensor(dataset_split.targets)
-        keep = select(labels, split)
+        keep = request.select(labels, split)
         chunks = ((select_images(dataset_split.data, rows), labels[rows]) for rows in keep.split(CHUNK))
-        return Decoding(list(dataset_split.classes), (len(keep), 3, img_size, img_size), chunks)
+        shape = (len(keep), preprocessing.in_chans, *preprocessing.img_size)
+        return Decoding(list(dataset_split.classes), shape, chunks)
 
     files = {
         split: [root / file for file, _ in getattr(dataset, f"{split}_list")] + [root / dataset.meta["filename"]]
@@ -109,16 +115,12 @@ def cifar_sources(
     }
     if not all(path.is_file() for paths in files.values() for path in paths):
         load(splits[0])
-    return [Source(split, img_size, root, _version(files[split], root), partial(decoding, split)) for split in splits]
+    return [
+        Source(split, preprocessing, root, _version(files[split], root), partial(decoding, split)) for split in splits
+    ]
 
 
-def tiny_imagenet_sources(
-    data_dir: str | Path,
-    splits: Sequence[str],
-    img_size: int | None,
-    select: Select,
-    on_corrupt: str,
-) -> list[Source]:
+def tiny_imagenet_sources(data_dir: str | Path, request: Request) -> list[Source]:
     """Tiny ImageNet (200 classes, 64×64) from ``data_dir/tiny-imagenet-200`` or ``data_dir`` itself, downloaded if it
     is in neither. Its test images have no public labels: val/ is the test split, as in the paper."""
     folder, url, md5 = _TINY
@@ -140,9 +142,9 @@ def tiny_imagenet_sources(
         if (root / "words.txt").is_file():
             words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
         files = {}
-        if "train" in splits:
-            files["train"] = {wnid: _images_in(root / "train" / wnid / "images") for wnid in wnids}
-        if "test" in splits:
+        if "train" in request.splits:
+            files["train"] = {wnid: sorted((root / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids}
+        if "test" in request.splits:
             files["test"] = {wnid: [] for wnid in wnids}
             for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
                 image, wnid = line.split("\t")[:2]
@@ -154,126 +156,151 @@ def tiny_imagenet_sources(
     empty = next((f"{split}: {w}" for split, groups in files.items() for w, paths in groups.items() if not paths), None)
     if empty is not None:
         raise InputError(f"`data_dir`: {root} has no image of a class ({empty}); expected {_TINY_LAYOUT}")
-    classes = [words.get(wnid, wnid).strip() for wnid in wnids]
-    return _file_sources(root, classes, files, splits, img_size or 64, select, on_corrupt)
+    classes = {wnid: words.get(wnid, wnid).strip() for wnid in wnids}
+    listings = {}
+    for split, groups in files.items():
+        paths = [path for group in groups.values() for path in group]
+        listings[split] = Listing(root, paths, [wnid for wnid, group in groups.items() for _ in group])
+    request = replace(request, preprocessing=request.sized(64))
+    return _file_sources(root, classes, listings, request)
 
 
-def folder_sources(
-    data_dir: str | Path | None,
-    splits: Sequence[str],
-    img_size: int | None,
-    select: Select,
-    on_corrupt: str,
-) -> list[Source]:
-    """``data_dir/train/CLASS/…`` and ``data_dir/test/CLASS/…``, or ``val``."""
-    if data_dir is None:
+def folder_sources(data_dir: str | Path | None, labels: str | Path | None, request: Request) -> list[Source]:
+    """Images in folders by split and class, or in a CSV file ``labels``; :func:`cxv.data.load_data` has the layouts."""
+    if data_dir is None and labels is None:
         raise InputError("`data_dir`: needed for `data` folder")
-    root = Path(data_dir)
+    root = Path(data_dir) if data_dir is not None else Path(labels).parent
     if not root.is_dir():
         raise InputError(f"`data_dir`: {root} is not a directory")
-    where = {}
+    splits, log = list(request.splits), request.log
+    if labels is not None:
+        listings, has_splits = scan_csv(Path(labels), root)
+    else:
+        folders = find_splits(root)
+        for first, second in combinations(folders, 2):
+            if os.path.samefile(folders[first], folders[second]):
+                log(f"the {first} and the {second} images are the same: {folders[first]} and {folders[second]}")
+        has_splits = bool(folders)
+        more = ["validation"] if "train" in splits or "test" not in folders else []
+        wanted = [split for split in SPLITS if split in splits + more] if has_splits else ["train"]
+        listings = list_images(root, folders or {"train": root}, wanted)
+    for split, listing in listings.items():
+        line = listing.describe(split if has_splits else "all")
+        if line is not None:
+            log(line)
+    where = root if labels is None else Path(labels)
+    if not has_splits:
+        listings = _divide(listings["train"], request, where)
+    elif "test" in splits and "test" not in listings and "validation" in listings:
+        listings["test"] = listings.pop("validation")
+        log(f"{printable(where)} has no test images: its validation images are the test set")
+    if "train" in splits and "validation" in listings and "validation" not in splits:
+        splits.append("validation")
+    if request.has_validation and "validation" in listings:
+        raise InputError(f"`validation`: {where} has its own validation images")
     for split in splits:
-        names = ("train",) if split == "train" else ("test", "val")
-        where[split] = next((root / n for n in names if (root / n).is_dir()), None)
-        if where[split] is None:
-            raise InputError(f"`data_dir`: {root} has no directory {' or '.join(n + '/' for n in names)}")
-    files = {split: _list_images(folder) for split, folder in where.items()}
-    classes = list(next(iter(files.values())))
-    for split, names_of_split in files.items():
-        if list(names_of_split) != classes:
-            first = where[splits[0]]
-            only = [
-                f"only in {folder}: {', '.join(sorted(names))}"
-                for folder, names in (
-                    (first, set(classes) - set(names_of_split)),
-                    (where[split], set(names_of_split) - set(classes)),
-                )
-                if names
-            ]
-            raise InputError(f"`data_dir`: the classes of {first} and {where[split]} differ ({'; '.join(only)})")
-    if len(classes) < 2:
-        raise InputError(f"`data_dir`: {where[splits[0]]} has one class ({classes[0]}), at least two are needed")
-    return _file_sources(root, classes, files, splits, img_size, select, on_corrupt)
+        if split not in listings:
+            if labels is not None:
+                raise InputError(f"`labels`: {labels} has no {split} images")
+            names = {"train": "train/", "validation": "val/", "test": "test/ or val/"}
+            raise InputError(f"`data_dir`: {root} has no directory {names[split]}")
+        if not listings[split].paths:
+            place = listings[split].where
+            raise InputError(f"`data_dir`: {place}: no class folders in it; expected {place / 'CLASS' / 'IMAGE'}")
+    listings = {split: listings[split] for split in splits}
+    return _file_sources(root, _check_classes(listings), listings, replace(request, splits=splits))
 
 
-def decode_image(path: str | Path, in_chans: int = 3, img_size: int | Sequence[int] | None = None) -> Tensor:
-    """Read an image file as a uint8 tensor (in_chans, H, W).
-
-    The image is rotated by its EXIF tag and converted to RGB (gray for ``in_chans=1``) without alpha. If its size
-    differs from ``img_size``, it is cropped about the center to the aspect ratio and resized (bicubic, antialiased).
-
-    Args:
-        path: The file.
-        in_chans: 3 for RGB, 1 for gray.
-        img_size: Side in pixels, or (H, W). Default: the size of the image.
-
-    Raises:
-        InputError: If the file is not an image or is damaged. The message has the file.
-    """
-    image_module, ops, numpy = need("PIL.Image"), need("PIL.ImageOps"), need("numpy")
-    try:
-        with image_module.open(path) as image:
-            image = ops.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8, and leave the image white
-                image = image_module.fromarray((numpy.asarray(image) >> 8).astype("uint8"))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            image = image.convert("L" if in_chans == 1 else "RGB")
-        if img_size is not None and image.size != (size := image_size(img_size)[::-1]):
-            image = ops.fit(image, size, image_module.Resampling.BICUBIC)
-        pixels = torch.from_numpy(numpy.array(image))
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
-        raise InputError(f"{path}: cannot read the image ({one_line(error)})") from error
-    return pixels[None] if in_chans == 1 else pixels.permute(2, 0, 1).contiguous()
+def class_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return a random order of the labels, and how many of its own class come before each item in that order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rank = torch.empty_like(order)
+    for c in labels.unique():
+        mine = order[labels[order] == c]
+        rank[mine] = torch.arange(len(mine))
+    return order, rank
 
 
-def need(module: str, extra: str = "train") -> ModuleType:
-    """Import an optional dependency, or say how to install it: with the extra ``cxv[extra]``."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
-        raise InputError(f"{package} is needed here and cannot be imported: pip install 'cxv[{extra}]'") from error
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Return a random order in which any first part has each class by its share."""
+    order, rank = class_ranks(labels, seed)
+    share = (rank.double() + 0.5) / labels.bincount()[labels]  # how far through its own class each image comes
+    return order[torch.argsort(share[order], stable=True)]
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _divide(listing: Listing, request: Request, where: Path) -> dict[str, Listing]:
+    """Divide the images of a folder without splits by :data:`SHARES`, or take all of them for each split."""
+    if not listing.paths:
+        return dict.fromkeys(request.splits, listing)  # the caller's error
+    if request.whole:
+        request.log(f"{printable(where)} has no splits: all of its {len(listing.paths):,} images are used")
+        return dict.fromkeys(request.splits, listing)
+    shares = {split: share for split, share in SHARES.items() if split == "test" or not request.has_validation}
+    number = {name: i for i, name in enumerate(sorted(set(listing.labels)))}
+    order = stratified_order(torch.tensor([number[label] for label in listing.labels]), SPLIT_SEED).tolist()
+    rows, first = {}, 0
+    for split, share in shares.items():
+        count = max(1, round(share * len(order)))
+        rows[split] = sorted(order[first : first + count])
+        first += count
+    rows["train"] = sorted(order[first:])
+    divided = {
+        split: Listing(listing.where, [listing.paths[i] for i in part], [listing.labels[i] for i in part])
+        for split, part in rows.items()
+    }
+    counts = ", ".join(f"{len(divided[split].paths):,} {split}" for split in SPLITS if split in divided)
+    request.log(
+        f"{printable(where)} has no splits: its images are divided by class and seed {SPLIT_SEED} into {counts}"
+    )
+    if len(set(divided["train"].labels)) < len(number):
+        raise InputError(f"`data_dir`: {where}: {len(order)} images are too few to divide: make train/, val/ and test/")
+    return divided
 
 
-def _file_sources(
-    root: Path,
-    classes: list[str],
-    files: dict[str, dict[str, list[Path]]],
-    splits: Sequence[str],
-    img_size: int | None,
-    select: Select,
-    on_corrupt: str,
-) -> list[Source]:
+def _check_classes(listings: dict[str, Listing]) -> dict[str, str]:
+    """Return label and name of the classes. If there are training images, they decide which classes there are."""
+    labels = {split: set(listing.labels) for split, listing in listings.items()}
+    classes = sorted(labels.get("train", set().union(*labels.values())))
+    for split, own in labels.items():
+        if extra := sorted(own - set(classes)):
+            missing = sorted(set(classes) - own)
+            places = {listings["train"].where: missing, listings[split].where: extra}
+            only = "; ".join(f"only in {place}: {listed(names)}" for place, names in places.items() if names)
+            first, second = places
+            raise InputError(f"`data_dir`: the classes of {first} and {second} differ ({only})")
+    if len(classes) < 2 and "train" in labels:
+        raise InputError(f"`data_dir`: {listings['train'].where} has one class ({classes[0]}), at least two are needed")
+    return dict(zip(classes, classes, strict=True))
+
+
+def _file_sources(root: Path, names: dict[str, str], listings: dict[str, Listing], request: Request) -> list[Source]:
+    """The sources of listed files; ``names``: of the classes, by their labels in the listings."""
+    classes = list(names.values())
+    number = {name: i for i, name in enumerate(names)}
     chosen: dict[str, tuple[list[Path], Tensor]] = {}
-    for split in splits:
-        paths = [path for group in files[split].values() for path in group]
-        labels = torch.tensor([i for i, group in enumerate(files[split].values()) for _ in group])
-        keep = select(labels, split)
+    for split in request.splits:
+        paths, labels = listings[split].paths, torch.tensor([number[label] for label in listings[split].labels])
+        keep = request.select(labels, split)
         chosen[split] = ([paths[i] for i in keep.tolist()], labels[keep])
-    size = img_size or _first_size(chosen[splits[0]][0], on_corrupt)
+    preprocessing = request.preprocessing
+    if preprocessing.img_size is None:
+        preprocessing = request.sized(_typical_side(chosen[request.splits[0]][0], request))
 
     def decoding(split: str) -> Decoding:
         paths, labels = chosen[split]
-        return Decoding(classes, (len(paths), 3, size, size), _decoded(split, paths, labels, size, on_corrupt))
+        shape = (len(paths), preprocessing.in_chans, *preprocessing.img_size)
+        return Decoding(classes, shape, _decoded(split, paths, labels, preprocessing, request.on_corrupt))
 
     return [
-        Source(split, size, root, _version(paths, root, classes), partial(decoding, split), paths)
+        Source(split, preprocessing, root, _version(paths, root, classes), partial(decoding, split), paths)
         for split, (paths, _) in chosen.items()
     ]
 
 
-def _decoded(split: str, paths: list[Path], labels: Tensor, img_size: int, on_corrupt: str) -> Chunks:
+def _decoded(split: str, paths: list[Path], labels: Tensor, preprocessing: Preprocessing, on_corrupt: str) -> Chunks:
     def decode(path: Path) -> Tensor | InputError:
         try:
-            return decode_image(path, 3, img_size)
+            return preprocessing.decode(path)
         except InputError as error:
             return error
 
@@ -286,63 +313,42 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, img_size: int, on_co
                 elif on_corrupt == "error":
                     raise InputError(f"{image}; `on_corrupt` skip leaves such images out") from image
                 else:
-                    print(f"skipped {image}", file=sys.stderr)
+                    print(f"skipped {printable(str(image))}", file=sys.stderr)
                     chunk_labels[i] = ~chunk_labels[i]
                 progress.update(1)
-            if images:
-                yield torch.stack(images), chunk_labels
-            else:
-                yield torch.empty(0, 3, img_size, img_size, dtype=torch.uint8), chunk_labels
+            empty = torch.empty(0, preprocessing.in_chans, *preprocessing.img_size, dtype=torch.uint8)
+            yield torch.stack(images) if images else empty, chunk_labels
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder, both in sorted order; hidden and other files are passed over."""
-    directories = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    images = {directory.name: _images_in(directory) for directory in directories}
-    for directory in directories:
-        if not images[directory.name]:
-            raise InputError(f"{directory}: this class folder has no image")
-    if not images:
-        raise InputError(f"{folder}: no class folders in it; expected {folder / 'CLASS' / 'IMAGE'}")
-    return images
-
-
-def _images_in(directory: Path) -> list[Path]:
-    extensions = set(need("PIL.Image").registered_extensions())
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(directory, followlinks=True)
-        for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions
-    )
-
-
-def _first_size(paths: list[Path], on_corrupt: str) -> int:
-    for path in paths:
-        try:
-            return min(MAX_DEFAULT_SIZE, *decode_image(path).shape[-2:])
-        except InputError:
-            if on_corrupt == "error":
-                raise
-    raise InputError(f"{paths[0].parent}: not one image could be read")
+def _typical_side(paths: list[Path], request: Request) -> int:
+    """Return the median of the shorter sides, at most :data:`MAX_DEFAULT_SIZE`, and log a choice between sizes."""
+    sizes = []
+    for path in paths[:: -(-len(paths) // MAX_HEADERS)]:
+        with suppress(Exception):  # decoding reports damaged files
+            sizes.append(stored_size(path))
+    if not sizes:
+        raise InputError(f"{paths[0].parent}: not one image could be read")
+    side = min(MAX_DEFAULT_SIZE, sorted(map(min, sizes))[(len(sizes) - 1) // 2])
+    if set(sizes) != {(side, side)}:
+        sizes.sort(key=lambda size: size[0] * size[1])
+        extremes = " to ".join(dict.fromkeys("×".join(map(str, size)) for size in (sizes[0], sizes[-1])))
+        how = {"crop": "cropped and resized", "pad": "resized and padded", "squash": "resized"}
+        request.log(
+            f"images of {extremes} pixels are {how[request.preprocessing.resize]} to {side}×{side}; "
+            "`img_size` and `resize` change it"
+        )
+    return side
 
 
 def _version(paths: list[Path], root: Path, classes: Sequence[str] = ()) -> str:
     digest = hashlib.sha256(json.dumps(list(classes)).encode())
     for path in paths:
-        try:
+        facts: tuple[int, ...] = ()
+        with suppress(OSError):  # a broken link: decoding reports it
             stat = path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the image ({error.strerror})") from error
-        digest.update(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update(os.fsencode(os.path.relpath(path, root)) + f"\0{facts}\0".encode())
     return digest.hexdigest()
-
-
-def resize(images: Tensor, img_size: int) -> Tensor:
-    """(N, C, S, S) uint8 to ``img_size`` pixels, bicubic and antialiased."""
-    size = (img_size, img_size)
-    chunks = (F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in images.split(CHUNK))
-    return torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in chunks])
 
 
 @contextmanager

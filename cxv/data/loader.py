@@ -4,9 +4,10 @@ The paper normalizes each channel with mean = std = 0.5, and Tiny ImageNet with 
 """
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +16,25 @@ from torch import Tensor
 
 from cxv_kernels.validation import python_numbers
 
-from ..errors import InputError
+from ..errors import InputError, listed
 from .cache import Decoded, cache_folder, check_memory, crc, decode
 from .datasets import (
-    Select,
+    Request,
     Source,
     cifar_sources,
+    class_ranks,
     folder_sources,
-    need,
-    resize,
+    stratified_order,
     tiny_imagenet_sources,
 )
+from .decode import MEAN, STD, Preprocessing, need, normalize, pixel_limit
+from .scan import SPLITS
 
 if TYPE_CHECKING:
     from .augment import Augmentation
 
 DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
-SPLITS = ("train", "test")
 VALIDATION = "validation"
-MEAN = STD = 0.5
 TINY_IMAGENET = {
     "mean": [122.479 / 255, 114.276 / 255, 101.396 / 255],
     "std": [70.492 / 255, 68.568 / 255, 71.813 / 255],
@@ -49,11 +50,11 @@ _DIGITS_SEED = 0  # selects the held-out fifth, because ``seed`` must not move i
 
 @dataclass
 class ImageSet:
-    """A split of a dataset: ``pixels`` (M, C, S, S) uint8 and ``labels`` (N,) int64.
+    """A split of a dataset: ``pixels`` (M, C, H, W) uint8 and ``labels`` (N,) int64.
 
     ``rows`` (N,) int64 are the indices of the split's images in ``pixels``; None stands for all images in order.
-    ``skipped`` lists the files that were skipped. ``normalization`` has mean and std of pixels in [0, 1], as numbers or
-    with a number per channel.
+    ``skipped`` lists the files that were skipped, and ``paths`` the N files of the images if each has its own.
+    ``normalization`` has mean and std of pixels in [0, 1], as numbers or with a number per channel.
     """
 
     pixels: Tensor
@@ -61,6 +62,7 @@ class ImageSet:
     skipped: list[str] = field(default_factory=list)
     rows: Tensor | None = None
     normalization: dict[str, Any] = field(default_factory=lambda: {"mean": MEAN, "std": STD})
+    paths: list[str] = field(default_factory=list)
     _fingerprint: int | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -68,16 +70,17 @@ class ImageSet:
 
     @property
     def images(self) -> Tensor:
-        """The images (N, C, S, S), uint8. They are a copy if the split has ``rows``."""
+        """The images (N, C, H, W), uint8. They are a copy if the split has ``rows``."""
         return self.pixels if self.rows is None else self.pixels[self.rows]
 
     def subset(self, index: Tensor) -> "ImageSet":
         """Return the images with these indices, without a copy."""
         rows = index if self.rows is None else self.rows[index]
-        return replace(self, labels=self.labels[index], rows=rows, _fingerprint=None)
+        paths = [self.paths[i] for i in index.tolist()] if self.paths else []
+        return replace(self, labels=self.labels[index], rows=rows, paths=paths, _fingerprint=None)
 
     def take(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return images (n, C, S, S), uint8, and labels (n,) of these indices (int64, on the CPU), on ``device``."""
+        """Return images (n, C, H, W), uint8, and labels (n,) of these indices (int64, on the CPU), on ``device``."""
         rows = index if self.rows is None else self.rows[index]
         images, labels = (t[i.to(t.device)] for t, i in ((self.pixels, rows), (self.labels, index)))
         pin = device.type == "cuda" and images.device.type == "cpu"  # the copy goes on while this process does
@@ -101,20 +104,25 @@ class ImageSet:
 
 @dataclass
 class Data:
-    """A dataset: the ``classes`` in label order, the ``img_size`` in pixels, and the loaded splits."""
+    """A dataset: the ``classes`` in label order, the loaded splits, and how the images were made from files."""
 
     name: str
     classes: list[str]
-    img_size: int
+    preprocessing: Preprocessing
     splits: dict[str, ImageSet]
 
     @property
+    def img_size(self) -> int | tuple[int, int]:
+        """The side of the images in pixels, or (H, W)."""
+        return self.preprocessing.side
+
+    @property
     def in_chans(self) -> int:
-        return next(iter(self.splits.values())).pixels.shape[1]
+        return self.preprocessing.in_chans
 
     @property
     def normalization(self) -> dict[str, Any]:
-        return next(iter(self.splits.values())).normalization
+        return {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
 
     @property
     def place(self) -> str:
@@ -137,16 +145,25 @@ class Data:
 
 @python_numbers
 def load_data(
-    name: str,
+    name: str | Path | None = None,
     data_dir: str | Path | None = None,
     *,
-    img_size: int | None = None,
+    labels: str | Path | None = None,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    resize: str = "crop",
+    interpolation: str = "bicubic",
+    background: str = "white",
+    white_level: float | None = None,
+    max_pixels: int | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
-    validation: int | None = None,
+    validation: int | float | None = None,
     seed: int = 0,
     on_corrupt: str = "error",
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = ("train", "test"),
+    classes: Sequence[str] | None = None,
+    divide: bool = True,
     cache_dir: str | Path | None = None,
     normalization: dict[str, Any] | None = None,
     log: Callable[[str], None] | None = None,
@@ -154,26 +171,37 @@ def load_data(
     """Load a dataset as uint8 images. Digits are in memory; other datasets are decoded once and mapped from a cache.
 
     Args:
-        name: Name of the dataset. ``"digits"`` is the digits of scikit-learn (1797 gray 8×8 scans, of which a fixed
-            stratified fifth is the test set). ``"cifar10"`` and ``"cifar100"`` are those of torchvision, downloaded
-            into ``data_dir`` if they are missing. ``"tiny-imagenet"`` (200 classes, 64×64) is downloaded in the same
-            way, and its ``val/`` is the test set. ``"folder"`` reads ``data_dir/train/CLASS/…`` and
-            ``data_dir/test/CLASS/…`` (or ``val``, if there is no ``test``) as RGB, in any format that PIL reads.
+        name: Name of the dataset, or the path of a folder or of a CSV file. ``"digits"`` is the digits of scikit-learn
+            (1797 gray 8×8 scans, of which a fixed stratified fifth is the test set). ``"cifar10"`` and ``"cifar100"``
+            are those of torchvision, downloaded into ``data_dir`` if they are missing. ``"tiny-imagenet"`` (200
+            classes, 64×64) is downloaded in the same way, and its ``val/`` is the test set. ``"folder"`` reads
+            ``data_dir/SPLIT/CLASS/…`` in any format that PIL reads. The splits are ``train``, ``val`` (``valid``,
+            ``validation``) and ``test``, in any letter case. Without ``test``, ``val`` is the test set. The images in
+            ``data_dir/CLASS/…`` without splits are divided at random: 80 % for training, and of each class 10 % for
+            validation and for the test. Default: ``"digits"``, or ``"folder"`` with ``data_dir`` or ``labels``.
         data_dir: Directory of the files. Default for downloaded datasets: ``data``.
-        img_size: Side of the images in pixels. Images of other sizes are cropped about the center to a square and
-            resized (bicubic, antialiased). Default: the size of the dataset; for a folder the shorter side of its first
-            training image (in sorted order), at most 64.
+        labels: CSV file with the columns ``path`` (relative to ``data_dir``, by default to the file), ``label`` and,
+            if you choose the splits, ``split``.
+        img_size: Side of the images in pixels, or (H, W). Default: the size of the dataset; for a folder the median of
+            the shorter sides of the training images, at most 64.
+        in_chans: 3 for RGB, 1 for gray. Default: 1 for digits, otherwise 3.
+        resize, interpolation, background, white_level: See :class:`Preprocessing`.
+        max_pixels: Largest image that is read, in pixels. Default: PIL's limit, 178,956,970.
         limit_train: Largest number of training images, balanced over the classes and drawn by ``seed``. Only these
             images are decoded.
         limit_test: Largest number of test images, drawn in the same way.
-        validation: Number of training images for a split ``"validation"``, drawn by ``seed`` from each class by its
-            share. ``limit_train`` counts the images that remain for training.
+        validation: Number of training images for a split ``"validation"``, or their share if it is less than 1, drawn
+            by ``seed`` from each class by its share. ``limit_train`` counts the images that remain for training.
         seed: Seed of the draws.
         on_corrupt: ``"error"`` to raise an error for an image that cannot be decoded, or ``"skip"`` to skip the image.
-        splits: The splits to load, ``"train"`` and ``"test"``.
+        splits: The splits to load: ``"train"``, ``"validation"``, ``"test"``. With the training images, the validation
+            images of a folder are loaded too.
+        classes: Names in label order, for example those of a checkpoint. The dataset may lack some of them. Default:
+            those of the dataset.
+        divide: Divide a folder without splits. With False, all of its images are used for each of ``splits``.
         cache_dir: Directory of the cache, see :mod:`cxv.data.cache`. ``"none"`` decodes into memory.
         normalization: ``mean`` and ``std`` of pixels in [0, 1]. Default: those of the paper for this dataset.
-        log: Function that receives log lines about the cache and skipped images. Default: print them.
+        log: Function that receives log lines about the files, the cache and skipped images. Default: print them.
 
     Returns:
         The dataset. Its ``train``, ``test`` and ``validation`` are the splits.
@@ -181,44 +209,104 @@ def load_data(
     Raises:
         InputError: If an argument or a file is invalid, or the memory is too small.
     """
-    sizes = {"img_size": img_size, "limit_train": limit_train, "limit_test": limit_test, "validation": validation}
-    _check_arguments(name, on_corrupt, splits, sizes)
-    if limit_train is not None:
-        limit_train += validation or 0
-    limits = {"train": limit_train, "test": limit_test}
+    name, data_dir, labels = locate(name, data_dir, labels)
+    counts = {"limit_train": limit_train, "limit_test": limit_test, "max_pixels": max_pixels}
+    _check_arguments(on_corrupt, splits, validation, counts)
     log = log or (lambda line: print(line, flush=True))
     if normalization is None:
         normalization = TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD}
+    channels = in_chans or (1 if name == "digits" else 3)
+    if channels not in (1, 3):
+        raise InputError(f"`in_chans`: expected 1 or 3, got {in_chans}")
+    preprocessing = Preprocessing(img_size, channels, resize, interpolation, background, white_level, **normalization)
+    if limit_train is not None and validation is not None:
+        limit_train += round(validation if validation >= 1 else limit_train * validation / (1 - validation))
+    limits = {"train": limit_train, "test": limit_test}
 
     def select(labels: Tensor, split: str) -> Tensor:
-        return balanced_subset(labels, limits[split], seed)
+        return balanced_subset(labels, limits.get(split), seed)
 
+    needed = {"train" if split == VALIDATION and validation is not None else split for split in splits}
+    needed = [split for split in SPLITS if split in needed]
+    request = Request(needed, preprocessing, select, on_corrupt, log, not divide, validation is not None)
+    if name != "folder" and VALIDATION in needed:
+        raise InputError(f"`data`: {name} has no validation images: hold out training images with `validation`")
     if name == "digits":
-        data = _digits(splits, img_size, select)
+        data = _digits(request)
     else:
-        loaded = {}
-        for source in _sources(name, data_dir, splits, img_size, select, on_corrupt):
-            limit = limits[source.split]
-            variant = f"{name} {on_corrupt}" + ("" if limit is None else f" limit {limit} seed {seed}")
-            loaded[source] = decode(source, variant, cache_folder(cache_dir), log)
+        with pixel_limit(max_pixels):
+            loaded, folder = {}, cache_folder(cache_dir, log)
+            for source in _sources(name, data_dir, labels, request):
+                limit = limits.get(source.split)
+                variant = f"{name} {on_corrupt}" + ("" if limit is None else f" limit {limit} seed {seed}")
+                loaded[source] = decode(source, variant, folder, log)
         data = _readable(name, loaded, log)
     for split in data.splits.values():
         split.normalization = normalization
-    return data if validation is None else _hold_out(data, validation, seed)
+    if validation is not None:
+        data = _hold_out(data, validation, seed)
+    kept = {k: v for k, v in data.splits.items() if k in splits or (k == VALIDATION and "train" in splits)}
+    data = replace(data, splits=kept)
+    return data if classes is None else _match_classes(data, list(classes), log)
 
 
-def _check_arguments(name: str, on_corrupt: str, splits: Sequence[str], sizes: dict[str, int | None]) -> None:
-    if name not in DATASETS:
-        raise InputError(f"`data`: unknown dataset {name!r}{_closest(name)}; allowed: {', '.join(DATASETS)}")
+def locate(
+    data: str | Path | None, data_dir: str | Path | None, labels: str | Path | None = None
+) -> tuple[str, str | None, str | None]:
+    """Return the name of the dataset, its directory and its CSV file for arguments that leave some of them out.
+
+    Raises:
+        InputError: If ``data`` is neither a name nor a path, or the arguments exclude each other.
+    """
+    data_dir, labels = (None if path is None else str(path) for path in (data_dir, labels))
+    if data is None:
+        data = "digits" if data_dir is None and labels is None else "folder"
+    data = str(data)
+    if data not in DATASETS:
+        path = Path(data).expanduser()
+        if path.is_dir():
+            if data_dir is not None:
+                raise InputError(f"`data_dir`: `data` {data} is a directory already, got {data_dir}")
+            data, data_dir = "folder", str(path)
+        elif path.is_file() and path.suffix.lower() == ".csv":
+            if labels is not None:
+                raise InputError(f"`labels`: `data` {data} is a CSV file already, got {labels}")
+            data, labels = "folder", str(path)
+        elif os.sep in data or data.startswith((".", "~")):
+            raise InputError(f"`data`: {data} is neither a directory nor a .csv file")
+        else:
+            close = difflib.get_close_matches(data.lower(), DATASETS, n=1, cutoff=0.5)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise InputError(
+                f"`data`: unknown dataset {data!r}{hint}; allowed: {', '.join(DATASETS)}, or the path of an existing "
+                "directory or .csv file"
+            )
+    if labels is not None and data != "folder":
+        raise InputError(f"`labels`: for `data` folder alone, got {data}")
+    if data_dir is not None and data == "digits":
+        raise InputError(f"`data_dir`: the digits have no directory; for the images in {data_dir}, give `data` folder")
+    return data, data_dir, labels
+
+
+def _check_arguments(on_corrupt: str, splits: Sequence[str], validation: Any, counts: dict[str, int | None]) -> None:
     if on_corrupt not in ("error", "skip"):
         raise InputError(f"`on_corrupt`: expected error or skip, got {on_corrupt!r}")
-    for arg, value in sizes.items():
+    for arg, value in counts.items():
         if value is not None and not (isinstance(value, Integral) and value >= 1 and not isinstance(value, bool)):
             raise InputError(f"`{arg}`: expected a whole number, at least 1, got {value}")
     if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
-        raise InputError(f"splits: expected a sequence of {' and '.join(map(repr, SPLITS))}, got {splits!r}")
-    if sizes["validation"] is not None and "train" not in splits:
+        raise InputError(f"splits: expected a sequence of {', '.join(map(repr, SPLITS))}, got {splits!r}")
+    if validation is None:
+        return
+    if not isinstance(validation, Real) or not is_validation(validation):
+        raise InputError(f"`validation`: expected {is_validation.__doc__}, got {validation}")
+    if {"train", VALIDATION}.isdisjoint(splits):
         raise InputError(f"`validation`: taken from the training images, and splits are {splits!r}")
+
+
+def is_validation(value: float) -> bool:
+    """a whole number of at least 1, or a share of less than 1"""
+    return not isinstance(value, bool) and (0 < value < 1 or (value >= 1 and value % 1 == 0))
 
 
 @python_numbers
@@ -229,30 +317,39 @@ def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.empty_like(order)  # how many of its own class come before each item in that order
-    for c in labels.unique():
-        mine = order[labels[order] == c]
-        rank[mine] = torch.arange(len(mine))
+    order, rank = class_ranks(labels, seed)
     # the first of every class, then the second of every class, …; a class's turn in a round is random too
     turn = torch.argsort(rank[order], stable=True)
     return order[turn[:limit]].sort().values
 
 
-def _hold_out(data: Data, n: int, seed: int) -> Data:
-    """The data with ``n`` of the training images, each class by its share, in a split of their own."""
+def _hold_out(data: Data, validation: float, seed: int) -> Data:
+    """The data with some of the training images, each class by its share, in a split of their own."""
     labels = data.train.labels
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    share = torch.empty(len(labels), dtype=torch.float64)  # how far through its own class each image comes
-    for c in labels.unique():
-        mine = order[labels[order] == c]
-        share[mine] = (torch.arange(len(mine), dtype=share.dtype) + 0.5) / len(mine)
-    order = order[torch.argsort(share[order], stable=True)]
-    validation, rest = order[:n].sort().values, order[n:].sort().values
+    n = int(validation) if validation >= 1 else max(1, round(validation * len(labels)))
+    order = stratified_order(labels, seed)
+    held_out, rest = order[:n].sort().values, order[n:].sort().values
     if len(labels[rest].unique()) < len(labels.unique()):
         raise InputError(f"`validation`: {n} of {len(labels)} training images leave a class without one to train on")
-    splits = {"train": rest, VALIDATION: validation}
+    splits = {"train": rest, VALIDATION: held_out}
     return replace(data, splits=data.splits | {name: data.train.subset(i) for name, i in splits.items()})
+
+
+def _match_classes(data: Data, classes: list[str], log: Callable[[str], None]) -> Data:
+    """The data with the labels that ``classes`` gives to its classes by name."""
+    unknown = [name for name in data.classes if name not in classes]
+    if unknown:
+        raise InputError(f"`data`: its classes {listed(unknown)} are not among those of the model ({listed(classes)})")
+    if data.classes != classes:
+        missing = [name for name in classes if name not in data.classes]
+        order = [name for name in classes if name in data.classes]
+        what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
+        what += " in another order" if order != data.classes else ""
+        log(f"{data.name}: the images have {what.strip() or 'the same classes'}; classes are matched by name")
+        label = torch.tensor([classes.index(name) for name in data.classes])
+        splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
+        data = replace(data, classes=classes, splits=splits)
+    return data
 
 
 def _readable(name: str, loaded: dict[Source, Decoded], log: Callable[[str], None]) -> Data:
@@ -268,8 +365,9 @@ def _readable(name: str, loaded: dict[Source, Decoded], log: Callable[[str], Non
         if lost:
             where = f"{source.split} images of {decoded.classes[min(lost)]}"
             raise InputError(f"`data_dir`: {source.root}: not one of the {where} could be read")
-        splits[source.split] = ImageSet(decoded.images, labels, skipped, _fingerprint=decoded.fingerprint)
-    return Data(name, decoded.classes, source.img_size, splits)
+        paths = [str(source.paths[i]) for i in good.nonzero().flatten().tolist()] if source.paths else []
+        splits[source.split] = ImageSet(decoded.images, labels, skipped, paths=paths, _fingerprint=decoded.fingerprint)
+    return Data(name, decoded.classes, source.preprocessing, splits)
 
 
 def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
@@ -305,7 +403,7 @@ def batches(
     skip: int = 0,
     shard: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of normalized images (B, C, S, S), float32, and labels (B,), int64, on ``device``.
+    """Yield batches of normalized images (B, C, H, W), float32, and labels (B,), int64, on ``device``.
 
     The batches have the order of the set, or are shuffled by a CPU ``generator``. The last batch can be smaller.
     ``augment`` runs on the device with its draws for ``epoch``. The first ``skip`` batches are skipped. ``shard``
@@ -329,50 +427,27 @@ def batches(
                 yield normalize(batch[0], **data.normalization), batch[1]
 
 
-@python_numbers
-def normalize(images: Tensor, mean: float | Sequence[float] = MEAN, std: float | Sequence[float] = STD) -> Tensor:
-    """Convert uint8 images (…, C, H, W) to float32 in [0, 1], subtract the mean and divide by the std.
-
-    The paper's 0.5 and 0.5 give [-1, 1].
-    """
-
-    def of_channels(values: float | Sequence[float]) -> float | Tensor:
-        if not isinstance(values, Sequence):
-            return values
-        return torch.tensor(values, device=images.device)[:, None, None]
-
-    return images.float().div_(255).sub_(of_channels(mean)).div_(of_channels(std))
-
-
-def _sources(
-    name: str, data_dir: Any, splits: Sequence[str], img_size: int | None, select: Select, on_corrupt: str
-) -> list[Source]:
+def _sources(name: str, data_dir: str | None, labels: str | None, request: Request) -> list[Source]:
     if name == "folder":
-        return folder_sources(data_dir, splits, img_size, select, on_corrupt)
+        return folder_sources(data_dir, labels, request)
     if name == "tiny-imagenet":
-        return tiny_imagenet_sources(data_dir or "data", splits, img_size, select, on_corrupt)
-    return cifar_sources(name, data_dir or "data", splits, img_size, select)
+        return tiny_imagenet_sources(data_dir or "data", request)
+    return cifar_sources(name, data_dir or "data", request)
 
 
-def _digits(splits: Sequence[str], img_size: int | None, select: Select) -> Data:
+def _digits(request: Request) -> Data:
     datasets, selection = need("sklearn.datasets"), need("sklearn.model_selection")
     bunch = datasets.load_digits()
     x = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]  # levels 0..16
     y = torch.from_numpy(bunch.target).long()
     train, test = selection.train_test_split(range(len(y)), test_size=0.2, random_state=_DIGITS_SEED, stratify=y)
     rows_of = {"train": torch.tensor(train), "test": torch.tensor(test)}
+    preprocessing = request.sized(x.shape[-1])
     loaded = {}
-    for split in splits:
+    for split in request.splits:
         rows = rows_of[split]
-        rows = rows[select(y[rows], split)]
-        images = x[rows]
-        if img_size not in (None, images.shape[-1]):
-            check_memory(len(images) * img_size**2)
-            images = resize(images, img_size)
-        loaded[split] = ImageSet(images, y[rows])
-    return Data("digits", [str(i) for i in range(10)], img_size or x.shape[-1], loaded)
-
-
-def _closest(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+        rows = rows[request.select(y[rows], split)]
+        height, width = preprocessing.img_size
+        check_memory(len(rows) * preprocessing.in_chans * height * width)
+        loaded[split] = ImageSet(preprocessing.convert(x[rows]), y[rows])
+    return Data("digits", [str(i) for i in range(10)], preprocessing, loaded)

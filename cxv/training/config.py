@@ -16,8 +16,10 @@ from cxv_kernels.validation import to_number
 
 from ..checkpoint import BEST, LAST, PREVIOUS, read_last
 from ..data.augment import NUM_BINS, default_stages
-from ..data.loader import DATASETS
+from ..data.decode import RESIZE
+from ..data.loader import DATASETS, is_validation, locate
 from ..errors import InputError
+from ..models.arguments import image_size
 from ..models.registry import has_fused_ops
 from .optim import SCHEDULES
 
@@ -68,18 +70,21 @@ RAND_AUGMENT = {"cnv": (1, 1), "cpv": (1, 1), "cltv": (3, 3)}
 
 RESERVED = {
     "num_classes": "it comes from the data",
-    "in_chans": "it comes from the data",
     "depth": "it comes from the model's name",
     "num_heads": "it comes from the model's name",
     "checkpoint": "give `init`",
     "pretrained": "give `init` the name of the model",
-    **{name: f"give `{name}`" for name in ("img_size", "embed_dim", "drop_rate", "drop_path_rate")},
+    **{name: f"give `{name}`" for name in ("img_size", "in_chans", "embed_dim", "drop_rate", "drop_path_rate")},
     "use_fused": "give `fused`",
     "recompute": "give `recompute`",
 }
 """Arguments of a model that ``model_args`` may not set, and why."""
 
-_NUMBERS = {int | None: (int, "a whole number"), float | None: (int | float, "a number")}
+_NUMBERS = {
+    int | None: (int, "a whole number"),
+    float | None: (int | float, "a number"),
+    int | float | None: (int | float, "a number"),
+}
 """For the type of an argument that is a number, the types that are allowed, in words too."""
 _ONE_PHASE = ("schedule", "warmup_epochs", "ema_decay", "progressive")  # arguments that need a known number of epochs
 
@@ -89,6 +94,12 @@ _POSITIVE: Check = (lambda value: 0 < value < math.inf, "a finite number above 0
 _NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 _FRACTION: Check = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _DECAY: Check = (lambda value: 0 < value < 1, "more than 0 and less than 1")
+
+
+def _is_size(value: Any) -> bool:
+    with suppress(ValueError):
+        return image_size(value) is not None
+    return False
 
 
 def _option(group: str, help: str, *, unset: bool | None = None, **details: Any) -> Any:
@@ -149,13 +160,23 @@ class TrainConfig:
         "any other argument of the model, see help(cxv.models.CXV)", metavar="NAME=VALUE", shown="none"
     )
 
-    data: str | None = _data(f"one of {', '.join(DATASETS)}", metavar="NAME", default="digits")
+    data: str | None = _data(
+        f"one of {', '.join(DATASETS)}, or the path of a directory or of a CSV file as in `labels`",
+        metavar="NAME",
+        shown="digits; folder with `data_dir` or `labels`",
+    )
     data_dir: str | None = _data(
-        "directory of the archive, which is downloaded if it is missing; for folder: of train/CLASS/… and test/CLASS/… "
-        "(or val/CLASS/…)",
-        shown="data",
+        "directory of the archive, which is downloaded if it is missing; for folder: of train/CLASS/…, val/CLASS/… and "
+        "test/CLASS/…, or of CLASS/…, which is divided into 80, 10 and 10 %",
+        shown="data; with `labels` the directory of the file",
         changeable=True,
         metavar="DIR",
+    )
+    labels: str | None = _data(
+        "CSV file with the columns path (relative to `data_dir`), label and, if you choose the splits, split",
+        shown="folders are classes",
+        changeable=True,
+        metavar="FILE",
     )
     cache_dir: str | None = _data(
         "directory of the decoded images, which are mapped into memory; none: no cache",
@@ -163,18 +184,43 @@ class TrainConfig:
         changeable=True,
         metavar="DIR",
     )
-    img_size: int | None = _data(
-        "side of the images in pixels; other images are cropped about the center and resized",
-        shown="the dataset's own; folder: the shorter side of the first training image, at most 64",
-        **_COUNT,
+    img_size: int | tuple[int, int] | None = _data(
+        "side of the images in pixels, or HEIGHTxWIDTH; other images are resized",
+        shown="the dataset's own; folder: the median of the shorter sides, at most 64",
+        metavar="N",
+        check=(_is_size, "a whole number of at least 1, or two (height, width)"),
+    )
+    in_chans: int | None = _data(
+        "channels of the images: 3 for RGB, 1 for gray",
+        metavar="N",
+        check=(lambda value: value in (1, 3), "1 or 3"),
+        shown="3; digits: 1",
+    )
+    resize: str | None = _data(
+        "how images get another aspect ratio: crop about the center, pad with `background`, or squash",
+        choices=RESIZE,
+        default="crop",
+    )
+    background: str | None = _data(
+        "color behind transparent pixels, a name or #rrggbb", metavar="COLOR", default="white"
+    )
+    white_level: float | None = _data(
+        "value of white in gray images of more than 8 bits",
+        metavar="VALUE",
+        check=_POSITIVE,
+        shown="65535 for 16-bit images, 1 for float images; others, and 16-bit images that use 12 bits, are refused",
+    )
+    max_pixels: int | None = _data(
+        "largest image that is read, in pixels", shown="178956970, the limit of PIL", changeable=True, **_COUNT
     )
     limit_train: int | None = _data("train on N images, balanced over the classes", shown="all", **_COUNT)
     limit_test: int | None = _data("test on N images, balanced over the classes", shown="all", **_COUNT)
-    validation: int | None = _data(
-        "hold out N training images, each class by its share, to select the best epoch; the test set is then evaluated "
-        "once, after the last epoch",
-        shown="none; the test set is evaluated after every epoch and selects, as in the paper",
-        **_COUNT,
+    validation: int | float | None = _data(
+        "hold out N training images, or this share of them, each class by its share, to select the best epoch; the "
+        "test set is then evaluated once, after the last epoch",
+        shown="the validation images of a folder; otherwise the test set is evaluated after every epoch and selects",
+        metavar="N",
+        check=(is_validation, is_validation.__doc__),
     )
     on_corrupt: str | None = _data(
         "stop at an unreadable image, or skip it", choices=("error", "skip"), default="error", changeable=True
@@ -300,6 +346,8 @@ def described(option: Field, default: str | None = None) -> str:
 
 
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
+DATA_ARGUMENTS = tuple(n for n, o in OPTIONS.items() if n == "seed" or (n != "data" and o.metadata["group"] == "data"))
+"""The arguments that :func:`cxv.data.load_data` takes, besides ``data``."""
 TrainConfig.__doc__ += "\n    Args:\n" + "".join(f"        {name}: {described(o)}.\n" for name, o in OPTIONS.items())
 DEFAULTS = {name: o.metadata["default"] for name, o in OPTIONS.items() if o.metadata["default"] is not None}
 """The paper's recipe (section 4) without augmentation; its batch size is not given. With ``dualopt``, ``sgd_epochs`` is
@@ -319,6 +367,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
     if config.resume and config.overwrite:
         raise InputError("`resume` and `overwrite` exclude each other")
     arguments = {k: v for k, v in asdict(config).items() if v is not None}
+    if not config.resume or not arguments.keys().isdisjoint(("data", "labels")):
+        arguments |= _located(arguments)
     full, saved, fallback = _with_defaults(arguments), None, None
     output = Path(full["output"])
     if config.resume:
@@ -359,13 +409,17 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"`output`: {output} is not a directory")
 
 
-def fit_to_data(config: TrainConfig, img_size: int, num_images: int) -> None:
+def fit_to_data(config: TrainConfig, img_size: int | tuple[int, int], num_images: int) -> None:
     """Set what depends on the data: the image size, and what the recipe ``"modern"`` makes of it and of the images.
 
     Raises:
         InputError: a stage of ``progressive`` has larger images than the data.
     """
     config.img_size = img_size
+    if not isinstance(img_size, int):
+        if config.progressive or config.recipe == "modern":
+            raise InputError(f"`progressive`: needs square images, and `img_size` is {'×'.join(map(str, img_size))}")
+        return
     if config.recipe == "modern":
         steps = config.epochs * math.ceil(num_images / (config.batch_size * config.accumulate))
         derived = {
@@ -402,11 +456,19 @@ def _to_json(value: Any) -> Any:
     return to_number(value)
 
 
+def _located(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return ``data``, ``data_dir`` and ``labels`` where the arguments give or imply them."""
+    names = ("data", "data_dir", "labels")
+    values = locate(*(arguments.get(name) for name in names))
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+
+
 def _with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    arguments = arguments | _located(arguments)
     defaults = dict(DEFAULTS)
-    if arguments.get("data", "digits") == "digits":
+    if arguments["data"] == "digits":
         defaults |= DIGITS_DEFAULTS | ({} if "model" in arguments else DIGITS_MODEL)
-    if arguments.get("data") == "tiny-imagenet":
+    if arguments["data"] == "tiny-imagenet":
         defaults |= TINY_IMAGENET_DEFAULTS
     recipe = arguments.get("recipe")
     if recipe is not None:

@@ -33,13 +33,13 @@ def header_lines(config: TrainConfig, data: Data, parameters: int, device: torch
     return [
         f"{config.model}: {parameters:,} parameters, {ops}, {config.precision}{compiled}",
         f"{config.data}: {len(data.train):,} training{held_out} and {len(data.test):,} test images, "
-        f"{len(data.classes)} classes, {data.in_chans}×{data.img_size}×{data.img_size}, {data.place}",
-        _recipe_line(config),
+        f"{len(data.classes)} classes, {'×'.join(map(str, data.train.pixels.shape[1:]))}, {data.place}",
+        _recipe_line(config, data),
         f"on {device} with {torch.get_num_threads()} threads{processes}, output in {config.output}",
     ]
 
 
-def _recipe_line(config: TrainConfig) -> str:
+def _recipe_line(config: TrainConfig, data: Data) -> str:
     parts = ["DualOpT" if config.optimizer == "dualopt" else f"{NAMES[config.optimizer]} alone"]
     if config.rand_augment is not None:
         parts[0] += " with RandAugment {},{}".format(*config.rand_augment)
@@ -47,7 +47,7 @@ def _recipe_line(config: TrainConfig) -> str:
     if config.post_train:
         parts.append("post-training on clean images")
     by = "the validation images; the test set is evaluated once, at the end"
-    if config.validation is None:
+    if data.validation is None:
         by = "the test set, as in the paper"
     return f"{', then '.join(parts)}; the best epoch by {by}"
 

@@ -31,8 +31,21 @@ from ..checkpoint import (
 from ..data.augment import Augmentation, Chain, FlipCrop, RandAugment
 from ..data.loader import load_data, to_device
 from ..errors import InputError, first_line, out_of_memory
+from ..models.arguments import image_size
 from ..models.registry import REFUSALS, build_model, create_model, downsampling
-from .config import ARGS, CURVES, METRICS, NAMES, SUMMARY, TENSORBOARD, TrainConfig, fit_to_data, resolve, to_dict
+from .config import (
+    ARGS,
+    CURVES,
+    DATA_ARGUMENTS,
+    METRICS,
+    NAMES,
+    SUMMARY,
+    TENSORBOARD,
+    TrainConfig,
+    fit_to_data,
+    resolve,
+    to_dict,
+)
 from .distributed import World
 from .dualopt import DualOpT
 from .engine import Engine, autocast_for, pick_device
@@ -142,9 +155,8 @@ class Trainer:
 
     def _load_data(self, saved: dict[str, Any] | None) -> None:
         config, world = self.config, self.world
-        names = ("img_size", "limit_train", "limit_test", "validation", "seed", "on_corrupt", "cache_dir")
-        kwargs = {name: getattr(config, name) for name in names}
-        data = world.rank0_first(lambda: load_data(config.data, config.data_dir, log=self.log, **kwargs))
+        kwargs = {name: getattr(config, name) for name in DATA_ARGUMENTS}
+        data = world.rank0_first(lambda: load_data(config.data, log=self.log, **kwargs))
         with world.sync_errors():
             fit_to_data(config, data.img_size, len(data.train))
         self.fingerprint = {name: split.fingerprint() for name, split in data.splits.items()}
@@ -186,7 +198,7 @@ class Trainer:
             self.model, self.model_kwargs = _create(config, kwargs, saved)
             self.model.to(self.device)
             for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
-                self._try_model((data.in_chans, size, size))
+                self._try_model((data.in_chans, *image_size(size)))
         if config.compile:
             self.model.compile()  # in place: the same parameters by the same names
 
@@ -336,9 +348,7 @@ class Trainer:
             "model_name": self.config.model,
             "model_kwargs": self.model_kwargs,
             "classes": self.data.classes,
-            "img_size": self.data.img_size,
-            "in_chans": self.data.in_chans,
-            "normalization": self.data.normalization,
+            **self.data.preprocessing.to_dict(),
             "data_fingerprint": self.fingerprint,
             "optimizer": self.opt.state_dict(),
             "post_training": self.post_training,

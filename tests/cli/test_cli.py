@@ -105,7 +105,7 @@ def test_train_eval_predict_on_a_folder(capsys, folder, tmp_path):
     first = [float(line.split()[0]) for line in lines[1:4]]
     assert first == sorted(first, reverse=True)
     assert sum(first) == pytest.approx(100, abs=0.02)
-    assert_error(call(capsys, "eval", "--checkpoint", output, "--data", "digits"), "classes (0, 1, 2", "blue, green")
+    assert_error(call(capsys, "eval", "--checkpoint", output, "--data", "digits"), "classes 0, 1, 2", "blue, green")
 
 
 def test_predict_names_a_bad_image(capsys, run, tmp_path):

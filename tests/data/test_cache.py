@@ -2,6 +2,8 @@
 
 import json
 import os
+import pwd
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_image
+from filelock import FileLock
 from safetensors import safe_open
 
 import cxv
+from cxv.cli import main
+from cxv.data import Preprocessing
 from cxv.data import cache as cache_module
-from cxv.data import datasets as datasets_module
 from cxv.data.cache import cache_folder
 from cxv.data.loader import load_data
 from cxv.errors import InputError
@@ -29,10 +33,8 @@ def cache(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the images decoded so far."""
-    names, decode = [], datasets_module.decode_image
-    monkeypatch.setattr(
-        datasets_module, "decode_image", lambda path, *a: (len(a) == 2 and names.append(path.name), decode(path, *a))[1]
-    )
+    names, decode = [], Preprocessing.decode
+    monkeypatch.setattr(Preprocessing, "decode", lambda self, path: (names.append(path.name), decode(self, path))[1])
     return names
 
 
@@ -112,6 +114,24 @@ def test_a_changed_source_is_decoded_anew(folder, cache, decoded, change):
     assert len(decoded) == count
 
 
+@pytest.mark.parametrize("replace", ["rename", "overwrite"])
+def test_a_replaced_file_of_the_same_size_and_time_is_noticed(folder, cache, replace):
+    path, other = folder / "train" / "cow" / "0.bmp", folder / "other.bmp"
+    write_image(other, seed=99)
+    assert other.stat().st_size == path.stat().st_size
+    before = path.stat()
+    load(folder, cache)
+    if replace == "rename":
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.replace(path)
+    else:
+        path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    data, log = load(folder, cache)
+    assert "have changed" in log
+    assert same(data, load_data("folder", folder))
+
+
 def damages():
     yield "truncated", lambda content: content[: len(content) // 2]
     yield "empty", lambda content: b""
@@ -173,14 +193,14 @@ def test_cache_remembers_skipped_images(folder, cache):
 
 _LOAD = """
 import os, sys, time
-from cxv.data import datasets
+from cxv.data import Preprocessing
 from cxv.data.loader import load_data
-decode, n = datasets.decode_image, []
-def slow(path, *a):
+decode, n = Preprocessing.decode, []
+def slow(self, path):
     time.sleep(0.05)
     n.append(path)
-    return decode(path, *a)
-datasets.decode_image = slow
+    return decode(self, path)
+Preprocessing.decode = slow
 data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2], img_size=8)
 print("decoded", len(n), "fingerprints", data.train.fingerprint(), data.test.fingerprint())
 """
@@ -268,3 +288,41 @@ def test_cache_folder_defaults(monkeypatch, tmp_path):
     assert cache_folder("none") is None
     monkeypatch.setenv("CXV_CACHE", "none")
     assert cache_folder(None) is None
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_without_a_home_directory_there_is_no_cache_and_one_line(folder, monkeypatch, home):
+    for name in ("CXV_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # a container's user without a name
+    log = []
+    data = load_data("folder", folder, log=log.append)
+    assert len(data.train) == 12
+    assert log == ["no cache of the decoded images, as there is no home directory; `cache_dir` gives another one"]
+
+
+# --- cxv cache
+
+
+def test_cache_command_lists_and_clears(folder, cache, capsys):
+    load(folder, cache)
+    load(folder, cache, img_size=(4, 6))
+    (cache / "notes.safetensors").write_text("someone else's")
+    (cache / "x-train-4x6-0123abcd.tmp").write_text("of a process that was killed")
+    assert main(["cache", "list", "--cache-dir", str(cache)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert sum(line.endswith(f": 12 train images of {folder}") for line in lines) == 2
+    assert sum(line.endswith(f": 6 test images of {folder}") for line in lines) == 2
+    assert re.fullmatch(rf"4 files, 0\.0 MB in {re.escape(str(cache))}", lines[-1])
+    with FileLock(train_file(cache).with_suffix(".lock")):  # as a process that writes it
+        assert main(["cache", "clear", "--cache-dir", str(cache)]) == 0
+    assert "deleted 4 files, 0.0 MB, in" in (out := capsys.readouterr().out)
+    assert "another process writes 1, which are kept" in out
+    assert main(["cache", "clear", "--cache-dir", str(cache)]) == 0
+    assert "deleted 1 files" in capsys.readouterr().out
+    assert [path.name for path in cache.iterdir()] == ["notes.safetensors"]
+    assert main(["cache", "list", "--cache-dir", "none"]) == 2
+    assert "there is no cache" in capsys.readouterr().err

@@ -15,9 +15,9 @@ from conftest import write_image
 from PIL import Image
 
 from cxv.cli import main
+from cxv.data import Preprocessing, decode_image
 from cxv.data import cache as cache_module
 from cxv.data import datasets as datasets_module
-from cxv.data.datasets import decode_image
 from cxv.data.loader import TINY_IMAGENET, load_data
 from cxv.errors import InputError
 from cxv.training import load_model
@@ -52,8 +52,8 @@ def test_val_serves_as_test_and_other_files_are_passed_over(folder):
 
 def test_limits_decode_only_selected_images(folder, monkeypatch):
     seen = []
-    decode = datasets_module.decode_image
-    monkeypatch.setattr(datasets_module, "decode_image", lambda *a: (seen.append(str(a[0])), decode(*a))[1])
+    decode = Preprocessing.decode
+    monkeypatch.setattr(Preprocessing, "decode", lambda *a: (seen.append(str(a[1])), decode(*a))[1])
     data = load_data("folder", folder, limit_train=6, limit_test=3, img_size=8, seed=1)
     assert data.train.labels.bincount().tolist() == [2, 2, 2]
     assert data.test.labels.bincount().tolist() == [1, 1, 1]
@@ -88,10 +88,17 @@ def test_other_sizes_are_cropped_about_the_center_and_resized(tmp_path):
     assert (image[:, :, 6:].int() - 100).abs().max() < 10
 
 
-def test_default_size_is_the_first_images_shorter_side_up_to_64(folder):
-    write_image(folder / "train" / "ant" / "0.webp", size=(14, 12))
-    assert load_data("folder", folder).img_size == 12
+def test_default_size_is_the_median_of_the_shorter_sides_up_to_64(folder):
+    """The first file, which is a thumbnail or a panorama, does not decide."""
     write_image(folder / "train" / "ant" / "0.webp", size=(300, 200))
+    log = []
+    assert load_data("folder", folder, log=log.append).img_size == 8
+    assert "images of 8×8 to 200×300 pixels are cropped and resized to 8×8; `img_size` and `resize`" in log[0]
+    for path in sorted((folder / "train").glob("*/*"))[:7]:
+        write_image(path, size=(14, 12))
+    assert load_data("folder", folder).img_size == 12
+    for path in sorted((folder / "train").glob("*/*"))[:7]:
+        write_image(path, size=(200, 300))
     data = load_data("folder", folder)
     assert data.img_size == 64
     assert data.test.images.shape == (6, 3, 64, 64)
@@ -165,8 +172,8 @@ def test_argument_errors(folder):
         load_data("folder")
     with pytest.raises(InputError, match="`on_corrupt`"):
         load_data("folder", folder, on_corrupt="ignore")
-    for name in ("img_size", "limit_train", "limit_test"):
-        with pytest.raises(InputError, match=f"`{name}`: expected a whole number, at least 1, got 0"):
+    for name, more in (("img_size", r", or \(H, W\)"), ("limit_train", ""), ("limit_test", "")):
+        with pytest.raises(InputError, match=f"`{name}`: expected a whole number, at least 1{more}, got 0"):
             load_data("digits", **{name: 0})
 
 

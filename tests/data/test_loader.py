@@ -51,7 +51,7 @@ def test_digits_resized():
 
 @pytest.mark.parametrize("splits", ["test", ("val",), (), (["test"],)], ids=str)
 def test_unknown_splits_are_named(splits):
-    with pytest.raises(InputError, match=r"^splits: expected a sequence of 'train' and 'test', got "):
+    with pytest.raises(InputError, match=r"^splits: expected a sequence of 'train', 'validation', 'test', got "):
         load_data("digits", splits=splits)
     with pytest.raises(InputError, match=r"^`validation`: taken from the training images, and splits are \('test',\)"):
         load_data("digits", splits=("test",), validation=5)
@@ -130,7 +130,7 @@ def test_limit_train_excludes_validation_images(folder):
     assert data.validation.labels.bincount().tolist() == [1, 1, 1]
     with pytest.raises(InputError, match="`validation`: 10 of 12 training images leave a class without one to train"):
         load_data("folder", folder, validation=10)
-    with pytest.raises(InputError, match="`validation`: expected a whole number, at least 1, got 0"):
+    with pytest.raises(InputError, match=r"`validation`: expected a whole number of at least 1, or a share .* got 0"):
         load_data("folder", folder, validation=0)
 
 

@@ -475,7 +475,7 @@ def test_paths_a_device_and_numbers_of_numpy(tmp_path):
     )
     config.output, config.cache_dir, config.device = output, tmp_path, torch.device("cpu")
     train(config, log=str)
-    train(TrainConfig(output=output, data_dir=tmp_path, sgd_epochs=3, resume=True), log=str)
+    train(TrainConfig(output=output, cache_dir=tmp_path / "b", sgd_epochs=3, resume=True), log=str)
     assert load_model(output)[1]["args"]["output"] == str(output)
     assert json.loads((output / "args.json").read_text())["device"] == "cpu"
 

@@ -1,7 +1,8 @@
 """Table 1's baselines that a well-kept library has, in the rows' configurations (timm, vit-pytorch, torchvision).
 
 All take images (B, in_chans, H, W), H and W of ``img_size``, and give logits (B, num_classes), or features where that
-is 0; those of timm and vit-pytorch raise ImportError where their library is not installed.
+is 0; those of timm and vit-pytorch raise ImportError where their library is not installed. ``**kwargs`` are arguments
+of timm's model.
 """
 
 import importlib
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import image_size
+
+IMAGES = {"img_size": 32, "in_chans": 3, "num_classes": 10}
+"""The defaults of all models."""
 
 
 def _library(name: str, model: str) -> ModuleType:
@@ -58,31 +62,21 @@ def resnet(
 def vit(
     depth: int,
     num_heads: int,
-    img_size: int | Sequence[int] = 32,
-    in_chans: int = 3,
-    num_classes: int = 10,
+    *,
     embed_dim: int = 128,
     mlp_ratio: float = 2.0,
     drop_rate: float = 0.5,
     patch_size: int = 1,
+    **kwargs: Any,
 ) -> nn.Module:
     """timm's ViT (Dosovitskiy et al. 2021) on pixels, with the authors' dropout, norms and initialization.
 
     qkv has no bias; dropout follows the attention's projection and both layers of the MLP.
     """
-    model = _library("timm.models.vision_transformer", "vit").VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=mlp_ratio,
-        qkv_bias=False,
-        proj_drop_rate=drop_rate,
-        norm_layer=nn.LayerNorm,
-    )
+    sizes = {"depth": depth, "num_heads": num_heads, "embed_dim": embed_dim, "mlp_ratio": mlp_ratio}
+    options = {"patch_size": patch_size, "proj_drop_rate": drop_rate, "qkv_bias": False, "norm_layer": nn.LayerNorm}
+    library = _library("timm.models.vision_transformer", "vit")
+    model = library.VisionTransformer(**sizes, **options, **IMAGES | kwargs)
     nn.init.normal_(model.cls_token)
     nn.init.normal_(model.pos_embed)
     return _reset_parameters(model)
@@ -97,21 +91,12 @@ class FourierMixing(nn.Module):
         return torch.fft.fft2(wide).real.to(x.dtype)
 
 
-def fnet(
-    depth: int,
-    img_size: int | Sequence[int] = 32,
-    in_chans: int = 3,
-    num_classes: int = 10,
-    embed_dim: int = 128,
-    mlp_ratio: float = 4.0,
-    drop_rate: float = 0.5,
-    patch_size: int = 1,
-) -> nn.Module:
+def fnet(depth: int, *, mlp_ratio: float = 4.0, patch_size: int = 1, **kwargs: Any) -> nn.Module:
     """FNet (Lee-Thorp et al. 2021) as :func:`vit` with Fourier transforms in place of the attention.
 
     Table 1's counts require an ``mlp_ratio`` of 4; the text says 2.
     """
-    model = vit(depth, 1, img_size, in_chans, num_classes, embed_dim, mlp_ratio, drop_rate, patch_size)
+    model = vit(depth, 1, mlp_ratio=mlp_ratio, patch_size=patch_size, **kwargs)
     for block in model.blocks:
         block.attn = FourierMixing()
     return model
@@ -119,13 +104,13 @@ def fnet(
 
 def mlp_mixer(
     depth: int,
+    *,
     img_size: int | Sequence[int] = 32,
-    in_chans: int = 3,
-    num_classes: int = 10,
     embed_dim: int = 128,
     mlp_ratio: float = 2.0,
     drop_rate: float = 0.5,
     patch_size: int = 1,
+    **kwargs: Any,
 ) -> nn.Module:
     """timm's MLP-Mixer (Tolstikhin et al. 2021) on pixels, with the authors' dropout, norms and initialization.
 
@@ -134,22 +119,15 @@ def mlp_mixer(
     """
     height, width = image_size(img_size)
     tokens = (height // patch_size) * (width // patch_size)
-    model = _library("timm.models.mlp_mixer", "mlp-mixer").MlpMixer(
-        num_classes=num_classes,
-        img_size=img_size,
-        in_chans=in_chans,
-        patch_size=patch_size,
-        num_blocks=depth,
-        embed_dim=embed_dim,
-        mlp_ratio=(mlp_ratio * tokens / embed_dim, mlp_ratio),
-        proj_drop_rate=drop_rate,
-        norm_layer=nn.LayerNorm,
-    )
-    return _reset_parameters(model)
+    sizes = {"num_blocks": depth, "embed_dim": embed_dim, "mlp_ratio": (mlp_ratio * tokens / embed_dim, mlp_ratio)}
+    options = {"patch_size": patch_size, "proj_drop_rate": drop_rate, "norm_layer": nn.LayerNorm}
+    library = _library("timm.models.mlp_mixer", "mlp-mixer")
+    return _reset_parameters(library.MlpMixer(**sizes, **options, **IMAGES | {"img_size": img_size} | kwargs))
 
 
 def convmixer(
     depth: int,
+    *,
     img_size: int | Sequence[int] = 32,
     in_chans: int = 3,
     num_classes: int = 10,
@@ -158,14 +136,9 @@ def convmixer(
     patch_size: int = 1,
 ) -> nn.Module:
     """timm's ConvMixer (Trockman & Kolter 2022), any image size; a kernel of 8 is what Table 1's MACs count."""
-    return _library("timm.models.convmixer", "convmixer").ConvMixer(
-        dim=embed_dim,
-        depth=depth,
-        kernel_size=kernel_size,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
-    )
+    sizes = {"depth": depth, "dim": embed_dim, "kernel_size": kernel_size, "patch_size": patch_size}
+    library = _library("timm.models.convmixer", "convmixer")
+    return library.ConvMixer(in_chans=in_chans, num_classes=num_classes, **sizes)
 
 
 def cct(
