@@ -85,11 +85,6 @@ class Sizes:
     image: tuple[int, int] = (6, 9)
 
 
-def image(c_in: int, c_out: int, size: tuple[int, int] = (6, 9), batch: int = 2) -> Sizes:
-    """Sizes of conv_norm."""
-    return Sizes(batch=batch, dim=c_in, value_dim=c_out, image=size)
-
-
 TINY = Sizes(1, 2, 5, 6, 3, 4, (3, 3))
 ODD = Sizes()
 SMALL = Sizes(1, 2, 20, 23, 8, 5, (4, 5)) if interpreting() else ODD
@@ -156,6 +151,11 @@ class Case:
         if self.op == "conv_norm":
             return max(9 * sizes.dim, 9 * sizes.value_dim, sizes.batch * sizes.image[0] * sizes.image[1])
         return max(sizes.queries, sizes.keys, 1)
+
+
+def image(c_in: int, c_out: int, size: tuple[int, int] = (6, 9), batch: int = 2) -> Sizes:
+    """Sizes of conv_norm."""
+    return Sizes(batch=batch, dim=c_in, value_dim=c_out, image=size)
 
 
 def projection(features: int, dim: int) -> Tensor:
