@@ -78,6 +78,7 @@ def export_model(
         format: ``"onnx"`` (opset 20, plain operators, for any runtime), ``"torch"`` (for ``torch.export.load``; with
             ``use_fused`` the program must import ``cxv_kernels``) or ``"aoti"`` (compiled for this CPU; with
             ``use_fused`` the program must first load ``cxv_kernels/_cpu.abi3.so``).
+            ONNX files have the input ``images`` (``batch``, channels, ``height``, ``width``) and the output ``logits``.
         img_size: Side of the images for the check in pixels, or (H, W).
         in_chans: Channels of these images.
         images: More images for the check, normalized, shape (N, in_chans, S, S), float32.
@@ -183,7 +184,13 @@ def _write_aoti(program: "ExportedProgram", path: Path, note: str) -> None:
 
 def _write_onnx(program: "ExportedProgram", path: Path, note: str) -> None:
     written = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),  # names; fixed sizes get none
+        verbose=False,
     )
     written.model.metadata_props["cxv"] = note
     written.save(path, external_data=False)

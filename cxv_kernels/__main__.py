@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from . import OPS, __version__, self_check, testing
-from .dispatch import BACKENDS, explain_backend
+from .dispatch import BACKENDS, dtype_name, explain_backend
 from .library import CPP_MISSING, build_info
 from .validation import FLOAT_DTYPES
 
-DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
+DTYPES = {dtype: dtype_name(dtype) for dtype in FLOAT_DTYPES}
 
 
 def _describe() -> None:
@@ -39,7 +39,7 @@ def _report(device: str) -> int:
     """Print the errors of all ops on a device, and the ops that are not supported. Return the number of failures."""
     print(f"\n{device}: largest error of outputs and gradients against float64")
     print(f"  {'op':20} {'backend':10}" + "".join(f"{name:>16}" for name in DTYPES.values()))
-    results = [r for r in testing.run_all(device) if isinstance(r, testing.Result)]
+    results = testing.run_all(device)
     unsupported: dict[str, list[str]] = {}
     for op in OPS:
         for backend in BACKENDS[1:]:

@@ -15,7 +15,7 @@ from .library import SCHEMAS, overload, register_fake, register_triton
 from .validation import without_autocast
 
 
-def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def like_layout(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Return an empty tensor of this shape whose dimensions have the order of ``like``'s in memory (csrc: new_like)."""
     order = sorted(range(like.dim()), key=like.stride, reverse=True)
     strides, step = [0] * like.dim(), 1
@@ -27,9 +27,7 @@ def like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def new_gradients(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor, ...]:
     """Return an empty tensor in the layout of each input, or one of shape (0) if its gradient is not needed."""
-    return tuple(
-        like_layout(t, tuple(t.shape)) if need else t.new_empty(0) for t, need in zip(inputs, needed, strict=True)
-    )
+    return tuple(like_layout(t, t.shape) if need else t.new_empty(0) for t, need in zip(inputs, needed, strict=True))
 
 
 class FusedFunction(torch.autograd.Function):
@@ -87,14 +85,6 @@ def records_gradients(*tensors: Tensor | None) -> bool:
     )
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-
-
-def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
-    return ctx.saved_tensors
-
-
 def fused_op(
     name: str,
     reference: Callable[..., Any],
@@ -106,8 +96,8 @@ def fused_op(
     forward: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     passed_on: str = "",
-    save: Callable[..., None] = _save,
-    saved: Callable[[Any], tuple[Tensor | None, ...]] = _saved,
+    save: Callable[..., None] = lambda ctx, *tensors: ctx.save_for_backward(*tensors),
+    saved: Callable[[Any], tuple[Tensor | None, ...]] = lambda ctx: ctx.saved_tensors,
 ) -> Callable[..., Any]:
     """Make a differentiable function from an operator of csrc/ops.cpp and its backward operator.
 
@@ -235,13 +225,9 @@ def fused_op(
     op = reference.__module__.split(".")[-2]
     title = "".join(part.capitalize() for part in name.split("_")) + "Function"
 
-    def make_function(title: str, run: Callable, keep: Callable, backward: Callable) -> type[FusedFunction]:
-        members = {
-            "forward": staticmethod(run),
-            "setup_context": staticmethod(keep),
-            "backward": staticmethod(backward),
-        }
-        return type(title, (FusedFunction,), members | {"op": op, "__module__": __name__})
+    def make_function(title: str, *methods: Callable) -> type[FusedFunction]:
+        members = zip(("forward", "setup_context", "backward"), map(staticmethod, methods), strict=True)
+        return type(title, (FusedFunction,), {**dict(members), "op": op, "__module__": __name__})
 
     function = make_function(title, run_forward, keep_for_backward, differentiate)
     backward_function = make_function(f"{title}Backward", run_backward, keep_for_double_backward, differentiate_twice)

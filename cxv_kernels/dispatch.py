@@ -22,7 +22,6 @@ from .validation import FLOAT_DTYPES
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 Result = TypeVar("Result")
-SelfCheck = Callable[[str, str, torch.device, torch.dtype, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ CUDA_DTYPES = (torch.float16, torch.float32)  # of the CUDA C++ kernels; only Tr
 
 FAILED = "failed its self-check"  # begins the reason against a backend that the self-check has already warned about
 
+# (op, backend, device, dtype, may_run) → the reason against a GPU kernel, or None; self_check.py sets it
+_self_check: Callable[[str, str, torch.device, torch.dtype, bool], str | None] | None = None
 _table: dict[str, dict[str, Support]] = {}
 _announced: set[str] = set()
 # Since PyTorch 2.14 Dynamo reads a ContextVar and compiles again when its value changes. It cannot set one.
@@ -174,16 +175,6 @@ def bind_backend(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(*args, **kwargs)
 
     return bound
-
-
-def register_self_check(function: SelfCheck) -> None:
-    """Set the function (op, backend, device, dtype, may_run) that returns the reason against a GPU kernel, or None."""
-    global _self_check
-    _self_check = function
-
-
-def _self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype, may_run: bool) -> str | None:
-    raise NotImplementedError("register_self_check() sets it")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -22,7 +22,7 @@ _triton_library = torch.library.Library(NAMESPACES[1], "FRAGMENT")
 def _read_schemas() -> dict[str, Any]:
     """Return a dict from the name of each operator to its ``FunctionSchema``."""
     copies = (_PACKAGE / "ops.cpp", _PACKAGE.parent / "csrc" / "ops.cpp")  # in a wheel, and in a checkout
-    text = next(path for path in copies if path.exists()).read_text()
+    text = next(path for path in copies if path.exists()).read_text(encoding="utf-8")
     definitions = re.findall(r'm\.def\(((?:\s*"[^"]*")+)\s*\)', text)
     schemas = ["".join(re.findall(r'"([^"]*)"', definition)) for definition in definitions]
     return {s.partition("(")[0]: torch._C.parse_schema(f"{NAMESPACES[0]}::{s}") for s in schemas}

@@ -7,7 +7,6 @@ folder ``$CXV_CACHE``, by default ``cxv`` in ``$XDG_CACHE_HOME`` or ``~/.cache``
 ``CXV_SELF_CHECK=0`` disables the self-check.
 """
 
-import ctypes
 import functools
 import importlib.metadata
 import json
@@ -75,7 +74,7 @@ def reason_against(op: str, backend: str, device: torch.device, dtype: torch.dty
 # torch.compile calls the function while it traces and treats the result as a constant. The decorator
 # torch.compiler.assume_constant_result sets the same attribute but would import torch._dynamo.
 reason_against._dynamo_marked_constant = True
-dispatch.register_self_check(reason_against)
+dispatch._self_check = reason_against
 
 
 def _set_verdict(key: tuple[int, str, str, torch.dtype], reason: str | None) -> str | None:
@@ -169,12 +168,7 @@ def _driver() -> str:
             return found[1]
     except OSError:
         pass
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return "unknown"
-    return f"for CUDA {version.value}"
+    return f"for CUDA {getattr(torch._C, '_cuda_getDriverVersion', int)()}"
 
 
 @functools.cache
@@ -210,7 +204,7 @@ def _read_verdict(op: str, backend: str, device: torch.device, dtype: torch.dtyp
 def _read_file() -> dict[str, dict[str, str | None]]:
     path = cache_file()
     try:
-        content = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
         values = [verdict for verdicts in content.values() for verdict in verdicts.values()]
         if not all(verdict is None or isinstance(verdict, str) for verdict in values):
             raise ValueError("some entries are not verdicts")

@@ -6,9 +6,10 @@ reference on the same (rounded) inputs.
 
 import contextlib
 import gc
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,6 +83,97 @@ class Result:
         return self.error <= self.tolerance
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call; every op uses those that it has. ``image`` is (H, W) of conv_norm."""
+
+    batch: int = 2
+    heads: int = 2
+    queries: int = 65
+    keys: int = 63
+    dim: int = 17
+    value_dim: int = 5
+    image: tuple[int, int] = (6, 9)
+    taps: int = 5  # of the residual of nystrom_attention
+
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+def attention_shapes(sizes: Sizes) -> Shapes:
+    """Return the shapes of q, k and v."""
+    (batch, heads, queries, keys), dim = (sizes.batch, sizes.heads, sizes.queries, sizes.keys), sizes.dim
+    return (batch, heads, queries, dim), (batch, heads, keys, dim), (batch, heads, keys, sizes.value_dim)
+
+
+def residual_shapes(sizes: Sizes) -> Shapes:
+    """Return the shapes of q, k, v with as many keys as queries, and of the weight of the residual."""
+    query, _, (*_, value_dim) = attention_shapes(sizes)
+    return query, query, (*query[:3], value_dim), (sizes.heads, 1, sizes.taps, 1)
+
+
+def image_shapes(sizes: Sizes) -> Shapes:
+    """Return the shapes of the inputs of conv_norm."""
+    image, vector = (sizes.batch, sizes.dim, *sizes.image), (sizes.value_dim,)
+    return image, (sizes.value_dim, sizes.dim, 3, 3), vector, vector, vector
+
+
+def _channels_last(x: Tensor, *rest: Tensor, **options) -> Tensor:
+    return conv_norm(x.contiguous(memory_format=torch.channels_last), *rest, **options)
+
+
+class Call(NamedTuple):
+    """A way to call an op, ``function(*inputs, **constants, backend=…)``, and the shapes of its inputs."""
+
+    op: str
+    label: str
+    function: Callable
+    shapes: Callable[[Sizes], Shapes]
+
+
+_MAPS = ("softmax", "elu", "relu")
+_KERNELS = {"softmax": {}, "exact": {"eps": 0.0}, "relu": {"kernel": "relu"}}  # exact: eps = 0, the original FAVOR+
+CALLS = (
+    *(Call("linear_attention", m, partial(linear_attention, feature_map=m), attention_shapes) for m in _MAPS),
+    *(Call("kv_state", m, partial(kv_state, feature_map=m), lambda s: attention_shapes(s)[1:]) for m in _MAPS),
+    *(
+        Call("performer_attention", name, partial(performer_attention, **options), attention_shapes)
+        for name, options in _KERNELS.items()
+    ),
+    *(
+        Call("performer_features", f"{name}-{x}", partial(performer_features, is_query=x == "query", **options), shapes)
+        for name, options in _KERNELS.items()
+        for x, shapes in (("query", lambda s: attention_shapes(s)[:1]), ("key", lambda s: attention_shapes(s)[1:2]))
+    ),
+    Call("nystrom_attention", "plain", nystrom_attention, attention_shapes),
+    Call(
+        "nystrom_attention",
+        "residual",
+        lambda q, k, v, weight, **options: nystrom_attention(q, k, v, residual_weight=weight, **options),
+        residual_shapes,
+    ),
+    Call("conv_norm", "NCHW", conv_norm, image_shapes),
+    Call("conv_norm", "channels_last", _channels_last, image_shapes),
+    Call(
+        "conv_norm",
+        "no-bias",
+        lambda x, weight, *norm, **options: conv_norm(x, weight, None, *norm, **options),
+        lambda s: (*image_shapes(s)[:2], *image_shapes(s)[3:]),
+    ),
+    Call("dropout", "no-residual", partial(dropout, p=0.3), lambda s: attention_shapes(s)[:1]),
+    Call(
+        "dropout",
+        "residual",
+        lambda x, residual, **options: dropout(x, 0.3, residual=residual, **options),
+        lambda s: attention_shapes(s)[:1] * 2,
+    ),
+    Call("gelu_dropout", "plain", partial(gelu_dropout, p=0.3), lambda s: attention_shapes(s)[:1]),
+)
+_ONLY_IN_TESTS = ("exact-query", "exact-key", "relu-query", "relu-key", "no-bias", "no-residual")
+# The pseudo-inverse enlarges the roundings of the landmarks' softmax, and a convolution is rounded before its norm.
+_AMPLIFICATION = {"performer_attention": 2, "performer_features": 2, "nystrom_attention": 8, "conv_norm": 4}
+
+
 def cases(
     batch: int = 2,
     heads: int = 2,
@@ -102,60 +194,33 @@ def cases(
         device: Device of the projection and the seed. They are copied to the device of the inputs if it differs.
         features: M, the number of random features. Default: ⌊D ln D⌋.
     """
-    generator = torch.Generator().manual_seed(0)
-    features = features or num_random_features(dim)
+    features, generator = features or num_random_features(dim), torch.Generator().manual_seed(0)
     projection = orthogonal_projection(features, dim, generator=generator, dtype=torch.float64).to(device)
-    wider = 3 if dim < 64 else -3  # the CUDA kernels support at most 64
-    keys, value_dim = (tokens + 7, dim + wider) if ragged else (tokens, dim)
-    query, key, value = (batch, heads, tokens, dim), (batch, heads, keys, dim), (batch, heads, keys, value_dim)
-
-    def performer(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-        return performer_attention(q, k, v, projection.to(q.device), **options)
-
-    def performer_phi(x: Tensor, is_query: bool, **options) -> Tensor:
-        return performer_features(x, projection.to(x.device), is_query, **options)
-
-    def nystrom_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options) -> Tensor:
-        return nystrom_attention(q, k, v, 16, residual_weight=weight, **options)
-
-    attention = (query, key, value)
-    found = [
-        Case("linear_attention", m, partial(linear_attention, feature_map=m), attention, tokens)
-        for m in ("softmax", "elu", "relu")
-    ]
-    found += [
-        Case("kv_state", m, partial(kv_state, feature_map=m), (key, value), tokens) for m in ("softmax", "elu", "relu")
-    ]
-    found += [
-        Case("performer_attention", "softmax", performer, attention, tokens, 2),
-        Case(
-            "performer_attention", "softmax, eps=0", partial(performer, kernel="softmax", eps=0), attention, tokens, 2
-        ),
-        Case("performer_attention", "relu", partial(performer, kernel="relu"), attention, tokens),
-        Case("performer_features", "query", partial(performer_phi, is_query=True), (query,), dim, 2),
-        Case("performer_features", "key", partial(performer_phi, is_query=False), (key,), dim, 2),
-        # the pseudo-inverse enlarges the roundings of the landmarks' softmax
-        Case("nystrom_attention", "16 landmarks", partial(nystrom_attention, num_landmarks=16), attention, tokens, 8),
-        Case("nystrom_attention", "residual", nystrom_residual, (*(query,) * 3, (heads, 1, 33, 1)), tokens, 8),
-    ]
-    planes, side = (dim, (9, 11)) if ragged else (heads * dim, (math.isqrt(tokens),) * 2)
-    image, channels = (batch, planes, *side), (planes + value_dim - dim,)
-    weight = (*channels, planes, 3, 3)
-
-    def channels_last(x: Tensor, *rest: Tensor, **options) -> Tensor:
-        return conv_norm(x.contiguous(memory_format=torch.channels_last), *rest, **options)
-
-    # the convolution is rounded to the dtype before the norm
-    convolution = ((image, weight, channels, channels, channels), 9 * planes, 4)
-    found += [
-        Case("conv_norm", "NCHW", conv_norm, *convolution),
-        Case("conv_norm", "channels_last", channels_last, *convolution),
-    ]
     seed = torch.tensor(12345, device=device)
-    drop = lambda x, residual, **options: dropout(x, 0.3, seed.to(x.device), residual=residual, **options)  # noqa: E731
-    gelu = lambda x, **options: gelu_dropout(x, 0.3, seed.to(x.device), **options)  # noqa: E731
-    found += [Case("dropout", "p=0.3", drop, (query, query), 1), Case("gelu_dropout", "p=0.3", gelu, (query,), 1)]
-    return found
+    constants = {"performer_attention": {"projection": projection}, "performer_features": {"projection": projection}}
+    constants |= {"nystrom_attention": {"num_landmarks": 16}, "dropout": {"seed": seed}, "gelu_dropout": {"seed": seed}}
+    wider = (3 if dim < 64 else -3) if ragged else 0  # the CUDA kernels support at most 64
+    sizes = Sizes(batch, heads, tokens, tokens + 7 * ragged, dim, dim + wider, taps=33)
+    planes, image = (dim, (9, 11)) if ragged else (heads * dim, (math.isqrt(tokens),) * 2)
+    of_images = replace(sizes, dim=planes, value_dim=planes + wider, image=image)
+    depths = {"performer_features": dim, "conv_norm": 9 * planes, "dropout": 1, "gelu_dropout": 1}
+    return [
+        Case(
+            call.op,
+            call.label,
+            partial(_with_constants, call.function, constants.get(call.op, {})),
+            tuple(call.shapes(of_images if call.op == "conv_norm" else sizes)),
+            depths.get(call.op, tokens),
+            1 if call.label == "relu" else _AMPLIFICATION.get(call.op, 1),
+        )
+        for call in CALLS
+        if call.label not in _ONLY_IN_TESTS
+    ]
+
+
+def _with_constants(function: Callable, constants: dict[str, Any], *inputs: Tensor, **options: Any) -> Any:
+    placed = {name: c.to(inputs[0].device) if isinstance(c, Tensor) else c for name, c in constants.items()}
+    return function(*inputs, **placed, **options)
 
 
 def tolerance(expected: Tensor, dtype: torch.dtype, depth: int, amplification: float = 1.0) -> float:
@@ -210,19 +275,14 @@ def run(
     return max(results, key=lambda result: result.ratio)
 
 
-def run_all(device: str | torch.device = "cpu") -> list[Result | tuple[str, str, str]]:
-    """Check every case on every backend. A backend that does not support a case gives (op, backend, reason)."""
+def run_all(device: str | torch.device = "cpu") -> list[Result]:
+    """Check every case on every backend that supports it, in every dtype."""
     device = torch.device(device)
-    found: list[Result | tuple[str, str, str]] = []
-    for case in cases():
-        for backend in dispatch.BACKENDS[1:]:
-            for dtype in FLOAT_DTYPES:
-                reason = dispatch.unsupported_reason(case.op, backend, device, dtype, case.dim)
-                if backend == "reference" or reason is None:
-                    found.append(run(case, backend, device, dtype))
-                else:
-                    found.append((case.op, backend, reason))
-    return found
+    return [
+        run(case, backend, device, dtype)
+        for case, backend, dtype in itertools.product(cases(), dispatch.BACKENDS[1:], FLOAT_DTYPES)
+        if backend == "reference" or not dispatch.unsupported_reason(case.op, backend, device, dtype, case.dim)
+    ]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

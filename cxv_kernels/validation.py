@@ -129,12 +129,13 @@ def check_keys_values(k: Tensor, v: Tensor) -> None:
     check_tensor("k", k, 4, "(B, H, N, D)")
     check_tensor("v", v, 4, "(B, H, N, E)")
     check_same("v", v, "k", k)
-    if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"v has batch and heads {tuple(v.shape[:2])}, k {tuple(k.shape[:2])}: they must agree")
-    if v.shape[2] != k.shape[2]:
-        raise ValueError(f"v has {v.shape[2]} tokens, k {k.shape[2]}: they must agree")
-    if k.shape[3] == 0:
-        raise ValueError(f"k must have at least one channel, got shape {tuple(k.shape)}")
+    k_shape, v_shape = k.shape, v.shape
+    if v_shape[:2] != k_shape[:2]:
+        raise ValueError(f"v has batch and heads {tuple(v_shape[:2])}, k {tuple(k_shape[:2])}: they must agree")
+    if v_shape[2] != k_shape[2]:
+        raise ValueError(f"v has {v_shape[2]} tokens, k {k_shape[2]}: they must agree")
+    if k_shape[3] == 0:
+        raise ValueError(f"k must have at least one channel, got shape {tuple(k_shape)}")
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -142,12 +143,13 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensor("q", q, 4, "(B, H, N_q, D)")
     check_keys_values(k, v)
     check_same("k", k, "q", q)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k has batch size {k.shape[0]}, q {q.shape[0]}: they must agree")
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads, q {q.shape[1]}: they must agree")
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k has head dimension {k.shape[3]}, q {q.shape[3]}: they must agree")
+    q_shape, k_shape = q.shape, k.shape
+    if k_shape[0] != q_shape[0]:
+        raise ValueError(f"k has batch size {k_shape[0]}, q {q_shape[0]}: they must agree")
+    if k_shape[1] != q_shape[1]:
+        raise ValueError(f"k has {k_shape[1]} heads, q {q_shape[1]}: they must agree")
+    if k_shape[3] != q_shape[3]:
+        raise ValueError(f"k has head dimension {k_shape[3]}, q {q_shape[3]}: they must agree")
 
 
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
@@ -197,7 +199,7 @@ def computing(op: str, **tensors: Tensor | None) -> contextlib.AbstractContextMa
     If an argument has a tensor subclass that does not support the op, the error names the argument.
     """
     first = next(iter(tensors.values()))
-    subclasses = [name for name, t in tensors.items() if t is not None and not is_plain_tensor(t)]
+    subclasses = [name for name, t in tensors.items() if t is not None and type(t) not in _PLAIN_TENSORS]
     if not subclasses or torch.compiler.is_compiling():
         return without_autocast(first)
     return _naming(op, subclasses[0], tensors[subclasses[0]], first)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,17 @@ import pytest
 import torch
 from cli_support import TINY, assert_error, call
 from conftest import needs_cpp
+from PIL import Image
 from torch.utils import cpp_extension
 
 import cxv
 from cxv import cli
+from cxv.data import Preprocessing
 from cxv.errors import InputError
 from cxv.export import export_model
 from cxv_kernels import library
 
+ROOT = Path(__file__).parent.parent
 ANY_SIZE = ["cpv-1/2", "cnv-1/2", "cltv-1/2", "hybrid-vilt-1/2"]
 FIXED_SIZE = ["hybrid-vip-1/2", "hybrid-vin-1/2"]
 MODELS = ANY_SIZE + FIXED_SIZE
@@ -108,6 +112,60 @@ def test_cli_int8(capsys, run, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.fixture
+def deploy_page():
+    """The names that the program of docs/deploy.md defines."""
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    names = {}
+    exec(block, names)
+    return SimpleNamespace(**names)
+
+
+def odd_images(folder):
+    """Images of other sizes and modes, among them a transparent one and one that EXIF rotates."""
+    mask = torch.arange(23 * 40).view(23, 40) % 256
+    color = torch.stack([mask, mask.flip(0), torch.randint(0, 256, (23, 40))], 2).to(torch.uint8)
+    photo = Image.fromarray(color.numpy())
+    transparent = photo.copy()
+    transparent.putalpha(Image.fromarray(mask.to(torch.uint8).numpy()))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation
+    files = [(photo, "a.png", {}), (photo, "b.jpg", {"exif": exif}), (transparent, "c.png", {})]
+    files += [(photo.convert("L"), "d.webp", {}), (transparent.convert("LA"), "e.png", {})]
+    files += [(transparent.quantize(), "f.png", {}), (photo.resize((12, 10)), "g.png", {})]
+    for image, name, options in files:
+        image.save(folder / name, **options)
+    return [str(folder / name) for _, name, _ in files]
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "channels"),
+    [("pad", [10, 12], 3), pytest.param("crop", 10, 1, marks=slow), pytest.param("squash", 9, 3, marks=slow)],
+)
+def test_the_program_of_the_page_agrees_with_predict(capsys, deploy_page, tmp_path, resize, size, channels):
+    """To 1e-4, from the image file to the probabilities."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = cxv.create_model("cltv-1/2", embed_dim=16, num_classes=4, in_chans=channels)
+    torch.nn.init.normal_(model.head.weight)
+    rules = Preprocessing(size, channels, resize, "lanczos", "#ff8000", mean=[0.2] * channels, std=[0.3] * channels)
+    checkpoint, path = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    cxv.save_safetensors(model, checkpoint, classes=["a", "b", "c", "d"], **rules.to_dict())
+    code, _, err = call(capsys, "export", "--checkpoint", checkpoint, "--format", "onnx", path)
+    assert code == 0, err
+    files = odd_images(tmp_path)
+    code, out, _ = call(capsys, "predict", "--checkpoint", checkpoint, "--format", "json", *files)
+    assert code == 0
+    seen = []
+    for entry in json.loads(out):
+        expected = {pair["class"]: pair["probability"] for pair in entry["predictions"]}
+        assert dict(deploy_page.classify(str(path), entry["file"])) == pytest.approx(expected, abs=1e-4)
+        seen.append(torch.tensor([expected[name] for name in "abcd"]))
+    assert (torch.stack(seen).amax(0) - torch.stack(seen).amin(0)).max() > 5e-3  # the model sees the differences
+
+
 def test_cli_safetensors(capsys, run, tmp_path):
     path = tmp_path / "digits.safetensors"
     code, out, _ = call(capsys, "export", "--checkpoint", run, "--format", "safetensors", path)
@@ -146,6 +204,14 @@ def test_onnx_on_a_hundred_images(name, tmp_path):
     written = onnx.load(done.path)
     assert {o.domain: o.version for o in written.opset_import}[""] == 20
     assert not any("cxv" in node.domain for node in written.graph.node)
+    axes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*written.graph.input, *written.graph.output)
+    }
+    assert axes == {
+        "images": ["batch", 3, *(["height", "width"] if done.any_size else [10, 10])],
+        "logits": ["batch", 4],
+    }
 
 
 @every_model

@@ -21,8 +21,8 @@ LAYERS = (
 )
 # A function imports a module of ours for one reason only: the module needs a package or a build that may be missing.
 FUNCTION_LEVEL = {
+    ("cxv.__main__", "cxv.cli"),  # the exception: Ctrl-C is handled before PyTorch is imported
     ("cxv_kernels.library", "cxv_kernels._C"),  # exists only if it was built
-    ("tools.compile_report", "tools.triton_compile"),  # needs Triton
 }
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from cxv.checkpoint import read_checkpoint
 from cxv.training import TrainConfig, train
+from cxv.training import engine as engine_module
 
 TINY = {
     "model": "cpv-1/2",
@@ -28,6 +29,32 @@ def run(output, **kwargs):
     lines = []
     result = train(TrainConfig(**{**TINY, "output": str(output), **kwargs}), log=lines.append)
     return result, "\n".join(lines)
+
+
+def resume(output, **kwargs):
+    lines = []
+    result = train(TrainConfig(output=str(output), resume=True, **kwargs), log=lines.append)
+    return result, "\n".join(lines)
+
+
+def before_batch(monkeypatch, epoch, batch, act, split="train"):
+    """Call ``act()`` before a batch (from 0) of the training or evaluation of an epoch (from 1)."""
+    batches, epochs = engine_module.batches, [0]
+
+    def acting(*args, **kwargs):
+        training = "augment" in kwargs
+        epochs[0] += training
+        here = epochs[0] == epoch and training == (split == "train")
+        for i, pair in enumerate(batches(*args, **kwargs)):
+            if here and i == batch:
+                act()
+            yield pair
+
+    monkeypatch.setattr(engine_module, "batches", acting)
+
+
+def cut_power():
+    raise RuntimeError("the power is cut")
 
 
 def curve(output):

@@ -1,11 +1,10 @@
 """Report registers, spills, shared memory and instructions of every compiled GPU kernel, without a GPU.
 
-Each Triton kernel has a roofline bound ("floor"): the time to move the bytes of its tensors once and to compute the
-exponentials of its features, at the datasheet rates of a card. The report also predicts the time to issue the
-instructions of the compiled loop over tokens. Both are predictions and not measurements.
+"Issued" is the number of instructions of a warp that a token of a head costs in the loop over tokens.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ import cuda_report
 import torch
 from _harness import DTYPES, positive
 from _report import Table
+from triton_compile import Compiled, compile_all, launches
 
 from cxv_kernels import _triton
 
@@ -30,45 +30,31 @@ ARCHITECTURES = (75, 80, 90)
 SIZES: tuple[dict[str, Any], ...] = ({}, {"batch": 2, "heads": 2, "tokens": 200, "ragged": True})
 
 
-def compile_kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of every Triton kernel: dtype after dtype, architecture after architecture."""
-    from triton_compile import compile_all, distinct, launches
-
-    def recorded(arch: int) -> list[tuple[int, Any]]:
-        return [
-            (arch, launch)
-            for dtype in arguments.dtype
-            for dim in arguments.dims
-            for size in SIZES[: 1 + arguments.ragged]
-            for launch in launches(
-                DTYPES[dtype], arch, dim=dim, features=arguments.features, only=arguments.cases, **size
-            )
-        ]
-
-    rows = compile_all([pair for arch in arguments.arch for pair in recorded(arch)], arguments.jobs)
-    return [asdict(row) | {"fault": row.fault} for row in distinct(rows)]
+def compile_kernels(arguments: argparse.Namespace) -> list[Compiled]:
+    """The rows of every Triton kernel: architecture after architecture, dtype after dtype."""
+    found = []
+    for arch, dtype, dim in itertools.product(arguments.arch, arguments.dtype, arguments.dims):
+        options = {"dim": dim, "features": arguments.features, "only": arguments.cases}
+        for size in SIZES[: 1 + arguments.ragged]:
+            found += [(arch, launch) for launch in launches(DTYPES[dtype], arch, **options, **size)]
+    return list({id(row): row for row in compile_all(found, arguments.jobs)}.values())
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
+def table(rows: Sequence[Compiled]) -> Table:
     """One line per kernel variant."""
+    families = ["HMMA", "WGMMA", "FFMA", "MUFU", "LDG", "STG", "all"]
     header = ["kernel", "launched by", "dtype", "sm", "warps", "stages", "regs", "spills", "shared", "cubin", "occup."]
-    header += ["HMMA", "WGMMA", "FFMA", "MUFU", "LDG", "STG", "all", "B/unit", "exp/unit", "floor, ns", "issue, ns"]
     cells = []
     for row in rows:
-        head = [row["kernel"], row["case"], row["dtype"], str(row["arch"])]
-        if row["error"]:
-            cells.append([*head, row["error"]])
+        head = [row.kernel, row.case, row.dtype, str(row.arch)]
+        if row.error:
+            cells.append([*head, row.error])
             continue
-        count, floor = row["instructions"], row["floor"]
-        numbers = [row["options"]["num_warps"], row["options"]["num_stages"], row["registers"], row["spills"]]
-        line = [*head, *map(str, numbers), f"{row['shared'] / 1024:.0f} K", f"{row['cubin'] / 1024:.0f} K"]
-        line += [f"{row['occupancy']:.0%}", *(str(count[name]) for name in ("HMMA", "WGMMA", "FFMA", "MUFU"))]
-        line[-3] += "*" * row["serialized"]
-        line += [str(count["LDG"]), str(count["STG"]), str(count["all"])]
-        line += [f"{floor['bytes_per_unit']:.0f}", f"{floor['exps_per_unit']:.0f}", f"{floor['ns_per_unit']:.3f}"]
-        line.append(f"{floor['issue_ns_per_unit']:.3f}" if row["issued"] else "—")
-        cells.append(line)
-    return Table(header, cells, left=3)
+        numbers = [row.options["num_warps"], row.options["num_stages"], row.registers, row.spills]
+        sizes = [f"{row.shared / 1024:.0f} K", f"{row.cubin / 1024:.0f} K", f"{row.occupancy:.0%}"]
+        counts = [f"{row.instructions[name]}{'*' * (row.serialized and name == 'WGMMA')}" for name in families]
+        cells.append([*head, *map(str, numbers), *sizes, *counts, f"{row.issued:.1f}" if row.issued else "—"])
+    return Table([*header, *families, "issued"], cells, left=3)
 
 
 def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -88,10 +74,7 @@ def cuda_kernels(architectures: Sequence[int]) -> tuple[list[dict[str, Any]], li
     return rows, words
 
 
-NOTES = """\
-Spills are loads and stores of local memory. A unit is a token of a head, a pixel or an element. "floor" and "issue" are
-predictions from the datasheet of a card: the time of the bytes and exponentials, and of the instructions in the loop
-over tokens. * ptxas serializes these products."""
+NOTES = "Spills are loads and stores of local memory. * ptxas serializes these products."
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -121,14 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, (cuda, words) = compile_kernels(arguments), cuda_kernels(() if arguments.cases else arguments.arch)
     seconds = time.perf_counter() - start
     if arguments.json:
-        results = {"torch": torch.__version__, "rows": rows, "cuda_rows": cuda}
+        found = [asdict(row) | {"fault": row.fault} for row in rows]
+        results = {"torch": torch.__version__, "rows": found, "cuda_rows": cuda}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print("\n\n".join([table(rows).text(), NOTES, *words]))
-    failed = [row for row in rows if row["error"]]
-    faulty = [row for row in rows if row["fault"] and not row["error"]]
+    failed = sum(row.error is not None for row in rows)
+    faulty = [row for row in rows if row.fault and not row.error]
     for row in faulty:
-        print(f"{row['kernel']} of {row['case']}, {row['dtype']}, sm_{row['arch']}: {row['fault']}")
-    counts = f"{len(failed)} do not compile, {len(faulty)} with a fault"
+        print(f"{row.kernel} of {row.case}, {row.dtype}, sm_{row.arch}: {row.fault}")
+    counts = f"{failed} do not compile, {len(faulty)} with a fault"
     print(f"{len(rows)} Triton kernels, {counts}, {seconds:.0f} s")
     return 1 if failed else 0
 

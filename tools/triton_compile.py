@@ -16,15 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import cxv
 import cxv_kernels
@@ -33,22 +32,14 @@ from cxv_kernels import _triton, dispatch, testing
 
 @dataclass(frozen=True)
 class Card:
-    """Limits of a multiprocessor (CUDA programming guide) and datasheet rates of a card, for roofline bounds."""
+    """Limits of a multiprocessor of an architecture (CUDA programming guide)."""
 
-    name: str
-    bandwidth: float  # bytes per second
-    exps: float  # per second: 16 per multiprocessor and clock
     warps: int
     blocks: int
     shared: int  # bytes of a multiprocessor
     block_shared: int  # bytes that one block may have
     block_reserved: int  # bytes of it that the system keeps
     registers: int = 65536
-
-    @property
-    def issues(self) -> float:
-        """Instructions of a warp per second: 4 per multiprocessor and clock."""
-        return self.exps / 4
 
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
         """The share of the warps that can be resident; registers of a thread, shared bytes and warps of a block."""
@@ -59,9 +50,9 @@ class Card:
 
 
 CARDS = {
-    75: Card("T4", 320e9, 40 * 16 * 1.59e9, 32, 16, 64 << 10, 64 << 10, 0),
-    80: Card("A100 (40 GB)", 1555e9, 108 * 16 * 1.41e9, 64, 32, 164 << 10, 163 << 10, 1 << 10),
-    90: Card("H200", 4800e9, 132 * 16 * 1.98e9, 64, 32, 228 << 10, 227 << 10, 1 << 10),
+    75: Card(32, 16, 64 << 10, 64 << 10, 0),
+    80: Card(64, 32, 164 << 10, 163 << 10, 1 << 10),
+    90: Card(64, 32, 228 << 10, 227 << 10, 1 << 10),
 }
 
 
@@ -72,12 +63,9 @@ class Launch:
     case: str
     kernel: Any  # triton.JITFunction
     dtype: str
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    nbytes: int  # of the tensors that it is given, each once
-    units: int  # tokens × heads, pixels or elements of the case
-    exps: float  # per unit, where the kernel has exponentials and reads the tokens
+    grid: tuple[int, ...] = ()
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
     error: str | None = None  # why there is no kernel
 
     @property
@@ -85,21 +73,20 @@ class Launch:
         """The @triton.jit function's."""
         return self.kernel.__name__ if self.kernel else "—"
 
-    def rounds(self, constants: dict[str, Any]) -> int:
-        """How often the loop over tokens runs, all programs together; 0 without such a loop."""
+    def rounds(self, constants: dict[str, Any]) -> float:
+        """How often the loop over tokens runs per token of a head; 0 without such a loop."""
         given = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
         if "sizes" not in given:
             return 0
         _, tokens, size, _ = given["sizes"]
-        return math.prod(self.grid) * -(-min(size, tokens) // constants["BLOCK_N"])
+        rounds = math.prod(self.grid) * -(-min(size, tokens) // constants["BLOCK_N"])
+        return rounds / math.prod(self.arguments[0].shape[:3])
 
 
 # The modules with the Triton kernels' launchers.
-LAUNCHERS = {
-    "linear_attention": "cxv_kernels.ops.linear_attention.triton.launch",
-    "performer_attention": "cxv_kernels.ops.performer_attention.triton",
-    **{op: f"cxv_kernels.ops.{op}.triton" for op in ("conv_norm", "dropout", "nystrom_attention")},
-}
+_OPS = ("performer_attention", "conv_norm", "dropout", "nystrom_attention")
+LAUNCHERS = {op: f"cxv_kernels.ops.{op}.triton" for op in _OPS}
+LAUNCHERS["linear_attention"] = "cxv_kernels.ops.linear_attention.triton.launch"
 IMPLICIT_GEMM = "conv_norm implicit GEMM"  # off by default: the case that is not among the cases
 MODELS = {"cpv-1/4": "performer_attention", "cnv-1/4": "nystrom_attention", "cltv-1/4": "linear_attention"}
 
@@ -118,13 +105,11 @@ def recording(take: Callable[..., None], arch: int = 80) -> Iterator[None]:
     def capability(_: torch.device) -> int:
         return arch
 
-    with ExitStack() as patches:
-        for name in LAUNCHERS.values():
-            module = importlib.import_module(name)
-            if hasattr(module, "launch"):
-                patches.enter_context(mock.patch.object(module, "launch", launch))
-        patches.enter_context(mock.patch.object(_triton, "capability", capability))
-        patches.enter_context(dispatch.use_backend("triton"))
+    with (
+        mock.patch.object(_triton, "launch", launch),
+        mock.patch.object(_triton, "capability", capability),
+        dispatch.use_backend("triton"),
+    ):
         yield
 
 
@@ -156,41 +141,28 @@ def launches(
     with recording(lambda *_: None, arch):
         served = {op for op in cxv_kernels.OPS if dispatch.explain_backend(op, dtype=dtype)["triton"] == "supported"}
 
-    def during(case: str, units: int, exps: float, run: Callable[[], Any]) -> None:
-        def take(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
-            tensors = {a.data_ptr(): a for a in arguments if isinstance(a, Tensor)}
-            total = sum(a.untyped_storage().nbytes() for a in tensors.values())
-            reads = any(a.numel() >= units * dim for a in tensors.values())
-            mine = Launch(case, kernel, name, grid, arguments, options, total, units, exps if reads else 0)
-            found.append(mine)
-
+    def during(case: str, run: Callable[[], Any]) -> None:
         try:
-            with recording(take, arch):
+            with recording(lambda kernel, *rest: found.append(Launch(case, kernel, name, *rest)), arch):
                 run()
         except Exception as error:  # the report lists the error and continues without the launches of this case
             words = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
-            found.append(Launch(case, None, name, (), (), {}, 0, units, exps, words[:300]))
+            found.append(Launch(case, None, name, error=words[:300]))
 
     for case in testing.cases(batch, heads, tokens, dim, ragged, features=features):
-        if case.op in served and wanted(f"{case.op} {case.label}"):
+        label = f"{case.op} {case.label}"
+        if case.op in served and wanted(label):
             inputs = [torch.randn(shape).to(dtype) for shape in case.shapes]
-            width = {"dropout": 1, "gelu_dropout": 1, "conv_norm": inputs[0].shape[1]}.get(case.op, dim)
-            units = inputs[0].numel() // width
-            exps = _exps(case, dim, features)
-            during(
-                f"{case.op} {case.label}",
-                units,
-                exps,
-                lambda c=case, i=inputs: testing.outputs_and_gradients(c, i, "triton", dtype),
-            )
+            during(label, partial(testing.outputs_and_gradients, case, inputs, "triton", dtype))
     if "conv_norm" in served and wanted(IMPLICIT_GEMM) and arch >= 80 and not ragged:
         x = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
         weight, norm = torch.randn(128, 128, 3, 3).to(dtype), (torch.ones(128), torch.zeros(128))
-        with implicit_gemm():
-            during(IMPLICIT_GEMM, 1024, 0, lambda: cxv_kernels.conv_norm(x, weight, None, *norm))
+        module = importlib.import_module(LAUNCHERS["conv_norm"])
+        with mock.patch.object(module, "prefers_implicit_gemm", return_value=True):
+            during(IMPLICIT_GEMM, partial(cxv_kernels.conv_norm, x, weight, None, *norm))
     for model_name, attention in MODELS.items() if dim == 32 and not ragged else ():
         if {attention, "conv_norm", "dropout", "gelu_dropout"} <= served and wanted(model_name):
-            during(model_name, 4 * 1024, 0, lambda m=model_name: _training_step(m, dtype))
+            during(model_name, partial(_training_step, model_name, dtype))
     return found
 
 
@@ -202,24 +174,6 @@ def _training_step(name: str, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype, enabled=low):
         loss = F.cross_entropy(model(torch.randn(1, 3, 32, 32).to(stored)), torch.tensor([1]))
     loss.backward()
-
-
-@contextmanager
-def implicit_gemm() -> Iterator[None]:
-    """In the block, Triton's conv_norm uses its own convolution."""
-    module = importlib.import_module(LAUNCHERS["conv_norm"])
-    before, module.prefers_implicit_gemm = module.prefers_implicit_gemm, lambda *_: True
-    try:
-        yield
-    finally:
-        module.prefers_implicit_gemm = before
-
-
-def _exps(case: testing.Case, dim: int, features: int | None) -> float:
-    """Of a token's features."""
-    if case.op.startswith("performer"):
-        return 0 if case.label == "relu" else features or testing.num_random_features(dim)
-    return 0 if case.label == "relu" or case.op in ("conv_norm", "dropout", "gelu_dropout") else dim
 
 
 # --- compiling ---------------------------------------------------------------------------------------------------
@@ -244,9 +198,8 @@ class Compiled:
     occupancy: float = 0.0
     instructions: dict[str, int] = field(default_factory=dict)  # by family
     seconds: float = 0.0
-    floor: dict[str, Any] = field(default_factory=dict)
     serialized: bool = False  # ptxas had Hopper's asynchronous products wait for one another
-    issued: float | None = None  # instructions of a warp that a unit costs in the loop over tokens, if there is one
+    issued: float | None = None  # instructions of a warp that a token costs in the loop over tokens, if there is one
 
     @property
     def fault(self) -> str:
@@ -266,16 +219,11 @@ FAMILIES = {
     "HMMA": r"HMMA",
     "WGMMA": r"(HGMMA|WGMMA)",
     "FFMA": r"(FFMA|FMUL|FADD)",
-    "HFMA2": r"(HFMA2|HMUL2|HADD2)",
-    "DFMA": r"(DFMA|DMUL|DADD)",
     "MUFU": r"MUFU",
-    "EX2": r"MUFU\.EX2",
     "LDG": r"(LDG|LDGSTS|UBLKCP)",
     "STG": r"STG",
     "LDL": r"LDL",
     "STL": r"STL",
-    "SHFL": r"SHFL",
-    "BAR": r"BAR",
 }
 
 
@@ -326,35 +274,13 @@ def _compile(index: int) -> Compiled:
     made.serialized = _serialized(compiled.asm["ptx"], get_ptxas(target.arch).path)
     rounds = launch.rounds(constants)
     if rounds:
-        warps = compiled.metadata.num_warps * rounds / launch.units
-        made.issued = instructions_of_a_round(sass, constants.get("BLOCKS", 1)) * warps
+        made.issued = instructions_of_a_round(sass, constants.get("BLOCKS", 1)) * compiled.metadata.num_warps * rounds
     made.seconds = round(time.perf_counter() - start, 2)
-    card = CARDS[target.arch]
-    exps = launch.exps * launch.units if made.instructions["EX2"] else 0
-    nanoseconds = 1e9 * max(launch.nbytes / card.bandwidth, exps / card.exps)
-    made.floor = {
-        "card": card.name,
-        "bytes_per_unit": launch.nbytes / launch.units,
-        "exps_per_unit": exps / launch.units,
-        "ns_per_unit": nanoseconds / launch.units,
-        "issue_ns_per_unit": made.issued and 1e9 * made.issued / card.issues,
-    }
     return made
 
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else getattr(value, "__name__", str(value))
-
-
-def tool(name: str) -> str:
-    """The path of a CUDA tool in Triton's wheel."""
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def instructions_of_a_round(sass: str, blocks: int) -> int:
@@ -389,10 +315,13 @@ def _serialized(ptx: str, ptxas: str) -> bool:
 
 def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:
     """Add the data of the machine code to the row, and return it."""
+    from triton import knobs
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = _run(tool("cuobjdump"), "-res-usage", "-sass", file.name)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     made.registers = int(re.search(r"REG:(\d+)", sass).group(1))
     opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE))
     made.instructions = {
@@ -406,10 +335,7 @@ def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:
 
 
 def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Compiled]:
-    """What becomes of each (architecture, launch), in ``jobs`` processes; equal ones are compiled once, and one object.
-
-    Triton's cache keeps what they make.
-    """
+    """Compile each (architecture, launch) in ``jobs`` processes. Equal ones are compiled once and give one object."""
     _queue.clear()
     places: list[int | Compiled] = []  # in the queue, or what is known already
     seen: dict[str, int] = {}
@@ -426,8 +352,3 @@ def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Comp
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         made = list(pool.map(_compile, range(len(_queue))))
     return [made[place] if isinstance(place, int) else place for place in places]
-
-
-def distinct(rows: Sequence[Compiled]) -> list[Compiled]:
-    """Each once."""
-    return list({id(row): row for row in rows}.values())

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from _harness import DTYPES, TOLERANCE, environment, interleaved, positive, relative_error
-from triton_compile import CARDS, Compiled, compile_all, launches
+from triton_compile import CARDS, compile_all, launches
 
 from cxv_kernels import _triton, testing
 from cxv_kernels.ops.linear_attention.triton import configs
@@ -116,19 +116,6 @@ def candidates(entry: Entry, most: int) -> list[Options]:
     return [entry.packaged, *fitting][:most]
 
 
-def _fault(row: Compiled) -> str:
-    """Return the reason why the candidate is rejected, or an empty string."""
-    if row.error:
-        return row.error
-    if row.spills:
-        return f"{row.spills} spills"
-    if row.serialized:
-        return "products wait for one another"
-    if row.shared > CARDS[row.arch].block_shared:
-        return f"{row.shared} bytes of shared memory"
-    return ""
-
-
 def compile_candidates(found: Sequence[Entry], table: Table, jobs: int) -> None:
     """Note candidates that spill, are too large or do not compile. Choose among the others by issued instructions."""
     wanted: list[tuple[int, Any]] = []
@@ -146,7 +133,7 @@ def compile_candidates(found: Sequence[Entry], table: Table, jobs: int) -> None:
             owners += [(entry, i)] * len(chosen)
     occupancy: dict[tuple[int, int], float] = {}
     for (entry, i), row in zip(owners, compile_all(wanted, jobs), strict=True):
-        entry.notes[i] = entry.notes[i] or _fault(row)
+        entry.notes[i] = entry.notes[i] or row.fault
         entry.issued[i] = max(entry.issued[i] or 0.0, row.issued or 0.0) or None
         occupancy[id(entry), i] = min(occupancy.get((id(entry), i), 1.0), row.occupancy)
     for entry in found:
@@ -206,15 +193,12 @@ def time_candidates(entry: Entry, table: Table, device: torch.device, budget: fl
 
 def line(entry: Entry) -> str:
     """An entry's outcome in words."""
-    out = sum(bool(note) for note in entry.notes)
-    change = {name: value for name, value in entry.chosen.items() if value != entry.packaged[name]}
-    words = ", ".join(f"{name} {entry.packaged[name]} → {value}" for name, value in change.items()) or "as it was"
-    at, was = entry.candidates.index(entry.chosen), float("nan")
-    best = f"; {entry.seconds[at] * 1e6:.1f} µs, was {(entry.seconds[0] or was) * 1e6:.1f}" if entry.seconds[at] else ""
-    if not best and entry.issued[at]:
-        best = f"; {entry.issued[at]:.1f} instructions a token, was {entry.issued[0] or was:.1f}"
-    head = f"{entry.kernel:24} sm_{entry.arch} {entry.size:8} {entry.dtype:9} {len(entry.candidates)} tried, {out} out"
-    return f"{head}: {words}{best}"
+    changes = (f"{n} {entry.packaged[n]} → {value}" for n, value in entry.chosen.items() if value != entry.packaged[n])
+    at = entry.candidates.index(entry.chosen)
+    costs, unit = (entry.seconds, "s") if entry.seconds[at] else (entry.issued, "instructions a token")
+    cost = f"; {costs[at]:.3g} {unit}, was {costs[0] or float('nan'):.3g}" if costs[at] else ""
+    tried = f"{len(entry.candidates)} tried, {sum(map(bool, entry.notes))} out"
+    return f"{entry.kernel:24} {entry.key:24} {tried}: {', '.join(changes) or 'as it was'}{cost}"
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -107,6 +107,13 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
 
 
+def positive_number(text: str) -> int:
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
+    return value
+
+
 def _numbers(count: int | None, example: str) -> Callable[[str], tuple[int, ...]]:
     def whole_numbers(text: str) -> tuple[int, ...]:
         try:

@@ -1,12 +1,13 @@
-"""The report of ``cxv eval --report``: confusion matrix, accuracy by class and worst mistakes, in one file."""
+"""The report of ``cxv eval --report``: curves, confusion matrix, accuracy by class and worst mistakes, in one file."""
 
 import base64
 import html
 import io
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,17 @@ from torch import Tensor
 from ..checkpoint import atomic_write
 from ..data.datasets import need
 from ..data.loader import ImageSet
-from ..errors import InputError
+from ..errors import InputError, printable
+from ..training.logging import figure_png, new_figure, plot_curves, plot_text
+from .scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".html", ".png")
 _MISTAKES = 40  # shown, at most
-_NAMED = 30  # classes whose names fit beside a picture
+_NAMED = 30  # classes whose names fit beside the confusion matrix
+_PAIRS = 40  # most confused pairs shown, where the names do not fit
 
 
 @dataclass
@@ -29,76 +33,111 @@ class Report:
     """The predictions of a model on a split.
 
     Args:
-        title: one line.
-        classes: names in label order.
-        data: the split, N images.
-        logits: (N, classes) float32, on the CPU.
+        title: One line.
+        classes: Names in label order.
+        data: The split, N images.
+        logits: Shape (N, classes), float32, on the CPU.
+        files: The file of each image, or another name.
+        history: Lines of ``metrics.jsonl`` of the run, for its curves.
     """
 
     title: str
     classes: list[str]
     data: ImageSet
     logits: Tensor
+    files: Sequence[str]
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        labels, n = self.data.labels, len(self.classes)
-        self.predicted = self.logits.argmax(1)
-        self.probabilities = self.logits.softmax(1)
-        self.confusion = torch.bincount(labels * n + self.predicted, minlength=n * n).view(n, n)
-        """(true, predicted) counts."""
-        self.accuracy = 100 * self.confusion.diag() / self.confusion.sum(1)
-        """Per cent of the images of each class that are predicted as it; nan for a class without images."""
-        self.precision = 100 * self.confusion.diag() / self.confusion.sum(0)
-        """Per cent of the images predicted as each class that belong to it; nan if there are none."""
-        wrong = (self.predicted != labels).nonzero().flatten()
+        labels = self.data.labels
+        self.classes = [printable(name) for name in self.classes]
+        self.scores = Scores(self.logits, labels)
+        wrong = (self.scores.predicted != labels).nonzero().flatten()
         of_truth = self.logits.log_softmax(1)[wrong, labels[wrong]]
         self.mistakes = wrong[of_truth.argsort(stable=True)]
         """Indices of the images that are not recognized, the largest cross-entropy first."""
+        self.worst_first = sorted(range(len(self.classes)), key=lambda i: _nan_last(self.scores.accuracy[i].item()))
 
     def write(self, path: str | Path) -> None:
         """Write one self-contained file, HTML or PNG by its suffix.
 
         Raises:
-            InputError: another suffix, or the file cannot be written.
+            InputError: If the file has another suffix or cannot be written.
         """
         path = Path(path)
-        check_suffix(path)
-        atomic_write(path, self._html().encode() if path.suffix == ".html" else _png(self._figure()))
+        check_report(path)
+        atomic_write(path, self._html().encode() if path.suffix == ".html" else figure_png(self._figure()))
 
     def _html(self) -> str:
-        figure = _new_figure(0.22 * min(len(self.classes), 40) + 3.5, 0.22 * min(len(self.classes), 40) + 3)
-        self._draw_confusion(figure, figure.subplots())
-        rows = []
-        for i in sorted(range(len(self.classes)), key=lambda i: _nan_last(self.accuracy[i].item())):
-            others = self.confusion[i].clone()
-            others[i] = 0
-            j = int(others.argmax())
-            often = f"{html.escape(self.classes[j])} ({others[j]})" if others[j] else ""
-            cells = (f"{self.confusion[i].sum()}", _percent(self.accuracy[i]), _percent(self.precision[i]))
-            numbers = "".join(f"<td class=n>{cell}</td>" for cell in cells)
-            rows.append(f"<tr><td>{html.escape(self.classes[i])}</td>{numbers}<td>{often}</td></tr>")
         pictures = []
         for i in self.mistakes[:_MISTAKES].tolist():
             lines = self._caption(i)
             pictures.append(
-                f'<figure><img alt="image {i}" src="{_data_url(_image_png(self._image(i)))}">'
+                f'<figure><img alt="{html.escape(lines[0])}" src="{_image_url(self._image(i))}">'
                 f"<figcaption>{'<br>'.join(map(html.escape, lines))}</figcaption></figure>"
             )
+        curves = _data_url(plot_curves(self.history)) if self.history else None
         return _PAGE.substitute(
-            title=html.escape(self.title),
-            confusion=_data_url(_png(figure)),
-            rows="\n".join(rows),
+            title=html.escape(printable(self.title)),
+            curves=f'<h2>Training</h2>\n<img class="wide" alt="curves" src="{curves}">' if curves else "",
+            confusion=self._confusion_table() if len(self.classes) <= _NAMED else self._confused_pairs(),
+            rows=_rows(map(self._class_cells, self.worst_first)),
             shown=self._shown(),
             pictures="\n".join(pictures),
+        )
+
+    def _class_cells(self, i: int) -> list[str]:
+        scores = self.scores
+        others = scores.confusion[i].clone()
+        others[i] = 0
+        j = int(others.argmax())
+        often = f"{self.classes[j]} ({others[j]})" if others[j] else ""
+        return [
+            self.classes[i],
+            f"{scores.confusion[i].sum()}",
+            _percent(scores.accuracy[i]),
+            _percent(scores.precision[i]),
+            often,
+        ]
+
+    def _confusion_table(self) -> str:
+        share = self._share()
+        names = [html.escape(_shortened(name)) for name in self.classes]
+        lines = ["<tr><th>true \\ predicted" + "".join(f"<th class=up><span>{name}</span>" for name in names)]
+        for i, name in enumerate(names):
+            cells = (
+                f'<td style="background:rgb(8 81 156/{p:.2f});color:{"#fff" if p > 0.5 else "#222"}">{count or ""}'
+                for p, count in zip(share[i].tolist(), self.scores.confusion[i].tolist(), strict=True)
+            )
+            lines.append(f"<tr><th>{name}{''.join(cells)}")
+        return f'<table class="confusion">\n{"</tr>".join(lines)}</tr>\n</table>'
+
+    def _confused_pairs(self) -> str:
+        """The matrix as a picture, and the pairs with the most confusions by name."""
+        pixels = torch.stack([255 - (255 - c) * self._share().sqrt() for c in (8, 81, 156)]).round().to(torch.uint8)
+        share = self._share()
+        rank = self.scores.confusion + share / 2  # by count, then by share
+        rank.fill_diagonal_(0)
+        pairs = []
+        for pair in rank.flatten().argsort(descending=True, stable=True)[:_PAIRS].tolist():
+            true, predicted = divmod(pair, len(self.classes))
+            if count := int(self.scores.confusion[true, predicted]) * (true != predicted):
+                percent = f"{100 * share[true, predicted]:.1f}"
+                pairs.append([self.classes[true], f"{count}", percent, "", self.classes[predicted]])
+        return (
+            "<p>Rows: true classes, columns: predicted classes, in the order of the labels; dark: a large share of the "
+            f'true class.</p>\n<img class="matrix" alt="confusion matrix" src="{_image_url(pixels)}">\n'
+            "<h2>Most confused pairs</h2>\n<table>\n<tr><th>true class<th class=n>images<th class=n>% of the class<th>"
+            f"<th>taken for</tr>\n{_rows(pairs)}\n</table>"
         )
 
     def _figure(self) -> "Figure":
         columns = 8
         mistakes = self.mistakes[:_MISTAKES].tolist()
         lines = max(1, -(-len(mistakes) // columns))
-        figure = _new_figure(13, 7 + 1.75 * lines)
-        figure.suptitle(self.title)
-        top, bottom = figure.subfigures(2, 1, height_ratios=[6.5, 1.75 * lines + 0.5])
+        figure = new_figure(13, 7 + 1.9 * lines)
+        figure.suptitle(plot_text(self.title))
+        top, bottom = figure.subfigures(2, 1, height_ratios=[6.5, 1.9 * lines + 0.5])
         left, right = top.subplots(1, 2, width_ratios=[3, 2])
         self._draw_confusion(top, left)
         self._draw_accuracy(right)
@@ -108,40 +147,49 @@ class Report:
         for axes, i in zip(bottom.axes, mistakes, strict=False):
             image = self._image(i).permute(1, 2, 0).numpy()
             axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-            axes.set_title("\n".join(self._caption(i)), fontsize=7)
+            axes.set_title("\n".join(map(plot_text, self._caption(i, _shortened))), fontsize=7)
         return figure
 
     def _draw_confusion(self, figure, axes) -> None:
-        share = self.confusion / self.confusion.sum(1, keepdim=True).clamp(min=1)
+        share, names = self._share(), [plot_text(_shortened(name)) for name in self.classes]
         picture = axes.imshow(100 * share.numpy(), cmap="Blues", vmin=0, vmax=100)
         axes.set(xlabel="predicted", ylabel="true")
         figure.colorbar(picture, ax=axes, label="% of the true class", shrink=0.8)
-        n = len(self.classes)
+        n = len(names)
         if n > _NAMED:
             return
-        axes.set_xticks(range(n), self.classes, rotation=90)
-        axes.set_yticks(range(n), self.classes)
-        for true, predicted in self.confusion.nonzero().tolist():
+        axes.set_xticks(range(n), names, rotation=90)
+        axes.set_yticks(range(n), names)
+        for true, predicted in self.scores.confusion.nonzero().tolist():
             color = "white" if share[true, predicted] > 0.5 else "black"
-            count = int(self.confusion[true, predicted])
+            count = int(self.scores.confusion[true, predicted])
             axes.text(predicted, true, count, ha="center", va="center", fontsize=7, color=color)
 
     def _draw_accuracy(self, axes) -> None:
-        worst = sorted(range(len(self.classes)), key=lambda i: _nan_last(self.accuracy[i].item()))[:_NAMED]
-        bars = axes.barh([self.classes[i] for i in worst], self.accuracy[worst].nan_to_num().tolist(), color="#1f6fb4")
-        axes.bar_label(bars, [_percent(self.accuracy[i]) for i in worst], fontsize=7, padding=2)
+        worst, accuracy = self.worst_first[:_NAMED], self.scores.accuracy
+        bars = axes.barh(range(len(worst)), accuracy[worst].nan_to_num().tolist(), color="#1f6fb4")
+        axes.set_yticks(range(len(worst)), [plot_text(_shortened(self.classes[i])) for i in worst])
+        axes.bar_label(bars, [_percent(accuracy[i]) for i in worst], fontsize=7, padding=2)
         axes.invert_yaxis()
         which = "the lowest accuracies" if len(worst) < len(self.classes) else "accuracy"
         axes.set(xlim=(0, 112), xlabel=f"{which} by class (%)")
         axes.spines[["top", "right"]].set_visible(False)
 
+    def _share(self) -> Tensor:
+        """The confusion matrix, each row divided by its sum."""
+        return self.scores.confusion / self.scores.confusion.sum(1, keepdim=True).clamp(min=1)
+
     def _image(self, i: int) -> Tensor:
         return self.data.take(torch.tensor([i]), torch.device("cpu"))[0][0]
 
-    def _caption(self, i: int) -> tuple[str, str]:
-        true, predicted = int(self.data.labels[i]), int(self.predicted[i])
-        p = 100 * self.probabilities[i]
-        return f"{self.classes[true]} ({p[true]:.1f} %)", f"taken for {self.classes[predicted]} ({p[predicted]:.0f} %)"
+    def _caption(self, i: int, shorten: Callable[[str], str] = str) -> tuple[str, str, str]:
+        true, predicted = int(self.data.labels[i]), int(self.scores.predicted[i])
+        p = 100 * self.scores.probabilities[i]
+        return (
+            shorten(printable(self.files[i])),
+            f"{shorten(self.classes[true])} ({p[true]:.1f} %)",
+            f"taken for {shorten(self.classes[predicted])} ({p[predicted]:.0f} %)",
+        )
 
     def _shown(self) -> str:
         if not len(self.mistakes):
@@ -149,11 +197,11 @@ class Report:
         return f"The {min(_MISTAKES, len(self.mistakes))} worst of {len(self.mistakes):,} mistakes, by cross-entropy"
 
 
-def check_suffix(path: str | Path) -> None:
-    """See that a report can be of this name.
+def check_report(path: str | Path) -> None:
+    """Check before an evaluation that a report can have this name.
 
     Raises:
-        InputError: it ends on something else than .html or .png.
+        InputError: If it does not end on .html or .png.
     """
     if Path(path).suffix not in SUFFIXES:
         raise InputError(f"`report`: expected a file name that ends on {' or '.join(SUFFIXES)}, got {str(path)!r}")
@@ -167,23 +215,23 @@ def _percent(value: Tensor) -> str:
     return "" if value.isnan() else f"{value:.1f}"
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    figure = need("matplotlib.figure").Figure(figsize=(width, height), dpi=110, layout="constrained")
-    need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)  # not pyplot, which is the user's
-    return figure
+def _shortened(text: str, length: int = 24) -> str:
+    """The text without its middle if it is longer: names differ at the start, and files at the end."""
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-length // 2 :]}"
 
 
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _rows(rows: Iterable[Sequence[str]]) -> str:
+    """Lines of a table: a name, three numbers, a name."""
+    start = ("<td>", *["<td class=n>"] * 3, "<td>")
+    lines = ("".join(s + html.escape(cell) + "</td>" for s, cell in zip(start, row, strict=True)) for row in rows)
+    return "\n".join(f"<tr>{line}</tr>" for line in lines)
 
 
-def _image_png(image: Tensor) -> bytes:
+def _image_url(image: Tensor) -> str:
     buffer = io.BytesIO()
     pixels = image.permute(1, 2, 0).numpy()
     need("PIL.Image").fromarray(pixels if len(image) == 3 else pixels[..., 0]).save(buffer, format="png")
-    return buffer.getvalue()
+    return _data_url(buffer.getvalue())
 
 
 def _data_url(png: bytes) -> str:
@@ -199,22 +247,34 @@ body { font: 15px/1.4 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 h1 { font-size: 1.4rem }
 h2 { font-size: 1.1rem; margin-top: 2rem }
 img.wide { max-width: 100% }
+img.matrix { width: 40rem; max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd }
 table { border-collapse: collapse }
 th, td { padding: .15rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
+th { white-space: nowrap }
+td { overflow-wrap: anywhere }
 .n { text-align: right; font-variant-numeric: tabular-nums }
+.scroll { max-height: 40rem; overflow: auto }
+.confusion { font-size: .8rem }
+.confusion td { text-align: center; padding: .15rem .2rem; min-width: 1.4rem; border: 1px solid #eee }
+.confusion th { font-weight: normal; text-align: right; padding: .15rem .4rem }
+.up { vertical-align: bottom }
+.up span { writing-mode: vertical-rl; transform: rotate(180deg) }
 .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0; width: 8rem }
 figure img { width: 8rem; height: 8rem; image-rendering: pixelated; object-fit: contain; background: #eee }
 figcaption { font-size: .75rem; overflow-wrap: anywhere }
 </style>
 <h1>$title</h1>
+$curves
 <h2>Confusion matrix</h2>
-<img class="wide" alt="confusion matrix" src="$confusion">
+$confusion
 <h2>Classes, the least accurate first</h2>
+<div class="scroll">
 <table>
 <tr><th>class<th class=n>images<th class=n>accuracy, %<th class=n>precision, %<th>most often taken for</tr>
 $rows
 </table>
+</div>
 <h2>$shown</h2>
 <div class="mistakes">
 $pictures

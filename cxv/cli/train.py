@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 from ..errors import InputError
 from ..training.config import GROUPS, OPTIONS, TrainConfig
@@ -9,6 +10,8 @@ from ..training.distributed import World, process_group
 from ..training.seeds import has_seeds, train_seeds
 from ..training.trainer import train
 from .flags import add_option, whole_number, with_flags
+
+_RESUME = "continue the run in DIR, or in `output`, with its arguments where none are given"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -23,6 +26,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for name, option in OPTIONS.items():
+        if name == "resume":
+            groups["output"].add_argument(
+                "--resume", nargs="?", const=True, default=False, metavar="DIR", help=with_flags(_RESUME)
+            )
+            continue
         add_option(groups[option.metadata["group"]], name, note=" (repeatable)" if name == "model_args" else "")
     groups["recipe"].add_argument(
         "--repeats", type=whole_number, metavar="N", help="train with N seeds, from --seed on (default: one run)"
@@ -30,6 +38,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if isinstance(args.resume, str):
+        if args.output is not None and Path(args.output) != Path(args.resume):
+            raise InputError(f"`resume` {args.resume} and `output` {args.output} are different directories: give one")
+        args.output, args.resume = args.resume, True
     config = TrainConfig(**{name: getattr(args, name) for name in OPTIONS})
     config.model_args = dict(config.model_args) if config.model_args else None
     if args.repeats is not None:

@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -32,8 +33,21 @@ class Augmentation(Protocol):
         ...
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment ``images`` (B, C, S, S), uint8, by their rows of :meth:`draws` (B, columns)."""
+        """Augment ``images`` (B, C, H, W), uint8, by their rows of :meth:`draws` (B, columns)."""
         ...
+
+
+def seed_of(*parts: str | int) -> int:
+    """Return a seed that depends on all of ``parts``."""
+    return zlib.crc32(" ".join(map(str, parts)).encode())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """In the block, torch's random numbers on the CPU depend on ``seed`` alone. The state from before comes back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class FlipCrop:
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
         """Return draws (num_images, 3), int64: the flip, and the top and left of the crop in the padded image."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"FlipCrop {self.seed} {epoch}".encode()))
+        generator = torch.Generator().manual_seed(seed_of("FlipCrop", self.seed, epoch))
         flip = torch.randint(1 + self.hflip, (num_images, 1), generator=generator)
         return torch.cat((flip, torch.randint(2 * self.padding + 1, (num_images, 2), generator=generator)), dim=1)
 
@@ -60,10 +74,9 @@ class FlipCrop:
         images = torch.where(flip[:, None].bool(), images.flip(-1), images)
         if not self.padding:
             return images
-        place = torch.arange(images.shape[-1], device=images.device)
-        image = torch.arange(len(images), device=images.device)[:, None, None]
+        image, y, x = (torch.arange(n, device=images.device) for n in (len(images), *images.shape[-2:]))
         padded = F.pad(images, (self.padding,) * 4)
-        return padded[image, :, top + place[:, None], left + place].permute(0, 3, 1, 2)
+        return padded[image[:, None, None], :, top + y[:, None], left + x].permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,44 @@ class Chain:
         for step, step_draws in zip(self.steps, draws.split([step.columns for step in self.steps], dim=1), strict=True):
             images = step(images, step_draws)
         return images
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """A transform of ``torchvision.transforms.v2`` that draws for each image, instead of once for a batch."""
+
+    transform: Callable[[Tensor], Tensor]
+    seed: int = 0
+    columns = 1
+
+    def draws(self, num_images: int, epoch: int) -> Tensor:
+        """Return draws (num_images, 1), int64: the seed of each image."""
+        generator = torch.Generator().manual_seed(seed_of("PerImage", self.seed, epoch))
+        return torch.randint(2**48, (num_images, 1), generator=generator)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        out = []
+        for image, seed in zip(images, draws.flatten().tolist(), strict=True):
+            with seeded(seed):
+                out.append(self.transform(image))
+        return torch.stack(out)
+
+
+@dataclass(frozen=True)
+class BatchMix:
+    """MixUp or CutMix of ``torchvision.transforms.v2``, which mix each image of a batch with the one before it."""
+
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    seed: int = 0
+
+    def __call__(self, images: Tensor, labels: Tensor, *batch: int) -> tuple[Tensor, Tensor]:
+        """Mix images (B, C, H, W) and labels (B,), int64, by draws that depend on the seed and the numbers of a batch.
+
+        Returns:
+            The images and the probabilities (B, classes) of the labels.
+        """
+        with seeded(seed_of("BatchMix", self.seed, *batch)):
+            return self.transform(images, labels)
 
 
 @dataclass(frozen=True)
@@ -105,22 +156,21 @@ class RandAugment:
     @python_numbers
     def draws(self, num_images: int, epoch: int) -> Tensor:
         """Return draws (num_images, num_ops), int64: twice the operation's number, plus 1 for a negative magnitude."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"RandAugment {self.seed} {epoch}".encode()))
+        generator = torch.Generator().manual_seed(seed_of("RandAugment", self.seed, epoch))
         shape = (num_images, self.num_ops)
         op = torch.randint(len(_OPS), shape, generator=generator)
         negative = torch.randint(2, shape, generator=generator)
         return 2 * op + negative * torch.tensor([signed for _, signed, _ in _OPS])[op]
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment ``images`` (B, C, S, S), uint8, C of 1 or 3, by their rows of :meth:`draws` (B, num_ops)."""
+        """Augment ``images`` (B, C, H, W), uint8, C of 1 or 3, by their rows of :meth:`draws` (B, num_ops)."""
         functional = need("torchvision.transforms.functional")
         out = images.clone()
         for column in draws.unbind(1):
             for draw in column.unique().tolist():
                 top, _, apply = _OPS[draw // 2]
-                magnitude = torch.linspace(0, top(images.shape[-1]), NUM_BINS)[
-                    self.magnitude
-                ].item()  # its rounding too
+                bins = torch.linspace(0, top(*images.shape[-2:]), NUM_BINS)
+                magnitude = bins[self.magnitude].item()  # its rounding too
                 rows = (column == draw).nonzero().flatten().to(images.device)
                 out[rows] = apply(functional, out[rows], -magnitude if draw % 2 else magnitude)
         return out
@@ -138,22 +188,22 @@ def _posterize(f: ModuleType, x: Tensor, magnitude: float) -> Tensor:
     return f.posterize(x, 8 - round(magnitude))  # magnitude = m / 7.5, as torchvision divides
 
 
-# the largest magnitude for an image side, whether it is signed, the operation; in torchvision's order
-_OPS: tuple[tuple[Callable[[int], float], bool, Callable[[ModuleType, Tensor, float], Tensor]], ...] = (
-    (lambda size: 0.0, False, lambda f, x, m: x),  # Identity
-    (lambda size: 0.3, True, lambda f, x, m: _affine(f, x, shear=(_shear(m), 0.0), center=[0, 0])),  # ShearX
-    (lambda size: 0.3, True, lambda f, x, m: _affine(f, x, shear=(0.0, _shear(m)), center=[0, 0])),  # ShearY
-    (lambda size: 150.0 / 331.0 * size, True, lambda f, x, m: _affine(f, x, translate=(int(m), 0))),  # TranslateX
-    (lambda size: 150.0 / 331.0 * size, True, lambda f, x, m: _affine(f, x, translate=(0, int(m)))),  # TranslateY
-    (lambda size: 30.0, True, lambda f, x, m: f.rotate(x, m)),  # Rotate
-    (lambda size: 0.9, True, lambda f, x, m: f.adjust_brightness(x, 1.0 + m)),  # Brightness
-    (lambda size: 0.9, True, lambda f, x, m: f.adjust_saturation(x, 1.0 + m)),  # Color
-    (lambda size: 0.9, True, lambda f, x, m: f.adjust_contrast(x, 1.0 + m)),  # Contrast
-    (lambda size: 0.9, True, lambda f, x, m: f.adjust_sharpness(x, 1.0 + m)),  # Sharpness
-    (lambda size: 4.0, False, _posterize),  # Posterize
-    (lambda size: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
-    (lambda size: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
-    (lambda size: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
+# the largest magnitude for images (H, W), whether it is signed, the operation; in torchvision's order
+_OPS: tuple[tuple[Callable[[int, int], float], bool, Callable[[ModuleType, Tensor, float], Tensor]], ...] = (
+    (lambda h, w: 0.0, False, lambda f, x, m: x),  # Identity
+    (lambda h, w: 0.3, True, lambda f, x, m: _affine(f, x, shear=(_shear(m), 0.0), center=[0, 0])),  # ShearX
+    (lambda h, w: 0.3, True, lambda f, x, m: _affine(f, x, shear=(0.0, _shear(m)), center=[0, 0])),  # ShearY
+    (lambda h, w: 150.0 / 331.0 * w, True, lambda f, x, m: _affine(f, x, translate=(int(m), 0))),  # TranslateX
+    (lambda h, w: 150.0 / 331.0 * h, True, lambda f, x, m: _affine(f, x, translate=(0, int(m)))),  # TranslateY
+    (lambda h, w: 30.0, True, lambda f, x, m: f.rotate(x, m)),  # Rotate
+    (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_brightness(x, 1.0 + m)),  # Brightness
+    (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_saturation(x, 1.0 + m)),  # Color
+    (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_contrast(x, 1.0 + m)),  # Contrast
+    (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_sharpness(x, 1.0 + m)),  # Sharpness
+    (lambda h, w: 4.0, False, _posterize),  # Posterize
+    (lambda h, w: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
+    (lambda h, w: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
+    (lambda h, w: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
 )
 
 

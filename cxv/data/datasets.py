@@ -137,16 +137,17 @@ def tiny_imagenet_sources(data_dir: str | Path, request: Request) -> list[Source
                 archives.extract_archive(str(Path(data_dir) / f"{folder}.zip"), part)
                 os.replace(Path(part) / folder, root)
     try:
-        wnids = sorted((root / "wnids.txt").read_text().split())
+        wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
         words = {}
         if (root / "words.txt").is_file():
-            words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
+            lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
+            words = dict(line.split("\t", 1) for line in lines if "\t" in line)
         files = {}
         if "train" in request.splits:
             files["train"] = {wnid: sorted((root / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids}
         if "test" in request.splits:
             files["test"] = {wnid: [] for wnid in wnids}
-            for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+            for line in (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines():
                 image, wnid = line.split("\t")[:2]
                 files["test"][wnid].append(root / "val" / "images" / image)
     except (OSError, KeyError, ValueError) as error:

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
@@ -16,18 +17,20 @@ from cxv_kernels.validation import to_number
 
 from ..checkpoint import BEST, LAST, PREVIOUS, read_last
 from ..data.augment import NUM_BINS, default_stages
+from ..data.cache import NONE as NO_CACHE
 from ..data.decode import RESIZE
 from ..data.loader import DATASETS, is_validation, locate
 from ..errors import InputError
 from ..models.arguments import image_size
 from ..models.registry import has_fused_ops
-from .optim import SCHEDULES
 
-METRICS, ARGS, CURVES, SUMMARY = "metrics.jsonl", "args.json", "curves.png", "summary.json"
+METRICS, TABLE, ARGS, CURVES = "metrics.jsonl", "metrics.csv", "args.json", "curves.png"
+SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
 GROUPS = ("model", "data", "recipe", "precision and speed", "output")
 """The headings of the arguments in ``cxv train --help``."""
 OPTIMIZERS = ("dualopt", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "onecycle")
 NAMES = {"adamw": "AdamW", "sgd": "SGD"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,7 +89,8 @@ _NUMBERS = {
     int | float | None: (int | float, "a number"),
 }
 """For the type of an argument that is a number, the types that are allowed, in words too."""
-_ONE_PHASE = ("schedule", "warmup_epochs", "ema_decay", "progressive")  # arguments that need a known number of epochs
+_PATHS = ("init", "data_dir", "labels", "cache_dir", "output")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 Check = tuple[Callable[[Any], bool], str]
 """Whether a value is allowed, and the allowed values in words."""
@@ -102,24 +106,33 @@ def _is_size(value: Any) -> bool:
     return False
 
 
-def _option(group: str, help: str, *, unset: bool | None = None, **details: Any) -> Any:
+def _option(group: str, help: str, shown: str | None = None, *, unset: bool | None = None, **details: Any) -> Any:
     """Declare a field of :class:`TrainConfig`: all that the command line and the checks of its value need.
 
     Args:
         group: the heading of the flag in ``cxv train --help``.
         help: one phrase; names of other arguments are in backticks, and the command line makes flags of them.
+        shown: the default in words, where ``default`` does not say it.
         unset: the field's value where none is given.
-        **details: ``default``, the value in place of None; ``shown``, the default in words, where ``default`` does not
-            say it; ``metavar``; ``choices`` or a ``check``; ``changeable``, if a run can be resumed with another value.
+        **details: ``default``, the value in place of None; ``metavar``; ``choices`` or a ``check``; ``changeable``, if
+            a run can be resumed with another value.
     """
-    absent = dict.fromkeys(("default", "shown", "metavar", "choices", "check", "changeable"))
-    return field(default=unset, metadata=absent | {"group": group, "help": help} | details)
+    absent = dict.fromkeys(("default", "metavar", "choices", "check", "changeable"))
+    return field(default=unset, metadata=absent | {"group": group, "help": help, "shown": shown} | details)
+
+
+def seconds(duration: str | float) -> float | None:
+    """Return the seconds of a duration, such as 3600, "3600", "90m" or "1.5h". None for anything else."""
+    match = re.fullmatch(r"(\d+\.?\d*)([smhd]?)", str(duration))
+    return float(match[1]) * _UNITS[match[2]] if match else None
 
 
 _model, _data, _recipe, _speed, _output = (partial(_option, group) for group in GROUPS)
 _COUNT: dict[str, Any] = {"metavar": "N", "check": (lambda value: value >= 1, "at least 1")}
 _FROM_ZERO: dict[str, Any] = {"metavar": "N", "check": (lambda value: value >= 0, "at least 0")}
 _RATE: dict[str, Any] = {"metavar": "LR", "check": _POSITIVE}
+_ALPHA: dict[str, Any] = {"metavar": "ALPHA", "check": _POSITIVE}
+_SHARE: dict[str, Any] = {"metavar": "P", "check": _FRACTION}
 _MODEL = "cpv-5/4; digits: cpv-2/4 with `embed_dim` 64"
 
 
@@ -134,30 +147,24 @@ class TrainConfig:
         InputError: an argument that a run's files cannot hold; something else where a number belongs.
     """
 
-    model: str | None = _model("name of the model, see `cxv models`", metavar="NAME", default="cpv-5/4", shown=_MODEL)
+    model: str | None = _model("name of the model, see `cxv models`", _MODEL, metavar="NAME", default="cpv-5/4")
     init: str | None = _model(
         "start with the weights of this run, .pt or .safetensors file; another number of classes gets a new classifier",
         metavar="PATH",
-        shown="random weights",
     )
-    embed_dim: int | None = _model("number of channels", shown="the model's own, 128", **_COUNT)
-    drop_rate: float | None = _model(
-        "dropout probability", metavar="P", check=_FRACTION, shown="the model's own; the paper's is 0.5"
-    )
+    freeze: int | None = _model("with `init`: train neither the stem nor the first N layers", **_FROM_ZERO)
+    embed_dim: int | None = _model("number of channels", "the model's own, 128", **_COUNT)
+    drop_rate: float | None = _model("dropout probability", "the model's own; the paper's is 0.5", **_SHARE)
     drop_path_rate: float | None = _model(
         "stochastic depth: the probability that an image skips a branch of the last layer; it is 0 in the first layer "
         "and rises linearly",
-        metavar="P",
-        check=_FRACTION,
-        shown="0",
+        **_SHARE,
     )
     stem_stride: int | None = _model(
-        "stride of the first convolution, or the side of a patch",
-        shown="the model's own, 1; tiny-imagenet: 2",
-        **_COUNT,
+        "stride of the first convolution, or the side of a patch", "the model's own, 1; tiny-imagenet: 2", **_COUNT
     )
     model_args: dict[str, Any] | None = _model(  # noqa: RUF009
-        "any other argument of the model, see help(cxv.models.CXV)", metavar="NAME=VALUE", shown="none"
+        "any other argument of the model, see help(cxv.models.CXV)", metavar="NAME=VALUE"
     )
 
     data: str | None = _data(
@@ -232,18 +239,13 @@ class TrainConfig:
         "`post_train`; modern: few epochs (30) of AdamW with a one-cycle rate, flips and crops, label smoothing, EMA, "
         "no dropout, bf16, and images that grow from half their size",
         choices=RECIPES,
-        shown="none",
     )
     optimizer: str | None = _recipe("DualOpT, or AdamW or SGD alone", choices=OPTIMIZERS, default="dualopt")
     epochs: int | None = _recipe(
-        "most epochs of AdamW, or of the only optimizer",
-        default=300,
-        shown="300; digits: 60",
-        changeable=True,
-        **_FROM_ZERO,
+        "most epochs of AdamW, or of the only optimizer", "300; digits: 60", default=300, changeable=True, **_FROM_ZERO
     )
     sgd_epochs: int | None = _recipe(
-        "most epochs of DualOpT's SGD", shown="a third of `epochs`, rounded up", changeable=True, **_FROM_ZERO
+        "most epochs of DualOpT's SGD", "a third of `epochs`, rounded up", changeable=True, **_FROM_ZERO
     )
     patience: int | None = _recipe(
         "epochs without an improvement of top-1 that end an optimizer's phase; an equal top-1 is one",
@@ -252,9 +254,9 @@ class TrainConfig:
     )
     batch_size: int | None = _recipe("images in a batch, over all processes of torchrun", default=128, **_COUNT)
     accumulate: int | None = _recipe("batches whose gradients make one step", default=1, **_COUNT)
-    clip_grad: float | None = _recipe("largest norm of a gradient", metavar="NORM", check=_POSITIVE, shown="no limit")
+    clip_grad: float | None = _recipe("largest norm of a gradient", "no limit", metavar="NORM", check=_POSITIVE)
     lr: float | None = _recipe("learning rate of AdamW, or of the only optimizer", default=1e-3, **_RATE)
-    sgd_lr: float | None = _recipe("learning rate of DualOpT's SGD", shown="0.001", **_RATE)
+    sgd_lr: float | None = _recipe("learning rate of DualOpT's SGD", "0.001", **_RATE)
     schedule: str | None = _recipe(
         "constant rate, a cosine from `lr` to 0 over all `epochs`, or PyTorch's OneCycleLR with the peak `lr`; cosine "
         "and onecycle need `optimizer` adamw or sgd",
@@ -262,43 +264,60 @@ class TrainConfig:
         default="constant",
     )
     warmup_epochs: float | None = _recipe(
-        "epochs until the schedule's peak, also fractions", metavar="N", shown="0 for cosine, 30 % of all for onecycle"
+        "epochs until the schedule's peak, also fractions", "0 for cosine, 30 % of all for onecycle", metavar="N"
     )
     weight_decay: float | None = _recipe(
         "AdamW's weight decay of matrices and convolutions; norms, biases and positions then have none",
+        "0.01 for all parameters",
         metavar="DECAY",
         check=_NOT_NEGATIVE,
-        shown="0.01 for all parameters",
     )
-    label_smoothing: float | None = _recipe(
-        "label smoothing of the training loss", metavar="P", check=_FRACTION, default=0.0
+    label_smoothing: float | None = _recipe("label smoothing of the training loss", default=0.0, **_SHARE)
+    class_weights: str | None = _recipe(
+        "weigh the training loss by class, inversely to the number of its images", choices=("balanced",)
+    )
+    balanced_sampling: bool | None = _recipe(
+        "draw the training images of an epoch with replacement, each class with the same probability", default=False
     )
     ema_decay: float | None = _recipe(
         "average the weights over the steps with this decay, for example 0.999; the average is evaluated and saved",
         metavar="DECAY",
         check=_DECAY,
-        shown="no average",
     )
     hflip: bool | None = _recipe("flip half of the training images, at random", default=False)
     random_crop: int | None = _recipe(
-        "pad training images with N black pixels a side and crop them at random to their size", shown="none", **_COUNT
+        "pad training images with N black pixels a side and crop them at random to their size", **_COUNT
     )
     rand_augment: tuple[int, int] | None = _recipe(
-        "RandAugment: operations per image, and their magnitude from 0 to 30", metavar="OPS,MAGNITUDE", shown="none"
+        "RandAugment: operations per image, and their magnitude from 0 to 30", metavar="OPS,MAGNITUDE"
     )
+    color_jitter: float | None = _recipe(
+        "change brightness, contrast and saturation at random, by up to this share", metavar="SHARE", check=_POSITIVE
+    )
+    random_erasing: float | None = _recipe(
+        "erase a random rectangle of an image with this probability",
+        metavar="P",
+        check=(lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+    )
+    mixup: float | None = _recipe("MixUp: mix pairs of images and labels, by shares from Beta(ALPHA, ALPHA)", **_ALPHA)
+    cutmix: float | None = _recipe("CutMix, likewise; with `mixup`, each batch gets one of the two", **_ALPHA)
     post_train: bool | None = _recipe(
         "after augmented images, train on the original ones from the best weights", default=False, changeable=True
     )
     progressive: tuple[tuple[int, int], ...] | None = _recipe(
         "train at growing image sizes, for example 16:10,24:4,32:6, with a model that takes any size",
         metavar="SIZE:EPOCHS,…",
-        shown="one size",
     )
     seed: int | None = _recipe("seed of weights, order, dropout and subsets", default=0, **_FROM_ZERO)
     seeds: tuple[int, ...] | None = _recipe(
         "train once for each seed, in OUTPUT/seed-N; best, mean and standard deviation go into OUTPUT/summary.json",
         metavar="N,N,…",
-        shown="one run",
+    )
+    max_time: str | None = _recipe(
+        "stop after the batch in which this time is over, and save the run, which `resume` continues: 3600, 90m or 8h",
+        metavar="TIME",
+        check=(lambda value: (seconds(value) or 0) > 0, "seconds, or a number with s, m, h or d, as 90m or 8h"),
+        changeable=True,
     )
 
     precision: str | None = _speed("fp32, or autocast to bf16 or (CUDA only) fp16", choices=PRECISIONS, default="fp32")
@@ -310,14 +329,12 @@ class TrainConfig:
         "torch.compile the model; it takes more memory, and a resumed run is not bit-exact", default=False
     )
     data_on_device: bool | None = _speed(
-        "keep all images in the GPU's memory", shown="if they take at most a quarter of what is free", changeable=True
+        "keep all images in the GPU's memory", "if they take at most a quarter of what is free", changeable=True
     )
     device: str | None = _speed("auto, cpu or cuda", default="auto", changeable=True)
-    threads: int | None = _speed("number of CPU threads", shown="torch's choice", changeable=True, **_COUNT)
+    threads: int | None = _speed("number of CPU threads", "torch's choice", changeable=True, **_COUNT)
 
-    output: str | None = _output(
-        "directory of the run's files", shown="runs/DATA-MODEL", changeable=True, metavar="DIR"
-    )
+    output: str | None = _output("directory of the run's files", "runs/DATA-MODEL", changeable=True, metavar="DIR")
     tensorboard: bool | None = _output(
         "write metrics.jsonl for TensorBoard too, into OUTPUT/tensorboard", default=False, changeable=True
     )
@@ -340,9 +357,11 @@ class TrainConfig:
 def described(option: Field, default: str | None = None) -> str:
     """The help text of a field of :class:`TrainConfig`, with its default, or with ``default`` in its place."""
     shown = default or option.metadata["shown"] or option.metadata["default"]
-    if isinstance(shown, bool):
-        shown = "yes" if shown else "no"
-    return option.metadata["help"] + ("" if shown is None else f" (default: {shown})")
+    if option.type is bool:
+        return option.metadata["help"]
+    if shown is None or isinstance(shown, bool):
+        shown = {None: "none", True: "yes", False: "no"}[shown]
+    return f"{option.metadata['help']} (default: {shown})"
 
 
 OPTIONS = {option.name: option for option in fields(TrainConfig)}
@@ -379,7 +398,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
         full = run | arguments | {"output": full["output"]}
         _check_unchanged(run, arguments, output)
     else:
-        _check_output(output, config.overwrite)
+        check_output(output, config.overwrite)
     config = replace(config, **{name: full[name] for name in OPTIONS if name in full})
     _check(config)
     if saved is not None:
@@ -392,13 +411,18 @@ def _check_unchanged(run: dict[str, Any], arguments: dict[str, Any], output: Pat
     changed = [
         f"`{k}` ({run.get(k)} in the run, {v} now)"
         for k, v in arguments.items()
-        if k not in changeable and run.get(k) != v
+        if k not in changeable and run.get(k) != _stored(k, v)
     ]
     if changed:
         raise InputError(f"`resume`: the run in {output} has other arguments: {', '.join(changed)}")
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Check that a new run can be written into the directory.
+
+    Raises:
+        InputError: If there is a run already, and ``overwrite`` is False.
+    """
     present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
     if present and not overwrite:
         raise InputError(
@@ -441,8 +465,13 @@ def default_output(config: TrainConfig) -> str:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """What a run remembers of its configuration."""
-    return {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+    """What a run remembers of its configuration. Paths are absolute, so that they are valid in every directory."""
+    return {k: _stored(k, v) for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+
+
+def _stored(name: str, value: Any) -> Any:
+    is_path = name in _PATHS and value not in (None, NO_CACHE)
+    return str(Path(value).absolute()) if is_path else value
 
 
 def _to_json(value: Any) -> Any:
@@ -507,72 +536,51 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"`{name}`: expected one of {', '.join(choices)}, got {value!r}")
         if check is not None and value is not None and not check[0](value):
             raise InputError(f"`{name}`: expected {check[1]}, got {value}")
-    _check_optimizer(config)
-    _check_one_phase(config)
-    _check_stages(config)
-    _check_model_args(config)
-    if config.rand_augment is not None:
-        pair = tuple(config.rand_augment)
-        if len(pair) != 2 or pair[0] < 1 or not 0 <= pair[1] < NUM_BINS:
-            raise InputError(
-                f"`rand_augment`: expected OPS of at least 1 and MAGNITUDE from 0 to {NUM_BINS - 1}, "
-                f"got {','.join(map(str, pair))}"
-            )
-    elif config.post_train:
-        raise InputError("`post_train`: it follows training on augmented images: give `rand_augment` too")
+    for problem in _problems(config):
+        raise InputError(problem)
 
 
-def _check_optimizer(config: TrainConfig) -> None:
+def _problems(config: TrainConfig) -> Iterator[str]:
+    """Yield what is wrong with arguments that depend on one another, the first one first."""
+    one_phase, epochs, stages = config.optimizer != "dualopt", config.epochs, config.progressive
     for name in ("sgd_epochs", "sgd_lr"):
-        if config.optimizer != "dualopt" and getattr(config, name) is not None:
-            raise InputError(
-                f"`{name}`: of DualOpT's second phase, and `optimizer` is {config.optimizer}, which has one phase: "
-                f"give `{name.removeprefix('sgd_')}`"
-            )
+        if one_phase and getattr(config, name) is not None:
+            instead = f"`optimizer` is {config.optimizer}, with one phase: give `{name.removeprefix('sgd_')}`"
+            yield f"`{name}`: of DualOpT's second phase, and {instead}"
     if config.weight_decay is not None and config.optimizer == "sgd":
-        raise InputError("`weight_decay`: AdamW's, and `optimizer` is sgd")
-    if not config.epochs and not config.sgd_epochs:
-        both = "" if config.sgd_epochs is None else " and `sgd_epochs` are both"
-        raise InputError(f"`epochs`{both or ' is'} 0: nothing to train")
-
-
-def _check_one_phase(config: TrainConfig) -> None:
-    """Check what fits a single phase of training alone: the schedule, the average of weights, growing images."""
-    for name in _ONE_PHASE:
-        if getattr(config, name) in (None, "constant"):
-            continue
-        if config.optimizer == "dualopt":
-            raise InputError(f"`{name}`: needs a single phase, and `optimizer` is dualopt: give adamw or sgd")
-        if config.post_train:
-            raise InputError(f"`{name}`: needs a single phase, and `post_train` adds one: leave one of them out")
-    if config.warmup_epochs is None:
-        return
-    if config.schedule == "constant":
-        raise InputError("`warmup_epochs`: part of a schedule: give `schedule` cosine or onecycle too")
-    if not 0 <= config.warmup_epochs < config.epochs:
-        raise InputError(
-            f"`warmup_epochs`: expected at least 0 and less than `epochs` {config.epochs}, got {config.warmup_epochs}"
-        )
-
-
-def _check_stages(config: TrainConfig) -> None:
-    stages = config.progressive
-    if stages is None:
-        return
-    if not stages or not all(len(stage) == 2 and min(stage) >= 1 for stage in stages):
-        raise InputError(f"`progressive`: expected pairs of a size and epochs, at least 1 each, got {stages}")
-    total = sum(epochs for _, epochs in stages)
-    if total != config.epochs:
-        raise InputError(f"`progressive`: its {total} epochs are not `epochs` {config.epochs}: leave that out")
-
-
-def _check_model_args(config: TrainConfig) -> None:
+        yield "`weight_decay`: AdamW's, and `optimizer` is sgd"
+    if not epochs and not config.sgd_epochs:
+        yield f"`epochs`{' is' if config.sgd_epochs is None else ' and `sgd_epochs` are both'} 0: nothing to train"
+    for name in ("schedule", "warmup_epochs", "ema_decay", "progressive"):  # they need a known number of epochs
+        if getattr(config, name) not in (None, "constant"):
+            if not one_phase:
+                yield f"`{name}`: needs a single phase, and `optimizer` is dualopt: give adamw or sgd"
+            if config.post_train:
+                yield f"`{name}`: needs a single phase, and `post_train` adds one: leave one of them out"
+    if config.warmup_epochs is not None and config.schedule == "constant":
+        yield "`warmup_epochs`: part of a schedule: give `schedule` cosine or onecycle too"
+    if not 0 <= (config.warmup_epochs or 0) < max(epochs, 1):
+        yield f"`warmup_epochs`: expected at least 0 and less than `epochs` {epochs}, got {config.warmup_epochs}"
+    if stages is not None:
+        if not stages or not all(len(stage) == 2 and min(stage) >= 1 for stage in stages):
+            yield f"`progressive`: expected pairs of a size and epochs, at least 1 each, got {stages}"
+        total = sum(count for _, count in stages)
+        if total != epochs:
+            yield f"`progressive`: its {total} epochs are not `epochs` {epochs}: leave that out"
     names = (config.model_args or {}).keys()
     for name in sorted(RESERVED.keys() & names):
-        raise InputError(f"`model_args` {name}: {RESERVED[name]}")
+        yield f"`model_args` {name}: {RESERVED[name]}"
     for name in sorted({"stem_stride", "patch_size"} & names):
         if config.stem_stride is not None:
-            raise InputError(f"`model_args` {name}: `stem_stride` is {config.stem_stride} already: give it there alone")
+            yield f"`model_args` {name}: `stem_stride` is {config.stem_stride} already: give it there alone"
+    if config.freeze is not None and config.init is None:
+        yield "`freeze`: the frozen layers would keep random weights: give `init` too"
+    pair = config.rand_augment
+    if pair is not None and (len(pair) != 2 or pair[0] < 1 or not 0 <= pair[1] < NUM_BINS):
+        allowed = f"OPS of at least 1 and MAGNITUDE from 0 to {NUM_BINS - 1}"
+        yield f"`rand_augment`: expected {allowed}, got {','.join(map(str, pair))}"
+    if pair is None and config.post_train:
+        yield "`post_train`: it follows training on augmented images: give `rand_augment` too"
 
 
 def _modern_defaults(full: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

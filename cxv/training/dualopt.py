@@ -19,7 +19,7 @@ _RATE = (lambda value: 0 < value < math.inf, "a finite number above 0")
 _DECAY = (lambda value: 0 <= value < math.inf, "a finite number, at least 0")
 
 
-class DualOpT:
+class DualOpT(torch.optim.Optimizer):
     """The two-phase optimizer of CXV (arXiv 2201.10271, section 4).
 
     Phase ``"adamw"`` trains with AdamW at a constant rate. When top-1 accuracy has not improved for ``patience``
@@ -39,8 +39,9 @@ class DualOpT:
             opt.end_epoch(top1)
         opt.load_best()
 
-    The best weights are stored in host memory. DualOpT is not a ``torch.optim.Optimizer``: pass the active optimizer
-    :attr:`optimizer` to a ``GradScaler`` or a scheduler. It is another object after the switch.
+    The best weights are stored in host memory. Schedulers, a ``GradScaler`` and other trainers take DualOpT like AdamW.
+    A scheduler sets the learning rate of both phases, and ``sgd_lr`` is then not used. :attr:`optimizer` is the
+    ``AdamW`` or ``SGD`` that is stepped, with the same ``param_groups`` and ``state``.
 
     Args:
         params: The ``nn.Module`` to train, or its parameters. For a module, the buffers (such as the statistics of a
@@ -75,14 +76,9 @@ class DualOpT:
         max_epochs: tuple[int | None, int | None] = (300, 100),
         module: nn.Module | None = None,
     ):
-        self._module = params if isinstance(params, nn.Module) else module
-        self._groups = _groups(params)
-        self._params = [p for group in self._groups for p in group["params"]]
-        if not self._params:
+        groups = _groups(params)
+        if not any(group["params"] for group in groups):
             raise InputError("params: got no parameter to train")
-        for p in self._params:
-            if not isinstance(p, Tensor):
-                raise InputError(f"params: expected tensors, groups of them or one nn.Module, got a {type(p).__name__}")
         patience, max_epochs = to_numbers(patience), to_numbers(max_epochs)
         lr, betas, eps, weight_decay, sgd_lr, momentum = to_numbers((lr, betas, eps, weight_decay, sgd_lr, momentum))
         _check("patience", patience, lambda n: _whole(n) and n >= 1, "a whole number of epochs, at least 1")
@@ -99,6 +95,12 @@ class DualOpT:
         )
         if tuple(max_epochs) == (0, 0):
             raise InputError("max_epochs: (0, 0) leaves no epoch to train")
+
+        self._module = params if isinstance(params, nn.Module) else module
+        self._groups: list[dict[str, Any]] = []
+        self._best: dict[str, Tensor] = {}
+        self._phase = "adamw"
+        super().__init__(groups, {})
 
         self.patience = patience
         self.max_epochs = dict(zip(PHASES, max_epochs, strict=True))
@@ -118,7 +120,6 @@ class DualOpT:
         self.switch_reason: str | None = None
         """The reason why the AdamW phase ended, as in :attr:`stop_reason`."""
         self._phase_epoch = 0
-        self._best: dict[str, Tensor] = {}
         self._first = "sgd" if max_epochs[0] == 0 else "adamw"
         self._start(self._first)
 
@@ -141,16 +142,21 @@ class DualOpT:
         cap = self.max_epochs[self._phase]
         return "max_epochs" if cap is not None and self._phase_epoch >= cap else None
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the active optimizer."""
-        return self.optimizer.param_groups
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make a step of the active optimizer, and return the loss of ``closure`` if there is one."""
         return self.optimizer.step(closure)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters, a group as in ``params``. Their best weights so far are the present ones."""
+        group = _group(param_group)
+        self._groups.append(dict(group))
+        super().add_param_group(group if self._phase == "adamw" else self._sgd_group(**group))
+        if self._best:
+            self._best |= {k: _copy(t) for k, t in self._tensors().items() if k not in self._best}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what ``pickle`` and ``copy.deepcopy`` store: all but the hooks, and the wrapper of a scheduler."""
+        return {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
 
     def end_epoch(self, top1: float) -> bool:
         """Report the top-1 accuracy of an epoch and switch the phase if it is over.
@@ -175,8 +181,7 @@ class DualOpT:
         best = self.best_top1 is None or top1 >= self.best_top1
         if best:
             self.num_bad_epochs, self.best_top1, self.best_epoch = 0, top1, self.epoch
-            # Copy also on the CPU. The copies are never modified, so state_dict() can share them.
-            self._best = {k: t.detach().to("cpu", copy=True) for k, t in self._tensors().items()}
+            self._best = {k: _copy(t) for k, t in self._tensors().items()}
         else:
             self.num_bad_epochs += 1
         self._switch_if_due()
@@ -245,18 +250,30 @@ class DualOpT:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         except (KeyError, ValueError) as error:
             raise InputError(f"state: its optimizer does not fit these parameters: {error}") from None
+        self._share()
         for name in _PROGRESS:
             setattr(self, name, state[name])
         self._phase_epoch, self._best = state["phase_epoch"], dict(best)
         self._switch_if_due()
 
+    def _make(self, phase: str) -> torch.optim.Optimizer:
+        groups = [dict(group) for group in self._groups]
+        if phase == "adamw":
+            return torch.optim.AdamW(groups, **self._adamw)
+        return torch.optim.SGD([self._sgd_group(**group) for group in groups], **self._sgd)
+
     def _start(self, phase: str) -> None:
         self._phase, self._phase_epoch, self.num_bad_epochs = phase, 0, 0
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW([dict(group) for group in self._groups], **self._adamw)
-            if phase == "adamw"
-            else torch.optim.SGD([self._sgd_group(**group) for group in self._groups], **self._sgd)
-        )
+        self.optimizer = self._make(phase)
+        for new, old in zip(self.optimizer.param_groups, self.param_groups, strict=True):
+            if "initial_lr" in old:  # of a scheduler, which goes on with its rate, betas and own entries
+                new |= {name: value for name, value in old.items() if name == "lr" or name not in new}
+        self._share()
+
+    def _share(self) -> None:
+        """Show the entries of the active optimizer as those of this one."""
+        active = self.optimizer
+        self.defaults, self.state, self.param_groups = active.defaults, active.state, active.param_groups
 
     def _sgd_group(self, params: list[Tensor], lr: float | None = None, weight_decay: float = 0) -> dict[str, Any]:
         return {"params": params} | ({} if lr is None else {"lr": self._sgd["lr"] * (lr / self._adamw["lr"])})
@@ -276,7 +293,12 @@ class DualOpT:
         # looked up each time, because a module can replace a buffer by another tensor
         if self._module is not None:
             return dict(self._module.named_parameters()) | dict(self._module.named_buffers())
-        return {str(i): p for i, p in enumerate(self._params)}
+        return {str(i): p for i, p in enumerate(p for group in self._groups for p in group["params"])}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory. It is never modified, so state_dict() can share it."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:
@@ -287,26 +309,23 @@ def _groups(params: Any) -> list[dict[str, Any]]:
         raise InputError(
             f"params: expected an iterable of tensors or of groups, or one nn.Module, got a {type(params).__name__}"
         )
-    params = [_numbers(group) for group in params]
-    if not any(isinstance(group, dict) for group in params):
-        return [{"params": params}]
-    for group in params:
-        if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay"}:
-            got = list(group) if isinstance(group, dict) else f"a {type(group).__name__}"
-            raise InputError(f"params: expected groups of 'params' and at most 'lr' and 'weight_decay', got {got}")
-        _check("params: lr of a group", group.get("lr", 1), *_RATE)
-        _check("params: weight_decay of a group", group.get("weight_decay", 0), *_DECAY)
-    return [
-        group | {"params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
-        for group in params
-    ]
+    params = list(params)
+    return [_group(group) for group in (params if any(isinstance(p, dict) for p in params) else [{"params": params}])]
 
 
-def _numbers(group: Any) -> Any:
-    """Convert the numbers of a parameter group to Python numbers. Return other values unchanged."""
-    if not isinstance(group, dict):
-        return group
-    return {name: value if name == "params" else to_number(value) for name, value in group.items()}
+def _group(group: Any) -> dict[str, Any]:
+    """Return a parameter group with a list of tensors and with Python numbers."""
+    if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay"}:
+        got = list(group) if isinstance(group, dict) else f"a {type(group).__name__}"
+        raise InputError(f"params: expected groups of 'params' and at most 'lr' and 'weight_decay', got {got}")
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    group = {name: to_number(value) for name, value in group.items() if name != "params"}
+    _check("params: lr of a group", group.get("lr", 1), *_RATE)
+    _check("params: weight_decay of a group", group.get("weight_decay", 0), *_DECAY)
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise InputError(f"params: expected tensors, groups of them or one nn.Module, got a {type(p).__name__}")
+    return {"params": params} | group
 
 
 def _whole(value: Any) -> bool:

@@ -3,7 +3,7 @@
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import WeightedRandomSampler
 
 from cxv_kernels.validation import to_number
 
 from ..checkpoint import LAST
-from ..data.augment import Augmentation, image_size_of, resize_batch
+from ..data.augment import Augmentation, BatchMix, image_size_of, resize_batch
 from ..data.loader import Data, ImageSet, batches
 from ..data.progress import Progress
 from ..errors import InputError
@@ -54,7 +55,8 @@ class Engine:
     """Train a model for one epoch at a time and evaluate it.
 
     Every step steps ``scheduler`` and updates ``average``. If there is an average, its weights are evaluated.
-    ``augment`` can be changed between epochs.
+    ``augment`` and ``mix`` can be changed between epochs. ``frozen`` modules stay in ``eval()`` mode. After
+    ``deadline``, a time of ``time.monotonic``, the next step raises :class:`cxv.training.interrupt.OutOfTimeError`.
     """
 
     model: nn.Module
@@ -67,6 +69,9 @@ class Engine:
     average: AveragedModel | None = None
     scheduler: LRScheduler | None = None
     augment: Augmentation | None = None
+    mix: BatchMix | None = None
+    frozen: Sequence[nn.Module] = ()
+    deadline: float = math.inf
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
@@ -76,6 +81,11 @@ class Engine:
         self._branches = [module for module in self.model.modules() if isinstance(module, ResidualBranch)]
         self._step_size = self.config.batch_size * self.config.accumulate  # images
         self._num_steps = math.ceil(len(self.data.train) / self._step_size)
+        labels = self.data.train.labels
+        counts = labels.bincount(minlength=len(self.data.classes)).clamp(min=1)
+        self._image_weights = (1 / counts)[labels].cpu()  # of balanced sampling
+        balanced = (len(labels) / (len(counts) * counts)).to(self.device)  # the mean over all images is 1
+        self._class_weights = balanced if self.config.class_weights == "balanced" else None
         self._state: EpochState | None = None
         # (this process's loss and hits, every process's images) of the batches since the last flush
         self._pending: list[tuple[Tensor, Tensor, int]] = []
@@ -162,20 +172,26 @@ class Engine:
     def _train_steps(self, size: int | None) -> None:
         """Run the epoch's remaining steps, on images of ``size`` pixels or, for None, of the data's."""
         state, total = self._state, len(self.data.train)
+        images, sampler = self.data.train, self.sampler
+        if self.config.balanced_sampling:  # an image that is drawn twice is augmented in two ways
+            order = WeightedRandomSampler(self._image_weights, total, generator=sampler)
+            images, sampler = images.subset(torch.tensor(list(order))), None
         source = batches(
-            self.data.train,
+            images,
             self._step_size,
             self.device,
-            self.sampler,
+            sampler,
             augment=self.augment,
             epoch=self._epoch,
             skip=state.step,
             shard=_shard(self.world, self.config.batch_size),
         )
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         with Progress(total, f"epoch {self._epoch} {NAMES[self.opt.phase]}", enabled=self.world.is_main) as progress:
             progress.update(state.seen)
-            for x, y in interruptible(source, self.world.max):
+            for x, y in interruptible(source, self.world.max, self.deadline):
                 num_images = min(self._step_size, total - state.step * self._step_size)
                 self._train_step(x if size is None else resize_batch(x, size), y, num_images)
                 state.step += 1
@@ -199,9 +215,12 @@ class Engine:
                 branch.first_image = shards[i].start
             more = world.size > 1 and i + 1 < len(counts)
             with self._parallel.no_sync() if more else nullcontext():  # gradients are averaged once
+                target = y
+                if self.mix is not None:
+                    x, target = self.mix(x, y, self._epoch, self._state.step, i)
                 with self.autocast():
                     logits = self._parallel(x)
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
+                loss = self._loss(logits.float(), target)
                 mine = len(shards[i])
                 # the mean over all images of all processes, whose mean DistributedDataParallel takes
                 self.scaler.scale(loss * (world.size * mine / total)).backward()
@@ -209,11 +228,20 @@ class Engine:
             self._pending.append((loss.detach() * mine, hits, counts[i]))
         self._update_weights()
 
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The mean over the images; ``target`` has classes (B,) or probabilities (B, classes)."""
+        smoothing = self.config.label_smoothing
+        if self._class_weights is None:
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        # not PyTorch's weighted mean: its divisor would depend on how the images of a step are split into batches
+        loss = F.cross_entropy(logits, target, self._class_weights, label_smoothing=smoothing, reduction="sum")
+        return loss / len(logits)
+
     def _update_weights(self) -> None:
         if self.config.clip_grad is not None:
-            self.scaler.unscale_(self.opt.optimizer)
+            self.scaler.unscale_(self.opt)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.scaler.step(self.opt.optimizer)
+        self.scaler.step(self.opt)
         scale = self.scaler.get_scale()
         self.scaler.update()
         self._state.skipped += self.scaler.get_scale() < scale  # a gradient overflowed, and the step was skipped

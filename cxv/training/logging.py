@@ -1,20 +1,24 @@
 """Output of a run: log lines, training curves, TensorBoard files and the summary of the scores."""
 
+import csv
 import io
 import statistics
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import atomic_write
 from ..data.loader import Data
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..models.registry import has_fused_ops
 from .config import NAMES, TrainConfig
 from .distributed import World
 from .dualopt import DualOpT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SCALARS = ("lr", "images_per_second", "skipped_steps")  # of a line of metrics.jsonl, for TensorBoard
 
@@ -55,8 +59,15 @@ def _recipe_line(config: TrainConfig, data: Data) -> str:
 def _extras(config: TrainConfig) -> list[str]:
     """The parts of a recipe that the paper's does not have."""
     extras = (
+        (f"stem and {config.freeze} layers frozen", config.freeze is not None),
         ("horizontal flips", config.hflip),
         (f"random crops with {config.random_crop} pixels of padding", config.random_crop),
+        (f"color jitter {config.color_jitter}", config.color_jitter),
+        (f"random erasing {config.random_erasing}", config.random_erasing),
+        (f"MixUp {config.mixup}", config.mixup),
+        (f"CutMix {config.cutmix}", config.cutmix),
+        ("balanced class weights", config.class_weights),
+        ("balanced sampling", config.balanced_sampling),
         (f"{config.schedule} learning rate", config.schedule != "constant"),
         (f"weight decay {config.weight_decay} of matrices", config.weight_decay is not None),
         (f"label smoothing {config.label_smoothing}", config.label_smoothing),
@@ -67,19 +78,16 @@ def _extras(config: TrainConfig) -> list[str]:
 
 
 def epoch_line(row: dict[str, Any], best: bool) -> str:
-    """Describe an epoch by its line of ``metrics.jsonl``."""
-    size = f"at {row['img_size']} px  " if "img_size" in row else ""
-    scores = "".join(
-        f"{split} loss {row[f'{split}_loss']:.4f} top-1 {row[f'{split}_top1']:6.2f} %  "
-        for split in ("validation", "test")
-        if f"{split}_loss" in row
-    )
+    """Describe an epoch by its line of ``metrics.jsonl``, in at most 100 columns: loss and top-1 of each split."""
+    size = f" {row['img_size']}px" if "img_size" in row else ""
+    split, short = ("validation", "val") if "validation_loss" in row else ("test", "test")
+    seconds = f"{row['seconds']:.{0 if row['seconds'] >= 100 else 1}f}"
     return (
-        f"epoch {row['epoch']:3d} {phase_name(row):5s} lr {row['lr']:g}  loss {row['train_loss']:.4f} "
-        f"top-1 {row['train_top1']:6.2f} %  {size}{scores}"
-        f"{row['images_per_second']:.0f} images/s {row['seconds']:.1f} s"
-        + (f"  {row['skipped_steps']} steps skipped (fp16 overflow)" if row["skipped_steps"] else "")
+        f"epoch {row['epoch']:3d} {phase_name(row):5s} lr {row['lr']:.2g}{size}  "
+        f"train loss {row['train_loss']:.3f} {row['train_top1']:.1f} %  "
+        f"{short} {row[f'{split}_loss']:.3f} {row[f'{split}_top1']:.2f} %  {seconds} s"
         + ("  best" if best else "")
+        + (f"\n          {row['skipped_steps']} steps skipped (fp16 overflow)" if row["skipped_steps"] else "")
     )
 
 
@@ -171,7 +179,16 @@ def _at(score: dict[str, Any]) -> str:
     return f"{score['test_top1']:.2f} % (epoch {score['epoch']})"
 
 
-# --- curves
+# --- tables and curves
+
+
+def to_csv(history: list[dict[str, Any]]) -> bytes:
+    """The lines of ``metrics.jsonl`` as a table. Missing numbers are empty cells."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in history for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return table.getvalue().encode()
 
 
 def phase_name(row: dict[str, Any]) -> str:
@@ -179,28 +196,21 @@ def phase_name(row: dict[str, Any]) -> str:
     return ("RA-" if row.get("augmented") else "") + {"adamw": "AdamW", "sgd": "SGD"}[row["phase"]]
 
 
-def plot_curves(history: list[dict[str, Any]], path: str | Path, title: str = "") -> bool:
-    """Draw loss and top-1 by epoch into a PNG, with a line wherever one phase gave way to another.
+def plot_curves(history: list[dict[str, Any]], title: str = "") -> bytes:
+    """Draw loss and top-1 of at least one epoch, with a line wherever one phase gave way to another.
 
     Returns:
-        False, with nothing drawn, when matplotlib is not installed or there is no epoch to draw.
+        The content of a PNG file.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return False
-    if not history:
-        return False
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [row["epoch"] for row in history]
     mark = "o" if len(epochs) == 1 else None
     splits = {"train": "#8a8f98", "validation": "#3b8f5a", "test": "#1f6fb4"}
     splits = {split: color for split, color in splits.items() if all(f"{split}_loss" in row for row in history)}
     switches = [(a["epoch"] + 0.5, phase_name(a), phase_name(b)) for a, b in pairwise(history)]
     switches = [(x, f"{a} → {b}") for x, a, b in switches if a != b]
-    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot: its backend and its figures belong to the user
+    figure = new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
     for axes, name, label in ((left, "loss", "cross-entropy"), (right, "top1", "top-1 (%)")):
         for split, color in splits.items():
@@ -219,11 +229,40 @@ def plot_curves(history: list[dict[str, Any]], path: str | Path, title: str = ""
     label = f"best: {best[f'{by}_top1']:.2f} %, epoch {best['epoch']}"
     right.plot(best["epoch"], best[f"{by}_top1"], "o", color=splits[by], markersize=6, label=label)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(plot_text(title))
+    return figure_png(figure)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this size in inches. It does not use pyplot, whose state belongs to the user."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: "Figure") -> bytes:
+    """Return the content of a PNG file with the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    atomic_write(path, buffer.getvalue())
-    return True
+    return buffer.getvalue()
+
+
+def plot_text(text: str) -> str:
+    """Return text that matplotlib draws as it is: without formulas, and with escapes for what its font lacks."""
+    glyphs = _glyphs()
+    text = "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in printable(text))
+    return text.replace("$", r"\$")
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """The characters of matplotlib's font."""
+    from matplotlib import font_manager
+
+    return frozenset(font_manager.get_font(font_manager.findfont(None)).get_charmap())
 
 
 # --- TensorBoard

@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedules and weight averages of a training run."""
+"""What trains the weights of a run: frozen layers, the optimizer, learning-rate schedules and weight averages."""
 
 from typing import Any
 
@@ -8,10 +8,50 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import load_weights
+from ..errors import InputError
+from ..models.backbone import Backbone
+from .config import TrainConfig
+from .dualopt import DualOpT
 
-SCHEDULES = ("constant", "cosine", "onecycle")
 WARMUP_START = 0.01
 """The first rate of the warm-up before a cosine, relative to the peak."""
+
+
+def freeze(model: nn.Module, num_layers: int | None) -> list[nn.Module]:
+    """Freeze the stem (with positions and class token) and the first layers of a model. None freezes nothing.
+
+    Frozen parameters get no gradient, and so no state of an optimizer.
+
+    Returns:
+        The frozen modules. Keep them in ``eval()`` mode, so that batch norms keep their statistics.
+
+    Raises:
+        InputError: If the model has no such layers.
+    """
+    if num_layers is None:
+        return []
+    if not isinstance(model, Backbone):
+        raise InputError(f"`freeze`: {type(model).__name__} has no stem and layers of cxv, of which some can be frozen")
+    if num_layers > len(model.layers):
+        raise InputError(f"`freeze`: expected at most {len(model.layers)}, the layers of the model, got {num_layers}")
+    frozen = [model.stem, *model.layers[:num_layers]]
+    for part in (*frozen, *model.parameters(recurse=False)):
+        part.requires_grad_(False)
+    return frozen
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> DualOpT:
+    """Make the optimizer of a run. A single optimizer is DualOpT with one phase."""
+    if config.optimizer == "sgd":
+        return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
+    return DualOpT(
+        model if config.weight_decay is None else weight_decay_groups(model, config.weight_decay),
+        patience=config.patience,
+        lr=config.lr,
+        sgd_lr=1e-3 if config.sgd_lr is None else config.sgd_lr,
+        max_epochs=(config.epochs, config.sgd_epochs or 0),
+        module=model,
+    )
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -30,41 +70,34 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
 
 def make_scheduler(
-    optimizer: Optimizer, schedule: str, lr: float, steps: int, warmup_steps: int | None = None
+    optimizer: Optimizer, config: TrainConfig, steps: int, saved: dict[str, Any] | None = None
 ) -> LRScheduler | None:
-    """Make the scheduler of the learning rate. Step it after every step of the optimizer.
+    """Make the scheduler of the learning rate, which is stepped after every step of the optimizer.
 
     Args:
         optimizer: The optimizer. Its learning rates are overwritten by those of the first step.
-        schedule: ``"constant"`` (no scheduler), ``"cosine"`` (down to 0, after a linear warm-up) or ``"onecycle"``
-            (PyTorch's ``OneCycleLR``, which also cycles the momentum).
-        lr: Peak of the learning rate.
+        config: Its ``schedule`` is ``"constant"`` (no scheduler), ``"cosine"`` (down to 0, after a linear warm-up) or
+            ``"onecycle"`` (PyTorch's ``OneCycleLR``, which also cycles the momentum). ``lr`` is the peak.
         steps: Number of steps of the run.
-        warmup_steps: Number of steps before the peak. Default: 0 for ``"cosine"``, 30 % for ``"onecycle"``.
+        saved: The checkpoint of the run, if it goes on.
     """
-    if schedule == "constant":
+    if config.schedule == "constant":
         return None
-    if schedule == "onecycle":
-        options = {} if warmup_steps is None else {"pct_start": warmup_steps / steps}
-        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps, **options)
-    cosine = CosineAnnealingLR(optimizer, T_max=steps - (warmup_steps or 0))
-    if not warmup_steps:
-        return cosine
-    warmup = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
-
-
-def load_scheduler(scheduler: LRScheduler, state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
-    """Restore a new scheduler, and the rates and momenta that its constructor has overwritten.
-
-    Args:
-        scheduler: The new scheduler.
-        state: ``state_dict`` of the old scheduler.
-        optimizer_state: ``state_dict`` of the optimizer from the same time.
-    """
-    scheduler.load_state_dict(state)
-    for group, saved in zip(scheduler.optimizer.param_groups, optimizer_state["param_groups"], strict=True):
-        group.update({name: value for name, value in saved.items() if name != "params"})
+    warmup = None if config.warmup_epochs is None else round(config.warmup_epochs * (steps // config.epochs))
+    if config.schedule == "onecycle":
+        options = {} if warmup is None else {"pct_start": warmup / steps}
+        scheduler: LRScheduler = OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps, **options)
+    else:
+        scheduler = CosineAnnealingLR(optimizer, T_max=steps - (warmup or 0))
+        if warmup:
+            first = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
+            scheduler = SequentialLR(optimizer, [first, scheduler], milestones=[warmup])
+    if saved is not None:
+        scheduler.load_state_dict(saved["scheduler"])
+        # the constructors have overwritten rates and momenta
+        for group, old in zip(optimizer.param_groups, saved["optimizer"]["optimizer"]["param_groups"], strict=True):
+            group.update({name: value for name, value in old.items() if name != "params"})
+    return scheduler
 
 
 def make_average(model: nn.Module, decay: float | None) -> AveragedModel | None:

@@ -1,6 +1,7 @@
 """Several runs that differ only by their seed."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,15 +27,16 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
     """Train once for each of ``config.seeds`` in ``output/seed-N``, and write ``output/summary.json``.
 
     The summary has the best, mean and standard deviation of top-1. With ``resume``, finished runs are not trained
-    again, an interrupted run continues, and the other runs start.
+    again, an interrupted run continues, and the other runs start. ``max_time`` is the time of all runs together; when
+    it is over, there is no ``summary.json`` yet.
 
     Returns:
-        The result of :func:`cxv.training.logging.summarize_seeds`.
+        The result of :func:`cxv.training.logging.summarize_seeds`, or an empty dict if ``max_time`` is over.
 
     Raises:
         InputError: As :func:`train`, or if ``output`` has something else.
     """
-    world = World.current()
+    world, start = World.current(), time.monotonic()
     log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
     root = Path(config.output or default_output(config))
     begun, run = world.broadcast_from_rank0(lambda: _check_root(config, root))
@@ -47,11 +49,16 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
         if config.resume and output not in begun:
             given = {k: v for k, v in asdict(config_of_seed).items() if v is not None}
             config_of_seed = TrainConfig(**{k: v for k, v in run.items() if k in OPTIONS} | given | {"resume": False})
+        others = f"and the other seeds after it with  cxv train --resume {root}"
         try:
-            runs[seed] = train(config_of_seed, log).summary
+            result = train(config_of_seed, log, start)
         except KeyboardInterrupt:
-            log(f"and the other seeds after it with  cxv train --resume --output {root}")
+            log(others)
             raise
+        if not result.finished:
+            log(others)
+            return {}
+        runs[seed] = result.summary
     total = summarize_seeds(runs)
     if world.is_main:
         atomic_write(root / SUMMARY, (json.dumps(total, indent=2) + "\n").encode())

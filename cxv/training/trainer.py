@@ -5,16 +5,17 @@ import json
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoint import (
     BEST,
@@ -28,9 +29,10 @@ from ..checkpoint import (
     rng_state,
     set_rng_state,
 )
-from ..data.augment import Augmentation, Chain, FlipCrop, RandAugment
+from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment
+from ..data.decode import need
 from ..data.loader import load_data, to_device
-from ..errors import InputError, first_line, out_of_memory
+from ..errors import InputError, first_line, listed, out_of_memory
 from ..models.arguments import image_size
 from ..models.registry import REFUSALS, build_model, create_model, downsampling
 from .config import (
@@ -40,16 +42,19 @@ from .config import (
     METRICS,
     NAMES,
     SUMMARY,
+    TABLE,
     TENSORBOARD,
     TrainConfig,
+    check_output,
+    default_output,
     fit_to_data,
     resolve,
+    seconds,
     to_dict,
 )
 from .distributed import World
-from .dualopt import DualOpT
 from .engine import Engine, autocast_for, pick_device
-from .interrupt import Interrupted, deferred_interrupts
+from .interrupt import Interrupted, OutOfTimeError, deferred_interrupts
 from .logging import (
     TensorBoard,
     epoch_line,
@@ -60,15 +65,11 @@ from .logging import (
     summarize,
     summary_line,
     switch_line,
+    to_csv,
 )
-from .optim import (
-    load_scheduler,
-    load_weights_state,
-    make_average,
-    make_scheduler,
-    weight_decay_groups,
-    weights_state,
-)
+from .optim import freeze, load_weights_state, make_average, make_optimizer, make_scheduler, weights_state
+
+_LOCK = ".lock"
 
 
 @dataclass
@@ -76,17 +77,19 @@ class TrainResult:
     """The result of a run. Its files are in ``output``.
 
     ``best_top1`` (per cent) was reached at ``best_epoch`` of ``epochs``, on the validation images if there are any,
-    else on the test set. ``summary`` has the top-1 accuracy on the test set.
+    else on the test set. ``summary`` has the top-1 accuracy on the test set. A run that ``max_time`` has stopped is not
+    ``finished``: its summary is empty, and before its first epoch is over its best top-1 and epoch are None.
     """
 
-    best_top1: float
-    best_epoch: int
+    best_top1: float | None
+    best_epoch: int | None
     epochs: int
     output: Path
     summary: dict[str, Any]
+    finished: bool = True
 
 
-def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> TrainResult:
+def train(config: TrainConfig, log: Callable[[str], None] | None = None, start: float | None = None) -> TrainResult:
     """Train a model with DualOpT (or one of its phases), or resume a run, and write the run into ``config.output``.
 
     After every epoch ``last.pt`` and ``metrics.jsonl`` are replaced atomically, and ``best.pt`` if the epoch is the
@@ -102,21 +105,28 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None) -> Trai
     Args:
         config: The arguments of the run.
         log: Function that receives the log lines. Default: print them.
+        start: The time of ``time.monotonic`` from which ``max_time`` counts. Default: now.
 
     Raises:
         InputError: If arguments or files are invalid, the directory has another run, or the loss is not finite.
     """
-    return Trainer(config, log).run()
+    with ExitStack() as locks:
+        return Trainer(config, log, start, locks).run()
 
 
 class Trainer:
-    """A run of :func:`train`: the constructor prepares everything and writes nothing, :meth:`run` trains."""
+    """A run of :func:`train`: the constructor prepares everything and writes nothing, :meth:`run` trains.
 
-    def __init__(self, config: TrainConfig, log: Callable[[str], None] | None = None):
-        world = self.world = World.current()
+    ``locks`` keeps other processes out of the output directory until it is closed.
+    """
+
+    def __init__(self, config: TrainConfig, log: Callable[[str], None] | None, start: float | None, locks: ExitStack):
+        start = time.monotonic() if start is None else start
+        world, self._locks = World.current(), locks
+        self.world = world
         self.log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
         self._model_is_default = config.model is None and not config.resume
-        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(_resolve, config, world))
+        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(_resolve, config, world, locks))
         config = self.config
         self.output = Path(config.output)
         with world.sync_errors():
@@ -126,7 +136,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self._load_data(saved)
         self._build_model(saved)
-        self.opt = _make_optimizer(self.model, config)
+        self.opt = make_optimizer(self.model, config)
         self.average = make_average(self.model, config.ema_decay)
         self._copies = 4 if self.average is None else 5  # of the weights in a checkpoint: these, the best, two moments
         self.history: list[dict[str, Any]] = []
@@ -135,8 +145,13 @@ class Trainer:
         self.engine = Engine(self.model, self.data, self.opt, config, self.device, self.autocast, world, self.average)
         if saved is not None:
             self._restore(saved)
-        self.engine.scheduler = _make_scheduler(self.opt, config, len(self.data.train), saved)
-        self.augment = _make_augmentation(config)
+        steps = config.epochs * math.ceil(len(self.data.train) / (config.batch_size * config.accumulate))
+        self.engine.scheduler = make_scheduler(self.opt, config, steps, saved)
+        self.engine.frozen = self.frozen
+        if config.max_time is not None:
+            self.engine.deadline = start + seconds(config.max_time)
+        self.augment = _make_augmentation(config, self.data.train.normalization["mean"])
+        self.mix = _make_mixing(config, len(self.data.classes))
 
     def run(self) -> TrainResult:
         """Train to the end.
@@ -146,11 +161,15 @@ class Trainer:
             KeyboardInterrupt: After Ctrl-C or SIGTERM, when the run is saved.
         """
         self._begin()
-        with self._explained_errors(), deferred_interrupts():
-            while not self.opt.finished:
-                self._train_epoch()
-            if self.data.validation is not None:
-                self._test_once()
+        try:
+            with self._explained_errors(), deferred_interrupts(self.world.is_main):
+                while not self.opt.finished:
+                    self._train_epoch()
+                if self.data.validation is not None:
+                    self._test_once()
+        except OutOfTimeError:
+            opt = self.opt
+            return TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, self.output, {}, finished=False)
         return self._finish()
 
     def _load_data(self, saved: dict[str, Any] | None) -> None:
@@ -171,8 +190,8 @@ class Trainer:
     def _check_same_data(self, saved: dict[str, Any], classes: list[str]) -> None:
         if saved["classes"] != classes:
             raise InputError(
-                f"`resume`: the run in {self.output} has the classes {_list(saved['classes'])}, the data has "
-                f"{_list(classes)}"
+                f"`resume`: the run in {self.output} has the classes {listed(saved['classes'])}, the data "
+                f"has {listed(classes)}"
             )
         changed = [split for split, value in self.fingerprint.items() if saved["data_fingerprint"][split] != value]
         if changed:
@@ -199,6 +218,7 @@ class Trainer:
             self.model.to(self.device)
             for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
                 self._try_model((data.in_chans, *image_size(size)))
+            self.frozen = freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()  # in place: the same parameters by the same names
 
@@ -242,7 +262,7 @@ class Trainer:
         if self._saved_phase is None:
             with self.world.sync_errors():
                 if self.world.is_main:
-                    _make_output(self.output, config.overwrite)
+                    _make_output(self.output, config.overwrite, self._locks)
                     check_space(self.output, self.model, self._copies)
             self._save()  # so that a run killed in its first epoch can be resumed too
         else:
@@ -257,8 +277,7 @@ class Trainer:
         opt, log = self.opt, self.log
         if self._fallback is not None:
             log(f"{self._fallback}; going on from {PREVIOUS}, which is one save older")
-        part = "" if self.resume_state is None else f" and {self.resume_state['step']} batches of the next"
-        log(f"resumed after epoch {opt.epoch}{part}, in the {NAMES[opt.phase]} phase")
+        log(f"resumed after epoch {_progress(opt.epoch, self.resume_state)}, in the {NAMES[opt.phase]} phase")
         if opt.phase != self._saved_phase:  # a changed cap ends the phase here
             log(switch_line(opt, self.config))
         self._post_train_if_due()  # post_train can be given to a run that is over
@@ -275,7 +294,8 @@ class Trainer:
         with self.world.sync_errors():
             if self.world.is_main:
                 check_space(self.output, self.model, self._copies)
-        self.engine.augment = None if self.post_training else self.augment
+        clean = self.post_training
+        self.engine.augment, self.engine.mix = (None, None) if clean else (self.augment, self.mix)
         row = self.engine.train_one_epoch(self.resume_state)
         self.resume_state = None
         best = opt.end_epoch(row["test_top1" if self.data.validation is None else "validation_top1"])
@@ -336,6 +356,7 @@ class Trainer:
                 # after the checkpoint, which is the truth: a resumed run rewrites them
                 lines = "".join(json.dumps(row) + "\n" for row in self.history)
                 atomic_write(self.output / METRICS, lines.encode())
+                atomic_write(self.output / TABLE, to_csv(self.history))
             except InputError as error:
                 hint = f"; what {self.output / LAST} has is kept, and `resume` goes on from it"
                 raise InputError(f"{error}{hint if self.history else ''}") from error
@@ -368,17 +389,21 @@ class Trainer:
 
         These are the errors if memory is exhausted, or if another process has ended.
         """
-        resume = f"go on with  cxv train --resume --output {self.output}"
+        resume = f"go on with  cxv train --resume {self.output}"
         try:
             yield
-        except KeyboardInterrupt as error:
-            if isinstance(error, Interrupted) and (state := self.engine.resume_state) is not None:
+        except (KeyboardInterrupt, OutOfTimeError) as error:
+            if isinstance(error, Interrupted | OutOfTimeError) and (state := self.engine.resume_state) is not None:
                 self._save(resume_state=state)
             if self.world.is_main:
                 saved, _ = read_last(self.output)
-                state = saved["resume_state"]
-                part = "" if state is None else f" and {state['step']} batches of the next"
-                self.log(f"interrupted; epoch {saved['epoch']}{part} is saved: {resume}")
+                done = _progress(saved["epoch"], saved["resume_state"])
+                reason = (
+                    f"stopped by `max_time` {self.config.max_time}"
+                    if isinstance(error, OutOfTimeError)
+                    else "interrupted"
+                )
+                self.log(f"{reason}; epoch {done} is saved: {resume}")
             raise
         except RuntimeError as error:
             if out_of_memory(error):
@@ -403,17 +428,23 @@ class Trainer:
             return result
         if self._board is not None:
             self._board.close()
-        drawn = plot_curves(self.history, output / CURVES, f"{self.config.model} on {self.config.data}")
+        curves = plot_curves(self.history, f"{self.config.model} on {self.config.data}")
+        atomic_write(output / CURVES, curves)
         atomic_write(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         split = "" if self.data.validation is None else "validation "
         self.log(f"best {split}top-1 {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
         self.log(summary_line(summary))
-        files = [BEST, LAST, METRICS, ARGS, SUMMARY] + [CURVES] * drawn + [TENSORBOARD] * (self._board is not None)
-        self.log(f"in {output}: {', '.join(files)}" + ("" if drawn else " (no curves: pip install 'cxv[train]')"))
+        files = [BEST, LAST, METRICS, TABLE, ARGS, SUMMARY, CURVES] + [TENSORBOARD] * (self._board is not None)
+        self.log(f"in {output}: {', '.join(files)}")
         return result
 
 
-def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
+def _resolve(
+    config: TrainConfig, world: World, locks: ExitStack
+) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
+    output = Path(config.output or default_output(config))
+    if output.is_dir():
+        _lock(output, locks)
     resolved = resolve(config)
     if resolved[0].batch_size < world.size:
         raise InputError(
@@ -440,49 +471,54 @@ def _create(
     return build_model(config.model, kwargs), kwargs
 
 
-def _make_output(output: Path, overwrite: bool) -> None:
+def _lock(output: Path, locks: ExitStack) -> None:
+    """Keep other processes out of the directory. This process can lock it twice.
+
+    Raises:
+        InputError: If another process trains in it.
+    """
+    try:
+        locks.enter_context(FileLock(output / _LOCK, timeout=0, is_singleton=True))
+    except Timeout as error:
+        raise InputError(f"`output`: another process is training in {output}; give another directory") from error
+    except (OSError, NotImplementedError):  # a read-only directory, which is reported later, or no locks on this disk
+        return
+
+
+def _make_output(output: Path, overwrite: bool, locks: ExitStack) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"`output`: cannot create {output} ({error.strerror})") from error
+    _lock(output, locks)
+    check_output(output, overwrite)  # again: another process can have trained here while this one read its data
     if overwrite:
-        for name in (LAST, PREVIOUS, BEST, METRICS, CURVES, ARGS, SUMMARY):
+        for name in (LAST, PREVIOUS, BEST, METRICS, TABLE, CURVES, ARGS, SUMMARY):
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(output / TENSORBOARD, ignore_errors=True)
 
 
-def _make_optimizer(model: nn.Module, config: TrainConfig) -> DualOpT:
-    if config.optimizer == "sgd":
-        return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
-    return DualOpT(
-        model if config.weight_decay is None else weight_decay_groups(model, config.weight_decay),
-        patience=config.patience,
-        lr=config.lr,
-        sgd_lr=1e-3 if config.sgd_lr is None else config.sgd_lr,
-        max_epochs=(config.epochs, config.sgd_epochs or 0),
-        module=model,
-    )
-
-
-def _make_scheduler(
-    opt: DualOpT, config: TrainConfig, num_images: int, saved: dict[str, Any] | None
-) -> LRScheduler | None:
-    steps = math.ceil(num_images / (config.batch_size * config.accumulate))
-    warmup = None if config.warmup_epochs is None else round(config.warmup_epochs * steps)
-    scheduler = make_scheduler(opt.optimizer, config.schedule, config.lr, config.epochs * steps, warmup)
-    if scheduler is not None and saved is not None:
-        load_scheduler(scheduler, saved["scheduler"], saved["optimizer"]["optimizer"])
-    return scheduler
-
-
-def _make_augmentation(config: TrainConfig) -> Augmentation | None:
+def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmentation | None:
     steps: list[Augmentation] = []
     if config.hflip or config.random_crop:
         steps.append(FlipCrop(config.hflip, config.random_crop or 0, seed=config.seed))
     if config.rand_augment is not None:
         steps.append(RandAugment(*config.rand_augment, seed=config.seed))
+    if config.color_jitter or config.random_erasing:
+        v2, jitter = need("torchvision.transforms.v2"), config.color_jitter or 0.0
+        gray = [255 * value for value in ([mean] if isinstance(mean, float) else mean)]  # 0 when it is normalized
+        erasing = v2.RandomErasing(config.random_erasing or 0.0, value=gray)
+        steps.append(PerImage(v2.Compose([v2.ColorJitter(jitter, jitter, jitter), erasing]), seed=config.seed))
     return Chain(tuple(steps)) if len(steps) > 1 else next(iter(steps), None)
 
 
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", … ({len(names)})" if len(names) > 10 else "")
+def _make_mixing(config: TrainConfig, num_classes: int) -> BatchMix | None:
+    if not (config.mixup or config.cutmix):
+        return None
+    v2 = need("torchvision.transforms.v2")
+    kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    return BatchMix(v2.RandomChoice([kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]), config.seed)
+
+
+def _progress(epoch: int, state: dict[str, Any] | None) -> str:
+    return f"{epoch} and {state['step']} batches of the next" if state and state["step"] else str(epoch)

@@ -1,15 +1,16 @@
 """Swaps for diffusers: the linear-attention processors of SANA and the multi-scale linear attention of DC-AE."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention, SanaMultiscaleLinearAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxv_kernels import linear_attention
 
-from .swap import AttributeSwap, Example, is_unmodified
+from .swap import Example, Swap, other_feature_map
 
 
 class FusedProcessor:
@@ -105,12 +106,6 @@ def _unsupported(module: Any) -> str | None:
     return None
 
 
-def _unsupported_multiscale(module: Any) -> str | None:
-    if not is_unmodified(module.nonlinearity, nn.ReLU):
-        return f"has the feature map {type(module.nonlinearity).__name__}, or a hook on it, and not a plain ReLU"
-    return None
-
-
 def _multiscale_examples() -> list[Example]:
     return [
         (SanaMultiscaleLinearAttention(8, 8, attention_head_dim=4, **options), (torch.randn(2, 8, *size),))
@@ -119,32 +114,35 @@ def _multiscale_examples() -> list[Example]:
     ]
 
 
-def _sana_swap(original: str, fused: type, **options: Any) -> AttributeSwap | None:
-    cls = getattr(processors, original, None)  # the releases have different processors
-
-    def examples() -> list[Example]:
-        attention = Attention(query_dim=8, heads=2, dim_head=4, kv_heads=2, bias=True, processor=cls(), **options)
-        return [(attention, (torch.randn(6, 5, 8),))]
-
-    if cls is None:
-        return None
-    return AttributeSwap(Attention, "processor", cls, fused, unsupported=_unsupported, examples=examples)
+def _examples(processor: type, **options: Any) -> list[Example]:
+    attention = Attention(query_dim=8, heads=2, dim_head=4, kv_heads=2, bias=True, processor=processor(), **options)
+    return [(attention, (torch.randn(6, 5, 8),))]
 
 
-SWAPS = tuple(
-    swap
-    for swap in (
-        _sana_swap("SanaLinearAttnProcessor2_0", FusedSanaLinearAttnProcessor, qk_norm="rms_norm_across_heads"),
-        _sana_swap("PAGIdentitySanaLinearAttnProcessor2_0", FusedPAGSanaLinearAttnProcessor),
-        _sana_swap("PAGCFGSanaLinearAttnProcessor2_0", FusedPAGCFGSanaLinearAttnProcessor),
-        AttributeSwap(
-            SanaMultiscaleLinearAttention,
-            "processor",
-            processors.SanaMultiscaleAttnProcessor2_0,
-            FusedSanaMultiscaleAttnProcessor,
-            unsupported=_unsupported_multiscale,
-            examples=_multiscale_examples,
-        ),
-    )
-    if swap is not None
+_PROCESSORS: tuple[tuple[str, type, dict[str, Any]], ...] = (
+    ("SanaLinearAttnProcessor2_0", FusedSanaLinearAttnProcessor, {"qk_norm": "rms_norm_across_heads"}),
+    ("PAGIdentitySanaLinearAttnProcessor2_0", FusedPAGSanaLinearAttnProcessor, {}),
+    ("PAGCFGSanaLinearAttnProcessor2_0", FusedPAGCFGSanaLinearAttnProcessor, {}),
+)
+SWAPS = (
+    *(
+        Swap(
+            owner=Attention,
+            attribute="processor",
+            original=original,
+            fused=fused,
+            unsupported=_unsupported,
+            examples=partial(_examples, original, **options),
+        )
+        for name, fused, options in _PROCESSORS
+        if (original := getattr(processors, name, None)) is not None  # the releases have different processors
+    ),
+    Swap(
+        owner=SanaMultiscaleLinearAttention,
+        attribute="processor",
+        original=processors.SanaMultiscaleAttnProcessor2_0,
+        fused=FusedSanaMultiscaleAttnProcessor,
+        unsupported=lambda module: other_feature_map(module.nonlinearity),
+        examples=_multiscale_examples,
+    ),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from cxv_kernels import linear_attention
 
 from .lucidrains import softmax_linear_attention
-from .swap import AttributeSwap, ClassSwap, Example, refuse_torchscript
+from .swap import Example, Swap, refuse_torchscript
 
 
 def fused_linear_attn(q: Tensor, k: Tensor, v: Tensor, kv_mask: Tensor | None = None) -> Tensor:
@@ -64,17 +64,17 @@ def _examples() -> list[Example]:
 
 
 SWAPS = (
-    AttributeSwap(
-        SelfAttention,
-        "global_attn_fn",
-        linear_attn,
-        fused_linear_attn,
+    Swap(
+        owner=SelfAttention,
+        attribute="global_attn_fn",
+        original=linear_attn,
+        fused=fused_linear_attn,
         unsupported=_unsupported,
         examples=_examples,
     ),
-    ClassSwap(
-        ImageLinearAttention,
-        FusedImageLinearAttention,
+    Swap(
+        owner=ImageLinearAttention,
+        fused=FusedImageLinearAttention,
         unsupported=_unsupported_image,
         examples=_image_examples,
     ),

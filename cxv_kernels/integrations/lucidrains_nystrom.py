@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cxv_kernels import nystrom_attention
 
-from .swap import ClassSwap, Example, is_residual, refuse_torchscript
+from .swap import Example, Swap, is_residual, refuse_torchscript
 
 
 class FusedNystromAttention(NystromAttention):
@@ -28,9 +28,8 @@ class FusedNystromAttention(NystromAttention):
         x = F.pad(x, (0, 0, -tokens % self.num_landmarks, 0))  # each landmark is the mean of equally many tokens
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
         weight = self.res_conv.weight if self.residual else None
-        # the package uses one initial scale for the whole batch, which no kernel supports
-        init = {"pinv_init": "batch", "backend": "reference"}
-        out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, **init)
+        # the package uses one initial scale for the whole batch
+        out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, pinv_init="batch")
         return self.to_out(out.transpose(1, 2).flatten(2))[:, -tokens:]
 
 
@@ -51,4 +50,4 @@ def _examples() -> list[Example]:
     return [(module, (torch.randn(2, tokens, 8),)) for module in modules for tokens in (2, 9, 10)]
 
 
-SWAPS = (ClassSwap(NystromAttention, FusedNystromAttention, unsupported=_unsupported, examples=_examples),)
+SWAPS = (Swap(owner=NystromAttention, fused=FusedNystromAttention, unsupported=_unsupported, examples=_examples),)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cxv_kernels import performer_attention
 
 from .lucidrains import softmax_linear_attention
-from .swap import ClassSwap, Example, is_unmodified, refuse_torchscript
+from .swap import Example, Swap, is_unmodified, refuse_torchscript
 
 
 class FusedFastAttention(FastAttention):
@@ -41,4 +41,4 @@ def _examples() -> list[Example]:
     return [(FastAttention(4, 6, **v), tuple(torch.randn(shape) for _ in range(3))) for v in variants]
 
 
-SWAPS = (ClassSwap(FastAttention, FusedFastAttention, unsupported=_unsupported, examples=_examples),)
+SWAPS = (Swap(owner=FastAttention, fused=FusedFastAttention, unsupported=_unsupported, examples=_examples),)

@@ -1,7 +1,7 @@
 """Classes that replace the attention of a module in place, and checks whether a module allows this."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import nn
@@ -26,6 +26,13 @@ def is_residual(layer: nn.Module, heads: int) -> bool:
     return same_size and one_per_head and plain
 
 
+def other_feature_map(layer: nn.Module) -> str | None:
+    """Return the reason why relu attention cannot bypass the layer with the feature map, or None."""
+    if is_unmodified(layer, nn.ReLU):
+        return None
+    return f"has the feature map {type(layer).__name__}, or a hook on it, and not a plain ReLU"
+
+
 def refuse_torchscript(module: nn.Module) -> NoReturn:
     """Raise ``RuntimeError``: the ``__prepare_scriptable__`` of modules that call our ops."""
     raise RuntimeError(
@@ -34,40 +41,58 @@ def refuse_torchscript(module: nn.Module) -> NoReturn:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Swap:
-    """A class of attention modules of another package, and its counterpart that calls our op.
+    """A class of attention modules of another package, and the code that makes them call our op.
+
+    Either the class of a module is changed to ``fused``, or an attribute that its forward pass calls is replaced.
 
     Args:
         owner: Class of the modules. Subclasses can compute something else, so they are skipped.
+        fused: A subclass of ``owner`` with another ``forward``; or for an attribute, a function, or a class whose
+            constructor takes the original object and stores it as ``original``.
+        attribute: Name of the attribute. Default: the class of the module is changed.
+        original: Class of the attribute, or the function itself.
         unsupported: Function of a module that returns the reason why our op does not compute the same, or None.
         examples: Function that makes small modules of the package, each with the arguments of a call. They are used to
-            check that the installed version computes the same as our counterpart.
+            check that the installed version computes the same as our code.
     """
 
     owner: type[nn.Module]
-    unsupported: Callable[[nn.Module], str | None] = field(kw_only=True)
-    examples: Callable[[], Iterable[Example]] = field(kw_only=True)
+    fused: Any
+    attribute: str = "__class__"
+    original: Any = None
+    unsupported: Callable[[nn.Module], str | None]
+    examples: Callable[[], Iterable[Example]]
+
+    def _has(self, module: nn.Module, expected: Any) -> bool:
+        value = getattr(module, self.attribute, None) if isinstance(module, self.owner) else None
+        return value is not None and (type(value) is expected or value is expected)
 
     def is_candidate(self, module: nn.Module) -> bool:
         """Return True if the module has the attention that this swap replaces, or a subclass of it."""
-        raise NotImplementedError
+        if self.original is None or self._has(module, self.original):
+            return isinstance(module, self.owner)
+        return isinstance(module, self.owner) and self.unsupported(module) is not None
 
     def is_accelerated(self, module: nn.Module) -> bool:
         """Return True if :meth:`apply` has changed the module."""
-        raise NotImplementedError
+        return self._has(module, self.fused)
 
     def apply(self, module: nn.Module) -> None:
         """Make the module call our op."""
-        raise NotImplementedError
+        wraps = self.original is not None and isinstance(self.fused, type)
+        setattr(module, self.attribute, self.fused(getattr(module, self.attribute)) if wraps else self.fused)
 
     def undo(self, module: nn.Module) -> None:
         """Undo :meth:`apply`."""
-        raise NotImplementedError
+        original = self.original or self.owner
+        setattr(module, self.attribute, getattr(getattr(module, self.attribute), "original", original))
 
     def code(self) -> tuple[Any, ...]:
         """Return the functions of the other package that our code replaces. They are compared again if they change."""
-        raise NotImplementedError
+        called = self.original.__call__ if isinstance(self.original, type) else self.original
+        return called, *(value for value in vars(self.owner).values() if callable(value))
 
     def reason(self, module: nn.Module) -> str | None:
         """Return the reason why the module must be skipped, or None."""
@@ -77,63 +102,3 @@ class Swap:
         if replaced:
             return f"has its own {replaced[0]}, which is not that of {self.owner.__name__}"
         return self.unsupported(module)
-
-
-@dataclass(frozen=True, eq=False)
-class ClassSwap(Swap):
-    """Change the class of a module to ``fused``, a subclass of ``owner`` with another ``forward``."""
-
-    fused: type[nn.Module]
-
-    def is_candidate(self, module: nn.Module) -> bool:
-        return isinstance(module, self.owner)
-
-    def is_accelerated(self, module: nn.Module) -> bool:
-        return type(module) is self.fused
-
-    def apply(self, module: nn.Module) -> None:
-        module.__class__ = self.fused
-
-    def undo(self, module: nn.Module) -> None:
-        module.__class__ = self.owner
-
-    def code(self) -> tuple[Any, ...]:
-        return tuple(value for value in vars(self.owner).values() if callable(value))
-
-
-@dataclass(frozen=True, eq=False)
-class AttributeSwap(Swap):
-    """Replace an attribute that the forward pass of a module calls: an instance of a class, or a function.
-
-    Args:
-        attribute: Name of the attribute.
-        original: Class of the attribute, or the function itself.
-        fused: Class whose constructor takes the original object and stores it as ``original``; or a function.
-    """
-
-    attribute: str
-    original: Any
-    fused: Any
-
-    def _is(self, module: nn.Module, expected: Any) -> bool:
-        value = getattr(module, self.attribute, None) if isinstance(module, self.owner) else None
-        return value is not None and (type(value) is expected or value is expected)
-
-    def is_candidate(self, module: nn.Module) -> bool:
-        if self._is(module, self.original):
-            return True
-        return isinstance(module, self.owner) and self.unsupported(module) is not None
-
-    def is_accelerated(self, module: nn.Module) -> bool:
-        return self._is(module, self.fused)
-
-    def apply(self, module: nn.Module) -> None:
-        fused = self.fused(getattr(module, self.attribute)) if isinstance(self.fused, type) else self.fused
-        setattr(module, self.attribute, fused)
-
-    def undo(self, module: nn.Module) -> None:
-        setattr(module, self.attribute, getattr(getattr(module, self.attribute), "original", self.original))
-
-    def code(self) -> tuple[Any, ...]:
-        called = self.original.__call__ if isinstance(self.original, type) else self.original
-        return called, *(value for value in vars(self.owner).values() if callable(value))

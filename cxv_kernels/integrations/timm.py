@@ -1,14 +1,12 @@
 """Swaps for EfficientViT (B and L) of timm: multi-scale linear attention with the feature map relu."""
 
-from typing import Any
-
 import torch
 from timm.models.efficientvit_mit import LiteMLA
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxv_kernels import linear_attention
 
-from .swap import ClassSwap, Example, is_unmodified, refuse_torchscript
+from .swap import Example, Swap, other_feature_map, refuse_torchscript
 
 
 class FusedLiteMLA(LiteMLA):
@@ -27,14 +25,15 @@ class FusedLiteMLA(LiteMLA):
         return self.proj(out.transpose(-1, -2).reshape(batch, -1, height, width))
 
 
-def _unsupported(module: Any) -> str | None:
-    if not is_unmodified(module.kernel_func, nn.ReLU):
-        return f"has the feature map {type(module.kernel_func).__name__}, or a hook on it, and not a plain ReLU"
-    return None
-
-
 def _examples() -> list[Example]:
     return [(LiteMLA(8, 8, dim=4, scales=scales), (torch.randn(2, 8, 3, 4),)) for scales in ((), (3, 5))]
 
 
-SWAPS = (ClassSwap(LiteMLA, FusedLiteMLA, unsupported=_unsupported, examples=_examples),)
+SWAPS = (
+    Swap(
+        owner=LiteMLA,
+        fused=FusedLiteMLA,
+        unsupported=lambda module: other_feature_map(module.kernel_func),
+        examples=_examples,
+    ),
+)

@@ -9,7 +9,7 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 
 from cxv_kernels import nystrom_attention
 
-from .swap import ClassSwap, Example, is_residual, refuse_torchscript
+from .swap import Example, Swap, is_residual, refuse_torchscript
 
 
 class FusedNystromformerSelfAttention(NystromformerSelfAttention):
@@ -30,8 +30,8 @@ class FusedNystromformerSelfAttention(NystromformerSelfAttention):
         )
         weight = None if self.conv_kernel_size is None else self.conv.weight
         # the rows of a softmax sum to 1, so the scale of "original" is the scale of our "batch"
-        init = {"pinv_init": "batch", "backend": "reference"} if self.init_option == "original" else {}
-        out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, **init)
+        init = "batch" if self.init_option == "original" else "head"
+        out = nystrom_attention(q, k, v, self.num_landmarks, residual_weight=weight, pinv_init=init)
         return (out.transpose(1, 2).flatten(2),)
 
 
@@ -53,9 +53,9 @@ def _examples() -> list[Example]:
 
 
 SWAPS = (
-    ClassSwap(
-        NystromformerSelfAttention,
-        FusedNystromformerSelfAttention,
+    Swap(
+        owner=NystromformerSelfAttention,
+        fused=FusedNystromformerSelfAttention,
         unsupported=_unsupported,
         examples=_examples,
     ),

@@ -10,7 +10,7 @@ from cxv.data.loader import ImageSet, batches, normalize
 
 
 def uint8_images(n, channels=3, size=24):
-    return torch.randint(30, 220, (n, channels, size, size), dtype=torch.uint8)
+    return torch.randint(30, 220, (n, channels, size, size + 8), dtype=torch.uint8)
 
 
 def torchvisions(images, num_ops, magnitude, draws, monkeypatch):

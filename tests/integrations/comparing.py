@@ -79,6 +79,14 @@ def check_equal(model, inputs, names, *, depth, amplification=10.0):
             assert torch.equal(result, original[name]), name
 
 
+def check_fused(model, inputs, op):
+    """Assert that an accelerated model calls the fused op."""
+    cxv_kernels.accelerate(model)
+    with torch.profiler.profile() as recorded:
+        model(*inputs)
+    assert f"cxv_kernels::{op}" in {event.key for event in recorded.key_averages()}
+
+
 def check_half(model, inputs):
     """Assert that a bfloat16 model stays one, and is as accurate as the original."""
     model.eval()

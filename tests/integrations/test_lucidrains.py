@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from conftest import needs_cpp
 from torch import nn
 
 import cxv_kernels
 
-from .comparing import check_compiled_and_exported, check_equal, check_half
+from .comparing import check_compiled_and_exported, check_equal, check_fused, check_half
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -90,6 +91,12 @@ def nystrom():
 def test_nystrom_attention_is_equal(nystrom, tokens, options):
     model = seeded(nystrom.NystromAttention, 16, dim_head=8, heads=2, num_landmarks=6, **options)
     check_equal(model, [torch.randn(2, tokens, 16)], [""], depth=tokens, amplification=80)
+
+
+@needs_cpp
+def test_nystrom_attention_is_fused(nystrom):
+    model = seeded(nystrom.NystromAttention, 16, dim_head=8, heads=2, num_landmarks=6)
+    check_fused(model, [torch.randn(2, 24, 16)], "nystrom_readout")
 
 
 def test_nystrom_attention_with_a_mask_or_maps_runs_the_original(nystrom):

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from conftest import needs_cpp
 from torch import nn
 
 import cxv_kernels
 
-from .comparing import check_compiled_and_exported, check_equal
+from .comparing import check_compiled_and_exported, check_equal, check_fused
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.models.nystromformer")
@@ -40,6 +41,11 @@ def test_nystromformer_with_the_exact_initial_scale_is_equal():
     model = self_attention()
     model.init_option = "exact"
     check_equal(model, [torch.randn(2, 24, 16)], [""], depth=24, amplification=80)
+
+
+@needs_cpp
+def test_nystromformer_is_fused():
+    check_fused(self_attention(), [torch.randn(2, 24, 16)], "nystrom_readout")
 
 
 def test_nystromformer_with_a_mask_or_maps_runs_the_original():

@@ -12,19 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cxv_kernels
-from cxv_kernels import (
-    conv_norm,
-    dropout,
-    gelu_dropout,
-    kv_state,
-    linear_attention,
-    nystrom_attention,
-    performer_attention,
-    performer_features,
-)
 from cxv_kernels._triton import interpreting
 from cxv_kernels.ops.linear_attention.triton import configs
-from cxv_kernels.testing import tolerance
+from cxv_kernels.testing import CALLS, Call, Sizes, tolerance
 from cxv_kernels.validation import FLOAT_DTYPES
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -70,19 +60,6 @@ with_dtypes = pytest.mark.parametrize(
 in_float64 = pytest.mark.parametrize(
     "backend", ["reference", *(param for param in BACKENDS if torch.float64 in dtypes_of(param.values[0]))]
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a test; every kind of op uses those that it has. ``image`` is (H, W) of conv_norm."""
-
-    batch: int = 2
-    heads: int = 2
-    queries: int = 65
-    keys: int = 63
-    dim: int = 17
-    value_dim: int = 5
-    image: tuple[int, int] = (6, 9)
 
 
 TINY = Sizes(1, 2, 5, 6, 3, 4, (3, 3))
@@ -171,39 +148,6 @@ def mask_of(sizes: Sizes) -> Tensor:
     return mask
 
 
-def attention_shapes(sizes: Sizes) -> Sequence[tuple[int, ...]]:
-    batch, num_heads = sizes.batch, sizes.heads
-    key, value = (batch, num_heads, sizes.keys, sizes.dim), (batch, num_heads, sizes.keys, sizes.value_dim)
-    return (batch, num_heads, sizes.queries, sizes.dim), key, value
-
-
-def residual_shapes(sizes: Sizes) -> Sequence[tuple[int, ...]]:
-    (batch, num_heads, tokens, _), _, value = query, _, _ = attention_shapes(sizes)
-    return query, query, (batch, num_heads, tokens, value[-1]), (num_heads, 1, 5, 1)
-
-
-def image_shapes(sizes: Sizes) -> Sequence[tuple[int, ...]]:
-    channels = (sizes.value_dim,)
-    image = (sizes.batch, sizes.dim, *sizes.image)
-    return image, (sizes.value_dim, sizes.dim, 3, 3), channels, channels, channels
-
-
-def channels_last(x: Tensor, *rest: Tensor, **options) -> Tensor:
-    return conv_norm(x.contiguous(memory_format=torch.channels_last), *rest, **options)
-
-
-def without_bias(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **options) -> Tensor:
-    return conv_norm(x, weight, None, gamma, beta, **options)
-
-
-def nystrom_with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, num_landmarks: int = 3, **options) -> Tensor:
-    return nystrom_attention(q, k, v, num_landmarks, residual_weight=weight, **options)
-
-
-def dropped_residual(x: Tensor, residual: Tensor, **options) -> Tensor:
-    return dropout(x, 0.3, residual=residual, **options)
-
-
 def random_features(sizes: Sizes) -> dict[str, Tensor]:
     return {"projection": projection(sizes.dim + 4, sizes.dim)}
 
@@ -212,44 +156,26 @@ def dropout_seed(sizes: Sizes) -> dict[str, Tensor]:
     return {"seed": torch.tensor(12345)}
 
 
-MAPS = ("softmax", "elu", "relu")
-KERNELS = {"softmax": {}, "exact": {"eps": 0.0}, "relu": {"kernel": "relu"}}  # exact: eps = 0, FAVOR+ proper
-LINEAR = [
-    Case("linear_attention", m, partial(linear_attention, feature_map=m), attention_shapes, 4 if m == "relu" else 1,
-         takes_mask=True)
-    for m in MAPS
-]  # fmt: skip
+def calls_of(op: str) -> list[Call]:
+    return [call for call in CALLS if call.op == op]
+
+
+MAPS = tuple(call.label for call in calls_of("linear_attention"))
+LINEAR = [Case(*call, 4 if call.label == "relu" else 1, takes_mask=True) for call in calls_of("linear_attention")]
 PERFORMER = [
-    Case("performer_attention", name, partial(performer_attention, **options), attention_shapes,
-         2 if name == "relu" else 8, random_features, True, smooth=name != "softmax")
-    for name, options in KERNELS.items()
-]  # fmt: skip
-STATE = [
-    Case("kv_state", m, partial(kv_state, feature_map=m), lambda s: attention_shapes(s)[1:], 4, takes_mask=True)
-    for m in MAPS
+    Case(*call, 2 if call.label == "relu" else 8, random_features, True, smooth=call.label != "softmax")
+    for call in calls_of("performer_attention")
 ]
-FEATURES = [
-    Case("performer_features", f"{name}-{'query' if is_query else 'key'}",
-         partial(performer_features, is_query=is_query, **options), lambda s: attention_shapes(s)[:1], 4,
-         random_features, smooth=name == "relu")
-    for name, options in KERNELS.items()
-    for is_query in (True, False)
-]  # fmt: skip
+STATE = [Case(*call, 4, takes_mask=True) for call in calls_of("kv_state")]
+FEATURES = [Case(*call, 4, random_features, smooth="relu" in call.label) for call in calls_of("performer_features")]
 NYSTROM = [
-    # the pseudo-inverse enlarges the roundings of the landmarks' softmax
-    Case("nystrom_attention", "", partial(nystrom_attention, num_landmarks=3), attention_shapes, 8),
-    Case("nystrom_attention", "residual", nystrom_with_residual, residual_shapes, 8),
+    Case(op, label, partial(function, num_landmarks=3), shapes, 8)
+    for op, label, function, shapes in calls_of("nystrom_attention")
 ]
-CONV_NORM = [
-    # the convolution is rounded to the dtype before the norm
-    Case("conv_norm", "NCHW", conv_norm, image_shapes, 4),
-    Case("conv_norm", "channels_last", channels_last, image_shapes, 4),
-    Case("conv_norm", "no-bias", without_bias, lambda s: [*image_shapes(s)[:2], *image_shapes(s)[3:]], 4),
-]
+CONV_NORM = [Case(*call, 4) for call in calls_of("conv_norm")]
 DROPOUT = [
-    Case("dropout", "", partial(dropout, p=0.3), lambda s: attention_shapes(s)[:1], 1, dropout_seed),
-    Case("dropout", "residual", dropped_residual, lambda s: [attention_shapes(s)[0]] * 2, 1, dropout_seed),
-    Case("gelu_dropout", "", partial(gelu_dropout, p=0.3), lambda s: attention_shapes(s)[:1], 4, dropout_seed),
+    *(Case(*call, 1, dropout_seed) for call in calls_of("dropout")),
+    *(Case(*call, 4, dropout_seed) for call in calls_of("gelu_dropout")),
 ]
 FOUR_KERNELS = ("key_pass", "query_pass", "query_backward", "key_backward")
 LINEAR_FAMILY = [*LINEAR, *PERFORMER]

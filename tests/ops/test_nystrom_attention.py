@@ -3,6 +3,9 @@
 test_values.py, test_gradients.py and test_pytorch.py have the properties of every op.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from conftest import heads, layouts, needs_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxv_kernels import dispatch, nystrom_attention
+from cxv_kernels import nystrom_attention
 from cxv_kernels._triton import interpreting
 from cxv_kernels.ops.nystrom_attention.op import means_op, mix_op, readout_op, residual_op, summary_op
 from cxv_kernels.ops.nystrom_attention.reference import (
@@ -112,11 +115,12 @@ def test_pinv_scale_is_per_head(backend):
         torch.testing.assert_close(alone, whole[part], rtol=1e-12, atol=1e-12)
 
 
-def test_pinv_init_of_the_batch():
+@in_float64
+def test_pinv_init_of_the_batch(backend):
     """Its output is the definition's and its gradient that of finite differences; the default's output is another."""
     q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
     q[1] *= 5
-    options = {"pinv_init": "batch", "backend": "reference"}
+    options = {"pinv_init": "batch", "backend": backend}
     got = nystrom_attention(q, k, v, 4, **options)
     torch.testing.assert_close(got, definition(q, k, v, 4, one_scale=True))
     assert (got - nystrom_attention(q, k, v, 4)).abs().max() > 1e-3
@@ -124,16 +128,10 @@ def test_pinv_init_of_the_batch():
     assert torch.autograd.gradcheck(lambda *x: nystrom_attention(*x, 4, **options), inputs)
 
 
-@needs_cpp
-def test_pinv_init_of_the_batch_falls_back(monkeypatch):
-    """A named fused backend refuses it; by default it falls back to the reference with a warning."""
-    monkeypatch.setattr(dispatch, "_announced", set())
-    q, k, v = (heads(2, 2, 12, 4) for _ in range(3))
-    with pytest.raises(RuntimeError, match="cpu does not support pinv_init='batch'"):
-        nystrom_attention(q, k, v, 4, pinv_init="batch", backend="cpu")
-    with pytest.warns(UserWarning, match="nystrom_attention: .* on cpu, .*pinv_init='batch'"):
-        out = nystrom_attention(q, k, v, 4, pinv_init="batch")
-    assert torch.equal(out, nystrom_attention(q, k, v, 4, pinv_init="batch", backend="reference"))
+@with_dtypes
+def test_error_of_pinv_init_of_the_batch(backend, dtype):
+    case = replace(PLAIN, function=partial(PLAIN.function, pinv_init="batch"))
+    assert_close_to_float64(case, backend, case.inputs(dtype=dtype), num_landmarks=12)
 
 
 @with_dtypes

@@ -40,7 +40,7 @@ def test_matches_float64(case, backend, dtype, sizes):
         pytest.skip("takes long in Triton's interpreter; float16 has tensor cores")
     # conv_norm: of few channels little more than the rounding of the deviation is left, over √eps
     few = case.op == "conv_norm" and sizes == SIZES["one"]
-    if str(case) == "kv_state-softmax" and sizes == SIZES["one"] and dtype == torch.float16 and backend != "cpu":
+    if str(case) == "kv_state-softmax" and sizes == SIZES["one"] and dtype == torch.float16 and backend == "cuda":
         pytest.skip("of one key the gradient is 0, a difference of equal terms that tensor cores take in float16")
     assert_close_to_float64(case, backend, case.inputs(sizes, dtype), sizes, 1e5**0.5 if few else 1)
 

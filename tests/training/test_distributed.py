@@ -289,5 +289,5 @@ def test_torchrun_stopped_by_sigterm_saves_what_is_done(tmp_path):
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert f"go on with  cxv train --resume --output {output}" in out, err
+    assert f"go on with  cxv train --resume {output}" in out, err
     assert read_checkpoint(output / "last.pt")["resume_state"] is not None

@@ -1,11 +1,14 @@
 """DualOpT to the letter of the paper's section 4."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from cxv import DualOpT
 
@@ -230,18 +233,109 @@ def test_caps_raised_after_the_end_go_on():
     assert torch.equal(model[0].weight, opt.state_dict()["best"]["0.weight"])
 
 
-def test_grad_scaler_and_scheduler_take_the_active_optimizer():
+# --- as any optimizer of torch
+
+
+SCHEDULERS = {
+    "lambda": lambda opt: LambdaLR(opt, lambda n: 0.9**n),
+    "cosine": lambda opt: CosineAnnealingLR(opt, 12),
+    "onecycle": lambda opt: OneCycleLR(opt, max_lr=0.01, total_steps=13),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_take_it_and_go_on_over_the_switch(make):
+    a, b = make_model(), make_model()
+    opt, plain = DualOpT(a, sgd_lr=1.0, max_epochs=(2, 2)), torch.optim.AdamW(b.parameters())
+    ours, theirs = make(opt), make(plain)
+    for epoch in range(4):
+        if epoch == 2:
+            assert_same(a, snapshot(b))
+            assert opt.phase == "sgd"
+            plain = torch.optim.SGD(b.parameters(), momentum=0.9)
+        for step in range(3):
+            plain.param_groups[0]["lr"] = rate = theirs.get_last_lr()[0]
+            assert opt.param_groups[0]["lr"] == opt.optimizer.param_groups[0]["lr"] == rate
+            train_epoch(a, opt, 1, seed=3 * epoch + step)
+            train_epoch(b, plain, 1, seed=3 * epoch + step)
+            ours.step()
+            theirs.step()
+        opt.end_epoch(epoch)
+    assert_same(a, snapshot(b))
+
+
+def test_a_scaler_and_a_closure_step_it_as_lightning_and_skorch_do():
+    """With ``zero_grad(set_to_none)``, ``step(closure)`` and the hooks of an optimizer."""
+    a, b = make_model(), make_model()
+    opt, plain = DualOpT(a), torch.optim.AdamW(b.parameters())
+    assert isinstance(opt, torch.optim.Optimizer)
+    steps = []
+    opt.register_step_post_hook(lambda *_: steps.append(1))
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    for model, optimizer in ((a, opt), (b, plain)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=False)
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.zero_grad(set_to_none=False)
+        assert all(not p.grad.any() for p in model.parameters())
+        assert optimizer.step(closure=closure).item() > 0
+        optimizer.zero_grad(set_to_none=True)
+        assert all(p.grad is None for p in model.parameters())
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert steps == [1, 1]
+    assert_same(a, snapshot(b))
+    assert opt.state is opt.optimizer.state
+    assert len(opt.state) == len(list(a.parameters()))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_copies_go_on_alone(copied):
     model = make_model()
-    opt = DualOpT(model)
-    scheduler = torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, gamma=0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = snapshot(model)
-    scaler.scale(F.cross_entropy(model(torch.randn(4, 6)), torch.tensor([0, 1, 2, 0]))).backward()
-    scaler.step(opt.optimizer)
-    scaler.update()
-    scheduler.step()
-    assert not torch.equal(model[0].weight, before["0.weight"])
-    assert opt.param_groups[0]["lr"] == 5e-4
+    opt = DualOpT(model, max_epochs=(1, 2))
+    LambdaLR(opt, lambda n: 1.0)  # puts a wrapper in place of step
+    train_epoch(model, opt)
+    for phase in ("adamw", "sgd"):
+        other, other_opt = copied((model, opt))
+        before = snapshot(model)
+        train_epoch(other, other_opt, seed=1)
+        assert_same(model, before)
+        train_epoch(model, opt, seed=1)
+        assert_same(other, snapshot(model))
+        assert other_opt.phase == opt.phase == phase
+        opt.end_epoch(1.0)
+
+
+def test_parameters_can_be_added_in_both_phases():
+    model, (first, *_, last) = make_model(), make_model().children()
+    opt = DualOpT(first.parameters(), max_epochs=(2, 2))
+    opt.end_epoch(1.0)
+    opt.add_param_group({"params": last.weight, "lr": 2e-3})
+    added = last.weight.detach().clone()
+    assert [group["lr"] for group in opt.param_groups] == [1e-3, 2e-3]
+    (last.weight.sum() + first.weight.sum()).backward()
+    opt.step()
+    opt.end_epoch(0.0)
+    assert torch.equal(last.weight, added)  # the best weights again
+    opt.add_param_group({"params": last.bias})
+    assert [(group["lr"], group["momentum"]) for group in opt.param_groups] == [(1e-3, 0.9), (2e-3, 0.9), (1e-3, 0.9)]
+    other = DualOpT([*first.parameters()], max_epochs=(2, 2))
+    for group in ({"params": last.weight, "lr": 2e-3}, {"params": last.bias}):
+        other.add_param_group(group)
+    other.load_state_dict(opt.state_dict())
+    assert other.phase == "sgd"
+    with pytest.raises(ValueError, match=r"params: .*'momentum'"):
+        opt.add_param_group({"params": model[0].weight, "momentum": 0.1})
 
 
 @pytest.mark.parametrize(

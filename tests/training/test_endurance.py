@@ -11,23 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import AUGMENTED, TINY, Probe, assert_same_run, curve, run
+from training_support import AUGMENTED, TINY, Probe, assert_same_run, before_batch, curve, resume, run
 
 import cxv
 from cxv.checkpoint import read_checkpoint
 from cxv.models import registry
-from cxv.training import InputError, TrainConfig, train
+from cxv.training import InputError, TrainConfig
 from cxv.training import engine as engine_module
 from cxv.training import trainer as trainer_module
 from cxv.training.interrupt import Interrupted
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-
-
-def resume(output, **kwargs):
-    lines = []
-    result = train(TrainConfig(output=str(output), resume=True, **kwargs), log=lines.append)
-    return result, "\n".join(lines)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -42,25 +36,10 @@ def resume(output, **kwargs):
     ids=["first", "sgd", "post-training", "evaluation"],
 )
 def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
-    augmented,
-    tmp_path,
-    monkeypatch,
-    number,
-    epoch,
-    split,
-    batch,
+    augmented, tmp_path, monkeypatch, number, epoch, split, batch
 ):
-    output, epochs, batches = tmp_path / "a", [0], engine_module.batches
-
-    def signaled(data, batch_size, device, generator=None, **kwargs):
-        epochs[0] += generator is not None
-        here = epochs[0] == epoch and (generator is not None) == (split == "train")
-        for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
-            if here and i == batch:
-                signal.raise_signal(number)
-            yield pair
-
-    monkeypatch.setattr(engine_module, "batches", signaled)
+    output = tmp_path / "a"
+    before_batch(monkeypatch, epoch, batch, lambda: signal.raise_signal(number), split)
     with pytest.raises(Interrupted) as caught:
         run(output, **AUGMENTED)
     assert caught.value.signal == number
@@ -70,7 +49,7 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
     assert (checkpoint["epoch"], checkpoint["resume_state"]["step"]) == (epoch - 1, step)
     torch.manual_seed(99)
     _, log = resume(output)
-    assert f"resumed after epoch {epoch - 1} and {step} batches of the next" in log
+    assert f"resumed after epoch {epoch - 1}{f' and {step} batches of the next' if step else ''}, in the" in log
     assert_same_run(output, augmented[0])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -101,7 +80,7 @@ def test_a_write_that_fails_keeps_the_checkpoint_before_it_and_says_so(augmented
     assert "File too large" in done.stdout
     assert f"; what {output / 'last.pt'} has is kept, and `resume` goes on from it" in done.stdout
     assert read_checkpoint(output / "last.pt")["epoch"] == 2
-    assert not list(output.glob(".*"))  # no half file
+    assert not list(output.glob(".*.tmp"))  # no half file
     resume(output)
     run(tmp_path / "b", **{**AUGMENTED, "validation": None})
     assert_same_run(output, tmp_path / "b")
@@ -248,8 +227,8 @@ for fatal in map(int, sys.argv[2].split(",")):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_kill_9_at_every_step_of_every_write(tmp_path):
     config = repr(TrainConfig(**{**TINY, **_SHORT, "output": str(tmp_path / "run-NUMBER")}))
-    # before the first epoch 3 of last.pt and 6 of smaller files; after it 3 of best.pt and 4 of last.pt
-    fatal = [1, 2, 3, *range(10, 18)]
+    # before the first epoch 3 of last.pt and 9 of smaller files; after it 3 of best.pt and 4 of last.pt
+    fatal = [1, 2, 3, *range(13, 21)]
     command = [sys.executable, "-c", _EVERY_WRITE, config, ",".join(map(str, fatal))]
     subprocess.run(command, env=ENV, capture_output=True, text=True, check=True)
     run(tmp_path / "whole", **_SHORT)
@@ -262,7 +241,7 @@ def test_kill_9_at_every_step_of_every_write(tmp_path):
         else:
             run(output, **_SHORT)  # nothing of it is there: the same command again
         assert_same_run(output, tmp_path / "whole")
-        assert not list(output.glob(".*")), number
+        assert not list(output.glob(".*.tmp")), number
     assert resumed == len(fatal) - 2
 
 

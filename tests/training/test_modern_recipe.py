@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_support import assert_same_run, curve, run
+from training_support import assert_same_run, before_batch, curve, cut_power, resume, run
 
 import cxv
 from cxv.checkpoint import read_checkpoint
@@ -36,7 +36,21 @@ MODERN = {
     "recompute": False,
     "model_args": {"attn_eps": 0.0},
 }
-RUNS = {"modern": MODERN, "sgd-cosine": SGD}
+TUNED = {
+    "init": True,
+    "freeze": 0,
+    "color_jitter": 0.4,
+    "random_erasing": 0.5,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "class_weights": "balanced",
+    "balanced_sampling": True,
+    "batch_size": 8,
+    "accumulate": 4,
+    "epochs": 2,
+    "sgd_epochs": 1,
+}
+RUNS = {"modern": MODERN, "sgd-cosine": SGD, "tuned": TUNED}
 
 
 def resolved(**kwargs):
@@ -47,8 +61,11 @@ def resolved(**kwargs):
 def whole(request, tmp_path_factory):
     """A run that nothing interrupts, and its arguments."""
     torch.set_num_threads(1)
-    output = tmp_path_factory.mktemp("runs") / request.param
-    return output, RUNS[request.param], *run(output, **RUNS[request.param])
+    folder, options = tmp_path_factory.mktemp("runs"), RUNS[request.param]
+    if "init" in options:
+        run(folder / "first", epochs=1, sgd_epochs=0)
+        options = options | {"init": str(folder / "first")}
+    return folder / "whole", options, *run(folder / "whole", **options)
 
 
 # --- flips and crops
@@ -57,13 +74,13 @@ def whole(request, tmp_path_factory):
 @pytest.mark.parametrize(("hflip", "padding"), [(True, 0), (False, 2), (True, 3)], ids=["flip", "crop", "both"])
 def test_flip_crop_equals_torchvision_for_each_image(hflip, padding):
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    images = torch.randint(256, (40, 3, 9, 9), dtype=torch.uint8)
+    images = torch.randint(256, (40, 3, 9, 7), dtype=torch.uint8)
     augment = FlipCrop(hflip, padding, seed=3)
     draws = augment.draws(40, epoch=2)
     result = augment(images, draws)
     for image, (flip, top, left), found in zip(images, draws.tolist(), result, strict=True):
         image = functional.horizontal_flip(image) if flip else image
-        torch.testing.assert_close(found, functional.crop(functional.pad(image, padding), top, left, 9, 9))
+        torch.testing.assert_close(found, functional.crop(functional.pad(image, padding), top, left, 9, 7))
     assert draws[:, 0].unique().tolist() == ([0, 1] if hflip else [0])
     assert draws[:, 1:].unique().tolist() == list(range(2 * padding + 1))
 
@@ -107,7 +124,8 @@ def test_weight_decay_is_of_matrices_alone(name, kwargs, still):
 
 def rates(schedule, steps, **kwargs):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler, found = make_scheduler(optimizer, schedule, 2.0, steps, **kwargs), []
+    config = TrainConfig(schedule=schedule, lr=2.0, epochs=steps, **kwargs)
+    scheduler, found = make_scheduler(optimizer, config, steps), []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -116,16 +134,19 @@ def rates(schedule, steps, **kwargs):
 
 
 def test_schedules_rise_to_the_peak_and_fall():
-    assert make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), "constant", 1, 9) is None
+    assert (
+        make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), TrainConfig(schedule="constant"), 9)
+        is None
+    )
     cosine = [1 + math.cos(math.pi * i / 8) for i in range(8)]
     assert rates("cosine", 8) == pytest.approx(cosine)
-    warm = rates("cosine", 12, warmup_steps=4)
+    warm = rates("cosine", 12, warmup_epochs=4.0)
     assert warm == pytest.approx([2 * (0.01 + 0.99 * i / 4) for i in range(4)] + cosine)
     one = rates("onecycle", 20)
     assert one.index(max(one)) == 5
     assert max(one) == pytest.approx(2.0)
     assert (one[0], one[-1]) == pytest.approx((2 / 25, 2 / 25e4))
-    assert max(range(20), key=rates("onecycle", 20, warmup_steps=11).__getitem__) == 10
+    assert max(range(20), key=rates("onecycle", 20, warmup_epochs=11.0).__getitem__) == 10
 
 
 def test_average_is_the_exponential_moving_average_and_copies_buffers():
@@ -202,40 +223,24 @@ def test_modern_run_trains_at_the_sizes_with_the_average_as_its_result(tmp_path,
 
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_resume_is_bit_exact_after_a_kill_in_each_epoch(whole, tmp_path, monkeypatch, stop):
-    output, calls, batches = tmp_path / "a", [0], engine_module.batches
-
-    def cut(data, batch_size, device, generator=None, **kwargs):
-        calls[0] += generator is not None
-        for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
-            if generator is not None and calls[0] == stop + 1 and i == 1:
-                raise RuntimeError("the power is cut")
-            yield pair
-
-    monkeypatch.setattr(engine_module, "batches", cut)
+    output = tmp_path / "a"
+    before_batch(monkeypatch, stop + 1, 1, cut_power)
     with pytest.raises(RuntimeError, match="the power is cut"):
         run(output, **whole[1])
     monkeypatch.undo()
     torch.manual_seed(99)
-    train(TrainConfig(output=str(output), resume=True), log=str)
+    resume(output)
     assert_same_run(output, whole[0])
 
 
 def test_resume_is_bit_exact_after_an_interrupt_between_two_steps(whole, tmp_path, monkeypatch):
-    output, calls, batches = tmp_path / "a", [], engine_module.batches
-
-    def signaled(data, batch_size, device, generator=None, **kwargs):
-        for pair in batches(data, batch_size, device, generator, **kwargs):
-            calls.extend([1] if generator is not None else [])
-            if len(calls) == 5:
-                signal.raise_signal(signal.SIGINT)
-            yield pair
-
-    monkeypatch.setattr(engine_module, "batches", signaled)
+    output = tmp_path / "a"
+    before_batch(monkeypatch, 2, 1, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(output, **whole[1])
     monkeypatch.undo()
-    assert read_checkpoint(output / "last.pt")["resume_state"]["step"] > 0
-    train(TrainConfig(output=str(output), resume=True), log=str)
+    assert read_checkpoint(output / "last.pt")["resume_state"]["step"] == 1
+    resume(output)
     assert_same_run(output, whole[0])
 
 
@@ -258,6 +263,7 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path, monkeypatch):
         run(tmp_path / "c", **one, init=tmp_path / "a", model="cltv-1/2")
 
 
+@pytest.mark.parametrize("whole", ["modern", "sgd-cosine"], indirect=True)
 def test_resume_of_a_schedule_refuses_more_epochs(whole):
     with pytest.raises(InputError, match="other arguments: `epochs` "):
         train(TrainConfig(output=str(whole[0]), resume=True, epochs=9))

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from training_support import AUGMENTED, TINY, assert_same_run, curve, run
+from training_support import AUGMENTED, TINY, assert_same_run, before_batch, curve, cut_power, resume, run
 
 from cxv.checkpoint import read_checkpoint
 from cxv.data import RandAugment, load_data
@@ -60,21 +60,13 @@ def test_every_phase_starts_from_the_best_weights_with_a_fresh_optimizer(tmp_pat
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_resume_is_bit_exact_in_every_phase(augmented, tmp_path, monkeypatch, stop):
     """Stopped in the middle of each epoch, from the second on."""
-    output, calls, batches = tmp_path / "a", [0], engine_module.batches
-
-    def cut(data, batch_size, device, generator=None, **kwargs):
-        calls[0] += generator is not None
-        for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
-            if generator is not None and calls[0] == stop + 1 and i == 1:
-                raise RuntimeError("the power is cut")
-            yield pair
-
-    monkeypatch.setattr(engine_module, "batches", cut)
+    output = tmp_path / "a"
+    before_batch(monkeypatch, stop + 1, 1, cut_power)
     with pytest.raises(RuntimeError, match="the power is cut"):
         run(output, **AUGMENTED)
     monkeypatch.undo()
     torch.manual_seed(99)
-    train(TrainConfig(output=str(output), resume=True), log=str)
+    resume(output)
     assert len(curve(output)) == 6
     assert_same_run(output, augmented[0])
 
@@ -136,8 +128,8 @@ def test_validation_again_after_more_epochs_scores_the_new_selection_alone(tmp_p
 
 @pytest.mark.parametrize(("optimizer", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
 def test_one_optimizer_alone_equals_torch(tmp_path, monkeypatch, optimizer, kind):
-    made, make = [], trainer_module._make_optimizer
-    monkeypatch.setattr(trainer_module, "_make_optimizer", lambda *a: made.append(make(*a)) or made[-1])
+    made, make = [], trainer_module.make_optimizer
+    monkeypatch.setattr(trainer_module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])
     _, log = run(tmp_path / "a", optimizer=optimizer, lr=0.02, sgd_epochs=None)
     assert [(row["phase"], row["lr"]) for row in curve(tmp_path / "a")] == [(optimizer, 0.02)] * 3
     assert type(made[0].optimizer) is kind
@@ -283,7 +275,7 @@ def test_seeds_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_module, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_seeds(TrainConfig(**small, seeds=(3, 4, 5), output=str(tmp_path / "a")), log=lines.append)
-    assert f"cxv train --resume --output {tmp_path / 'a'}" in lines[-1]
+    assert f"cxv train --resume {tmp_path / 'a'}" in lines[-1]
     monkeypatch.undo()
     assert not (tmp_path / "a" / "seed-5").exists()
     again = TrainConfig(output=str(tmp_path / "a"), resume=True)

@@ -60,7 +60,7 @@ def test_files_of_a_run(whole):
     assert rows[-1]["best_top1"] == max(row["test_top1"] for row in rows) == result.best_top1
     assert json.loads((output / "args.json").read_text())["batch_size"] == 32
     assert (output / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert not list(output.glob(".*"))  # no temporary file is left
+    assert not list(output.glob(".*.tmp"))  # no temporary file is left
     assert f"best top-1 {result.best_top1:.2f} % at epoch {result.best_epoch} of 5" in log
     assert str(output) in log
     best = max(rows[:3], key=lambda row: (row["test_top1"], row["epoch"]))
@@ -156,15 +156,25 @@ def test_bf16_runs_the_forward_inside_autocast_and_the_loss_in_fp32(tmp_path, mo
 
 # --- accidents
 
+RANDOM = {
+    "hflip": True,
+    "rand_augment": (1, 1),
+    "color_jitter": 0.4,
+    "random_erasing": 0.5,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+}
+RANDOM |= {"balanced_sampling": True, "class_weights": "balanced", "batch_size": 8, "accumulate": 4}
+
 _KILLED = """
 import os, signal, sys
 from cxv.training import TrainConfig, engine, train
 config, epoch, batch = eval(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 batches, epochs = engine.batches, [0]
-def deadly(data, batch_size, device, generator=None, **kwargs):
-    epochs[0] += generator is not None
-    for i, pair in enumerate(batches(data, batch_size, device, generator, **kwargs)):
-        if generator is not None and epochs[0] == epoch and i == batch:
+def deadly(*args, **kwargs):
+    epochs[0] += "augment" in kwargs
+    for i, pair in enumerate(batches(*args, **kwargs)):
+        if "augment" in kwargs and epochs[0] == epoch and i == batch:
             os.kill(os.getpid(), signal.SIGKILL)
         yield pair
 engine.batches = deadly
@@ -173,10 +183,15 @@ train(config)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-@pytest.mark.parametrize(("epoch", "left"), [(1, 0), (5, 4)], ids=["first", "sgd"])
-def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path, epoch, left):
-    output = tmp_path / "killed"
-    config = TrainConfig(**TINY, output=str(output))
+@pytest.mark.parametrize(
+    ("options", "epoch", "left"), [({}, 1, 0), ({}, 5, 4), (RANDOM, 2, 1)], ids=["first", "sgd", "random"]
+)
+def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path, options, epoch, left):
+    output, unbroken = tmp_path / "killed", whole[0]
+    config = TrainConfig(**TINY | options, output=str(output))
+    if options:
+        unbroken = tmp_path / "unbroken"
+        run(unbroken, **options)
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, repr(config), str(epoch), "1"],
         env={**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent)},
@@ -190,7 +205,7 @@ def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path
     lines = []
     train(TrainConfig(output=str(output), resume=True), log=lines.append)
     assert f"resumed after epoch {left}" in "\n".join(lines)
-    assert_same_run(output, whole[0])
+    assert_same_run(output, unbroken)
 
 
 def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_path, monkeypatch):
@@ -208,7 +223,7 @@ def test_interrupt_says_where_to_go_on_and_a_raised_cap_is_honored(whole, tmp_pa
     lines = []
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(output=str(output), resume=True, epochs=3, sgd_epochs=2), log=lines.append)
-    assert f"interrupted; epoch 3 is saved: go on with  cxv train --resume --output {output}" in lines
+    assert f"interrupted; epoch 3 is saved: go on with  cxv train --resume {output}" in lines
     monkeypatch.undo()
     train(TrainConfig(output=str(output), resume=True), log=lines.append)
     assert_same_run(output, whole[0])
@@ -352,6 +367,11 @@ CHANGED = {
     "label_smoothing": 0.5,
     "warmup_epochs": 1.0,
     "progressive": ((8, 3),),
+    "freeze": 1,
+    "mixup": 0.2,
+    "color_jitter": 0.2,
+    "class_weights": "balanced",
+    "balanced_sampling": True,
 }
 
 
@@ -537,9 +557,11 @@ def weights(output):
     return read_checkpoint(output / "last.pt")["model"]
 
 
-def test_accumulated_batches_are_the_large_batch(tmp_path):
+@pytest.mark.parametrize("class_weights", [None, "balanced"], ids=["plain", "class-weights"])
+def test_accumulated_batches_are_the_large_batch(tmp_path, class_weights):
     # 90 images: the last step is smaller, and so is its last batch
     same = {"optimizer": "sgd", "lr": 0.1, "sgd_epochs": None, "drop_rate": 0.0, "limit_train": 90, "epochs": 2}
+    same |= {"class_weights": class_weights}
     run(tmp_path / "large", batch_size=32, **same)
     run(tmp_path / "parts", batch_size=8, accumulate=4, **same)
     run(tmp_path / "small", batch_size=8, **same)
@@ -549,26 +571,6 @@ def test_accumulated_batches_are_the_large_batch(tmp_path):
     assert max((small[name] - value).abs().max() for name, value in large.items()) > 1e-3
     for a, b in zip(curve(tmp_path / "large"), curve(tmp_path / "parts"), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)
-
-
-def test_an_interrupted_run_with_accumulation_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    run(tmp_path / "a", batch_size=8, accumulate=3)
-    batches, calls = engine_module.batches, []
-
-    def signaled(*args, **kwargs):
-        for pair in batches(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == 3:
-                signal.raise_signal(signal.SIGINT)
-            yield pair
-
-    monkeypatch.setattr(engine_module, "batches", signaled)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", batch_size=8, accumulate=3)
-    monkeypatch.undo()
-    assert read_checkpoint(tmp_path / "b" / "last.pt")["resume_state"]["step"] == 2
-    train(TrainConfig(output=str(tmp_path / "b"), resume=True), log=str)
-    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_clip_grad_limits_the_norm_and_is_off_by_default(tmp_path, monkeypatch):

@@ -69,14 +69,10 @@ def conv_norm(
         raise ValueError(
             f"weight must be (C_out, {x.shape[1]}, 3, 3) for x of {x.shape[1]} channels, got {tuple(weight.shape)}"
         )
-    if bias is not None:
-        check_tensor("bias", bias, 1, "(C_out,)")
-        check_same("bias", bias, "x", x, dtype=not cast)
-    for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta)):
-        if t is None and name == "bias":
-            continue
+    vectors = {"gamma": gamma, "beta": beta} if bias is None else {"bias": bias, "gamma": gamma, "beta": beta}
+    for name, t in vectors.items():
         check_tensor(name, t, 1, "(C_out,)")
-        check_same(name, t, "x", x, dtype=False)
+        check_same(name, t, "x", x, dtype=name == "bias" and not cast)
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     eps = check_eps(eps)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import launch
+from ... import _triton
 from ...testing import tolerance
 from ...validation import accumulate_dtype
 from .op import convolution, convolution_backward
@@ -23,34 +23,28 @@ _MAX_SPLITS = 512  # programs of backward, each with sums of its own: fixed, so 
 
 
 @triton.jit
-def _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, ACC: tl.constexpr, CHANNELS: tl.constexpr):
+def _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, CHANNELS: tl.constexpr):
+    """bias, or zeros; gamma and beta, 1 and 0 beyond the channels."""
     c = tl.arange(0, CHANNELS)
     inside = c < channels
-    bias = tl.zeros((CHANNELS,), ACC)
+    bias = tl.zeros((CHANNELS,), gamma_ptr.dtype.element_ty)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=inside, other=0).to(ACC)
+        bias = tl.load(bias_ptr + c, mask=inside, other=0).to(bias.dtype)
     return bias, tl.load(gamma_ptr + c, mask=inside, other=1), tl.load(beta_ptr + c, mask=inside, other=0)
 
 
 @triton.jit
-def _locate(
-    tile,
-    channels,
-    pixels,
-    tiles,
-    image_stride,
-    pixel_stride,
-    channel_stride,
-    INDEX: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Of a tile (PIXELS, CHANNELS), ``tiles`` an image: its begin, offsets, mask; the pixels' indices and mask."""
+def _locate(tile, shape, strides, INDEX: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of a tile (PIXELS, CHANNELS): its begin, offsets, mask; the pixels' indices and mask.
+
+    ``shape``: channels, pixels and tiles of an image. ``strides``: of images, pixels and channels.
+    """
+    channels, pixels, tiles = shape
     image, first = (tile // tiles).to(tl.int64), (tile % tiles).to(tl.int64) * PIXELS
     n, c = tl.arange(0, PIXELS).to(INDEX), tl.arange(0, CHANNELS).to(INDEX)
     inside = n < pixels - first
-    at = n[:, None] * pixel_stride + c[None, :] * channel_stride
-    start = image * image_stride + first * pixel_stride
+    at = n[:, None] * strides[1] + c[None, :] * strides[2]
+    start = image * strides[0] + first * strides[1]
     return start, at, inside[:, None] & (c < channels)[None, :], image * pixels + first + n, inside
 
 
@@ -82,22 +76,16 @@ def _norm(
     beta_ptr,  # (C)
     rstd_ptr,  # (B, H, W)
     eps,
-    channels,
-    pixels,
-    tiles,
-    image_stride,
-    pixel_stride,
-    channel_stride,
+    shape,  # see _locate
+    strides,
     INDEX: tl.constexpr,
-    ACC: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, ACC, CHANNELS)
-    start, at, inside, pixel, inside_pixel = _locate(
-        tl.program_id(0), channels, pixels, tiles, image_stride, pixel_stride, channel_stride, INDEX, PIXELS, CHANNELS
-    )
-    u = tl.load(y_ptr + start + at, mask=inside, other=0).to(ACC) + bias[None, :]
+    channels = shape[0]
+    bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, CHANNELS)
+    start, at, inside, pixel, inside_pixel = _locate(tl.program_id(0), shape, strides, INDEX, PIXELS, CHANNELS)
+    u = tl.load(y_ptr + start + at, mask=inside, other=0).to(gamma.dtype) + bias[None, :]
     xhat, rstd = _normalize(u, channels, eps, CHANNELS)
     tl.store(rstd_ptr + pixel, rstd, mask=inside_pixel)
     tl.store(y_ptr + start + at, xhat * gamma[None, :] + beta[None, :], mask=inside)
@@ -114,28 +102,23 @@ def _norm_backward(
     beta_ptr,  # (C)
     partial_ptr,  # (3, programs, C): sums of dγ, dβ, dbias
     eps,
-    channels,
-    pixels,
-    tiles,
     all_tiles,
-    image_stride,
-    pixel_stride,
-    channel_stride,
+    shape,  # see _locate
+    strides,
     INDEX: tl.constexpr,
-    ACC: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, ACC, CHANNELS)
+    channels = shape[0]
+    ACC: tl.constexpr = gamma_ptr.dtype.element_ty
+    bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, CHANNELS)
     told = _tells_xhat(gamma, beta, channels, y_ptr.dtype.element_ty)
     inverse = 1 / gamma
     grad_gamma = tl.zeros((PIXELS, CHANNELS), ACC)
     grad_beta = tl.zeros((PIXELS, CHANNELS), ACC)
     grad_bias = tl.zeros((PIXELS, CHANNELS), ACC)
     for tile in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
-        start, at, inside, pixel, inside_pixel = _locate(
-            tile, channels, pixels, tiles, image_stride, pixel_stride, channel_stride, INDEX, PIXELS, CHANNELS
-        )
+        start, at, inside, pixel, inside_pixel = _locate(tile, shape, strides, INDEX, PIXELS, CHANNELS)
         grad = tl.load(grad_ptr + start + at, mask=inside, other=0).to(ACC)
         rstd = tl.load(rstd_ptr + pixel, mask=inside_pixel, other=0)
         if told:
@@ -169,34 +152,25 @@ def _convolve(
     out_ptr,  # (B, C, H, W)
     rstd_ptr,  # (B, H, W), written if NORMALIZE
     eps,
-    channels_in,
-    channels,
-    height,
-    width,
-    pixels,
-    tiles,
     all_tiles,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    w_out,
-    w_in,
-    w_row,
-    w_column,
-    image_stride,
-    pixel_stride,
-    channel_stride,
+    shape,
+    x_strides,
+    w_strides,
+    strides,  # of out: images, pixels, channels
     INDEX: tl.constexpr,
     NORMALIZE: tl.constexpr,  # the whole forward pass; else the convolution alone, where y does not tell x̂
     PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     OUT: tl.constexpr,  # NORMALIZE: CHANNELS
     IN: tl.constexpr,
 ):
-    bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, ACC, CHANNELS)
+    channels_in, channels, height, width, tiles = shape
+    x_image, x_channel, x_row, x_column = x_strides
+    w_out, w_in, w_row, w_column = w_strides
+    ACC: tl.constexpr = gamma_ptr.dtype.element_ty
+    pixels = height * width
+    bias, gamma, beta = _load_parameters(bias_ptr, gamma_ptr, beta_ptr, channels, CHANNELS)
     if not NORMALIZE:
         all_tiles = tl.where(_tells_xhat(gamma, beta, channels, out_ptr.dtype.element_ty), 0, all_tiles)
     runs = tl.cdiv(channels, OUT)
@@ -225,22 +199,17 @@ def _convolve(
             xhat, rstd = _normalize(acc + bias[None, :], channels, eps, CHANNELS)
             tl.store(rstd_ptr + image * pixels + n, rstd, mask=n < pixels)
             acc = xhat * gamma[None, :] + beta[None, :]
-        at = (n.to(INDEX) * pixel_stride)[:, None] + (c * channel_stride)[None, :]
-        tl.store(out_ptr + image * image_stride + at, acc, mask=(n < pixels)[:, None] & (c < channels)[None, :])
+        at = (n.to(INDEX) * strides[1])[:, None] + (c * strides[2])[None, :]
+        tl.store(out_ptr + image * strides[0] + at, acc, mask=(n < pixels)[:, None] & (c < channels)[None, :])
 
 
-def _strides(t: Tensor) -> dict[str, Any]:
-    """Of t (B, C, H, W), dense in memory."""
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    """Of the images, pixels and channels of t (B, C, H, W), which is dense in memory."""
     _, channels, height, width = t.shape
     pixels = height * width
     # Where both formats fit, tiles run along what there is more of.
     nchw = t.is_contiguous() and (pixels > 1 or not t.is_contiguous(memory_format=torch.channels_last))
-    return {
-        "image_stride": pixels * channels,
-        "pixel_stride": 1 if nchw else channels,
-        "channel_stride": pixels if nchw else 1,
-        "INDEX": _index(t),
-    }
+    return pixels * channels, *((1, pixels) if nchw else (channels, 1))
 
 
 def _index(*tensors: Tensor) -> Any:
@@ -256,14 +225,15 @@ def _tiles(t: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
     """
     batch, channels, height, width = t.shape
     strides = _strides(t)
-    nhwc = strides["channel_stride"] == 1
+    nhwc = strides[2] == 1
     images, pixels = (1, batch * height * width) if nhwc else (batch, height * width)
     size = triton.next_power_of_2(channels)
     run = max(128 * per_thread // size, 1 if nhwc else min(256 * per_thread // size, 16), 1)
     run = min(run, triton.next_power_of_2(max(pixels, 1)))
     tiles = triton.cdiv(pixels, run)
-    shape = {"CHANNELS": size, "PIXELS": run, "num_warps": min(max(size * run // (32 * per_thread), 1), 8)}
-    return tiles * images, {"channels": channels, "pixels": pixels, "tiles": tiles, "ACC": _acc(t)} | strides | shape
+    params = {"INDEX": _index(t), "CHANNELS": size, "PIXELS": run}
+    warps = min(max(size * run // (32 * per_thread), 1), 8)
+    return tiles * images, {"shape": (channels, pixels, tiles), "strides": strides, "num_warps": warps} | params
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -271,37 +241,23 @@ def _dense(t: Tensor) -> Tensor:
     return t if either else t.contiguous()
 
 
-def _acc(x: Tensor) -> Any:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _launch_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    out: Tensor,
-    rstd: Tensor,
-    eps: float,
-    normalize: bool,
-) -> None:
+def _launch_convolution(x: Tensor, weight: Tensor, *rest: Any, out: Tensor, rstd: Tensor, normalize: bool) -> None:
+    *vectors, eps = rest  # bias, gamma and beta
     batch, channels, height, width = out.shape
-    full, run, pixels = triton.next_power_of_2(channels), 64, height * width
+    full, run = triton.next_power_of_2(channels), 64
     out_run = max(full, 16) if normalize else min(max(full, 16), 64)
-    tiles = triton.cdiv(pixels, run)
+    tiles = triton.cdiv(height * width, run)
     all_tiles = batch * tiles * triton.cdiv(channels, out_run)
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    launch(
+    _triton.launch(
         "conv_norm",
         _convolve,
         (all_tiles if normalize else min(all_tiles, _MAX_SPLITS),),
-        *(x, weight, bias, gamma, beta, out, rstd, eps),
-        *(x.shape[1], channels, height, width, pixels, tiles, all_tiles, *x.stride(), *weight.stride()),
-        **_strides(out) | {"INDEX": _index(x, weight, out)},
+        *(x, weight, *vectors, out, rstd, eps, all_tiles, (x.shape[1], channels, height, width, tiles)),
+        *(x.stride(), weight.stride(), _strides(out)),
+        INDEX=_index(x, weight, out),
         NORMALIZE=normalize,
         PRECISION="tf32" if tf32 else "tf32x3",
-        ACC=_acc(x),
         CHANNELS=out_run if normalize else full,
         PIXELS=run,
         OUT=out_run,
@@ -313,11 +269,11 @@ def _launch_convolution(
 
 def _norm_after_cudnn(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The default: PyTorch's convolution, then the norm in place over its result."""
-    bias, gamma, beta, eps = rest
+    *vectors, eps = rest  # bias, gamma and beta
     rstd = x.new_empty((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype))
     out = _dense(convolution(x, weight))
     tiles, arguments = _tiles(out, 32)
-    launch("conv_norm", _norm, (tiles,), out, bias, gamma, beta, rstd, eps, **arguments)
+    _triton.launch("conv_norm", _norm, (tiles,), out, *vectors, rstd, eps, **arguments)
     return out, rstd
 
 
@@ -327,8 +283,7 @@ def _implicit_gemm(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)  # 16 bytes of it along C_in
-    *vectors, eps = rest
-    _launch_convolution(x, weight, *vectors, out, rstd, eps, True)
+    _launch_convolution(x, weight, *rest, out=out, rstd=rstd, normalize=True)
     return out, rstd
 
 
@@ -411,18 +366,17 @@ def conv_norm_backward(
     grad_conv = torch.empty_like(out)
     if grad_out.stride() != out.stride():
         grad_out = torch.empty_like(out).copy_(grad_out)
-    _launch_convolution(x, weight, bias, gamma, beta, grad_conv, rstd, eps, False)
+    _launch_convolution(x, weight, bias, gamma, beta, eps, out=grad_conv, rstd=rstd, normalize=False)
 
     tiles, arguments = _tiles(out, 16)
     splits = min(tiles, _MAX_SPLITS)
     partial = gamma.new_empty((3, splits, gamma.shape[0]))
-    launch(
+    _triton.launch(
         "conv_norm",
         _norm_backward,
         (splits,),
-        *(grad_out, out, grad_conv, rstd, bias, gamma, beta, partial, eps),
+        *(grad_out, out, grad_conv, rstd, bias, gamma, beta, partial, eps, tiles),
         **arguments,
-        all_tiles=tiles,
     )
     grads = convolution_backward(grad_conv, x, weight, needed)
     wanted = zip(partial, needed[3:] + needed[2:3], strict=True)

@@ -47,30 +47,18 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
     return *ctx.saved_tensors, seed
 
 
-def _fake_dropout(x, residual, seed, p, offset):
-    return torch.empty_like(x)
-
-
-def _fake_gelu_dropout(x, seed, p, offset):
-    return torch.empty_like(x)
-
-
-def _gelu_dropout_backward(kernel, grad_out, x, seed, p, offset):
-    return kernel(grad_out.contiguous(), x, seed, p, offset)
-
-
 gelu_dropout_op = fused_op(
     "gelu_dropout",
     gelu_dropout_reference,
-    _fake_gelu_dropout,
+    lambda x, seed, p, offset: torch.empty_like(x),
     triton=_TRITON,
-    backward=_gelu_dropout_backward,
+    backward=lambda kernel, grad_out, x, seed, p, offset: kernel(grad_out.contiguous(), x, seed, p, offset),
     save=_save,
     saved=_saved,
 )
 
 register_triton("dropout", _TRITON)
-register_fake("dropout", _fake_dropout)
+register_fake("dropout", lambda x, residual, seed, p, offset: torch.empty_like(x))
 _KERNELS = {"cpu": overload("dropout"), "triton": overload("dropout", "triton")}
 
 

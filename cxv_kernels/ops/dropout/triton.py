@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import launch
+from ... import _triton
 from .reference import BLOCK, keep_threshold
 
 _RUN = 16  # neighbors that take the same half of the same word, of neighboring counters
@@ -35,12 +35,12 @@ def _dropout(
     count,
     offset,
     threshold,
-    ACC: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,  # of x, which is dropped
 ):
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block = offset // BLOCK + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, RUN)[None, :]
     counter = block * RUN + lane
@@ -68,46 +68,29 @@ def _dropout(
 
 def dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, offset: int) -> Tensor:
     """``cxv_kernels_triton::dropout``, see csrc/ops.cpp."""
-    return _run("dropout", x, None, residual, seed, p, offset)
+    return _run("dropout", x, seed, p, offset, residual=residual)
 
 
 def gelu_dropout_forward(x: Tensor, seed: Tensor, p: float, offset: int) -> Tensor:
     """``cxv_kernels_triton::gelu_dropout_forward``, see csrc/ops.cpp."""
-    return _run("gelu_dropout", x, None, None, seed, p, offset, gelu=True)
+    return _run("gelu_dropout", x, seed, p, offset, gelu=True)
 
 
 def gelu_dropout_backward(grad_out: Tensor, x: Tensor, seed: Tensor, p: float, offset: int) -> Tensor:
     """``cxv_kernels_triton::gelu_dropout_backward``, see csrc/ops.cpp."""
-    return _run("gelu_dropout", grad_out, x, None, seed, p, offset)
+    return _run("gelu_dropout", grad_out, seed, p, offset, activated=x)
 
 
-def _run(
-    op: str,
-    x: Tensor,
-    activated: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor,
-    p: float,
-    offset: int,
-    gelu: bool = False,
-) -> Tensor:
+def _run(op: str, x: Tensor, seed: Tensor, p: float, offset: int, *, activated=None, residual=None, gelu=False):
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     rows = (offset + x.numel() - 1) // BLOCK - offset // BLOCK + 1
-    launch(
+    _triton.launch(
         op,
         _dropout,
         (triton.cdiv(rows, _ROWS),),
-        x,
-        activated,
-        residual,
-        out,
-        seed,
-        x.numel(),
-        offset,
-        keep_threshold(p),
-        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        *(x, activated, residual, out, seed, x.numel(), offset, keep_threshold(p)),
         ROWS=_ROWS,
         RUN=_RUN,
         BLOCK=BLOCK,

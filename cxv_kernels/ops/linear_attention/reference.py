@@ -74,21 +74,22 @@ def kv_state_reference(
     return phi.transpose(-2, -1) @ v, phi.sum(dim=-2)
 
 
-def _elu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Compute attention with φ = exp(min(x, 0))·(1 + max(x, 0)).
+def attend_by_exponents(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, factors: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Compute attention with the features exp(q) and exp(k), each times its factor, for exponents q, k (B, H, N, F).
 
     The exponents of a feature are relative to its largest over the keys, and the exponents of a query to its largest
     over the features. So the denominator is at least 1, and nothing underflows.
     """
-    k, v = hide_keys(k, v, key_mask)
-    exponent = below_zero(k)
     if key_mask is not None:
-        exponent = exponent.masked_fill(~key_mask[:, None, :, None], float("-inf"))
-    shift = largest(exponent, -2)
-    phi = (exponent - shift).exp() * (1 + F.relu(k))
+        k = k.masked_fill(~key_mask[:, None, :, None], float("-inf"))
+    shift = largest(k, -2)
+    phi = (k - shift).exp() if factors is None else (k - shift).exp() * factors[1]
     z = phi.sum(dim=-2, keepdim=True)
-    weight = below_zero(q) + shift.masked_fill(z.detach() == 0, float("-inf"))
-    weight = (weight - largest(weight, -1)).exp() * (1 + F.relu(q))
+    weight = q + shift.masked_fill(z.detach() == 0, float("-inf"))
+    weight = (weight - largest(weight, -1)).exp()
+    weight = weight if factors is None else weight * factors[0]
     return divide(weight @ (phi.transpose(-2, -1) @ v), weight @ z.transpose(-2, -1))
 
 
@@ -103,7 +104,9 @@ def linear_attention_reference(
     """See :func:`cxv_kernels.linear_attention`. Computes in float32 (float64 for float64 inputs)."""
     x = q.to(accumulate_dtype(q.dtype))
     if feature_map == "elu":
-        return _elu_attention(x, k.to(x.dtype), v.to(x.dtype), key_mask).to(q.dtype)
+        k, v = hide_keys(k.to(x.dtype), v.to(x.dtype), key_mask)  # φ(x) = exp(min(x, 0))·(1 + max(x, 0))
+        factors = (1 + F.relu(x), 1 + F.relu(k))
+        return attend_by_exponents(below_zero(x), below_zero(k), v, key_mask, factors).to(q.dtype)
     state, z = kv_state_reference(k, v, feature_map, key_mask)
     if feature_map == "softmax":
         out = (x * x.shape[-1] ** -0.25).softmax(dim=-1) @ state

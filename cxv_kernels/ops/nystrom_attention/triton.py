@@ -1,179 +1,121 @@
 """The Triton kernels of what Nyström attention has beyond scaled-dot-product attention. README.md has the math."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import launch
+from ... import _triton
 from ...autograd import like_layout, new_gradients
 from ...validation import accumulate_dtype
-
-
-@triton.jit
-def _segment(item, tokens, landmarks):
-    """First token and size of a landmark's run: the first ``tokens mod landmarks`` have one more."""
-    i, size, longer = item % landmarks, tokens // landmarks, tokens % landmarks
-    return i * size + tl.minimum(i, longer), size + (i < longer).to(tl.int32)
+from ..linear_attention.triton.primitives import head_ptr, load_tokens, store_tokens
 
 
 @triton.jit
 def _means(
-    x_ptr,  # (B, H, N, D), any strides
-    means_ptr,  # (B, H, m, D), dense
-    heads,
-    tokens,
-    landmarks,
-    dim,
-    x_batch,
-    x_head,
-    x_token,
-    x_dim,
-    SPREAD: tl.constexpr,  # backward: from the gradient of the means to that of x
-    ACC: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DIM: tl.constexpr,
+    x_ptr,
+    means_ptr,
+    strides,
+    shape,
+    SPREAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
+    """The means (B, H, m, D) of the segments of x (B, H, N, D), or if SPREAD the gradient of x from that of the means.
+
+    The first N mod m segments have one token more.
+    """
+    H, N, LANDMARKS = shape
     item = tl.program_id(0)
-    head = (item // landmarks).to(tl.int64)
-    first, size = _segment(item, tokens, landmarks)
-    d = tl.arange(0, DIM).to(tl.int64)
-    x_ptr += head // heads * x_batch + head % heads * x_head
-    means_ptr += item.to(tl.int64) * dim + d
-    mean = tl.zeros((DIM,), ACC)
+    i, size, longer = item % LANDMARKS, N // LANDMARKS, N % LANDMARKS
+    first, size = i * size + tl.minimum(i, longer), size + (i < longer).to(tl.int32)
+    x_ptr = head_ptr(x_ptr, strides, item // LANDMARKS, H)
+    o_d = tl.arange(0, BLOCK_D)
+    means_ptr += item.to(tl.int64) * D + o_d
+    mean = tl.zeros((BLOCK_D,), means_ptr.dtype.element_ty)
     if SPREAD:
-        mean = tl.load(means_ptr, mask=d < dim, other=0) / size
-    for start in range(0, size, TOKENS):
-        n = start + tl.arange(0, TOKENS)
-        at = (first + n).to(tl.int64)[:, None] * x_token + (d * x_dim)[None, :]
-        inside = (n < size)[:, None] & (d < dim)[None, :]
+        mean = tl.load(means_ptr, mask=o_d < D, other=0) / size
+    for start in range(0, size, BLOCK_N):
+        i_n = start + tl.arange(0, BLOCK_N)
+        o_n = (first + i_n).to(tl.int64)
         if SPREAD:
-            tl.store(x_ptr + at, tl.broadcast_to(mean[None, :], (TOKENS, DIM)), mask=inside)
+            store_tokens(x_ptr, strides, o_n, i_n < size, tl.broadcast_to(mean[None, :], (BLOCK_N, BLOCK_D)), o_d, D)
         else:
-            mean += tl.sum(tl.load(x_ptr + at, mask=inside, other=0).to(ACC), 0)
+            mean += tl.sum(load_tokens(x_ptr, strides, o_n, i_n < size, o_d, D).to(mean.dtype), 0)
     if not SPREAD:
-        tl.store(means_ptr, mean / size, mask=d < dim)
+        tl.store(means_ptr, mean / size, mask=o_d < D)
 
 
 @triton.jit
 def _residual(
-    attention_ptr,  # (B, H, N, E), any strides, as all of this size
+    attention_ptr,
     v_ptr,
-    weight_ptr,  # (H, K), dense
+    weight_ptr,
     out_ptr,
-    heads,
-    tokens,
-    dim,
-    tiles,
-    taps,
-    a_batch,
-    a_head,
-    a_token,
-    a_dim,
-    v_batch,
-    v_head,
-    v_token,
-    v_dim,
-    o_batch,
-    o_head,
-    o_token,
-    o_dim,
-    ACC: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DIM: tl.constexpr,
+    strides,
+    shape,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    item = tl.program_id(0)
-    image, head = (item // tiles // heads).to(tl.int64), (item // tiles % heads).to(tl.int64)
-    n = (item % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.arange(0, DIM).to(tl.int64)[None, :]
-    inside = (n < tokens)[:, None] & (d < dim)
-    a_at = image * a_batch + head * a_head + n[:, None] * a_token + d * a_dim
-    out = tl.load(attention_ptr + a_at, mask=inside, other=0).to(ACC)
-    v_ptr += image * v_batch + head * v_head
-    for tap in range(taps):
-        near = n + (tap - taps // 2)
-        near_inside = ((near >= 0) & (near < tokens))[:, None] & (d < dim)
-        v = tl.load(v_ptr + near[:, None] * v_token + d * v_dim, mask=near_inside, other=0).to(ACC)
-        out += tl.load(weight_ptr + head * taps + tap).to(ACC) * v
-    tl.store(out_ptr + image * o_batch + head * o_head + n[:, None] * o_token + d * o_dim, out, mask=inside)
+    """attention (B, H, N, E) + the convolution of v along its tokens with weight (H, K)."""
+    a_strides, v_strides, out_strides = strides
+    H, N, TILES, TAPS = shape
+    ACC: tl.constexpr = tl.float64 if v_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i_bh, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    o_n, o_d = i_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    v_ptr, weight_ptr = head_ptr(v_ptr, v_strides, i_bh, H), weight_ptr + i_bh % H * TAPS
+    b_out = load_tokens(head_ptr(attention_ptr, a_strides, i_bh, H), a_strides, o_n, o_n < N, o_d, D).to(ACC)
+    for tap in range(TAPS):
+        o_near = o_n + (tap - TAPS // 2)
+        b_v = load_tokens(v_ptr, v_strides, o_near, (o_near >= 0) & (o_near < N), o_d, D).to(ACC)
+        b_out += tl.load(weight_ptr + tap).to(ACC) * b_v
+    store_tokens(head_ptr(out_ptr, out_strides, i_bh, H), out_strides, o_n, o_n < N, b_out, o_d, D)
 
 
 @triton.jit
 def _residual_backward(
     grad_ptr,  # (B, H, N, E)
     v_ptr,
-    weight_ptr,  # (H, K), dense
+    weight_ptr,  # (H, K)
     grad_v_ptr,  # None: not needed; so partial_ptr
     partial_ptr,  # (B, H, tiles, K): the tiles' shares of the weight's gradient
-    heads,
-    tokens,
-    dim,
-    tiles,
-    taps,
-    g_batch,
-    g_head,
-    g_token,
-    g_dim,
-    v_batch,
-    v_head,
-    v_token,
-    v_dim,
-    o_batch,
-    o_head,
-    o_token,
-    o_dim,
-    ACC: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DIM: tl.constexpr,
+    strides,
+    shape,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    item = tl.program_id(0)
-    image, head = (item // tiles // heads).to(tl.int64), (item // tiles % heads).to(tl.int64)
-    n = (item % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.arange(0, DIM).to(tl.int64)[None, :]
-    inside = (n < tokens)[:, None] & (d < dim)
-    grad_ptr += image * g_batch + head * g_head
-    v_ptr += image * v_batch + head * v_head
-    grad = tl.load(grad_ptr + n[:, None] * g_token + d * g_dim, mask=inside, other=0).to(ACC)
-    grad_v = tl.zeros((TOKENS, DIM), ACC)
-    for tap in range(taps):
-        far = n - (tap - taps // 2)
-        far_inside = ((far >= 0) & (far < tokens))[:, None] & (d < dim)
-        from_far = tl.load(grad_ptr + far[:, None] * g_token + d * g_dim, mask=far_inside, other=0).to(ACC)
-        grad_v += tl.load(weight_ptr + head * taps + tap).to(ACC) * from_far
-        near = n + (tap - taps // 2)
-        near_inside = ((near >= 0) & (near < tokens))[:, None] & (d < dim)
-        v = tl.load(v_ptr + near[:, None] * v_token + d * v_dim, mask=near_inside, other=0).to(ACC)
+    grad_strides, v_strides, grad_v_strides = strides
+    H, N, TILES, TAPS = shape
+    ACC: tl.constexpr = tl.float64 if v_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i_bh, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    o_n, o_d = i_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    grad_ptr, v_ptr = head_ptr(grad_ptr, grad_strides, i_bh, H), head_ptr(v_ptr, v_strides, i_bh, H)
+    weight_ptr += i_bh % H * TAPS
+    b_grad = load_tokens(grad_ptr, grad_strides, o_n, o_n < N, o_d, D).to(ACC)
+    b_grad_v = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    for tap in range(TAPS):
+        o_far, o_near = o_n - (tap - TAPS // 2), o_n + (tap - TAPS // 2)
+        b_far = load_tokens(grad_ptr, grad_strides, o_far, (o_far >= 0) & (o_far < N), o_d, D).to(ACC)
+        b_grad_v += tl.load(weight_ptr + tap).to(ACC) * b_far
+        b_v = load_tokens(v_ptr, v_strides, o_near, (o_near >= 0) & (o_near < N), o_d, D).to(ACC)
         if partial_ptr is not None:
-            tl.store(partial_ptr + item.to(tl.int64) * taps + tap, tl.sum(tl.sum(grad * v, 1), 0))
+            p = partial_ptr + tl.program_id(0).to(tl.int64) * TAPS + tap
+            tl.store(p, tl.sum(tl.sum(b_grad * b_v, 1), 0))
     if grad_v_ptr is not None:
-        tl.store(grad_v_ptr + image * o_batch + head * o_head + n[:, None] * o_token + d * o_dim, grad_v, mask=inside)
-
-
-def _acc(x: Tensor) -> Any:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _like(x: Tensor) -> Tensor:
-    return like_layout(x, tuple(x.shape))
+        grad_v_ptr = head_ptr(grad_v_ptr, grad_v_strides, i_bh, H)
+        store_tokens(grad_v_ptr, grad_v_strides, o_n, o_n < N, b_grad_v, o_d, D)
 
 
 def _launch_means(x: Tensor, means: Tensor, spread: bool) -> None:
     batch, heads, tokens, dim = x.shape
     landmarks = means.shape[2]
     run = min(triton.next_power_of_2(triton.cdiv(tokens, landmarks)), 64)
-    launch(
-        "nystrom_attention",
-        _means,
-        (batch * heads * landmarks,),
-        *(x, means, heads, tokens, landmarks, dim, *x.stride()),
-        SPREAD=spread,
-        ACC=_acc(x),
-        TOKENS=run,
-        DIM=triton.next_power_of_2(dim),
-        num_warps=1 if run * dim <= 1024 else 4,
-    )
+    params = {"SPREAD": spread, "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_N": run}
+    arguments, warps = (x, means, x.stride(), (heads, tokens, landmarks)), 1 if run * dim <= 1024 else 4
+    _triton.launch("nystrom_attention", _means, (batch * heads * landmarks,), *arguments, **params, num_warps=warps)
 
 
 def nystrom_means(x: Tensor, landmarks: int) -> Tensor:
@@ -184,7 +126,7 @@ def nystrom_means(x: Tensor, landmarks: int) -> Tensor:
 
 
 def nystrom_means_backward(grad_means: Tensor, x: Tensor) -> Tensor:
-    grad_x = _like(x)
+    grad_x = like_layout(x, x.shape)
     _launch_means(grad_x, grad_means.contiguous(), True)
     return grad_x
 
@@ -208,7 +150,7 @@ def _inverse(q_means: Tensor, k_means: Tensor) -> tuple[Tensor, Tensor, list[tup
 
 def nystrom_mix(q_means: Tensor, k_means: Tensor, summary: Tensor) -> Tensor:
     *_, z = _inverse(q_means.flatten(0, 1), k_means.flatten(0, 1))
-    return _like(summary).copy_((z @ summary.flatten(0, 1).to(z.dtype)).view(summary.shape))
+    return like_layout(summary, summary.shape).copy_((z @ summary.flatten(0, 1).to(z.dtype)).view(summary.shape))
 
 
 def nystrom_mix_backward(
@@ -243,39 +185,32 @@ def nystrom_mix_backward(
     return grads
 
 
-def _residual_tiles(v: Tensor, weight: Tensor) -> tuple[int, int, dict[str, Any]]:
-    """Tiles of a head, programs, and the kernels' arguments."""
-    batch, heads, tokens, dim = v.shape
-    size = triton.next_power_of_2(dim)
-    run = min(max(4096 // size, 16), max(triton.next_power_of_2(tokens), 16))
-    tiles = triton.cdiv(tokens, run)
-    sizes = {"heads": heads, "tokens": tokens, "dim": dim, "tiles": tiles, "taps": weight.shape[2]}
-    shape = {"ACC": _acc(v), "TOKENS": run, "DIM": size, "num_warps": 4}
-    return tiles, batch * heads * tiles, sizes | shape
+def _tile(v: Tensor) -> tuple[int, int, int]:
+    """(BLOCK_D, BLOCK_N, tiles of a head) of the residual's kernels."""
+    size = triton.next_power_of_2(v.shape[3])
+    run = min(max(4096 // size, 16), max(triton.next_power_of_2(v.shape[2]), 16))
+    return size, run, triton.cdiv(v.shape[2], run)
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    names = ("batch", "head", "token", "dim")
-    return {f"{t}_{n}": s for t, x in tensors.items() for n, s in zip(names, x.stride(), strict=True)}
+def _launch_residual(kernel, first: Tensor, v: Tensor, weight: Tensor, result: Tensor | None, *rest) -> None:
+    (batch, heads, tokens, dim), (size, run, tiles) = v.shape, _tile(v)
+    strides = (first.stride(), v.stride(), (v if result is None else result).stride())
+    arguments = (first, v, weight.contiguous(), result, *rest, strides, (heads, tokens, tiles, weight.shape[2]))
+    params = {"D": dim, "BLOCK_D": size, "BLOCK_N": run}
+    _triton.launch("nystrom_attention", kernel, (batch * heads * tiles,), *arguments, **params, num_warps=4)
 
 
 def nystrom_residual(attention: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-    out = _like(attention)
-    _, programs, arguments = _residual_tiles(v, weight)
-    tensors = (attention, v, weight.contiguous(), out)
-    launch("nystrom_attention", _residual, (programs,), *tensors, **arguments, **_strides(a=attention, v=v, o=out))
+    out = like_layout(attention, attention.shape)
+    _launch_residual(_residual, attention, v, weight, out)
     return out
 
 
 def nystrom_residual_backward(grad_out: Tensor, v: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
     grad_v, grad_weight = grads = new_gradients((v, weight), needed)
-    tiles, programs, arguments = _residual_tiles(v, weight)
-    partial = None
-    if needed[1]:
-        partial = v.new_empty((*v.shape[:2], tiles, weight.shape[2]), dtype=accumulate_dtype(v.dtype))
-    tensors = (grad_out, v, weight.contiguous(), grad_v if needed[0] else None, partial)
-    strides = _strides(g=grad_out, v=v, o=grad_v if needed[0] else v)
-    launch("nystrom_attention", _residual_backward, (programs,), *tensors, **arguments, **strides)
+    shares, taps = (*v.shape[:2], _tile(v)[2]), weight.shape[2]
+    partial = v.new_empty((*shares, taps), dtype=accumulate_dtype(v.dtype)) if needed[1] else None
+    _launch_residual(_residual_backward, grad_out, v, weight, grad_v if needed[0] else None, partial)
     if needed[1]:
         grad_weight.copy_(partial.sum((0, 2)).view(weight.shape))
     return grads

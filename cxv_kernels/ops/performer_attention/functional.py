@@ -107,11 +107,8 @@ def performer_attention(
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
     eps = _check_options(q, projection, kernel, eps, stabilizer)
-    dim, check_options = (
-        max(q.shape[-1], v.shape[-1]),
-        partial(unsupported_options, projection, stabilizer, eps, q.dtype),
-    )
-    selected = dispatch.resolve("performer_attention", q, backend, dim, check_options)
+    check_options = partial(unsupported_options, projection, stabilizer, eps, q.dtype)
+    selected = dispatch.resolve("performer_attention", q, backend, max(q.shape[-1], v.shape[-1]), check_options)
     with computing("performer_attention", q=q, k=k, v=v, projection=projection, key_mask=key_mask):
         if selected == "reference":
             return performer_attention_reference(q, k, v, projection, kernel, eps, stabilizer, key_mask)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...validation import accumulate_dtype, check_count
-from ..linear_attention.reference import divide, hide_keys, rescaled
+from ..linear_attention.reference import attend_by_exponents, divide, hide_keys, rescaled
 
 KERNELS = ("softmax", "relu")
 STABILIZERS = ("head", "batch")
@@ -72,8 +72,9 @@ def _project(x: Tensor, projection: Tensor) -> Tensor:
     return (x * x.shape[-1] ** -0.25) @ projection.to(x.dtype).T
 
 
-def _hide(phi: Tensor, key_mask: Tensor | None) -> Tensor:
-    return phi if key_mask is None else phi.masked_fill(~key_mask[:, None, :, None], 0)
+def _half_norm(x: Tensor) -> Tensor:
+    """‖x‖²/(2√D), (B, H, N, 1)."""
+    return x.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
 
 
 def _key_maximum(exponent: Tensor, stabilizer: str, key_mask: Tensor | None) -> Tensor:
@@ -99,7 +100,7 @@ def favor_features(
     z = _project(x, projection)
     if kernel == "relu":
         return F.relu(z) + eps
-    half_norm = x.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(x.shape[-1]))
+    half_norm = _half_norm(x)
     bounded = z if eps else z - half_norm
     bounded = bounded.detach() if stabilizer == "head" else bounded
     shift = bounded.amax(dim=-1, keepdim=True) if is_query else _key_maximum(bounded, stabilizer, key_mask)
@@ -120,23 +121,6 @@ def performer_features_reference(
     return (phi * projection.shape[0] ** -0.5 if kernel == "softmax" else phi).to(x.dtype)
 
 
-def _exact_exponents(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Compute the original FAVOR+ (eps = 0).
-
-    Without eps every shift cancels. So each feature is shifted by its maximum over the keys, and each query by its
-    maximum over the features. The denominator is then at least 1, and nothing underflows.
-    """
-    exponent = _project(k, projection) - k.square().sum(dim=-1, keepdim=True) / (2 * math.sqrt(k.shape[-1]))
-    if key_mask is not None:
-        exponent = exponent.masked_fill(~key_mask[:, None, :, None], float("-inf"))
-    shift = exponent.detach().amax(dim=-2, keepdim=True)
-    shift = shift.masked_fill(shift == float("-inf"), 0)
-    phi = (exponent - shift).exp()
-    weight = _project(q, projection) + shift
-    weight = (weight - weight.detach().amax(dim=-1, keepdim=True)).exp()
-    return divide(weight @ (phi.transpose(-2, -1) @ v), weight @ phi.sum(dim=-2).unsqueeze(-1))
-
-
 def performer_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -154,10 +138,13 @@ def performer_attention_reference(
     if k.shape[2] == 0:
         nothing = (q.sum(dim=-1, keepdim=True) + k.sum() + v.sum()) * 0
         return nothing.expand(*q.shape[:3], v.shape[3]).to(out_dtype)
-    if kernel == "softmax" and eps == 0:
-        return _exact_exponents(q, k, v, projection, key_mask).to(out_dtype)
+    if kernel == "softmax" and eps == 0:  # the original FAVOR+, whose shifts all cancel
+        exponents = _project(q, projection), _project(k, projection) - _half_norm(k)
+        return attend_by_exponents(*exponents, v, key_mask).to(out_dtype)
     phi_q = favor_features(q, projection, True, kernel, eps, stabilizer)
-    phi_k = _hide(favor_features(k, projection, False, kernel, eps, stabilizer, key_mask), key_mask)
+    phi_k = favor_features(k, projection, False, kernel, eps, stabilizer, key_mask)
+    if key_mask is not None:
+        phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0)
     state, z = phi_k.transpose(-2, -1) @ v, phi_k.sum(dim=-2)
     state, z, _ = rescaled(state, z)
     return divide(phi_q @ state, phi_q @ z.unsqueeze(-1)).to(out_dtype)

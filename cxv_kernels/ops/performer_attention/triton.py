@@ -116,7 +116,7 @@ def performer_features_forward(x, projection, is_query, kernel, eps):
 
 
 def performer_features_backward(grad_phi, x, projection, key_max, is_query, kernel, eps):
-    grad_x = like_layout(x, tuple(x.shape))
+    grad_x = like_layout(x, x.shape)
     by_head = kernel == "softmax" and not is_query
     _features(x, grad_phi, projection, key_max if by_head else None, grad_x, kernel, eps)
     return grad_x

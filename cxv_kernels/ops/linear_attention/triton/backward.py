@@ -470,7 +470,7 @@ def key_backward(
     k_strides, v_strides, w_strides, mask_strides, mean_stride, stat_stride, grad_k_strides, grad_v_strides = strides
     H, N, TOKENS, SPLITS = sizes
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
-    T: tl.constexpr = k_ptr.dtype.element_ty
+    T: tl.constexpr = ACC if P.WIDE else k_ptr.dtype.element_ty
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     k_ptr, v_ptr = head_ptr(k_ptr, k_strides, i_bh, H), head_ptr(v_ptr, v_strides, i_bh, H)
     if grad_k_ptr is not None:

@@ -31,7 +31,7 @@ _override: Table = {}
 @functools.cache
 def packaged() -> Table:
     """The table of the package."""
-    return json.loads(PATH.read_text())
+    return json.loads(PATH.read_text(encoding="utf-8"))
 
 
 @functools.cache

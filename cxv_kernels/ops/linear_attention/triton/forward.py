@@ -43,7 +43,7 @@ def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes,
     k_strides, v_strides, w_strides, mask_strides = strides
     H, N, TOKENS, SPLITS = sizes
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    T: tl.constexpr = k_ptr.dtype.element_ty
+    T: tl.constexpr = ACC if P.WIDE else k_ptr.dtype.element_ty
     i_split, i_f = block_index(P)
     i_bh, i_s = i_split // SPLITS, i_split % SPLITS
     o_f = i_f * P.BLOCK_F + tl.arange(0, P.BLOCK_F)
@@ -87,7 +87,7 @@ def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes,
             b_x -= b_h[None, :]
         if v_ptr is not None:
             b_e = rescale(b_x, new_max[:, None], P)
-            b_v = load_tokens(v_ptr, v_strides, o_n, m_n, o_e, P.E)  # [BN, BE]
+            b_v = load_tokens(v_ptr, v_strides, o_n, m_n, o_e, P.E).to(T)  # [BN, BE]
             b_correction = b_correction[:, None]
             if not P.MINUS_NORM and mask_ptr is None:  # past the end: elsewhere their values are zeros
                 b_one = m_n.to(ACC)

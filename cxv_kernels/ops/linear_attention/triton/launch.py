@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .... import _triton
-from ...._triton import launch
 from ....autograd import like_layout, new_gradients
 from ....validation import accumulate_dtype
 from ..op import triton_state
@@ -83,13 +82,14 @@ class LaunchPlan:
         value_dim: E.
         projection: W (F, D) in the accumulation dtype, or None.
         eps: favor's and favor_relu's constant, relu's share of the denominator; the other maps do not read it.
+        wide: multiply in the accumulation dtype, because S itself is a result.
     """
 
-    def __init__(self, op, feature_map, like, value_dim, projection=None, eps=0.0):
+    def __init__(self, op, feature_map, like, value_dim, projection=None, eps=0.0, wide=False):
         dim, exponential = like.shape[3], feature_map in ("favor", "exact", "softmax", "elu_exact")
         self.op, self.projection, self.acc = op, projection, accumulate_dtype(like.dtype)
         self.split_w: Tensor | None = None  # split_projection's
-        self.dtype, self.dim, self.value_dim, self.eps = like.dtype, dim, value_dim, eps
+        self.dtype, self.dim, self.value_dim, self.eps = self.acc if wide else like.dtype, dim, value_dim, eps
         self.features = dim if projection is None else projection.shape[0]
         self.arch = _triton.capability(like.device)
         scale = 1.0 if feature_map in ("elu", "elu_exact", "relu") else dim**-0.25
@@ -104,15 +104,16 @@ class LaunchPlan:
             "D": dim,
             "SCALE": scale * LOG2E if exponential else scale,
             "HALF": LOG2E / (2 * math.sqrt(dim)),
-            "PRECISION": _precision(like.dtype),
+            "PRECISION": _precision(self.dtype),
+            "WIDE": wide,
             "BLOCK_D": padded(dim),
             "BLOCK_E": padded(value_dim),
         }
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **params: Any) -> None:
-        """Launch ``kernel`` with these arguments and the compile-time parameters ``params``."""
-        stages = {"num_stages": params.pop("num_stages")} if "num_stages" in params else {}
-        launch(self.op, kernel, grid, *arguments, P=_params(tuple(params.items())), num_warps=num_warps, **stages)
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **params: Any) -> None:
+        """Launch ``kernel`` with these arguments, compile-time parameters and launch options."""
+        options = {name: params.pop(name) for name in ("num_warps", "num_stages") if name in params}
+        _triton.launch(self.op, kernel, grid, *arguments, P=_params(tuple(params.items())), **options)
 
     def _options(self, kernel: Any) -> dict[str, Any]:
         features = None if self.projection is None else self.features
@@ -307,7 +308,8 @@ def _with_a_channel(x: Tensor) -> Tensor:
 
 def kv_state_forward(k, v, key_mask, feature_map):
     channels, v = v.shape[3], _with_a_channel(v)
-    state, key_stat, _ = LaunchPlan("kv_state", feature_map, k, v.shape[3]).key_pass(k, v, key_mask, raw=True)
+    plan = LaunchPlan("kv_state", feature_map, k, v.shape[3], wide=True)
+    state, key_stat, _ = plan.key_pass(k, v, key_mask, raw=True)
     return state[..., :channels], key_stat
 
 
@@ -317,6 +319,6 @@ def kv_state_backward(grad_state, grad_z, k, v, key_mask, key_stat, feature_map,
     inverse = torch.where(key_stat > TINY.value, key_stat.reciprocal(), 0)
     channels, v, grad_state = v.shape[3], _with_a_channel(v), _with_a_channel(grad_state)
     grad_stats = torch.stack([grad_z, grad_state.abs().amax(dim=-1), inverse], dim=2)
-    plan, state = LaunchPlan("kv_state", feature_map, k, v.shape[3]), grad_state.contiguous()
+    plan, state = LaunchPlan("kv_state", feature_map, k, v.shape[3], wide=True), grad_state.contiguous()
     grad_k, grad_v = plan.key_backward(k, v, key_mask, None, key_stat, key_stat, state, grad_stats, needed)
     return grad_k, grad_v[..., :channels] if needed[1] else grad_v
