@@ -15,11 +15,11 @@ from cxv_kernels._triton import interpreting
 from cxv_kernels.library import CPP_MISSING
 
 sys.path.append(str(Path(__file__).parent / "ops"))  # its cases.py and its extreme values are used elsewhere, too
-# tests/test_triton.py and tests/test_host_gpu.py run these in processes of their own
-ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
-collect_ignore_glob = [*(() if interpreting() else ("ops/test_triton_*.py",)), *(() if ON_HOST_GPU else ("host_gpu",))]
+# tests/test_triton.py runs these in processes of its own
+ON_FAKE_DEVICE = "FAKE_DEVICE_ATEN" in os.environ
+collect_ignore_glob = () if interpreting() else ("ops/test_triton_*.py",)
 ON_GPU = "CXV_TEST_GPU" in os.environ  # tests/ops with the kernels of a real GPU: CXV_TEST_GPU=1 pytest -m gpu
-if not (ON_HOST_GPU or ON_GPU):
+if not (ON_FAKE_DEVICE or ON_GPU):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes costs more than these graphs
@@ -27,7 +27,7 @@ os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of 
 # The files that take a minute or more: the others fill up what the processes have left.
 LONGEST = (
     "test_triton.py",
-    "test_host_gpu.py",
+    "test_fake_device.py",
     "test_table1.py",
     "test_trainer.py",
     "test_compile_gate.py",
