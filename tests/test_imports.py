@@ -156,7 +156,7 @@ def test_functions_import_only_what_may_be_missing():
 
 
 def test_tests_import_nothing_from_benchmarks():
-    """A test starts a benchmark as a user does, in a process of its own."""
+    """A test starts a benchmark as a user does: `run_script` of conftest.py."""
     wrong = [
         f"{path.name} imports {target}"
         for path in (ROOT / "tests").rglob("*.py")
