@@ -81,7 +81,8 @@ def test_muon_groups_leave_out_the_first_and_the_last_layer(name):
     (muon,) = (group for group in groups if group.get("muon"))
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     dense = [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]
-    assert dense[0] is model.stem[0].weight and dense[-1] is model.head.weight
+    assert dense[0] is model.stem[0].weight
+    assert dense[-1] is model.head.weight
     assert {id(p) for p in muon["params"]} == {id(weight) for weight in dense[1:-1]}
 
 
