@@ -7,6 +7,7 @@ CXV_CUDA=0 skips CUDA, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH
 look at the machine, so that a wheel runs on every card from the T4 on.
 """
 
+import json
 import os
 import re
 import shutil
@@ -95,35 +96,21 @@ def extensions() -> tuple[list[Extension], dict]:
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", target]
     archs = "" if reason else os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     facts = {
-        "CXV_TORCH_TARGET": "2.10",
-        "CXV_TORCH_BUILT_WITH": torch.__version__,
-        "CXV_CUDA_VERSION": cuda or "",
-        "CXV_CUDA_ARCHS": archs,
-        "CXV_CUDA_MISSING": reason or "",
+        "torch_target": "2.10",
+        "torch_built_with": torch.__version__,
+        "cuda": cuda or "",
+        "cuda_arch_list": archs,
+        "cuda_missing": reason or "",
     }
+    lines = "\n".join(f"{name}={value}" for name, value in facts.items())
     extensions = [
         CppExtension(
             "cxv_kernels._cpu",
             ["csrc/ops.cpp", *sources("csrc/host/*.cpp"), *sources("csrc/cpu/**/*.cpp")],
-            extra_compile_args={"cxx": [*cxx, "-DCXV_DEVICE=CPU"]},
+            extra_compile_args={"cxx": [*cxx, "-DCXV_DEVICE=CPU", f"-DCXV_BUILD_INFO={json.dumps(lines)}"]},
             py_limited_api=True,
         )
     ]
-    try:
-        import pybind11
-    except ImportError:
-        say("the build's facts (cxv_kernels._C) are skipped: pybind11 is not installed where this is built.")
-    else:
-        extensions.append(
-            Extension(
-                "cxv_kernels._C",
-                ["csrc/module.cpp"],
-                include_dirs=[pybind11.get_include()],
-                define_macros=list(facts.items()),
-                extra_compile_args=["-g0", "-std=c++20", "-fvisibility=hidden"],
-                language="c++",
-            )
-        )
     if not reason:
         extensions.append(
             CUDAExtension(
@@ -157,7 +144,7 @@ def extensions() -> tuple[list[Extension], dict]:
                 self.leave_out(ext.name, error)
 
         def leave_out(self, what: str, error: Exception) -> None:
-            if os.environ.get("CXV_CUDA") == "1" and what != "cxv_kernels._C":
+            if os.environ.get("CXV_CUDA") == "1":
                 raise SystemExit(f"cxv: CXV_CUDA=1, but {what} cannot be built: {error}") from None
             say(f"{what} cannot be built and will be missing: {error}")
 
@@ -170,7 +157,7 @@ def extensions() -> tuple[list[Extension], dict]:
 
 
 class Wheel(bdist_wheel):
-    """Tag one wheel per platform. The libraries do not depend on Python; only build_info() of ``_C`` does."""
+    """Tag one wheel per platform. The libraries do not depend on Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

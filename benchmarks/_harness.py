@@ -72,15 +72,15 @@ class Row:
     saved_bytes: int | None = None  # between forward and backward, beyond the inputs
     environment: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def set_times(self, forward: "Timing | None", training: "Timing | None") -> None:
-        """Store medians and interquartile ranges; None marks the row as out of memory."""
-        if training is None:
-            self.status = "out of memory"
-            return
-        if forward is not None:
-            self.forward_ms, self.forward_iqr_ms = _ms(forward.median), _ms(forward.iqr)
-        self.training_ms, self.training_iqr_ms = _ms(training.median), _ms(training.iqr)
-        self.repeats = len(training.samples)
+    def set_times(self, **timings: "Timing | None") -> None:
+        """Store the ``forward`` and ``training`` medians and ranges; None marks the row as out of memory."""
+        for name, timing in timings.items():
+            if timing is None:
+                self.status = "out of memory"
+            else:
+                setattr(self, f"{name}_ms", _ms(timing.median))
+                setattr(self, f"{name}_iqr_ms", _ms(timing.iqr))
+                self.repeats = len(timing.samples)
 
     def noisy(self) -> bool:
         """Whether an interquartile range exceeds half of its median: the machine was busy."""
@@ -123,34 +123,41 @@ def version_of(package: str) -> str:
         return ""
 
 
-COLUMNS = [f.name for f in fields(Row) if f.name != "environment"]
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a CSV atomically, so that a run that is killed leaves the previous file."""
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *rows[0].environment], restval="")
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        for row in rows:
-            values = {name: value for name, value in asdict(row).items() if name != "environment"}
-            values["error"] = None if row.error is None else f"{row.error:.2g}"
-            writer.writerow({k: "" if v is None else v for k, v in (values | row.environment).items()})
+        writer.writerows(rows)
     os.replace(part, path)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows, with their environment in the last columns."""
+    lines = [asdict(row) | {"error": None if row.error is None else f"{row.error:.2g}"} for row in rows]
+    write_csv(path, [line | line.pop("environment") for line in lines])
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read a CSV written by :func:`write_rows`."""
-    types = {f.name: f.type for f in fields(Row)}
+    types = {f.name: f.type for f in fields(Row) if f.name != "environment"}
     rows = []
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            values = {name: line.pop(name) for name in COLUMNS}
-            for name, text in values.items():
-                if types[name] is not str:
-                    number = int if types[name] == int | None else float
-                    values[name] = number(text) if text else None
-            rows.append(Row(**values, environment=line))
+    for line in read_csv(path):
+        values: dict[str, Any] = {name: line.pop(name) for name in types}
+        for name, text in values.items():
+            if types[name] is not str:
+                number = int if types[name] == int | None else float
+                values[name] = number(text) if text else None
+        rows.append(Row(**values, environment=line))
     return rows
 
 
@@ -163,8 +170,8 @@ class Results:
     def __init__(self, benchmark: str, arguments: argparse.Namespace):
         self.path = arguments.output / f"{benchmark}-{arguments.device}.csv"
         self.environment = environment(torch.device(arguments.device))
-        earlier = read_rows(self.path) if self.path.exists() else []
         mine = [str(self.environment[name]) for name in ("device_name", "date")]
+        earlier = read_rows(self.path)
         self.earlier = [row for row in earlier if [row.environment[name] for name in ("device_name", "date")] != mine]
         self.rows: list[Row] = []
 
@@ -332,6 +339,17 @@ def marking_out_of_memory(row: Row) -> Iterator[None]:
         row.status = "out of memory"
 
 
+@contextmanager
+def noting_failures(row: Row) -> Iterator[None]:
+    """Store any exception of other people's code in the row, and continue."""
+    try:
+        with marking_out_of_memory(row):
+            yield
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0][:80]
+        row.status, row.note = "not available", f"{type(error).__name__}: {first_line}"
+
+
 def measure(runs: Sequence[Run], tolerance: float, **rounds: Any) -> None:
     """Check each run and measure its memory, then time all of them in turn. A run whose check fails is not timed."""
     for run in runs:
@@ -344,7 +362,7 @@ def measure(runs: Sequence[Run], tolerance: float, **rounds: Any) -> None:
         calls = [call for run in timed for call in (run.forward, run.forward_backward)]
         timings = interleaved(calls, timed[0].grad_out.device, **rounds)
         for run, forward, training in zip(timed, timings[::2], timings[1::2], strict=True):
-            run.row.set_times(forward, training)
+            run.row.set_times(forward=forward, training=training)
 
 
 # --- ops and models ----------------------------------------------------------------------------------------------
@@ -364,6 +382,11 @@ def attention(name: str, backend: str | None, projection: Tensor, variant: str =
     if name == "linear":
         return lambda q, k, v: cxv_kernels.linear_attention(q, k, v, variant, backend=backend)
     return lambda q, k, v: cxv_kernels.nystrom_attention(q, k, v, LANDMARKS, backend=backend)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``"float32"`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def random_qkv(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -486,6 +509,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
         self.add_argument("--quick", action="store_true", help="small sizes and few repetitions, to try the script")
         self.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV file and the picture")
+
+    def add_names(self, flag: str, choices: Iterable[str]) -> None:
+        """Add a flag for comma-separated names, all of them by default."""
+        self.add_argument(flag, type=some_of(tuple(choices)), default=",".join(choices), help="comma-separated")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""

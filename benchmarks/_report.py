@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from _harness import TABLE1_GB, Row
+from _harness import TABLE1_GB, Results, Row
 
 NAMES = {
     "performer": "Performer",
@@ -83,6 +83,17 @@ def ratio(row: Row, baseline: Row | None, column: str) -> str:
     return "noisy" if row.noisy() or baseline.noisy() else f"{value / of:.2f}×"
 
 
+def relative(row: Row, baseline: Row | None, column: str, digits: int = 3) -> str:
+    """The memory as a multiple of the baseline's."""
+    of = baseline and getattr(baseline, column)
+    return f"{getattr(row, column) / of:.{digits}f}×" if of else ""
+
+
+def error(row: Row) -> str:
+    """The largest error against float64."""
+    return "" if row.error is None else f"{row.error:.0e}"
+
+
 def reason(row: Row) -> str:
     """Why a row has no numbers."""
     if row.status == "failed":
@@ -97,9 +108,34 @@ def implementation(row: Row) -> str:
     return f"{row.implementation} ({row.backend})" if row.backend and row.status == "ok" else row.implementation
 
 
+# The implementation that the others of a section are compared with.
+BASELINES = {
+    "attention": ("reference",),
+    "model": ("reference",),
+    "op": ("reference", "conv2d, layer_norm"),
+    "memory": ("eager",),
+    "time": ("eager",),
+}
+
+
 def find(rows: Sequence[Row], **values: object) -> Row | None:
     """The first row with these values and numbers."""
     return next((r for r in rows if r.status == "ok" and all(getattr(r, k) == v for k, v in values.items())), None)
+
+
+def baseline_of(rows: Sequence[Row], row: Row) -> Row | None:
+    """The row with numbers that ``row`` is compared with."""
+    same = {name: getattr(row, name) for name in ("section", "name", "dtype", "variant", "batch", "size")}
+    found = (find(rows, implementation=implementation, **same) for implementation in BASELINES[row.section])
+    return next(filter(None, found), None)
+
+
+def section_table(
+    rows: Sequence[Row], header: list[str], head: Callable[[Row], list[str]], cells: Callable[[Row], list[str]]
+) -> Table:
+    """A line per row: ``head``, the columns of text, then ``cells``, or why there are no numbers."""
+    lines = [[*head(row), *(cells(row) if row.status == "ok" else [reason(row)])] for row in rows]
+    return Table(header, lines, left=len(head(rows[0])) if rows else 1)
 
 
 def by_host(rows: Sequence[Row]) -> list[list[Row]]:
@@ -115,12 +151,16 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return by_host(rows)[-1]
 
 
-def worst(rows: Sequence[Row], table: Callable[[Sequence[Row]], list[tuple[tuple[str, ...], float]]]) -> dict:
-    """For each key the largest ratio over all runs: the least favorable measurement."""
-    found: dict[tuple[str, ...], float] = {}
+def worst(rows: Sequence[Row], section: str, *columns: str) -> dict[tuple[str, ...], list[float]]:
+    """Per (name, variant, dtype): the time of the fused op over that of the baseline, the largest over all runs."""
+    found: dict[tuple[str, ...], list[float]] = {}
     for run in by_host(rows):
-        for key, value in table(run):
-            found[key] = max(found.get(key, 0.0), value)
+        for row in run:
+            baseline = row.section == section and row.status == "ok" and baseline_of(run, row)
+            if baseline and row.implementation == "fused":
+                key = (row.name, row.variant, row.dtype)
+                ratios = [getattr(row, column) / getattr(baseline, column) for column in columns]
+                found[key] = [max(pair) for pair in zip(ratios, found.get(key, ratios), strict=True)]
     return found
 
 
@@ -144,98 +184,74 @@ def noise_line(rows: Sequence[Row]) -> str:
     )
 
 
+def show(results: Results, *parts: str) -> int:
+    """Print the machine, the parts and the path of the CSV; returns the exit status, 1 if a fused result is wrong."""
+    print("\n\n".join([machine_line(results.rows), *parts]))
+    print(noise_line(results.rows))
+    print(f"Wrote {results.path}")
+    return int(results.failed())
+
+
 # --- attn_mem ----------------------------------------------------------------------------------------------------
 
 
 def attention_memory(rows: Sequence[Row]) -> Table:
     """Peak and saved memory, time and error at each number of tokens."""
     header = ["N", "mechanism", "implementation", "peak, MB", "saved, MB", "forward, ms", "ratio", "fwd+bwd, ms"]
-    table = Table([*header, "ratio", "error"], left=3)
-    for row in rows:
-        if row.section != "attention":
-            continue
-        head = [f"{row.size:,}", NAMES[row.name], implementation(row)]
-        if row.status != "ok":
-            table.rows.append([*head, reason(row)])
-            continue
-        same = {"section": "attention", "dtype": row.dtype, "size": row.size, "name": row.name}
-        baseline = None if row.implementation != "fused" else find(rows, implementation="reference", **same)
+
+    def cells(row: Row) -> list[str]:
+        baseline = baseline_of(rows, row) if row.implementation == "fused" else None
         times = [ms(row.forward_ms), ratio(row, baseline, "forward_ms"), ms(row.training_ms)]
-        error = "" if row.error is None else f"{row.error:.0e}"
-        memory = [mb(row.peak_bytes), mb(row.saved_bytes)]
-        table.rows.append([*head, *memory, *times, ratio(row, baseline, "training_ms"), error])
-    return table
+        return [mb(row.peak_bytes), mb(row.saved_bytes), *times, ratio(row, baseline, "training_ms"), error(row)]
+
+    mine = [row for row in rows if row.section == "attention"]
+    return section_table(
+        mine, [*header, "ratio", "error"], lambda r: [f"{r.size:,}", NAMES[r.name], implementation(r)], cells
+    )
 
 
 def training_memory(rows: Sequence[Row]) -> Table:
     """The peak of a training step of each model."""
-    table = Table(["model", "dtype", "implementation", "peak, GB", "ratio", "Table 1, GB", "error"], left=3)
-    for row in rows:
-        if row.section != "model":
-            continue
-        head = [row.name, SHORT[row.dtype], implementation(row)]
-        if row.status != "ok":
-            table.rows.append([*head, reason(row)])
-            continue
-        reference = find(rows, section="model", name=row.name, dtype=row.dtype, implementation="reference")
-        fused = row.implementation == "fused"
-        relative = f"{row.peak_bytes / reference.peak_bytes:.3f}×" if fused and reference else ""
-        table1 = "" if fused else str(TABLE1_GB[row.name])
-        table.rows.append([*head, gb(row.peak_bytes), relative, table1, f"{row.error:.0e}" if row.error else ""])
-    return table
+    header = ["model", "dtype", "implementation", "peak, GB", "ratio", "Table 1, GB", "error"]
+
+    def cells(row: Row) -> list[str]:
+        if row.implementation != "fused":
+            return [gb(row.peak_bytes), "", str(TABLE1_GB[row.name]), error(row)]
+        return [gb(row.peak_bytes), relative(row, baseline_of(rows, row), "peak_bytes"), "", error(row)]
+
+    mine = [row for row in rows if row.section == "model"]
+    return section_table(mine, header, lambda row: [row.name, SHORT[row.dtype], implementation(row)], cells)
 
 
 # --- attn_speed --------------------------------------------------------------------------------------------------
 
 
 def op_times(rows: Sequence[Row]) -> Table:
-    """Every implementation of each op: time, ratio to the first row of the op, memory, error."""
+    """Every implementation of each op: time, ratio to the baseline, memory, error."""
     header = ["op", "implementation", "forward, ms", "ratio", "fwd+bwd, ms", "ratio", "saved, MB", "peak, MB", "error"]
-    table, baseline, previous = Table(header, left=2), None, None
-    for row in rows:
-        if row.section != "op":
-            continue
-        op = (row.name, row.variant, row.dtype)
-        if op != previous:
-            baseline, previous = row if row.status == "ok" else None, op
-        head = [" ".join(filter(None, (NAMES[row.name], row.variant, SHORT[row.dtype]))), implementation(row)]
-        if row.status != "ok":
-            table.rows.append([*head, reason(row)])
-            continue
+
+    def head(row: Row) -> list[str]:
+        return [" ".join(filter(None, (NAMES[row.name], row.variant, SHORT[row.dtype]))), implementation(row)]
+
+    def cells(row: Row) -> list[str]:
+        baseline = baseline_of(rows, row)
         times = [spread(row.forward_ms, row.forward_iqr_ms), ratio(row, baseline, "forward_ms")]
         times += [spread(row.training_ms, row.training_iqr_ms), ratio(row, baseline, "training_ms")]
-        error = "" if row.error is None else f"{row.error:.0e}"
-        table.rows.append([*head, *times, mb(row.saved_bytes), mb(row.peak_bytes), error])
-    return table
+        return [*times, mb(row.saved_bytes), mb(row.peak_bytes), error(row)]
 
-
-def _fused_op_ratios(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], float]]:
-    ratios = []
-    for row in rows:
-        if row.section != "op" or row.implementation != "fused" or row.status != "ok":
-            continue
-        same = [r for r in rows if (r.section, r.name, r.variant, r.dtype) == ("op", row.name, row.variant, row.dtype)]
-        baseline = same[0]
-        for column in ("forward_ms", "training_ms"):
-            if baseline.status == "ok":
-                key = (row.name, row.variant, row.dtype, column)
-                ratios.append((key, getattr(row, column) / getattr(baseline, column)))
-    return ratios
+    return section_table([row for row in rows if row.section == "op"], header, head, cells)
 
 
 def op_headline(rows: Sequence[Row]) -> Table:
     """Each fused op against plain PyTorch: the least favorable ratio over all runs, and bytes saved for backward."""
-    ratios = worst(rows, _fused_op_ratios)
     header = ["op", "compared with", "forward", "forward + backward", "saved for backward, MB", "fused, MB"]
     table, run = Table(header, left=2), latest(rows)
-    for name, variant, dtype in dict.fromkeys(key[:3] for key in ratios):
-        same = {"section": "op", "name": name, "variant": variant, "dtype": dtype}
-        baseline, fused = find(run, **same), find(run, implementation="fused", **same)
-        if baseline is None or fused is None:
-            continue
-        times = [f"{ratios[name, variant, dtype, column]:.2f}×" for column in ("forward_ms", "training_ms")]
-        cells = [" ".join(filter(None, (NAMES[name], variant))), baseline.implementation, *times]
-        table.rows.append([*cells, mb(baseline.saved_bytes), mb(fused.saved_bytes)])
+    for (name, variant, dtype), ratios in worst(rows, "op", "forward_ms", "training_ms").items():
+        fused = find(run, section="op", name=name, variant=variant, dtype=dtype, implementation="fused")
+        if fused is not None and (baseline := baseline_of(run, fused)) is not None:
+            cells = [" ".join(filter(None, (NAMES[name], variant))), baseline.implementation]
+            cells += [f"{value:.2f}×" for value in ratios]
+            table.rows.append([*cells, mb(baseline.saved_bytes), mb(fused.saved_bytes)])
     return table
 
 
@@ -279,22 +295,21 @@ def crossovers(rows: Sequence[Row]) -> Table:
 def step_memory(rows: Sequence[Row]) -> Table:
     """Peak, saved bytes and the largest batch within 16 GB."""
     header = ["model", "dtype", "mode", "peak, GB", "ratio", "saved, MB", "ratio", "batch in 16 GB", "inference, MB"]
-    table, batch = Table(header, left=3), max(row.batch for row in rows if row.section == "memory")
-    for row in rows:
-        if row.section != "memory" or row.batch != batch:
-            continue
-        head = [row.name, SHORT[row.dtype], row.implementation]
-        if row.status != "ok":
-            table.rows.append([*head, reason(row)])
-            continue
-        same = {"name": row.name, "dtype": row.dtype}
-        eager = find(rows, section="memory", batch=batch, implementation="eager", **same)
-        cells = [gb(row.peak_bytes), f"{row.peak_bytes / eager.peak_bytes:.3f}×" if eager else ""]
-        cells += [mb(row.saved_bytes), f"{row.saved_bytes / eager.saved_bytes:.3f}×" if eager else ""]
+
+    def cells(row: Row) -> list[str]:
+        eager, same = baseline_of(rows, row), {"name": row.name, "dtype": row.dtype}
         inference = find(rows, section="inference", implementation=row.implementation, **same)
-        largest = largest_batch(rows, row)
-        table.rows.append([*head, *cells, largest, mb(inference.peak_bytes) if inference else ""])
-    return table
+        memory = [gb(row.peak_bytes), relative(row, eager, "peak_bytes")]
+        memory += [mb(row.saved_bytes), relative(row, eager, "saved_bytes")]
+        return [*memory, largest_batch(rows, row), mb(inference.peak_bytes) if inference else ""]
+
+    batch = max(row.batch for row in rows if row.section == "memory")
+    mine = [row for row in rows if row.section == "memory" and row.batch == batch]
+    return section_table(mine, header, _step, cells)
+
+
+def _step(row: Row) -> list[str]:
+    return [row.name, SHORT[row.dtype], row.implementation]
 
 
 def largest_batch(rows: Sequence[Row], row: Row) -> str:
@@ -303,7 +318,9 @@ def largest_batch(rows: Sequence[Row], row: Row) -> str:
     measured = find(rows, section="largest batch", **same)
     if measured:
         return f"{measured.batch:,} (measured)"
-    peaks = {r.batch: r.peak_bytes for r in rows if r.section == "memory" and _has(r, same) and r.status == "ok"}
+    batches = sorted({r.batch for r in rows if r.section == "memory"})
+    found = (find(rows, section="memory", batch=batch, **same) for batch in batches)
+    peaks = {r.batch: r.peak_bytes for r in found if r}
     if len(peaks) < 2:
         return ""
     low, high = min(peaks), max(peaks)
@@ -311,44 +328,24 @@ def largest_batch(rows: Sequence[Row], row: Row) -> str:
     return f"{int((BUDGET_BYTES - peaks[high] + slope * high) / slope):,} (predicted)" if slope > 0 else ""
 
 
-def _has(row: Row, values: dict[str, object]) -> bool:
-    return all(getattr(row, name) == value for name, value in values.items())
-
-
 def step_times(rows: Sequence[Row]) -> Table:
     """The time of a training step in each mode."""
-    table = Table(["model", "dtype", "mode", "step, ms", "ratio", "images/s"], left=3)
-    for row in rows:
-        if row.section != "time":
-            continue
-        head = [row.name, SHORT[row.dtype], row.implementation]
-        if row.status != "ok":
-            table.rows.append([*head, reason(row)])
-            continue
-        eager = find(rows, section="time", name=row.name, dtype=row.dtype, implementation="eager")
-        rate = f"{1e3 * row.batch / row.training_ms:,.1f}"
+
+    def cells(row: Row) -> list[str]:
         step = spread(row.training_ms, row.training_iqr_ms)
-        table.rows.append([*head, step, ratio(row, eager, "training_ms"), rate])
-    return table
+        return [step, ratio(row, baseline_of(rows, row), "training_ms"), f"{1e3 * row.batch / row.training_ms:,.1f}"]
 
-
-def _fused_step_ratios(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], float]]:
-    ratios = []
-    for row in rows:
-        if row.section == "time" and row.implementation == "fused" and row.status == "ok":
-            eager = find(rows, section="time", name=row.name, dtype=row.dtype, implementation="eager")
-            if eager:
-                ratios.append(((row.name, row.dtype), row.training_ms / eager.training_ms))
-    return ratios
+    header = ["model", "dtype", "mode", "step, ms", "ratio", "images/s"]
+    return section_table([row for row in rows if row.section == "time"], header, _step, cells)
 
 
 def step_headline(rows: Sequence[Row]) -> Table:
     """Peak and largest batch, eager and fused, and the least favorable time ratio over all runs."""
-    ratios, run = worst(rows, _fused_step_ratios), latest(rows)
+    run = latest(rows)
     header = ["model", "dtype", "peak, GB: eager", "fused", "checkpointed", "fused step, × eager", "batch in 16 GB"]
     table = Table(header, left=2)
     batch = max(row.batch for row in run if row.section == "memory")
-    for (name, dtype), value in ratios.items():
+    for (name, _, dtype), (value,) in worst(rows, "time", "training_ms").items():
         same = {"section": "memory", "name": name, "dtype": dtype, "batch": batch}
         rows_of = [find(run, implementation=mode, **same) for mode in ("eager", "fused", "checkpointed")]
         if None in rows_of:
@@ -375,21 +372,18 @@ def integration_models(rows: Sequence[Row]) -> Table:
 def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
     others = {"torch.compile": "torch.compile", "fused": "accelerated"}
     name = "model/channels" if section == "attention" else "model"
-    table = Table(
-        [name, "mode", size, "batch", "eager, ms", *others.values(), "peak, MB: eager", *others.values()], left=2
-    )
+    header = [name, "mode", size, "batch", "eager, ms", *others.values(), "peak, MB: eager", *others.values()]
+    table = Table(header, left=2)
     for eager in [row for row in rows if (row.section, row.implementation) == (section, "eager")]:
         head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
         if eager.status != "ok":
             table.rows.append([*head, reason(eager)])
             continue
-        mode = "training_ms" if eager.variant == "training" else "forward_ms"
+        mode = "training" if eager.variant == "training" else "forward"
         same = {key: getattr(eager, key) for key in ("section", "name", "dtype", "variant", "batch", "size")}
-        times = [spread(getattr(eager, mode), getattr(eager, mode.replace("_ms", "_iqr_ms")))]
-        peaks = [mb(eager.peak_bytes)]
-        for implementation in others:
-            row = find(rows, implementation=implementation, **same)
-            times.append(ratio(row, eager, mode) if row else "")
-            peaks.append(f"{row.peak_bytes / eager.peak_bytes:.2f}×" if row and eager.peak_bytes else "")
+        found = [find(rows, implementation=implementation, **same) for implementation in others]
+        times = [spread(getattr(eager, f"{mode}_ms"), getattr(eager, f"{mode}_iqr_ms"))]
+        times += [ratio(row, eager, f"{mode}_ms") if row else "" for row in found]
+        peaks = [mb(eager.peak_bytes), *(relative(row, eager, "peak_bytes", 2) if row else "" for row in found)]
         table.rows.append([*head, *times, *peaks])
     return table

@@ -9,35 +9,12 @@ Writes results/attn_speed-<device>.csv.
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import _harness as bench  # imported before torch: it sets log levels
 from _baselines import AGREEMENT, BASELINES
-from _harness import (  # imported before torch: it sets log levels
-    HEAD_DIM,
-    HEADS,
-    TOLERANCE,
-    Parser,
-    Results,
-    Row,
-    Run,
-    attention,
-    fused_row,
-    in_float64,
-    interleaved,
-    marking_out_of_memory,
-    measure,
-    positive,
-    positives,
-    progress,
-    projection_on,
-    random_qkv,
-    relative_error,
-    some_of,
-    with_gradients,
-)
-from _report import length_times, machine_line, noise_line, op_times
+from _report import length_times, op_times, show
 
 import cxv_kernels
 from cxv_kernels.ops.conv_norm.reference import conv_norm_reference
@@ -59,65 +36,57 @@ LONGEST_SOFTMAX = 16384  # softmax attention takes minutes beyond
 
 def attention_runs(
     name: str, variant: str, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> list[Run]:
+) -> list[bench.Run]:
     """The reference, the fused op and, for the paper's feature maps, every alternative."""
-    projection = projection_on(device)
-    inputs, grad_out = random_qkv(batch, tokens, device, dtype)
+    projection = bench.projection_on(device)
+    inputs, grad_out = bench.random_qkv(batch, tokens, device, dtype)
     main = variant in ("", "softmax")
-    values = {"name": name, "variant": variant, "dtype": name_of(dtype), "batch": batch, "size": tokens}
-    exact = in_float64(attention(name, "reference", projection.double(), variant), inputs, grad_out)
+    values = {"name": name, "variant": variant, "dtype": bench.name_of(dtype), "batch": batch, "size": tokens}
+    exact = bench.in_float64(bench.attention(name, "reference", projection.double(), variant), inputs, grad_out)
     shared = {"held": (projection,), "exact": exact}
-    reference = attention(name, "reference", projection, variant)
-    fused = fused_row("op", f"{name}_attention", grad_out, **values)
+    reference = bench.attention(name, "reference", projection, variant)
+    fused = bench.fused_row("op", f"{name}_attention", grad_out, **values)
     runs = [
-        Run(Row("op", implementation="reference", **values), reference, inputs, grad_out, **shared),
-        Run(fused, attention(name, None, projection, variant), inputs, grad_out, **shared),
+        bench.Run(bench.Row("op", implementation="reference", **values), reference, inputs, grad_out, **shared),
+        bench.Run(fused, bench.attention(name, None, projection, variant), inputs, grad_out, **shared),
     ]
     if main:
         if compiled:
             runs.append(compiled_run(values, reference, inputs, grad_out, **shared))
         runs.append(baseline_run(name, values, projection, inputs, grad_out))
-        softmax = Row("op", implementation="softmax (SDPA)", **values)
-        runs.append(Run(softmax, F.scaled_dot_product_attention, inputs, grad_out))
+        softmax = bench.Row("op", implementation="softmax (SDPA)", **values)
+        runs.append(bench.Run(softmax, F.scaled_dot_product_attention, inputs, grad_out))
     return runs
 
 
 def compiled_run(
     values: dict[str, Any], function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor, **rest: Any
-) -> Run:
+) -> bench.Run:
     """``torch.compile(function)``, compiled here for both passes."""
-    row = Row("op", implementation="torch.compile", **values)
-    run = Run(row, torch.compile(function, dynamic=False), inputs, grad_out, **rest)
-    with noting_failures(row):
+    row = bench.Row("op", implementation="torch.compile", **values)
+    run = bench.Run(row, torch.compile(function, dynamic=False), inputs, grad_out, **rest)
+    with bench.noting_failures(row):
         run.forward()
         run.forward_backward()
     return run
 
 
-@contextmanager
-def noting_failures(row: Row) -> Iterator[None]:
-    """Store any exception of other people's code in the row, and continue."""
-    try:
-        with marking_out_of_memory(row):
-            yield
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0][:80]
-        row.status, row.note = "not available", f"{type(error).__name__}: {first_line}"
-
-
 def baseline_run(
     name: str, values: dict[str, Any], projection: Tensor, inputs: tuple[Tensor, ...], grad_out: Tensor
-) -> Run:
+) -> bench.Run:
     """The package that computes the same function, if it is installed and does."""
     package, make = BASELINES[name]
-    row = Row("op", implementation=package, **values)
-    run = Run(row, F.scaled_dot_product_attention, inputs, grad_out, held=(projection,))
-    with noting_failures(row):
-        baseline, one_head = make(HEADS, projection), make(1, projection)
+    row = bench.Row("op", implementation=package, **values)
+    run = bench.Run(row, F.scaled_dot_product_attention, inputs, grad_out, held=(projection,))
+    with bench.noting_failures(row):
+        baseline, one_head = make(bench.HEADS, projection), make(1, projection)
         # one head of one sample: packages may share a stabilizer or a scale over the batch
         head, head_grad = tuple(x.detach()[:1, :1].float().requires_grad_() for x in inputs), grad_out[:1, :1].float()
-        exact = in_float64(attention(name, "reference", projection.double()), head, head_grad)
-        row.error, row.tolerance = relative_error(with_gradients(one_head.as_ours, head, head_grad), exact()), AGREEMENT
+        exact = bench.in_float64(bench.attention(name, "reference", projection.double()), head, head_grad)
+        row.error, row.tolerance = (
+            bench.relative_error(bench.with_gradients(one_head.as_ours, head, head_grad), exact()),
+            AGREEMENT,
+        )
         if not row.error <= AGREEMENT:
             row.status, row.note = "not available", "computes another function"
             return run
@@ -135,7 +104,7 @@ def plain_conv_norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta
 
 def conv_norm_runs(
     layout: str, batch: int, channels: int, side: int, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> list[Run]:
+) -> list[bench.Run]:
     """conv_norm in a memory layout against F.conv2d and F.layer_norm, and the convolution alone."""
     generator, memory_format = torch.Generator().manual_seed(0), LAYOUTS[layout]
 
@@ -150,18 +119,18 @@ def conv_norm_runs(
     inputs = tuple(t.detach().requires_grad_() for t in inputs)
     # each gradient in the layout of its output: F.layer_norm returns channels_last for both
     after_norm, grad = y.to(memory_format=torch.channels_last), y.to(memory_format=memory_format)
-    values = {"name": "conv_norm", "variant": layout, "dtype": name_of(dtype), "batch": batch, "size": side}
-    exact = in_float64(conv_norm_reference, inputs, after_norm)
-    plain = Row("op", implementation="conv2d, layer_norm", **values)
-    fused = fused_row("op", "conv_norm", x, **values)
+    values = {"name": "conv_norm", "variant": layout, "dtype": bench.name_of(dtype), "batch": batch, "size": side}
+    exact = bench.in_float64(conv_norm_reference, inputs, after_norm)
+    plain = bench.Row("op", implementation="conv2d, layer_norm", **values)
+    fused = bench.fused_row("op", "conv_norm", x, **values)
     runs = [
-        Run(plain, plain_conv_norm, inputs, after_norm, exact=exact),
-        Run(fused, cxv_kernels.conv_norm, inputs, grad, exact=exact),
+        bench.Run(plain, plain_conv_norm, inputs, after_norm, exact=exact),
+        bench.Run(fused, cxv_kernels.conv_norm, inputs, grad, exact=exact),
     ]
     if compiled:
         runs.append(compiled_run(values, plain_conv_norm, inputs, after_norm, exact=exact))
-    alone = Row("op", implementation="conv2d alone", **values)
-    return [*runs, Run(alone, partial(F.conv2d, padding=1), inputs[:3], grad)]
+    alone = bench.Row("op", implementation="conv2d alone", **values)
+    return [*runs, bench.Run(alone, partial(F.conv2d, padding=1), inputs[:3], grad)]
 
 
 # --- time against the number of tokens ---------------------------------------------------------------------------
@@ -169,21 +138,21 @@ def conv_norm_runs(
 
 def length_runs(
     names: Sequence[str], batch: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[Run]:
+) -> Iterator[bench.Run]:
     """Each mechanism as the dispatcher selects it, checked on one head, and softmax attention."""
-    projection = projection_on(device)
-    inputs, grad_out = random_qkv(batch, tokens, device, dtype)
-    values = {"dtype": name_of(dtype), "batch": batch, "size": tokens}
+    projection = bench.projection_on(device)
+    inputs, grad_out = bench.random_qkv(batch, tokens, device, dtype)
+    values = {"dtype": bench.name_of(dtype), "batch": batch, "size": tokens}
     for name in names:
         last = tuple(t.detach() for t in last_head(inputs))
-        exact = in_float64(attention(name, "reference", projection.double()), last, *last_head([grad_out]))
-        row = fused_row("length", f"{name}_attention", grad_out, name=name, **values)
+        exact = bench.in_float64(bench.attention(name, "reference", projection.double()), last, *last_head([grad_out]))
+        row = bench.fused_row("length", f"{name}_attention", grad_out, name=name, **values)
         if row.status == "= reference":
             row.status, row.implementation = "ok", "reference"
-        yield Run(row, attention(name, None, projection), inputs, grad_out, (projection,), exact, last_head)
+        yield bench.Run(row, bench.attention(name, None, projection), inputs, grad_out, (projection,), exact, last_head)
     if tokens <= LONGEST_SOFTMAX:
-        softmax = Row("length", "sdpa", "torch", **values)
-        yield Run(softmax, F.scaled_dot_product_attention, inputs, grad_out)
+        softmax = bench.Row("length", "sdpa", "torch", **values)
+        yield bench.Run(softmax, F.scaled_dot_product_attention, inputs, grad_out)
 
 
 def last_head(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -194,7 +163,7 @@ def last_head(tensors: Sequence[Tensor]) -> list[Tensor]:
 # --- the machine -------------------------------------------------------------------------------------------------
 
 
-def rooflines(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Row]:
+def rooflines(device: torch.device, dtype: torch.dtype, quick: bool) -> list[bench.Row]:
     """The fastest matrix product or convolution and the fastest copy that this machine was seen to do."""
     cuda = device.type == "cuda"
     large, length = (8192, 2**31) if cuda else (2048, 2**28)
@@ -209,27 +178,22 @@ def rooflines(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Row
         calls = [lambda: a @ b, lambda: F.conv2d(x, w, padding=1), lambda: q.copy_(p)]
         for call in calls:
             call()
-        timings = interleaved(calls, device, budget=0.05 if quick else 0.5, max_repeats=1000)
+        timings = bench.interleaved(calls, device, budget=0.05 if quick else 0.5, max_repeats=1000)
     rates = [n / min(t.samples) if t else 0.0 for n, t in zip(amounts, timings, strict=True)]
     found = {"GFLOP/s": max(rates[:2]) / 1e9, "GB/s": rates[2] / 1e9}
     return [
-        Row("roofline", "machine", "torch", name_of(dtype), variant=unit, note=f"{rate:,.1f}")
+        bench.Row("roofline", "machine", "torch", bench.name_of(dtype), variant=unit, note=f"{rate:,.1f}")
         for unit, rate in found.items()
     ]
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """``"float32"`` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write the CSV; 1 if a fused result is wrong."""
-    parser = Parser(__doc__.partition("\n")[0])
+    parser = bench.Parser(__doc__.partition("\n")[0])
     parser.set_defaults(threads=2)
-    parser.add_argument("--ops", type=some_of(OPS), default=",".join(OPS), help="comma-separated")
-    parser.add_argument("--batch", type=positive, help="of the table of ops; default: 32")
-    parser.add_argument("--lengths", type=positives, help="numbers of tokens at batch 1; default: 256 to 262144")
+    parser.add_names("--ops", OPS)
+    parser.add_argument("--batch", type=bench.positive, help="of the table of ops; default: 32")
+    parser.add_argument("--lengths", type=bench.positives, help="numbers of tokens at batch 1; default: 256 to 262144")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     arguments = parser.parse(argv)
     device, quick, compiled = torch.device(arguments.device), arguments.quick, not arguments.no_compile
@@ -239,38 +203,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = lengths | ({1: arguments.lengths} if arguments.lengths else {})
     rounds = {"budget": 0.01, "max_repeats": 5} if quick else {"budget": 1.0, "min_repeats": 5}
     short = {"budget": 0.01, "max_repeats": 5} if quick else {"budget": 0.25}
-    results = Results("attn_speed", arguments)
+    results = bench.Results("attn_speed", arguments)
 
+    mechanisms = [name for name in arguments.ops if name != "conv_norm"]
     for dtype in arguments.dtype:
         results.add(*rooflines(device, dtype, quick))
         cases = [(name, v) for name in arguments.ops for v in variants_of(name)]
-        for name, variant in progress(cases):
+        for name, variant in bench.progress(cases):
             if name == "conv_norm":
                 runs = conv_norm_runs(variant, batch, channels, side, device, dtype, compiled)
             else:
                 runs = attention_runs(name, variant, batch, tokens, device, dtype, compiled)
-            measure(runs, TOLERANCE[dtype], **rounds)
+            bench.measure(runs, bench.TOLERANCE[dtype], **rounds)
             results.add(*(run.row for run in runs))
             torch.compiler.reset()
             gc.collect()
-        mechanisms = [name for name in arguments.ops if name != "conv_norm"]
-        for size, count in progress([(b, n) for b, ns in lengths.items() for n in ns] if mechanisms else []):
+        for size, count in bench.progress([(b, n) for b, ns in lengths.items() for n in ns] if mechanisms else []):
             runs = list(length_runs(mechanisms, size, count, device, dtype))
-            measure(runs, TOLERANCE[dtype], **short)
+            bench.measure(runs, bench.TOLERANCE[dtype], **short)
             results.add(*(run.row for run in runs))
             gc.collect()
 
-    rows = results.rows
-    print(machine_line(rows))
-    print(
-        f"\nBatch {batch}, {HEADS} heads of {HEAD_DIM} channels, N = {tokens:,}. Times: median ± interquartile range."
+    ops = (
+        f"Batch {batch}, {bench.HEADS} heads of {bench.HEAD_DIM} channels, N = {tokens:,}. "
+        "Times: median ± interquartile range.\nRatio: to the first row of each op."
     )
-    print(f"Ratio: to the first row of each op.\n\n{op_times(rows).text()}")
-    if any(row.section == "length" for row in rows):
-        print(f"\nTime in ms against the number of tokens N.\n\n{length_times(rows).text()}")
-    print(noise_line(rows))
-    print(f"Wrote {results.path}")
-    return int(results.failed())
+    parts = [ops, op_times(results.rows).text()]
+    if mechanisms:
+        parts += ["Time in ms against the number of tokens N.", length_times(results.rows).text()]
+    return show(results, *parts)
 
 
 def variants_of(name: str) -> Sequence[str]:

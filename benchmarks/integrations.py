@@ -11,24 +11,10 @@ import copy
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from _harness import (  # imported before torch: it sets log levels
-    MODEL_TOLERANCE,
-    TOLERANCE,
-    Parser,
-    Results,
-    Row,
-    interleaved,
-    marking_out_of_memory,
-    out_of_memory,
-    positives,
-    progress,
-    relative_error,
-    some_of,
-)
-from _report import integration_attention, integration_models, machine_line, noise_line
+import _harness as bench  # imported before torch: it sets log levels
+from _report import integration_attention, integration_models, show
 
 import cxv_kernels
 from cxv_kernels.testing import peak_memory, saved_bytes
@@ -68,36 +54,18 @@ class Sana(nn.Module):
         return self.model(x, text, x.new_full(x.shape[:1], 500.0), return_dict=False)[0]
 
 
-def efficientvit(name: str) -> Callable[[], nn.Module]:
-    """A model of timm with random weights."""
+def make_model(name: str, quick: bool) -> nn.Module:
+    """A model with random weights."""
+    if name == "sana":
+        return Sana(heads=2, captions=4) if quick else Sana()
+    import timm
 
-    def make() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, num_classes=1000)
-
-    return make
+    return timm.create_model(name, num_classes=1000)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, the shape of an input without its batch dimension, and what its size is called in the table."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    size: int
-
-
-def cases(models: Sequence[str], pixels: Sequence[int], tokens: Sequence[int], quick: bool) -> Iterator[Case]:
-    """The models at each size."""
-    for name in models:
-        if name == "sana":
-            make = (lambda: Sana(heads=2, captions=4)) if quick else Sana
-            yield from (Case(name, make, (32, *[round(n**0.5)] * 2), n) for n in tokens)
-        else:
-            make = efficientvit(name)
-            yield from (Case(name, make, (3, side, side), side) for side in pixels)
+def shape_of(name: str, size: int) -> tuple[int, ...]:
+    """The shape of an image of ``size`` pixels on a side, or of ``size`` latent tokens."""
+    return (32, *[round(size**0.5)] * 2) if name == "sana" else (3, size, size)
 
 
 def attention_alone(module: nn.Module) -> nn.Module:
@@ -137,10 +105,13 @@ def attention_inputs(
 # --- measurements ------------------------------------------------------------------------------------------------
 
 
-def step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward of a mean square."""
+def runner(model: nn.Module, x: Tensor, training: bool) -> Callable[[], Tensor]:
+    """Inference, or forward and backward of a mean square."""
 
     def run() -> Tensor:
+        if not training:
+            with torch.no_grad():
+                return model(x)
         model.zero_grad(set_to_none=True)
         x.grad = None
         out = model(x)
@@ -150,49 +121,33 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def call(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Inference."""
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return model(x)
-
-    return run
-
-
 def measure(
     section: str, name: str, variants: dict[str, nn.Module], x: Tensor, size: int, training: bool, **rounds: Any
-) -> list[Row]:
+) -> list[bench.Row]:
     """A row per implementation: error of the output against the eager code in float64, memory, time in turn."""
     rows, runs = [], []
-    tolerance = TOLERANCE[x.dtype] * MODEL_TOLERANCE
+    tolerance = bench.TOLERANCE[x.dtype] * bench.MODEL_TOLERANCE
     exact = None
     for implementation, model in variants.items():
-        row = Row(section, name, implementation, str(x.dtype).removeprefix("torch."), batch=x.shape[0], size=size)
+        row = bench.Row(section, name, implementation, bench.name_of(x.dtype), batch=x.shape[0], size=size)
         row.variant = "training" if training else "inference"
         rows.append(row)
         model.train(training)
-        run = (step if training else call)(model, x)
-        try:
-            with marking_out_of_memory(row):
-                out = run()  # compiles
-                exact = out.double() if exact is None else exact
-                row.error, row.tolerance = relative_error([out], [exact]), tolerance
-                if implementation == "fused" and not row.error <= tolerance:
-                    row.status = "failed"
-                row.peak_bytes = peak_memory(run, x.device).peak
-                if training and implementation != "torch.compile":
-                    row.saved_bytes = saved_bytes(lambda m=model: m(x), [x, *model.parameters()]).beyond_inputs
-        except Exception as error:
-            if implementation != "torch.compile" or out_of_memory(error):
-                raise
-            row.status, row.note = "not available", type(error).__name__  # of other people's code
+        run = runner(model, x, training)
+        with (bench.noting_failures if implementation == "torch.compile" else bench.marking_out_of_memory)(row):
+            out = run()  # compiles
+            exact = out.double() if exact is None else exact
+            row.error, row.tolerance = bench.relative_error([out], [exact]), tolerance
+            if implementation == "fused" and not row.error <= tolerance:
+                row.status = "failed"
+            row.peak_bytes = peak_memory(run, x.device).peak
+            if training and implementation != "torch.compile":
+                row.saved_bytes = saved_bytes(lambda m=model: m(x), [x, *model.parameters()]).beyond_inputs
         runs.append(run)
     timed = [(row, run) for row, run in zip(rows, runs, strict=True) if row.status == "ok"]
-    timings = interleaved([run for _, run in timed], x.device, **rounds)
+    timings = bench.interleaved([run for _, run in timed], x.device, **rounds)
     for (row, _), timing in zip(timed, timings, strict=True):
-        row.set_times(None if training else timing, timing)
-        row.training_ms, row.training_iqr_ms = (row.training_ms, row.training_iqr_ms) if training else (None, None)
+        row.set_times(**{"training" if training else "forward": timing})
     return rows
 
 
@@ -204,59 +159,56 @@ def implementations(model: nn.Module, compiled: bool) -> tuple[dict[str, nn.Modu
     return variants | {"fused": fused}, names
 
 
-def measure_case(case: Case, device: torch.device, dtype: torch.dtype, quick: bool, compiled: bool) -> Iterator[Row]:
+def measure_model(
+    model_name: str, size: int, device: torch.device, dtype: torch.dtype, quick: bool, compiled: bool
+) -> Iterator[bench.Row]:
     """Attention alone and the whole model, at inference and in training."""
     rounds = {"budget": 0.01, "max_repeats": 3} if quick else {"budget": 2.0, "min_repeats": 5, "limit": 60.0}
     torch.manual_seed(0)
-    model = case.make().to(device, dtype)
+    model = make_model(model_name, quick).to(device, dtype)
     variants, names = implementations(model, compiled)
     batches, training_batch = ((1,), 2) if quick else (BATCHES, TRAINING_BATCH)
-    images = {
-        batch: torch.randn(batch, *case.shape, device=device, dtype=dtype) for batch in (*batches, training_batch)
-    }
-    for batch, image in images.items():
+    for batch in dict.fromkeys((*batches, training_batch)):
+        image = torch.randn(batch, *shape_of(model_name, size), device=device, dtype=dtype)
         modes = [*([False] if batch in batches else []), *([True] if batch == training_batch else [])]
         for shape, (name, x) in attention_inputs(model.eval(), names, image).items():
             alone, _ = implementations(attention_alone(model.get_submodule(name)), compiled)
             tokens, channels = shape[1:] if len(shape) == 3 else (shape[2] * shape[3], shape[1] // 3)
             for training in modes:
                 x.requires_grad_(training)
-                named = f"{case.name}/{channels}"
+                named = f"{model_name}/{channels}"
                 yield from measure("attention", named, alone, x, tokens, training, **rounds)
         for training in modes:
             image.requires_grad_(training)
-            yield from measure("model", case.name, variants, image, case.size, training, **rounds)
+            yield from measure("model", model_name, variants, image, size, training, **rounds)
         torch.compiler.reset()
         gc.collect()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write the CSV; 1 if a fused result is wrong."""
-    parser = Parser(__doc__.partition("\n")[0])
+    parser = bench.Parser(__doc__.partition("\n")[0])
     parser.add_argument(
-        "--models", type=some_of(MODELS), help=f"some of {','.join(MODELS)}; default: all but the first"
+        "--models", type=bench.some_of(MODELS), help=f"some of {','.join(MODELS)}; default: all but the first"
     )
-    parser.add_argument("--pixels", type=positives, help="sides of the images; default: 224,512,1024")
-    parser.add_argument("--tokens", type=positives, help="latent tokens of SANA, squares; default: 1024,4096")
+    parser.add_argument("--pixels", type=bench.positives, help="sides of the images; default: 224,512,1024")
+    parser.add_argument("--tokens", type=bench.positives, help="latent tokens of SANA, squares; default: 1024,4096")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     arguments = parser.parse(argv)
     device, quick = torch.device(arguments.device), arguments.quick
     pixels = arguments.pixels or ((64,) if quick else PIXELS)
     tokens = arguments.tokens or ((64,) if quick else LATENT_TOKENS)
     models = arguments.models or (("efficientvit_b0", "sana") if quick else MODELS[1:])
-    results = Results("integrations", arguments)
+    results = bench.Results("integrations", arguments)
     for dtype in arguments.dtype:
-        for case in progress(list(cases(models, pixels, tokens, quick))):
-            for row in measure_case(case, device, dtype, quick, not arguments.no_compile):
+        cases = [(name, size) for name in models for size in (tokens if name == "sana" else pixels)]
+        for name, size in bench.progress(cases):
+            for row in measure_model(name, size, device, dtype, quick, not arguments.no_compile):
                 results.add(row)
-    rows = results.rows
-    print(machine_line(rows))
-    print("Times: median ± interquartile range. Ratio: to the library's eager code.")
-    print(f"\nAttention alone.\n\n{integration_attention(rows).text()}")
-    print(f"\nThe whole model; size: pixels of a side, or latent tokens.\n\n{integration_models(rows).text()}")
-    print(noise_line(rows))
-    print(f"Wrote {results.path}")
-    return int(results.failed())
+    alone = "Attention alone. Times: median ± interquartile range. Ratio: to the library's eager code."
+    whole = "The whole model; size: pixels of a side, or latent tokens."
+    attention, models = integration_attention(results.rows), integration_models(results.rows)
+    return show(results, alone, attention.text(), whole, models.text())
 
 
 if __name__ == "__main__":

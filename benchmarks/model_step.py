@@ -12,27 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from _harness import (  # imported before torch: it sets log levels
-    IMAGE_SIZE,
-    TABLE1_GB,
-    Parser,
-    Results,
-    Row,
-    autocast,
-    build,
-    check_model,
-    interleaved,
-    loss_of,
-    marking_out_of_memory,
-    out_of_memory,
-    peak_of_training,
-    positive,
-    progress,
-    random_batch,
-    some_of,
-    training_step,
-)
-from _report import BUDGET_BYTES, machine_line, noise_line, step_memory, step_times
+import _harness as bench  # imported before torch: it sets log levels
+from _report import BUDGET_BYTES, show, step_memory, step_times
 from plots import draw_steps
 
 from cxv_kernels.testing import peak_memory
@@ -47,32 +28,34 @@ MODES = ("eager", "reference", "fused", "checkpointed")
 def ready(name: str, mode: str, images: torch.Tensor) -> nn.Module:
     """A model in training mode on the device of the images."""
     torch.manual_seed(0)
-    return build(name, mode).to(images.device, images.dtype).train()
+    return bench.build(name, mode).to(images.device, images.dtype).train()
 
 
-def memory_rows(name: str, mode: str, batch: int, side: int, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+def memory_rows(
+    name: str, mode: str, batch: int, side: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[bench.Row]:
     """Peaks at two batch sizes, saved bytes, the peak of inference and, on a GPU, the largest batch."""
-    values = {"name": name, "implementation": mode, "dtype": str(dtype).removeprefix("torch."), "size": side}
+    values = {"name": name, "implementation": mode, "dtype": bench.name_of(dtype), "size": side}
     for size in sorted({max(1, batch // 4), batch}):
-        row = Row("memory", **values, batch=size)
-        with marking_out_of_memory(row):
+        row = bench.Row("memory", **values, batch=size)
+        with bench.marking_out_of_memory(row):
             if mode in ("fused", "checkpointed"):
-                check_model(row, device, dtype)
+                bench.check_model(row, device, dtype)
             if row.status == "ok":
-                row.peak_bytes = peak_of_training(name, mode, size, side, device, dtype)
-                images, labels = random_batch(size, side, device, dtype)
+                row.peak_bytes = bench.peak_of_training(name, mode, size, side, device, dtype)
+                images, labels = bench.random_batch(size, side, device, dtype)
                 model = ready(name, mode, images)
-                loss_of(model, images[:1], labels[:1], dtype)  # the first call allocates memory that stays
-                row.saved_bytes = peak_memory(partial(loss_of, model, images, labels, dtype), device).kept
+                bench.loss_of(model, images[:1], labels[:1], dtype)  # the first call allocates memory that stays
+                row.saved_bytes = peak_memory(partial(bench.loss_of, model, images, labels, dtype), device).kept
         yield row
         if row.status != "ok":
             return
     if mode in ("eager", "fused"):
-        row = Row("inference", **values, batch=batch)
+        row = bench.Row("inference", **values, batch=batch)
         model.eval()
 
         def infer() -> torch.Tensor:
-            with torch.no_grad(), autocast(device, dtype):
+            with torch.no_grad(), bench.autocast(device, dtype):
                 return model(images)
 
         infer()
@@ -80,7 +63,9 @@ def memory_rows(name: str, mode: str, batch: int, side: int, device: torch.devic
         yield row
     if device.type == "cuda":
         with within_budget(device):
-            yield Row("largest batch", **values, batch=largest_batch(partial(fits, name, mode, side, device, dtype)))
+            yield bench.Row(
+                "largest batch", **values, batch=largest_batch(partial(fits, name, mode, side, device, dtype))
+            )
 
 
 @contextmanager
@@ -100,9 +85,9 @@ def fits(name: str, mode: str, side: int, device: torch.device, dtype: torch.dty
     gc.collect()
     torch.cuda.empty_cache()
     try:
-        peak_of_training(name, mode, batch, side, device, dtype)
+        bench.peak_of_training(name, mode, batch, side, device, dtype)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not bench.out_of_memory(error):
             raise
         return False
     return True
@@ -122,62 +107,55 @@ def largest_batch(fits: Callable[[int], bool], limit: int = 4096) -> int:
 
 def time_rows(
     name: str, modes: Sequence[str], batch: int, side: int, device: torch.device, dtype: torch.dtype, **rounds: Any
-) -> list[Row]:
+) -> list[bench.Row]:
     """A training step in each mode, in turn. A mode that does not compile gets a note."""
-    images, labels = random_batch(batch, side, device, dtype)
+    images, labels = bench.random_batch(batch, side, device, dtype)
     rows, steps = [], []
     for mode in modes:
-        row = Row("time", name, mode, str(dtype).removeprefix("torch."), batch=batch, size=side)
+        row = bench.Row("time", name, mode, bench.name_of(dtype), batch=batch, size=side)
         rows.append(row)
         model = ready(name, "eager" if mode == "torch.compile" else mode, images)
         optimizer = torch.optim.AdamW(model.parameters())
         trained = torch.compile(model, dynamic=False) if mode == "torch.compile" else model
-        step = partial(training_step, trained, optimizer, images, labels, dtype)
-        try:
+        step = partial(bench.training_step, trained, optimizer, images, labels, dtype)
+        with (bench.noting_failures if mode == "torch.compile" else bench.marking_out_of_memory)(row):
             step()
             steps.append(step)
-        except Exception as error:
-            if mode != "torch.compile" and not (isinstance(error, RuntimeError) and out_of_memory(error)):
-                raise
-            row.status, row.note = "not available", f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
     timed = [row for row in rows if row.status == "ok"]
-    for row, timing in zip(timed, interleaved(steps, device, **rounds), strict=True):
-        row.set_times(None, timing)
+    for row, timing in zip(timed, bench.interleaved(steps, device, **rounds), strict=True):
+        row.set_times(training=timing)
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write CSV and picture; 1 if a fused result is wrong."""
-    parser = Parser(__doc__.partition("\n")[0], dtypes=("bfloat16", "float32"))
-    parser.add_argument("--models", type=some_of(tuple(TABLE1_GB)), default=",".join(TABLE1_GB), help="comma-separated")
-    parser.add_argument("--batch", type=positive, help="images of a step; default: 32")
+    parser = bench.Parser(__doc__.partition("\n")[0], dtypes=("bfloat16", "float32"))
+    parser.add_names("--models", bench.TABLE1_GB)
+    parser.add_argument("--batch", type=bench.positive, help="images of a step; default: 32")
     parser.add_argument("--compile", action="store_true", help="time the compiled eager model, too")
     arguments = parser.parse(argv)
     device, quick = torch.device(arguments.device), arguments.quick
-    batch, side = arguments.batch or (4 if quick else 32), 16 if quick else IMAGE_SIZE
+    batch, side = arguments.batch or (4 if quick else 32), 16 if quick else bench.IMAGE_SIZE
     rounds = {"budget": 0.1, "max_repeats": 3} if quick else {"budget": 6.0, "limit": 60.0}
-    results = Results("model_step", arguments)
+    results = bench.Results("model_step", arguments)
     for dtype in arguments.dtype:
-        for name in progress(arguments.models):
+        for name in bench.progress(arguments.models):
             for mode in MODES:
                 for row in memory_rows(name, mode, batch, side, device, dtype):
                     results.add(row)
                 gc.collect()
-            mine = [row for row in results.rows if row.name == name and row.dtype == str(dtype).removeprefix("torch.")]
+            mine = [row for row in results.rows if row.name == name and row.dtype == bench.name_of(dtype)]
             failed = {row.implementation for row in mine if row.status not in ("ok", "= reference")}
             wanted = [*MODES, *(["torch.compile"] if arguments.compile else [])]
             modes = [mode for mode in wanted if mode not in failed]
             results.add(*time_rows(name, modes, batch, side, device, dtype, **rounds))
             torch.compiler.reset()
-    rows = results.rows
-    print(machine_line(rows))
-    print(f"\nTraining step with AdamW, batch {batch}, 3×{side}×{side}. Peak: everything that the step holds.")
-    print("Saved: between forward and backward. Ratio: to eager, which uses PyTorch's dropout.")
-    print(f"\n{step_memory(rows).text()}")
-    print(f"\n{step_times(rows).text()}\n{noise_line(rows)}")
-    draw_steps(rows, results.path.with_suffix(".png"))
-    print(f"Wrote {results.path} and {results.path.with_suffix('.png').name}")
-    return int(results.failed())
+    draw_steps(results.rows, results.path.with_suffix(".png"))
+    words = (
+        f"Training step with AdamW, batch {batch}, 3×{side}×{side}. Peak: everything that the step holds.\n"
+        "Saved: between forward and backward. Ratio: to eager, which uses PyTorch's dropout."
+    )
+    return show(results, words, step_memory(results.rows).text(), step_times(results.rows).text())
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ STABLE_TORCH_LIBRARY(cxv_kernels, m) {
       "nystrom_residual_backward(Tensor grad_out, Tensor v, Tensor weight, bool[2] needed)"
       " -> (Tensor grad_v, Tensor grad_weight)");
 
+  // Lines of name=value: compiler, torch_target (the oldest that is supported), torch_built_with, cuda, cuda_arch_list
+  // (both empty without CUDA, and cuda_missing says why), and cpu_isa: what the CPU kernels use here.
+  m.def("build_info() -> str");
   // The compute capability, times 10, whose code of the CUDA library this GPU runs: 75 on a newer one that has no other
   // than sm_75's PTX; 0: none.
   m.def("cuda_compiled_for(int device) -> int");

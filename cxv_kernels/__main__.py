@@ -23,10 +23,8 @@ def _describe() -> None:
         print(
             f"built with {info['compiler']}, torch {info['torch_built_with']}, {cuda}; CPU kernels: {info['cpu_isa']}"
         )
-    elif CPP_MISSING:
-        print(f"no C++ kernels: the library {CPP_MISSING}")
     else:
-        print("no details of the build: the wheel was built with another version of Python")
+        print(f"no C++ kernels: the library {CPP_MISSING}")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         print(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}")

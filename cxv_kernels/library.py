@@ -34,13 +34,10 @@ SCHEMAS = _read_schemas()
 def build_info() -> dict[str, str]:
     """Return the compiler, PyTorch and CUDA version of the build, and the CPU instruction set in use.
 
-    The dict is empty if nothing was compiled, or if it was compiled for another version of Python.
+    The dict is empty if the C++ library is missing.
     """
-    try:
-        from . import _C
-    except ImportError:
-        return {}
-    return _C.build_info() | {"cpu_isa": _C.cpu_isa()}
+    found = overload("build_info")
+    return {} if found is None else dict(line.split("=", 1) for line in found().splitlines())
 
 
 def _load(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -14,18 +15,19 @@ from cxv_kernels._triton import interpreting
 from cxv_kernels.library import CPP_MISSING
 
 sys.path.append(str(Path(__file__).parent / "ops"))  # its cases.py and its extreme values are used elsewhere, too
-# tests/test_triton.py and tests/test_host_gpu.py run these in processes of their own
-ON_HOST_GPU = "HOST_GPU_ATEN" in os.environ
-collect_ignore_glob = [*(() if interpreting() else ("ops/test_triton_*.py",)), *(() if ON_HOST_GPU else ("host_gpu",))]
+# tests/test_triton.py runs these in processes of its own
+ON_FAKE_DEVICE = "FAKE_DEVICE_ATEN" in os.environ
+collect_ignore_glob = () if interpreting() else ("ops/test_triton_*.py",)
 ON_GPU = "CXV_TEST_GPU" in os.environ  # tests/ops with the kernels of a real GPU: CXV_TEST_GPU=1 pytest -m gpu
-if not (ON_HOST_GPU or ON_GPU):
+if not (ON_FAKE_DEVICE or ON_GPU):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes costs more than these graphs
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take a minute or more: the others fill up what the processes have left.
 LONGEST = (
     "test_triton.py",
-    "test_host_gpu.py",
+    "test_fake_device.py",
     "test_table1.py",
     "test_trainer.py",
     "test_compile_gate.py",
@@ -33,7 +35,9 @@ LONGEST = (
     "test_pytorch.py",
     "test_values.py",
     "test_derivatives.py",
+    "test_benchmarks.py",
 )
+ROOT = Path(__file__).parent.parent
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
 
 
@@ -74,6 +78,29 @@ def _interpreted_language_is_patched_once_a_launch():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
         yield
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """A function that runs a script as ``python SCRIPT ARGUMENTS`` does and returns what it prints.
+
+    It runs in this process: one of its own would spend seconds on its imports.
+    """
+
+    def run(script, *arguments, status=0):
+        path = ROOT / script
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+        if os.name == "posix":  # a limit of the benchmarks' memory, which would stay
+            monkeypatch.setattr("resource.setrlimit", lambda *_: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(path), run_name="__main__")
+        printed = capsys.readouterr()
+        assert stopped.value.code == status, printed.out + printed.err
+        return printed.out + printed.err
+
+    return run
 
 
 def heads(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> torch.Tensor:

@@ -2,25 +2,22 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import needs_cpp, write_image
+import torch
+from conftest import ROOT, needs_cpp, write_image
 
-ROOT = Path(__file__).parent.parent
+import cxv_kernels
+
 QUICK = ["--quick", "--device", "cpu", "--threads", "1"]
 
 
-def run(script, *arguments, status=0, **environment):
-    """stdout of a script in a process of its own, as a user starts it."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout if status == 0 else done.stderr
+@pytest.fixture(autouse=True)
+def _environment_of_children(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def rows_of(path):
@@ -30,9 +27,9 @@ def rows_of(path):
 
 @needs_cpp
 @pytest.mark.slow
-def test_attn_mem_quick(tmp_path):
+def test_attn_mem_quick(run_script, tmp_path):
     """Every mechanism has a row for the reference and the fused op; a second run replaces the rows of the first."""
-    printed = run("benchmarks/attn_mem.py", *QUICK, "--output", tmp_path)
+    printed = run_script("benchmarks/attn_mem.py", *QUICK, "--output", tmp_path)
     assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 120
     rows = rows_of(tmp_path / "attn_mem-cpu.csv")
     attention = [row for row in rows if row["section"] == "attention"]
@@ -48,16 +45,16 @@ def test_attn_mem_quick(tmp_path):
     assert {row["name"] for row in rows if row["section"] == "model"} == {"cpv-5/4", "cnv-5/4", "cltv-5/4"}
     assert (tmp_path / "attn_mem-cpu.png").read_bytes().startswith(b"\x89PNG")
     picture = (tmp_path / "attn_mem-cpu.png").read_bytes()
-    assert str(tmp_path) in run("benchmarks/plots.py", tmp_path)
+    assert str(tmp_path) in run_script("benchmarks/plots.py", tmp_path)
     assert (tmp_path / "attn_mem-cpu.png").read_bytes() == picture
-    run("benchmarks/attn_mem.py", *QUICK, "--no-models", "--lengths", "64", "--output", tmp_path)
+    run_script("benchmarks/attn_mem.py", *QUICK, "--no-models", "--lengths", "64", "--output", tmp_path)
     assert len(rows_of(tmp_path / "attn_mem-cpu.csv")) == 7
 
 
 @needs_cpp
 @pytest.mark.slow
-def test_attn_speed_quick(tmp_path):
-    printed = run("benchmarks/attn_speed.py", *QUICK, "--no-compile", "--output", tmp_path)
+def test_attn_speed_quick(run_script, tmp_path):
+    printed = run_script("benchmarks/attn_speed.py", *QUICK, "--no-compile", "--output", tmp_path)
     rows = rows_of(tmp_path / "attn_speed-cpu.csv")
     cases = dict.fromkeys((row["name"], row["variant"]) for row in rows if row["section"] == "op")
     maps = [("linear", name) for name in ("softmax", "elu", "relu")]
@@ -72,9 +69,9 @@ def test_attn_speed_quick(tmp_path):
 
 @needs_cpp
 @pytest.mark.slow
-def test_model_step_quick(tmp_path):
+def test_model_step_quick(run_script, tmp_path):
     options = ["--models", "cltv-5/4", "--dtype", "float32", "--output", tmp_path]
-    printed = run("benchmarks/model_step.py", *QUICK, *options)
+    printed = run_script("benchmarks/model_step.py", *QUICK, *options)
     assert "(predicted)" in printed
     rows = rows_of(tmp_path / "model_step-cpu.csv")
     saved = {r["implementation"]: int(r["saved_bytes"]) for r in rows if (r["section"], r["batch"]) == ("memory", "4")}
@@ -85,10 +82,10 @@ def test_model_step_quick(tmp_path):
 
 @needs_cpp
 @pytest.mark.slow
-def test_integrations_quick(tmp_path):
+def test_integrations_quick(run_script, tmp_path):
     pytest.importorskip("timm")
     options = ["--no-compile", "--models", "efficientvit_b0", "--output", tmp_path]
-    assert "efficientvit_b0" in run("benchmarks/integrations.py", *QUICK, *options)
+    assert "efficientvit_b0" in run_script("benchmarks/integrations.py", *QUICK, *options)
     rows = rows_of(tmp_path / "integrations-cpu.csv")
     assert {(row["section"], row["variant"], row["implementation"]) for row in rows} == {
         (section, variant, implementation)
@@ -102,38 +99,26 @@ def test_integrations_quick(tmp_path):
             assert int(fused["peak_bytes"]) <= int(eager["peak_bytes"])
 
 
-WRONG = """
-import sys
-sys.path.insert(0, "benchmarks")
-import attn_mem, _harness, torch
-right = _harness.attention
-def wrong(name, backend, *rest):
-    op = right(name, backend, *rest)
-    if backend == "reference":
-        return op
-    if "oom" in sys.argv:
-        def full(*_):
-            raise torch.OutOfMemoryError("full")
-        return full
-    return lambda q, k, v: op(q, k, v) * 1.001
-attn_mem.attention = wrong
-sys.exit(attn_mem.main([a for a in sys.argv[1:] if a != "oom"]))
-"""
-
-
 @needs_cpp
 @pytest.mark.parametrize(("failure", "status"), [("wrong", "failed"), ("oom", "out of memory")])
-def test_attn_mem_with_a_failing_kernel(tmp_path, failure, status):
+def test_attn_mem_with_a_failing_kernel(run_script, tmp_path, monkeypatch, failure, status):
     """A fused result outside its tolerance has no speed and fails the run; running out of memory is only a row."""
-    options = [*QUICK, "--no-models", "--lengths", "64", "--mechanisms", "linear,sdpa", "--output", str(tmp_path)]
-    command = [sys.executable, "-c", WRONG, *options, *(["oom"] if failure == "oom" else [])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == (1 if failure == "wrong" else 0), done.stderr
+    right = cxv_kernels.linear_attention
+
+    def wrong(*arguments, backend):
+        if backend == "reference":
+            return right(*arguments, backend=backend)
+        if failure == "oom":
+            raise torch.OutOfMemoryError("full")
+        return right(*arguments, backend=backend) * 1.001
+
+    monkeypatch.setattr(cxv_kernels, "linear_attention", wrong)
+    options = [*QUICK, "--no-models", "--lengths", "64", "--mechanisms", "linear,sdpa", "--output", tmp_path]
+    printed = run_script("benchmarks/attn_mem.py", *options, status=int(failure == "wrong"))
+    assert ("FAILED" if failure == "wrong" else "out of memory") in printed
     _, row, sdpa = rows_of(tmp_path / "attn_mem-cpu.csv")
     assert (row["status"], row["forward_ms"]) == (status, "")
     assert sdpa["status"] == "ok"
-    assert ("FAILED" if failure == "wrong" else "out of memory") in done.stdout
 
 
 # torchsummary's parameters and all (M); multiply-adds by the counters of the time and of all products (G)
@@ -158,10 +143,10 @@ TABLE_1 = {
 REORDERED = {"cnv-5/4": 5 * 4 * (1024 - 32) * 64**2, "hybrid-vin-6/8": 6 * 8 * (1088 - 32) * 64**2}
 
 
-def test_table1_counts_match_the_paper(tmp_path):
+def test_table1_counts_match_the_paper(run_script, tmp_path):
     pytest.importorskip("timm")
     pytest.importorskip("vit_pytorch")
-    run("benchmarks/paper/table1.py", "--counts-only", "--dtype", "float32", "--output", tmp_path)
+    run_script("benchmarks/paper/table1.py", "--counts-only", "--dtype", "float32", "--output", tmp_path)
     rows = {row["name"]: row for row in rows_of(tmp_path / "table1-cpu.csv")}
     assert list(rows) == list(TABLE_1)
     for name, (summed, total, macs, true) in TABLE_1.items():
@@ -174,11 +159,11 @@ def test_table1_counts_match_the_paper(tmp_path):
 
 @needs_cpp
 @pytest.mark.slow
-def test_table1_quick(tmp_path):
-    options = ["--models", "cltv-5/4,resnet-18", "--dtype", "float32", "--output", tmp_path]
-    assert "1.345" in run("benchmarks/paper/table1.py", *QUICK, *options)
-    resnet, eager, fused = rows_of(tmp_path / "table1-cpu.csv")
-    assert [resnet["mode"], eager["mode"], fused["mode"]] == ["eager", "eager", "fused"]
+def test_table1_quick(run_script, tmp_path):
+    options = ["--models", "cltv-5/4", "--dtype", "float32", "--output", tmp_path]
+    assert "1.345" in run_script("benchmarks/paper/table1.py", *QUICK, *options)
+    eager, fused = rows_of(tmp_path / "table1-cpu.csv")
+    assert [eager["mode"], fused["mode"]] == ["eager", "fused"]
     assert 0 < int(fused["saved_bytes"]) < int(eager["saved_bytes"]) / 3
     assert float(fused["train_images_per_s"]) > 0
 
@@ -187,45 +172,37 @@ TINY = ["--embed-dim", "16", "--batch-size", "20", "--epochs", "2"]
 
 
 @pytest.mark.slow
-def test_ablations_resume(tmp_path):
+def test_ablations_resume(run_script, tmp_path):
     """A finished run is not repeated, an incomplete last line is dropped, other settings are refused."""
     options = ["--data", "digits", "--limit-train", "40", "--limit-test", "40", "--tables", "3", "--models", "cpv-1/2"]
     options += ["--seeds", "0", "--device", "cpu", "--threads", "1", "--runs", tmp_path / "runs", "--output", tmp_path]
-    run("benchmarks/paper/ablations.py", *TINY, *options, "--quick")
+    run_script("benchmarks/paper/ablations.py", *TINY, *options, "--quick")
     path = tmp_path / "ablations-cpu.jsonl"
     assert [json.loads(line)["run"]["optimizer"] for line in path.read_text().splitlines()] == ["adamw"]
     with path.open("a") as file:
         file.write('{"run": {"model"')
-    printed = run("benchmarks/paper/ablations.py", *TINY, *options)
+    printed = run_script("benchmarks/paper/ablations.py", *TINY, *options)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["run"]["optimizer"] for line in lines] == ["adamw", "sgd", "dualopt"]
     assert [line["epochs"] for line in lines] == [2, 2, 2]
     assert printed.count("run 1 of 3") == 0
     assert "Table 3: the optimizer" in printed
-    message = run("benchmarks/paper/ablations.py", *TINY, *options, "--batch-size", "10", status=2)
+    message = run_script("benchmarks/paper/ablations.py", *TINY, *options, "--batch-size", "10", status=2)
     assert "have batch_size = 20, now it is 10" in message
 
 
 @pytest.mark.slow
-def test_cifar10_continues_in_slices(tmp_path):
+def test_cifar10_continues_in_slices(run_script, tmp_path):
     """A slice that ends early exits with 3; the next call completes the run and prints its accuracy."""
     for split, count in (("train", 6), ("test", 3)):
         for label in range(2):
             for i in range(count):
                 write_image(tmp_path / "images" / split / f"class{label}" / f"{i}.png", seed=10 * label + i)
-    options = [
-        "--data-dir",
-        tmp_path / "images",
-        "--runs",
-        tmp_path / "runs",
-        "--models",
-        "cltv-5/4",
-        "--device",
-        "cpu",
-    ]
+    options = ["--data-dir", tmp_path / "images", "--runs", tmp_path / "runs", "--models", "cltv-5/4"]
+    options += ["--device", "cpu", "--output", tmp_path]
     flags = ["--", "--embed-dim", "16", "--batch-size", "4", "--sgd-epochs", "1", "--threads", "1", "--img-size", "8"]
-    run("benchmarks/paper/cifar10.py", *options, "--minutes", "0", *flags, status=3)
-    printed = run("benchmarks/paper/cifar10.py", *options, "--quick", *flags)
+    run_script("benchmarks/paper/cifar10.py", *options, "--minutes", "0", *flags, status=3)
+    printed = run_script("benchmarks/paper/cifar10.py", *options, "--quick", *flags)
     assert "cltv-5/4" in printed
     assert "86.99" in printed
 
@@ -241,8 +218,8 @@ def test_cifar10_continues_in_slices(tmp_path):
         (["--output", __file__], "argument --output: cannot create"),
     ],
 )
-def test_attn_mem_with_bad_arguments(arguments, words):
-    message = run("benchmarks/attn_mem.py", *arguments, status=2, CUDA_VISIBLE_DEVICES="")
+def test_attn_mem_with_bad_arguments(run_script, arguments, words):
+    message = run_script("benchmarks/attn_mem.py", *arguments, status=2)
     assert words in message
     assert message.count("\n") == 1
 
@@ -251,8 +228,7 @@ def test_gpu_run_reports_each_step(tmp_path):
     """Without a GPU the checks pass and the benchmarks refuse; every step has a log and a line in the table."""
     options = ["--no-build", "--minutes", "10", "--output", tmp_path]
     command = [sys.executable, str(ROOT / "tools" / "gpu_run.py"), *map(str, options)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     table = done.stdout.rpartition("seconds  outcome")[2]
     assert "checks" in table

@@ -1,14 +1,12 @@
 """What README.md and docs say is so: their Python runs, their commands exist, their tables are the committed ones."""
 
-import functools
+import fnmatch
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
 import torch
 
@@ -24,19 +22,7 @@ import docs_tables  # noqa: E402
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 # besides cxv and pip
-PROGRAMS = [
-    ".",
-    "auditwheel",
-    "cd",
-    "g++",
-    "git",
-    "pre-commit",
-    "pytest",
-    "python",
-    "python3",
-    "sphinx-build",
-    "torchrun",
-]
+PROGRAMS = ". auditwheel cd g++ git pre-commit pytest python python3 sphinx-build torchrun"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -70,12 +56,6 @@ def help_of(main, argv: list[str], capsys, monkeypatch) -> str:
     return capsys.readouterr().out
 
 
-@functools.cache
-def script_help(script: str) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 # --- what runs ---
 
 
@@ -88,7 +68,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
             exec(compile(block, str(page), "exec"), names)
 
 
-def test_the_readme_s_training_loop_runs(monkeypatch):
+def test_readme_training_loop_runs(monkeypatch):
     (block,) = (block for block in blocks(ROOT / "README.md", "python") if "in loader" in block)
     images, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 2
     scores = iter([50.0] * 1 + [0.0] * 60)
@@ -104,7 +84,7 @@ def test_the_readme_s_training_loop_runs(monkeypatch):
 
 
 @each_page
-def test_commands_are_what_the_programs_take(page, capsys, monkeypatch):
+def test_commands_exist_with_their_flags(page, run_script, capsys, monkeypatch):
     pyproject = (ROOT / "pyproject.toml").read_text()
     for words in commands(page):
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -117,13 +97,13 @@ def test_commands_are_what_the_programs_take(page, capsys, monkeypatch):
             continue
         elif words[0] == "python" and words[1].startswith(("benchmarks/", "tools/", "examples/")):
             assert (ROOT / words[1]).is_file(), words
-            known = script_help(words[1]) if flags else ""
+            known = run_script(words[1], "--help") if flags else ""
         elif words[0] == "pip":
             for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
                 assert all(f"\n{name} = [" in pyproject for name in extra.split(",")), words
             continue
         else:
-            assert words[0] in PROGRAMS or words[0].startswith("./") or (ROOT / words[0]).is_file(), words
+            assert words[0] in PROGRAMS.split() or words[0].startswith("./") or (ROOT / words[0]).is_file(), words
             assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), words
             continue
         for flag in flags:
@@ -144,13 +124,13 @@ def test_quick_start_commands_run(tmp_path, monkeypatch, capsys):
 
 
 @each_page
-def test_tables_are_the_committed_numbers(page):
+def test_tables_match_the_csv_files(page):
     """`python tools/docs_tables.py` redraws them."""
     text = page.read_text()
     assert text == docs_tables.redrawn(text)
 
 
-def test_tables_are_drawn_between_their_marks():
+def test_tables_between_marks():
     assert (
         docs_tables.redrawn("a\n<!-- model_step headline -->\nold\n<!-- /model_step headline -->\nb").count("cpv-5/4")
         == 2
@@ -165,8 +145,20 @@ def test_every_table_is_on_a_page():
     assert [name for name in docs_tables.TABLES if f"<!-- {name} -->" not in text] == []
 
 
+def test_property_table_names_tests_that_exist():
+    """CONTRIBUTING's table of the ops' properties; … and <op> stand for any words."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| property | test |")[2].partition("\n\n")[0]
+    texts = {path.name: path.read_text() for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    tests = [f"{file}::{name}" for file, text in texts.items() for name in re.findall(r"(?m)^def (test_\w+)", text)]
+    rows = table.splitlines()[2:]
+    assert [row for row in rows if "`test_" not in row] == []
+    for cell in re.findall(r"`(test_[^`]+)`", "".join(rows)):
+        name = cell if "::" in cell else f"{cell}::*" if cell.endswith(".py") else f"*::{cell}"
+        assert fnmatch.filter(tests, re.sub("…|<op>", "*", name)), cell
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
-def test_links_lead_somewhere(name):
+def test_links_of_files_exist(name):
     """Those of files that are read outside the site; the strict build checks the others."""
     page = ROOT / name
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
@@ -185,20 +177,10 @@ def test_readme_is_short():
 # --- the site and the notebook ---
 
 
-def test_the_site_builds_strictly(tmp_path):
+def test_site_builds_without_warnings(tmp_path):
     site = tmp_path / "site"
-    build = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-d",
-        tmp_path / "doctrees",
-        ROOT / "docs",
-        site,
-    ]
+    strict = ["-W", "--keep-going", "-q", "-d", tmp_path / "doctrees"]
+    build = [sys.executable, "-m", "sphinx", *strict, ROOT / "docs", site]
     built = subprocess.run(build, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     pages = {path: path.read_text() for path in site.rglob("*.html")}
@@ -213,7 +195,10 @@ def test_the_site_builds_strictly(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_notebook_runs(tmp_path, monkeypatch):
+    import nbclient  # not in every process that collects tests
+    import nbformat
+
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)

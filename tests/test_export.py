@@ -77,6 +77,17 @@ def test_a_model_of_another_dtype_is_written_in_float32(tmp_path, dtype):
     assert torch.allclose(got, model.float().eval()(x), atol=1e-5)
 
 
+def test_int8_input_has_the_scale_of_the_calibration(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    calibration, path = torch.rand(40, 3, 10, 10) * 2 - 1, tmp_path / "model.onnx"
+    export_model(tiny("cltv-1/2"), path, "onnx", img_size=10, calibration=calibration)
+    graph = onnx.load(path).graph
+    values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+    (quantize,) = [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "images"]
+    spread = calibration.max() - calibration.min()
+    assert float(values[quantize.input[1]]) == pytest.approx(float(spread) / 255, rel=0.02)
+
+
 def test_cli_writes_classes_into_the_file(capsys, run, tmp_path):
     path = tmp_path / "digits.pt2"
     code, out, _ = call(capsys, "export", "--checkpoint", run, "--format", "torch", "--data", "digits", path)

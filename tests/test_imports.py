@@ -19,10 +19,9 @@ LAYERS = (
     ("cxv.export", "cxv.sharing", "cxv.hub", "cxv.timm"),
     ("cxv", "cxv.cli", "cxv.__main__"),
 )
-# A function imports a module of ours for one reason only: the module needs a package or a build that may be missing.
+# A function imports a module of ours for one reason only: the module needs a package that may be missing.
 FUNCTION_LEVEL = {
     ("cxv.__main__", "cxv.cli"),  # the exception: Ctrl-C is handled before PyTorch is imported
-    ("cxv_kernels.library", "cxv_kernels._C"),  # exists only if it was built
 }
 
 
@@ -52,10 +51,8 @@ def imported(node, module, is_package):
 
 
 def resolve(name):
-    """The module of ours that an imported name is or is in, or None. The compiled libraries are modules, too."""
+    """The module of ours that an imported name is or is in, or None."""
     name = SCRIPTS.get(name.partition(".")[0], name)
-    if name.startswith("cxv_kernels._C"):
-        return "cxv_kernels._C"
     while name and name not in SOURCES:
         name = name.rpartition(".")[0]
     return name or None
@@ -159,7 +156,7 @@ def test_functions_import_only_what_may_be_missing():
 
 
 def test_tests_import_nothing_from_benchmarks():
-    """A test starts a benchmark as a user does, in a process of its own."""
+    """A test starts a benchmark as a user does: `run_script` of conftest.py."""
     wrong = [
         f"{path.name} imports {target}"
         for path in (ROOT / "tests").rglob("*.py")

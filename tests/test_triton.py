@@ -1,4 +1,4 @@
-"""tests/ops in Triton's interpreter, in processes of their own: there the kernels cannot be compiled."""
+"""tests/ops in Triton's interpreter, in a process of its own: there the kernels cannot be compiled."""
 
 import os
 import subprocess
@@ -26,10 +26,10 @@ BROKEN = release("triton") < (3, 7) and release("numpy") >= (2, 4)
 @pytest.mark.skipif(TRITON_MISSING is not None or interpreting(), reason=f"Triton: {TRITON_MISSING or 'interpreting'}")
 def test_ops_in_the_interpreter():
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", "triton", here / "ops"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, "-k", "triton", str(here / "ops")],
+        command,
         env=environment | {"TRITON_INTERPRET": "1"},
         cwd=here.parent,
         stdout=subprocess.PIPE,

@@ -123,7 +123,7 @@ def kernels(arch: int) -> tuple[Kernel, ...]:
         mangled, _, body = part.partition("\n")
         match = re.fullmatch(
             rf"_ZN3cxv4cuda\d+({'|'.join(PASSES)}|features)I(6__half|f)Li(\d+)ELNS_10FeatureMapE(\d)E"
-            r"(?:LNS0_4StepE(\d)E)?EEvNS_.*",
+            r"(?:LNS0_4StepE(\d)E)?EEv.*",
             mangled.strip(),
         )
         if match is None:

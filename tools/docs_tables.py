@@ -5,7 +5,6 @@
 A table stands between ``<!-- name -->`` and ``<!-- /name -->``, where name is one of ``TABLES``.
 """
 
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "paper")]
 import _report  # noqa: E402
 import ablations  # noqa: E402
 import table1  # noqa: E402
-from _harness import RESULTS, Row, read_rows  # noqa: E402
+from _harness import RESULTS, Row, read_csv, read_rows  # noqa: E402
 
 from cxv.checkpoint import find_pretrained, pretrained_models, read_checkpoint  # noqa: E402
 
@@ -35,8 +34,7 @@ def from_rows(name: str, *draw: Callable[[Sequence[Row]], _report.Table | str], 
 
 def deploy() -> str:
     """Exported models next to the eager model."""
-    with (RESULTS / "deploy-cpu.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(RESULTS / "deploy-cpu.csv")
     batches = [key[6:-3] for key in rows[0] if key.endswith("_ms") and not key.endswith("_iqr_ms")]
     table = _report.Table(["", "top-1", "MB", *(f"batch {batch}, ms" for batch in batches)])
     for row in rows:
@@ -68,7 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model_step": partial(from_rows, "model_step-cpu", _report.step_memory, _report.step_times),
     "deploy": deploy,
     "pretrained": pretrained,
-    "table1": lambda: table1.table(table1.read(RESULTS / "table1-cpu.csv")).markdown(),
+    "table1": lambda: table1.table(read_csv(RESULTS / "table1-cpu.csv")).markdown(),
     "ablations": lambda: ablations.report(ablations.read(RESULTS / "ablations-cpu.jsonl"), dataset="cifar10"),
 }
 

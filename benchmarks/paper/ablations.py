@@ -17,13 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _harness import Parser, environment, positive, some_of
+import _harness as bench  # imported before torch: it sets log levels
 from _report import Table
 
 from cxv.checkpoint import LAST, PREVIOUS
-from cxv.cli.flags import name_value
+from cxv.cli.flags import add_option
 from cxv.training import InputError, TrainConfig, train
-from cxv.training.config import METRICS, OPTIMIZERS, PRECISIONS, RAND_AUGMENT
+from cxv.training.config import METRICS, OPTIMIZERS, RAND_AUGMENT
 from cxv.training.logging import summarize
 
 # isort: split
@@ -36,9 +36,19 @@ MODELS = {
     "4": ("cnv-5/4", "cpv-5/4", "cltv-5/4"),
 }
 SMALL = {"embed_dim": 32, "limit_train": 5000, "limit_test": 2000, "batch_size": 32, "epochs": 4}
-SMALL |= {"models": ("cpv-2/4", "hybrid-vilt-2/4"), "model_arg": [("stem_stride", 2)]}
-SETTINGS = ("data", "data_dir", "limit_train", "limit_test", "validation", "batch_size", "embed_dim", "drop_rate")
-SETTINGS += ("precision", "patience", "threads", "device")
+SMALL |= {"models": ("cpv-2/4", "hybrid-vilt-2/4"), "model_args": [("stem_stride", 2)]}
+# The flags of cxv train that apply to every run, and their defaults. DualOpT spends a quarter of the epochs on SGD.
+TRAINING = {
+    "data": "cifar10",
+    "batch_size": 128,
+    "patience": 20,
+    "precision": "fp32",
+    "epochs": 400,
+    "seeds": (0, 1, 2),
+}
+TRAINING |= dict.fromkeys(("data_dir", "limit_train", "limit_test", "validation", "embed_dim", "drop_rate"))
+TRAINING |= {"model_args": []}
+SETTINGS = (*(name for name in TRAINING if name not in ("epochs", "seeds", "model_args")), "threads", "device")
 
 # Top-1 (%) in the paper. Table 2: by the number of stem convolutions. Table 3: AdamW alone, DualOpT. Table 4: no
 # augmentation, RandAugment, then post-training.
@@ -124,7 +134,7 @@ def execute(runs: Sequence[Run], arguments: argparse.Namespace, path: Path) -> l
         InputError: the lines in ``path`` were made with other settings.
     """
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    settings |= {"epochs": arguments.epochs, "model_args": dict(arguments.model_arg)}
+    settings |= {"epochs": arguments.epochs, "model_args": dict(arguments.model_args)}
     # neither the folder of the images nor the number of threads changes the result
     shared = {name: value for name, value in settings.items() if name not in ("data_dir", "threads")}
     lines = read(path)
@@ -168,7 +178,7 @@ def _train(run: Run, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "before_post_training": summarize(before) if before else None,
         "epochs": result.epochs,
         "seconds": round(sum(row["seconds"] for row in history), 1),
-        "environment": environment(torch.device(settings["device"])),
+        "environment": bench.environment(torch.device(settings["device"])),
     }
 
 
@@ -268,35 +278,17 @@ def report(lines: Sequence[dict[str, Any]], dataset: str) -> str:
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def command_line() -> Parser:
+def command_line() -> bench.Parser:
     """The flags."""
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.add_argument("--tables", type=some_of(tuple(MODELS)), default=",".join(MODELS), help="comma-separated")
+    parser = bench.Parser(__doc__.partition("\n")[0])
+    parser.add_names("--tables", MODELS)
     parser.add_argument("--models", type=lambda text: tuple(text.split(",")), help="default: the paper's on CIFAR-10")
     parser.add_argument("--small", action="store_true", help=f"a CPU's size: {SMALL}")
-    parser.add_argument("--data", default="cifar10", help="as for cxv train")
-    parser.add_argument("--data-dir", help="folder of the data")
     parser.add_argument("--dataset", choices=DATASETS, help="whose figures in the paper to show; default: --data")
-    parser.add_argument("--epochs", type=positive, default=400, help="of each run; DualOpT spends a quarter on SGD")
-    parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="one run for each, e.g. 0,1,2")
-    parser.add_argument("--validation", type=positive, help="training images held out to select the epoch")
-    parser.add_argument("--limit-train", type=positive, help="training images, balanced over the classes")
-    parser.add_argument("--limit-test", type=positive, help="test images, balanced over the classes")
-    parser.add_argument("--batch-size", type=positive, default=128, help="images of a step")
-    parser.add_argument("--patience", type=positive, default=20, help="epochs without improvement that end a phase")
-    parser.add_argument("--embed-dim", type=positive, help="channels; default: the model's")
-    parser.add_argument("--drop-rate", type=float, help="dropout; default: the model's")
-    parser.add_argument("--model-arg", type=name_value, action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="fp32, or autocast")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the checkpoints")
+    for name, default in TRAINING.items():
+        add_option(parser, name, default=default, shown=None if default is None else str(default))
     return parser
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"must be different whole numbers such as 0,1,2, got {text!r}")
-    return tuple(map(int, parts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

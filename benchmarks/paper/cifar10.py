@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _harness import Parser, environment
+import _harness as bench  # imported before torch: it sets log levels
 from _report import Table
 
 from cxv.checkpoint import LAST, PREVIOUS
@@ -74,7 +74,7 @@ def table(runs: Path, models: Sequence[str], recipe: str) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train for a limited time and print the table."""
-    parser = Parser(__doc__.partition("\n")[0])
+    parser = bench.Parser(__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="train/CLASS/… and test/CLASS/…, or the folder of torchvision's archive")
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"), help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of this call")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = train(model, run, arguments, deadline)
             if status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL):
                 return status
-    env = environment(torch.device(arguments.device))
+    env = bench.environment(torch.device(arguments.device))
     print(f"{env['device_name']}, torch {env['torch']}, {env['date']}, recipe {arguments.recipe}\n")
     print(table(arguments.runs, models, arguments.recipe).text())
     return 0 if all((arguments.runs / m.replace("/", "-") / SUMMARY).exists() for m in models) else MORE_TO_DO

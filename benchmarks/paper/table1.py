@@ -5,10 +5,8 @@
 Writes results/table1-<device>.csv. Accuracies come from cifar10.py.
 """
 
-import csv
 import math
 import multiprocessing
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,23 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _harness import (  # imported before torch: it sets log levels
-    CLASSES,
-    IMAGE_SIZE,
-    Parser,
-    autocast,
-    build,
-    environment,
-    interleaved,
-    loss_of,
-    out_of_memory,
-    peak_of_training,
-    positive,
-    progress,
-    random_batch,
-    some_of,
-    training_step,
-)
+import _harness as bench  # imported before torch: it sets log levels
 from _report import Table, gb
 
 import cxv
@@ -150,8 +132,8 @@ def true_macs(model: nn.Module, image: Tensor) -> int:
 
 def counts(name: str) -> dict[str, int]:
     """Parameters and multiply-adds of a model with 10 classes, for one 3×32×32 image."""
-    model = cxv.create_model(name, num_classes=CLASSES)
-    image = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    model = cxv.create_model(name, num_classes=bench.CLASSES)
+    image = torch.zeros(1, 3, bench.IMAGE_SIZE, bench.IMAGE_SIZE)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "torchsummary": torchsummary_parameters(model, TIMES.get(name, {})),
@@ -170,22 +152,24 @@ def measure(
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(threads)
     try:
-        peak = peak_of_training(name, mode, batch, IMAGE_SIZE, device, dtype)
-        images, labels = random_batch(batch, IMAGE_SIZE, device, dtype)
-        model = build(name, mode).to(device, images.dtype).train()
+        peak = bench.peak_of_training(name, mode, batch, bench.IMAGE_SIZE, device, dtype)
+        images, labels = bench.random_batch(batch, bench.IMAGE_SIZE, device, dtype)
+        model = bench.build(name, mode).to(device, images.dtype).train()
         optimizer = torch.optim.AdamW(model.parameters())
-        saved = peak_memory(partial(loss_of, model, images, labels, dtype), device).kept
+        saved = peak_memory(partial(bench.loss_of, model, images, labels, dtype), device).kept
 
         def infer() -> None:
-            with torch.no_grad(), autocast(device, dtype):
+            with torch.no_grad(), bench.autocast(device, dtype):
                 model(images)
 
         rounds = {"budget": 0.001 if quick else 0.4, "min_repeats": 2, "limit": 8.0}
-        (train,) = interleaved([partial(training_step, model, optimizer, images, labels, dtype)], device, **rounds)
+        (train,) = bench.interleaved(
+            [partial(bench.training_step, model, optimizer, images, labels, dtype)], device, **rounds
+        )
         model.eval()
-        (inference,) = interleaved([infer], device, **rounds)
+        (inference,) = bench.interleaved([infer], device, **rounds)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
+        if isinstance(error, RuntimeError) and not bench.out_of_memory(error):
             raise
         return {"status": "out of memory"}
     rates = {"train_images_per_s": train, "inference_images_per_s": inference}
@@ -200,24 +184,6 @@ def in_own_process(function: Any, *args: Any) -> dict[str, Any]:
             return process.submit(function, *args).result()
         except BrokenProcessPool:
             return {"status": "killed"}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the CSV atomically."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -240,27 +206,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count, measure, print, write the CSV after each row."""
-    parser = Parser(__doc__.partition("\n")[0], dtypes=("float32", "bfloat16"))
+    parser = bench.Parser(__doc__.partition("\n")[0], dtypes=("float32", "bfloat16"))
     parser.set_defaults(threads=2)
-    parser.add_argument("--models", type=some_of(tuple(TABLE_1)), default=",".join(TABLE_1), help="comma-separated")
-    parser.add_argument("--batch", type=positive, help="images of a step; default: 32, as in the paper")
+    parser.add_names("--models", TABLE_1)
+    parser.add_argument("--batch", type=bench.positive, help="images of a step; default: 32, as in the paper")
     parser.add_argument("--counts-only", action="store_true", help="skip memory and speed")
     arguments = parser.parse(argv)
     device, batch = torch.device(arguments.device), arguments.batch or (2 if arguments.quick else 32)
     path = arguments.output / f"table1-{device.type}.csv"
-    rows = [row for row in read(path) if row["name"] not in arguments.models]
-    for name in progress(arguments.models):
+    rows = [row for row in bench.read_csv(path) if row["name"] not in arguments.models]
+    for name in bench.progress(arguments.models):
         fixed = counts(name)
         for mode in ("eager", "fused") if has_fused_ops(name) else ("eager",):
             for dtype in arguments.dtype:
-                row = {"name": name, "mode": mode, "dtype": str(dtype).removeprefix("torch."), "batch": batch, **fixed}
+                row = {"name": name, "mode": mode, "dtype": bench.name_of(dtype), "batch": batch, **fixed}
                 if not arguments.counts_only:
                     options = (name, mode, batch, device, dtype, torch.get_num_threads(), arguments.quick)
                     row |= in_own_process(measure, *options)
-                rows.append(row | {"status": row.get("status", "not measured")} | environment(device))
-                write(path, sorted(rows, key=lambda row: list(TABLE_1).index(row["name"])))
+                rows.append(row | {"status": row.get("status", "not measured")} | bench.environment(device))
+                bench.write_csv(path, sorted(rows, key=lambda row: list(TABLE_1).index(row["name"])))
     print(f"Paper / here. Memory: peak of a training step in float32, batch {batch}, eager → fused.\n")
-    print(table(read(path)).text())
+    print(table(bench.read_csv(path)).text())
     print(f"Wrote {path}")
     return 0
 

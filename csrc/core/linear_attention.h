@@ -10,6 +10,9 @@ namespace cxv {
 // log z, which do not underflow.
 enum class FeatureMap { kSoftmax, kElu, kRelu, kFavor, kFavorExact, kFavorRelu, kEluExact };
 
+// What an op asks of a device. kState computes only state and key_stat, for kv_state.
+enum class Call { kForward, kBackward, kState, kStateBackward, kFeaturesMax, kFeaturesForward, kFeaturesBackward };
+
 // Of linear_attention, kv_state, performer_attention and performer_features. Accumulators ("acc") are double for double
 // and float otherwise, contiguous, one block per head.
 struct LinearAttentionParams {

@@ -12,6 +12,8 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "view.h"
@@ -20,22 +22,17 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace cxv {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& t, const char* name = "q") {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::Half:
-      return DType::kHalf;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "cxv_kernels: ", name, " must be float64, float32, float16 or bfloat16");
-  }
+  if (t.scalar_type() == ScalarType::Double) return DType::kDouble;
+  if (t.scalar_type() == ScalarType::Float) return DType::kFloat;
+  if (t.scalar_type() == ScalarType::Half) return DType::kHalf;
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, "cxv_kernels: ", name,
+                  " must be float64, float32, float16 or bfloat16");
+  return DType::kBFloat16;
 }
 
 // The dtype of state and statistics.
@@ -83,13 +80,19 @@ inline View view(const Tensor& t) {
   return v;
 }
 
-// Calls an op of PyTorch. An error has PyTorch's message if the stable ABI provides it.
-inline void call_dispatcher(const char* op, StableIValue* stack) {
-  if (torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
-  const bool kept = torch_exception_get_what_without_backtrace != nullptr;
-  const char* why = kept ? torch_exception_get_what_without_backtrace() : nullptr;
-  STD_TORCH_CHECK(false, "cxv_kernels: ", op, " has failed: ",
-                  why != nullptr ? why : "perhaps out of memory (PyTorch before 2.13 prints the reason, no more)");
+// The results of an op of PyTorch. An error has PyTorch's message if the stable ABI provides it.
+template <size_t results = 1, class... Arguments>
+std::array<Tensor, results> call(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, std::max(sizeof...(Arguments), results)> stack = {torch::stable::detail::from(arguments)...};
+  if (torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    const bool kept = torch_exception_get_what_without_backtrace != nullptr;
+    const char* why = kept ? torch_exception_get_what_without_backtrace() : nullptr;
+    STD_TORCH_CHECK(false, "cxv_kernels: ", op, " has failed: ",
+                    why != nullptr ? why : "perhaps out of memory (PyTorch before 2.13 prints the reason, no more)");
+  }
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::array<Tensor, results>{torch::stable::detail::to<Tensor>(stack[i])...};
+  }(std::make_index_sequence<results>{});
 }
 
 // A tensor of this shape whose dimensions lie in memory in the order of like's; like_layout in cxv_kernels does the
@@ -103,46 +106,36 @@ inline Tensor new_like(const Tensor& like, std::array<int64_t, 4> shape) {
     step *= std::max<int64_t>(shape[order[i]], 1);
   }
   // Through the dispatcher, so that PyTorch's fill of uninitialized memory in deterministic mode reaches it.
-  using torch::headeronly::IntHeaderOnlyArrayRef;
-  using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack = {from(like),
-                                       from(IntHeaderOnlyArrayRef(shape)),
-                                       from(IntHeaderOnlyArrayRef(strides)),
-                                       from(std::nullopt),
-                                       from(std::nullopt),
-                                       from(std::nullopt),
-                                       from(std::nullopt)};
-  call_dispatcher("aten::new_empty_strided", stack.data());
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call("aten::new_empty_strided", like, IntHeaderOnlyArrayRef(shape), IntHeaderOnlyArrayRef(strides),
+              std::nullopt, std::nullopt, std::nullopt, std::nullopt)[0];
 }
 
 inline void check_needed(const std::vector<bool>& needed, size_t count) {
   STD_TORCH_CHECK(needed.size() == count, "cxv_kernels: needed must have ", count, " elements, got ", needed.size());
 }
 
-// A gradient of four dimensions and its view: the tensor has no elements, and the view no data, if the gradient is not
-// needed.
-struct Gradient {
-  Tensor tensor;
-  View view;
+// Tuple of gradients of four dimensions. One that is not needed has no elements, and its view no data.
+struct GradientOf {
+  const Tensor& like;
+  View* view;
 };
-
-inline Gradient new_gradient(const Tensor& like, bool needed) {
-  if (!needed) return {torch::stable::new_empty(like, {0}), {}};
-  Tensor grad = new_like(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
-  return {grad, view(grad)};
+template <size_t n>
+auto new_gradients(const std::vector<bool>& needed, const GradientOf (&gradients)[n]) {
+  check_needed(needed, n);
+  const auto make = [](const Tensor& like, bool is_needed, View* out) {
+    if (!is_needed) return torch::stable::new_empty(like, {0});
+    Tensor grad = new_like(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
+    *out = view(grad);
+    return grad;
+  };
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::tuple{make(gradients[i].like, needed[i], gradients[i].view)...};
+  }(std::make_index_sequence<n>{});
 }
 
 inline Tensor new_accumulator(const Tensor& like, std::initializer_list<int64_t> shape) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack = {from(like),
-                                       from(torch::headeronly::IntHeaderOnlyArrayRef(shape)),
-                                       from(std::optional(accumulator_of(like))),
-                                       from(std::nullopt),
-                                       from(std::nullopt),
-                                       from(std::nullopt)};
-  call_dispatcher("aten::new_empty", stack.data());
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call("aten::new_empty", like, IntHeaderOnlyArrayRef(shape), std::optional(accumulator_of(like)), std::nullopt,
+              std::nullopt, std::nullopt)[0];
 }
 
 }  // namespace cxv

@@ -5,18 +5,17 @@
 #include "../core/conv_norm.h"
 #include "simd/worker.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
 // The first n elements of a vector, zeros after them; n may be 0 or less, or exceed the vector.
-template <class T, class A = typename Accumulate<T>::type>
+template <class T, class A = Accumulate<T>>
 CXV_INLINE Vec<A> load_some(const T* p, int64_t n) {
   if (n >= kWidth<A>) return load_float(p);
   T some[kWidth<A>] = {};
   for (int64_t i = 0; i < n; ++i) some[i] = p[i];
   return load_float(some);
 }
-template <class T, class A = typename Accumulate<T>::type>
+template <class T, class A = Accumulate<T>>
 CXV_INLINE void store_some(T* p, Vec<A> x, int64_t n) {
   if (n >= kWidth<A>) return store_float(p, x);
   T some[kWidth<A>];
@@ -38,7 +37,7 @@ struct Statistics {
 
 template <class T>
 class ConvNormPass {
-  using A = typename Accumulate<T>::type;
+  using A = Accumulate<T>;
   using V = Vec<A>;
   static constexpr int W = kWidth<A>;
   static constexpr int J = 4;              // vectors of neighboring pixels in a tile of NCHW
@@ -63,7 +62,7 @@ class ConvNormPass {
     for (int i = 0; i < W; ++i) last_[i] = C_ - (Cp_ - W) > i;
   }
 
-  void forward(int64_t begin, int64_t end) {
+  void norm_forward(int64_t begin, int64_t end) {
     if (p_.channels_last) {
       A* row = scratch_.take(Cp_);
       for_pixels(begin, end, [&](int64_t pixel) { forward_pixel(row, pixel); });
@@ -73,7 +72,7 @@ class ConvNormPass {
     }
   }
 
-  void backward(int64_t begin, int64_t end) {
+  void norm_backward(int64_t begin, int64_t end) {
     const int64_t per_split = (p_.blocks() + p_.splits - 1) / p_.splits;
     const int64_t lanes = p_.channels_last ? 1 : W;
     A* sums = scratch_.take(3 * Cp_ * lanes);
@@ -102,7 +101,7 @@ class ConvNormPass {
     }
   }
 
-  void backward_reduce(int64_t begin, int64_t end) {
+  void norm_backward_reduce(int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       A sums[3] = {};
       for (int64_t s = 0; s < p_.splits; ++s)
@@ -305,5 +304,4 @@ class ConvNormPass {
   V last_;  // 1 where the last vector of channels holds a channel, else 0
 };
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

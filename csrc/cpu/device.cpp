@@ -1,43 +1,35 @@
 // The CPU's side of csrc/host/device.h: splits, threads and workspace. The arithmetic is in the headers beside this.
 #include "../host/device.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <string>
 
 #include "../host/conv_norm.h"
-#include "isa/kernels.h"
+#include "parallel.h"
 
 namespace cxv {
 namespace {
-
-using Pass = LinearAttentionKernels::Pass;
 
 // Constants, so that the order of every sum depends only on the shape.
 constexpr int64_t kSplitTokens = 1024;                      // of linear attention
 constexpr int64_t kSplitBlocks = 4, kMaxBlockSplits = 128;  // of conv_norm's backward
 
-const LinearAttentionKernels& passes() { return kernels().linear_attention; }
-int64_t heads(const LinearAttentionParams& p) { return p.batch * p.heads; }
-
-void run(Pass pass, const LinearAttentionParams& p, const Workspace& work, int64_t begin, int64_t end) {
-  torch::stable::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) { pass(p, work, from, to); });
-}
-void run(ConvNormKernels::Pass pass, const ConvNormParams& p, int64_t items) {
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { pass(p, begin, end); });
-}
-
-// How many items of a pass have a partial state at a time: the workspace grows with the threads, not with N.
-int64_t items_at_once(int64_t items) {
-  return std::min<int64_t>(items, std::max<int64_t>(64, 32 * int64_t(torch::stable::get_num_threads())));
-}
-
-// `pass` over the splits of all heads, and `reduce` over their heads, as many at a time as have a partial state.
-void run_and_reduce(Pass pass, Pass reduce, const LinearAttentionParams& p, Workspace& work, int64_t splits) {
-  const int64_t items = heads(p) * splits, size = items_at_once(items);
-  for (work.begin = 0; work.begin < items; work.begin = work.end) {
-    work.end = std::min(work.begin + size, items);
-    run(pass, p, work, work.begin, work.end);
-    run(reduce, p, work, work.begin / splits, (work.end - 1) / splits + 1);
+// `pass` over the splits of all heads, and `reduce` over their heads, as many splits at a time as have a partial state:
+// the workspace grows with the threads, not with N.
+void run_and_reduce(Pass<LinearAttentionWork> pass, Pass<LinearAttentionWork> reduce, LinearAttentionWork p,
+                    int64_t splits, int64_t partial_size, const Tensor& like) {
+  const int64_t items = p.batch * p.heads * splits;
+  const int64_t at_once = std::min(items, std::max<int64_t>(64, 32 * int64_t(torch::stable::get_num_threads())));
+  Tensor partial = new_accumulator(like, {at_once, partial_size});
+  p.partial = partial.data_ptr();
+  for (; p.first < items; p.first = p.last) {
+    p.last = std::min(p.first + at_once, items);
+    run_pass(pass, p, p.first, p.last);
+    run_pass(reduce, p, p.first / splits, (p.last - 1) / splits + 1);
   }
 }
 
@@ -59,7 +51,34 @@ bool can_recover_xhat(const ConvNormParams& p) {
   return true;
 }
 
+#if defined(__clang__)
+#define CXV_COMPILER __VERSION__
+#else
+#define CXV_COMPILER "gcc " __VERSION__
+#endif
+
+// Lines of name=value.
+std::string build_info() { return std::string(CXV_BUILD_INFO "\ncompiler=" CXV_COMPILER "\ncpu_isa=") + kernels().isa; }
+
 }  // namespace
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const Kernels* const widest = [] {
+    const char* wanted = std::getenv("CXV_CPU_ISA");
+    const auto allows = [&](const Kernels& set) { return wanted == nullptr || std::string(wanted) == set.isa; };
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && allows(kAvx512Kernels)) return &kAvx512Kernels;
+    return avx2 && (allows(kAvx2Kernels) || allows(kAvx512Kernels)) ? &kAvx2Kernels : &kBaselineKernels;
+  }();
+  return *widest;
+#else
+  return kBaselineKernels;
+#endif
+}
 
 namespace device {
 
@@ -69,48 +88,36 @@ void plan(LinearAttentionParams& p) {
   p.query_splits = splits(p.queries);
 }
 
-void kv_state_forward(const LinearAttentionParams& p, const Tensor& like) {
-  Tensor running = new_accumulator(like, {heads(p), p.features + p.value_dim + 1});
-  Tensor partial = new_accumulator(like, {items_at_once(heads(p) * p.key_splits), passes().key_partial(p)});
-  Workspace work = {partial.data_ptr(), running.data_ptr()};
-  run_and_reduce(passes().key_pass, passes().reduce_keys, p, work, p.key_splits);
+void run(Call call, const LinearAttentionParams& params, const Tensor& like) {
+  LinearAttentionWork p = {params};
+  const Kernels& passes = kernels();
+  const int64_t heads = p.batch * p.heads, queries = heads * p.query_splits;
+  const bool backward = call == Call::kBackward, key_gradients = backward && has_key_gradients(p);
+  if (call == Call::kForward || call == Call::kState) {
+    Tensor running = new_accumulator(like, {heads, p.features + p.value_dim + 1});
+    p.running = running.data_ptr();
+    run_and_reduce(passes.key_pass, passes.reduce_keys, p, p.key_splits, key_partial_size(p), like);
+  }
+  if (call == Call::kForward) run_pass(passes.query_pass, p, 0, queries);
+  if (backward && !key_gradients) run_pass(passes.query_backward, p, 0, queries);
+  if (key_gradients)
+    run_and_reduce(passes.query_backward, passes.reduce_queries, p, p.query_splits, query_partial_size(p), like);
+  if (key_gradients || call == Call::kStateBackward) run_pass(passes.key_backward, p, 0, heads * p.key_splits);
+  if (call == Call::kFeaturesForward) run_pass(passes.features_forward, p, 0, queries);
+  if (call == Call::kFeaturesBackward) run_pass(passes.features_backward, p, 0, queries);
 }
 
-void kv_state_backward(const LinearAttentionParams& p, const Tensor&) {
-  run(passes().key_backward, p, {}, 0, heads(p) * p.key_splits);
-}
-
-void linear_attention_forward(const LinearAttentionParams& p, const Tensor& like) {
-  kv_state_forward(p, like);
-  run(passes().query_pass, p, {}, 0, heads(p) * p.query_splits);
-}
-
-void linear_attention_backward(const LinearAttentionParams& p, const Tensor& like) {
-  const int64_t items = heads(p) * p.query_splits;
-  if (!has_key_gradients(p)) return run(passes().query_backward, p, {}, 0, items);
-  Tensor partial = new_accumulator(like, {items_at_once(items), passes().query_partial(p)});
-  Workspace work = {partial.data_ptr(), nullptr};
-  run_and_reduce(passes().query_backward, passes().reduce_queries, p, work, p.query_splits);
-  kv_state_backward(p, like);
-}
-
-Tensor performer_features_max(const LinearAttentionParams& p, const Tensor& like) {
+Tensor features_max(const LinearAttentionParams& params, const Tensor& like) {
+  LinearAttentionWork p = {params};
   Tensor split_max = new_accumulator(like, {p.batch, p.heads, p.query_splits});
-  run(passes().features_max, p, {split_max.data_ptr(), nullptr}, 0, heads(p) * p.query_splits);
+  p.partial = split_max.data_ptr();
+  run_pass(kernels().features_max, p, 0, p.batch * p.heads * p.query_splits);
   return torch::stable::amax(split_max, {-1}, false);
-}
-
-void performer_features_forward(const LinearAttentionParams& p, const Tensor&) {
-  run(passes().features_forward, p, {}, 0, heads(p) * p.query_splits);
-}
-
-void performer_features_backward(const LinearAttentionParams& p, const Tensor&) {
-  run(passes().features_backward, p, {}, 0, heads(p) * p.query_splits);
 }
 
 void check_supported(const ConvNormParams&) {}
 
-void conv_norm_forward(const ConvNormParams& p, const Tensor&) { run(kernels().conv_norm.forward, p, p.blocks()); }
+void conv_norm_forward(const ConvNormParams& p, const Tensor&) { run_pass(kernels().norm_forward, p, 0, p.blocks()); }
 
 // Allocates one tensor of the result's size. It holds the convolution if that is computed again, a copy of grad_out if
 // its memory format differs, and then the gradient of the convolution, which overwrites them.
@@ -132,10 +139,14 @@ Tensor conv_norm_backward(ConvNormParams& p, Tensor grad_out, const Tensor& x, c
   p.splits = std::clamp<int64_t>(p.blocks() / kSplitBlocks, 1, kMaxBlockSplits);
   Tensor partial = new_accumulator(x, {p.splits, 3, p.channels});
   p.partial = partial.data_ptr();
-  run(kernels().conv_norm.backward, p, p.splits);
-  if (p.grad_bias || p.grad_gamma || p.grad_beta) run(kernels().conv_norm.backward_reduce, p, p.channels);
+  run_pass(kernels().norm_backward, p, 0, p.splits);
+  if (p.grad_bias || p.grad_gamma || p.grad_beta) run_pass(kernels().norm_backward_reduce, p, 0, p.channels);
   return *workspace;
 }
 
 }  // namespace device
 }  // namespace cxv
+
+STABLE_TORCH_LIBRARY_IMPL(cxv_kernels, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&cxv::build_info));
+}

@@ -6,22 +6,20 @@
 #include "simd/philox.h"
 #include "simd/worker.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
 // keep[r] = 1 or 0 for the elements of one block: of word w's halves, the low one is for 16 · w + lane, the high one
 // for 64 + 16 · w + lane.
 CXV_INLINE void keep_block(float (&keep)[kDropoutBlock], const DropoutParams& p, uint64_t block) {
-  using I = VecTraits<float>::Int;
   constexpr int W = kWidth<float>;
   uint32_t words[4][16];
   philox16(words, block * 16, p.seed);
   for (int w = 0; w < 4; ++w)
     for (int lane = 0; lane < 16; lane += W) {
-      I bits;
+      Ints bits;
       std::memcpy(&bits, words[w] + lane, sizeof bits);
       const Vec<float> one = splat<float>(1), zero{};
-      const I low = bits & 0xFFFF, high = (bits >> 16) & 0xFFFF;
+      const Ints low = bits & 0xFFFF, high = (bits >> 16) & 0xFFFF;
       store<float>(keep + 16 * w + lane, low < p.threshold ? one : zero);
       store<float>(keep + 64 + 16 * w + lane, high < p.threshold ? one : zero);
     }
@@ -61,8 +59,8 @@ CXV_INLINE Vec<A> map(Vec<A> x, Vec<A> y) {
 }
 
 template <class T, DropoutParams::Map Map>
-void dropout(const DropoutParams& p, int64_t begin, int64_t end) {
-  using A = typename Accumulate<T>::type;
+void drop(const DropoutParams& p, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
   constexpr int W = kWidth<A>;
   const T* x = static_cast<const T*>(p.x);
   const T* y = Map == DropoutParams::kGeluGradient ? static_cast<const T*>(p.activated) : x;
@@ -94,14 +92,14 @@ void dropout(const DropoutParams& p, int64_t begin, int64_t end) {
   }
 }
 
-inline void dropout(const DropoutParams& p, int64_t begin, int64_t end) {
-  for_dtype(p.dtype, [&](auto x) {
-    using T = decltype(x);
-    if (p.map == DropoutParams::kIdentity) return dropout<T, DropoutParams::kIdentity>(p, begin, end);
-    if (p.map == DropoutParams::kGelu) return dropout<T, DropoutParams::kGelu>(p, begin, end);
-    dropout<T, DropoutParams::kGeluGradient>(p, begin, end);
-  });
-}
+template <class T>
+struct DropoutPass {
+  const DropoutParams& p;
+  void dropout(int64_t begin, int64_t end) const {
+    if (p.map == DropoutParams::kIdentity) return drop<T, DropoutParams::kIdentity>(p, begin, end);
+    if (p.map == DropoutParams::kGelu) return drop<T, DropoutParams::kGelu>(p, begin, end);
+    drop<T, DropoutParams::kGeluGradient>(p, begin, end);
+  }
+};
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

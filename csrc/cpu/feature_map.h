@@ -4,12 +4,9 @@
 
 #include <limits>
 
-#include "../core/linear_attention.h"
 #include "simd/tile.h"
-#include "simd/worker.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
 // The feature map φ(x) = e(x) + c. Tiles hold e, and the padding columns of e are 0.
 template <class A>
@@ -58,9 +55,9 @@ class Features {
 
   // tile (rows × Mp) = what φ is a function of: x, for softmax D^-¼·x, with a projection D^-¼·x·Wᵀ.
   template <class T>
-  void load(A* tile, const T* x, const int64_t* stride, int64_t rows) {
-    if (!projected_) return pack(tile, Mp_, x, stride[2], stride[3], rows, D_, scale_);
-    pack(x_, Dp_, x, stride[2], stride[3], rows, D_, scale_);
+  void load(A* tile, Matrix<T> x, int64_t rows) {
+    if (!projected_) return pack(tile, Mp_, x, rows, D_, scale_);
+    pack(x_, Dp_, x, rows, D_, scale_);
     product<A>(tile, Mp_, x_, Dp_, 1, Wt_, Mp_, round_up(rows), Mp_, D_, false);
     if (map_ == FeatureMap::kFavorRelu) return;
     for (int64_t r = 0; r < rows; ++r) half_norm_[r] = A(0.5) * dot(x_ + r * Dp_, x_ + r * Dp_, Dp_);
@@ -79,15 +76,16 @@ class Features {
   // e of keys, given each feature's shift; null is 0, of kEluExact alone.
   void keys(A* tile, const A* shift, int64_t rows) const {
     if (!shifted() || shift == nullptr) return rectify(tile, rows);
-    if (map_ == FeatureMap::kEluExact) return elu_keys(tile, shift, rows);
+    const bool elu = map_ == FeatureMap::kEluExact;
     for (int64_t r = 0; r < rows; ++r) {
       const V h = splat<A>(map_ == FeatureMap::kFavor ? half_norm_[r] : A(0));
       for (int64_t d = 0; d < Mp_; d += W) {
         // Where all that came so far is −∞ there is nothing to shift by.
-        const V s = cxv::CXV_ISA::load<A>(shift + d);
-        store<A>(tile + r * Mp_ + d, exp(load_at(tile, r, d) - ((s > -A(INFINITY) ? s : V{}) + h)));
+        const V x = load_at(tile, r, d), s = CXV_ISA::load<A>(shift + d);
+        const V e = exp((elu ? below_zero(x) : x) - ((s > -A(INFINITY) ? s : V{}) + h));
+        store<A>(tile + r * Mp_ + d, elu ? e * (above_zero(x) + 1) : e);
       }
-      clear_padding(tile + r * Mp_);
+      pad(tile + r * Mp_, 0);
     }
   }
   // e of queries. Normalized: the softmax of exponent + bias (of exact FAVOR+, else null).
@@ -96,8 +94,8 @@ class Features {
     for (int64_t r = 0; r < rows; ++r) {
       A* row = tile + r * Mp_;
       if (bias != nullptr)
-        for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, load_at(row, 0, d) + cxv::CXV_ISA::load<A>(bias + d));
-      for (int64_t d = M_; d < Mp_; ++d) row[d] = -A(INFINITY);
+        for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, load_at(row, 0, d) + CXV_ISA::load<A>(bias + d));
+      pad(row, -A(INFINITY));
       V top = load_at(row, 0, 0);
       for (int64_t d = W; d < Mp_; d += W) top = vmax<A>(top, load_at(row, 0, d));
       const A max = reduce_max<A>(top);
@@ -113,125 +111,79 @@ class Features {
         store<A>(row + d, y);
         sum += y;
       }
-      const V inverse = splat<A>(A(1) / reduce_add<A>(sum));
-      for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, load_at(row, 0, d) * inverse);
+      scale_row(row, Mp_, A(1) / reduce_add<A>(sum));
     }
   }
   // φ'(z), given e(z).
   static V derivative(FeatureMap map, V e) {
     const V one = splat<A>(1);
-    switch (map) {
-      case FeatureMap::kElu:
-        return e < 1 ? e : one;
-      case FeatureMap::kRelu:
-      case FeatureMap::kFavorRelu:
-        return e > 0 ? one : V{};
-      default:
-        return e;
-    }
+    if (map == FeatureMap::kElu) return e < 1 ? e : one;
+    return map == FeatureMap::kRelu || map == FeatureMap::kFavorRelu ? (e > 0 ? one : V{}) : e;
   }
   // Stores the gradient of the tokens that load() read last, given that of the tile (rows × Mp, padding 0).
   template <class T>
-  void store_gradient(T* grad, const int64_t* stride, A* tile, int64_t rows, bool keys) {
-    const int64_t all_rows = round_up(rows);
-    const A* source = tile;
-    if (projected_) {
-      product<A>(dx_, Dp_, tile, Mp_, 1, W_, Dp_, all_rows, Dp_, M_, false);
-      // −‖x‖²/2 is in the exponent; in an exact query's it cancels.
-      if (map_ == FeatureMap::kFavor || (map_ == FeatureMap::kFavorExact && keys))
-        for (int64_t r = 0; r < rows; ++r) {
-          V sum{};
-          for (int64_t d = 0; d < Mp_; d += W) sum += load_at(tile, r, d);
-          const V s = splat<A>(reduce_add<A>(sum));
-          for (int64_t d = 0; d < Dp_; d += W) {
-            A* y = dx_ + r * Dp_ + d;
-            store<A>(y, cxv::CXV_ISA::load<A>(y) - s * cxv::CXV_ISA::load<A>(x_ + r * Dp_ + d));
-          }
+  void store_gradient(Matrix<T> grad, A* tile, int64_t rows, bool keys) {
+    if (!projected_) return unpack(grad, tile, Mp_, rows, D_, scale_);
+    product<A>(dx_, Dp_, tile, Mp_, 1, W_, Dp_, round_up(rows), Dp_, M_, false);
+    // −‖x‖²/2 is in the exponent; in an exact query's it cancels.
+    if (map_ == FeatureMap::kFavor || (map_ == FeatureMap::kFavorExact && keys))
+      for (int64_t r = 0; r < rows; ++r) {
+        V sum{};
+        for (int64_t d = 0; d < Mp_; d += W) sum += load_at(tile, r, d);
+        const V s = splat<A>(reduce_add<A>(sum));
+        for (int64_t d = 0; d < Dp_; d += W) {
+          A* y = dx_ + r * Dp_ + d;
+          store<A>(y, CXV_ISA::load<A>(y) - s * CXV_ISA::load<A>(x_ + r * Dp_ + d));
         }
-      source = dx_;
-    }
-    unpack(grad, stride[2], stride[3], source, projected_ ? Dp_ : Mp_, rows, D_, scale_);
+      }
+    unpack(grad, dx_, Dp_, rows, D_, scale_);
   }
 
-  // Computes φ(q) z / Σ φ(q) z of elu, with z up to a factor, and φ'(q) z / Σ φ(q) z in `feature_grad` unless it is
-  // null. Returns false if a sum is so small that underflow changes it. exact_elu_queries must then start from the
-  // original tile.
-  bool elu_queries(A* tile, const A* z, int64_t rows, A* feature_grad) const {
+  // Computes φ(q) z / Σ φ(q) z of elu, and φ'(q) z / Σ φ(q) z in `feature_grad` unless it is null. With z up to a
+  // factor it returns false if a sum is so small that underflow changes it; then `log_z`, with the original tile, is by
+  // exponents.
+  bool elu_queries(A* tile, const A* z, const A* log_z, int64_t rows, A* feature_grad) const {
     const A least = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
     for (int64_t r = 0; r < rows; ++r) {
       A* row = tile + r * Mp_;
-      V sum{};
+      V shift{}, sum{};
+      if (log_z != nullptr) {
+        pad(row, -A(INFINITY));
+        V top = splat<A>(-A(INFINITY));
+        for (int64_t d = 0; d < Mp_; d += W)
+          top = vmax<A>(top, below_zero(load_at(row, 0, d)) + CXV_ISA::load<A>(log_z + d));
+        const A max = reduce_max<A>(top);
+        if (max > -A(INFINITY)) shift = splat<A>(max);
+      }
       for (int64_t d = 0; d < Mp_; d += W) {
-        const V x = load_at(row, 0, d), w = cxv::CXV_ISA::load<A>(z + d), u = exp(below_zero(x)) * w;
+        const V x = load_at(row, 0, d);
+        const V u = log_z != nullptr ? exp(below_zero(x) + CXV_ISA::load<A>(log_z + d) - shift)
+                                     : exp(below_zero(x)) * CXV_ISA::load<A>(z + d);
         const V y = u * (above_zero(x) + 1);
         if (feature_grad != nullptr) store<A>(feature_grad + r * Mp_ + d, u);
         store<A>(row + d, y);
         sum += y;
       }
       const A total = reduce_add<A>(sum);
-      if (!(total >= least)) return false;
-      divide(row, total);
-      if (feature_grad != nullptr) divide(feature_grad + r * Mp_, total);
+      if (log_z == nullptr && !(total >= least)) return false;
+      const A factor = A(1) / (total == 0 ? A(1) : total);
+      scale_row(row, Mp_, factor);
+      if (feature_grad != nullptr) scale_row(feature_grad + r * Mp_, Mp_, factor);
     }
     return true;
-  }
-  // The same by exponents: `bias` is log z.
-  void exact_elu_queries(A* tile, const A* bias, int64_t rows, A* feature_grad) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      A* row = tile + r * Mp_;
-      for (int64_t d = M_; d < Mp_; ++d) row[d] = -A(INFINITY);
-      V top = splat<A>(-A(INFINITY));
-      for (int64_t d = 0; d < Mp_; d += W)
-        top = vmax<A>(top, below_zero(load_at(row, 0, d)) + cxv::CXV_ISA::load<A>(bias + d));
-      const A max = reduce_max<A>(top);
-      const V shift = splat<A>(max > -A(INFINITY) ? max : A(0));
-      V sum{};
-      for (int64_t d = 0; d < Mp_; d += W) {
-        const V x = load_at(row, 0, d);
-        const V u = exp(below_zero(x) + cxv::CXV_ISA::load<A>(bias + d) - shift), y = u * (above_zero(x) + 1);
-        if (feature_grad != nullptr) store<A>(feature_grad + r * Mp_ + d, u);
-        store<A>(row + d, y);
-        sum += y;
-      }
-      const A sum_of_row = reduce_add<A>(sum), total = sum_of_row == 0 ? A(1) : sum_of_row;
-      divide(row, total);
-      if (feature_grad != nullptr) divide(feature_grad + r * Mp_, total);
-    }
   }
 
   // Forgets token r of those that load() read last, which is hidden.
   void apply_mask(int64_t r) {
-    if (!projected_) return;
-    for (int64_t d = 0; d < Dp_; ++d) x_[r * Dp_ + d] = 0;
-  }
-
-  static A dot(const A* a, const A* b, int64_t n) {
-    V sum{};
-    for (int64_t i = 0; i < n; i += W) sum += cxv::CXV_ISA::load<A>(a + i) * cxv::CXV_ISA::load<A>(b + i);
-    return reduce_add<A>(sum);
+    if (projected_) fill(x_ + r * Dp_, Dp_);
   }
 
  private:
-  V load_at(const A* tile, int64_t r, int64_t d) const { return cxv::CXV_ISA::load<A>(tile + r * Mp_ + d); }
-  void clear_padding(A* row) const {
-    for (int64_t d = M_; d < Mp_; ++d) row[d] = 0;
-  }
+  V load_at(const A* tile, int64_t r, int64_t d) const { return CXV_ISA::load<A>(tile + r * Mp_ + d); }
+  void pad(A* row, A value) const { fill(row + M_, Mp_ - M_, value); }
   // φ of elu is exp(min(x, 0)) · (1 + max(x, 0)). Only the exponential can underflow, so only its exponent is shifted.
   static V below_zero(V x) { return x > 0 ? V{} : x; }
   static V above_zero(V x) { return x > 0 ? x : V{}; }
-  void elu_keys(A* tile, const A* shift, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < Mp_; d += W) {
-        const V x = load_at(tile, r, d), s = cxv::CXV_ISA::load<A>(shift + d);
-        store<A>(tile + r * Mp_ + d, exp(below_zero(x) - (s > -A(INFINITY) ? s : V{})) * (above_zero(x) + 1));
-      }
-      clear_padding(tile + r * Mp_);
-    }
-  }
-  void divide(A* row, A by) const {
-    const V inverse = splat<A>(A(1) / by);
-    for (int64_t d = 0; d < Mp_; d += W) store<A>(row + d, cxv::CXV_ISA::load<A>(row + d) * inverse);
-  }
   void rectify(A* tile, int64_t rows) const {
     const bool elu = map_ == FeatureMap::kElu || map_ == FeatureMap::kEluExact;
     for (int64_t r = 0; r < rows; ++r) {
@@ -239,7 +191,7 @@ class Features {
         const V y = load_at(tile, r, d);
         store<A>(tile + r * Mp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y < 0 ? V{} : y));
       }
-      if (elu) clear_padding(tile + r * Mp_);
+      if (elu) pad(tile + r * Mp_, 0);
     }
   }
 
@@ -252,5 +204,4 @@ class Features {
   A *x_ = nullptr, *dx_ = nullptr, *Wt_ = nullptr, *W_ = nullptr, *half_norm_ = nullptr;
 };
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

@@ -3,34 +3,24 @@
 #pragma once
 
 #include "feature_map.h"
-#include "isa/kernels.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
 template <class T>
 class LinearAttentionPass {
-  using A = typename Accumulate<T>::type;
+  using A = Accumulate<T>;
   using V = Vec<A>;
   static constexpr int W = kWidth<A>;
 
  public:
-  LinearAttentionPass(const LinearAttentionParams& p, const Workspace& work)
+  explicit LinearAttentionPass(const LinearAttentionWork& p)
       : p_(p),
-        work_(work),
         M_(p.features),
         E_(p.value_dim),
         Mp_(padded<A>(p.features)),
         Ep_(padded<A>(p.value_dim)),
         scratch_(Features<A>::scratch(p) + kTile * (3 * Mp_ + 2 * Ep_) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
         features_(p, scratch_) {}
-
-  // A partial state of the key pass: the maxima (M), z (M), S (M × E) of e, Σ v (E) and the number of keys for c.
-  static int64_t key_partial(const LinearAttentionParams& p) {
-    return 2 * p.features + p.features * p.value_dim + p.value_dim + 1;
-  }
-  // Of the queries' backward pass: dz (M), dS (M × E).
-  static int64_t query_partial(const LinearAttentionParams& p) { return p.features + p.features * p.value_dim; }
 
   void key_pass(int64_t begin, int64_t end) {
     A* phi = scratch_.take(kTile * Mp_);
@@ -41,27 +31,25 @@ class LinearAttentionPass {
     A* sum = scratch_.take(Ep_);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.key_splits;
-      fill(S, Mp_ * Ep_, 0);
-      fill(z, Mp_, 0);
+      fill(S, Mp_ * Ep_);
+      fill(z, Mp_);
       fill(max, Mp_, -A(INFINITY));
-      fill(sum, Ep_, 0);
+      fill(sum, Ep_);
       A count = 0;
-      const TokenRange range(p_.keys, p_.key_splits, item % p_.key_splits);
-      for (int64_t n = range.begin; n < range.end; n += kTile) {
-        const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, p_.k, head, n, rows);
+      for_tiles(p_.keys, p_.key_splits, item % p_.key_splits, [&](int64_t n, int64_t rows) {
+        features_.load(phi, rows_of<T>(p_, p_.k, head, n), rows);
         features_.key_exponents(phi, rows);
         if (features_.shifted()) raise_max(phi, max, z, S, head, n, rows);
         features_.keys(phi, all_zero(max) ? nullptr : max, rows);
         apply_mask(phi, head, n, rows);
-        add_rows(z, phi, Mp_, Mp_, rows);
+        add_rows(z, phi, Mp_, rows, Mp_);
         int64_t ld;
-        const A* x = key_values(values, &ld, head, n, rows);
+        const A* x = value_tile(values, &ld, p_.v, head, n, rows, true);
         product<A>(S, Ep_, phi, 1, Mp_, x, ld, Mp_, Ep_, rows, true);
-        if (features_.constant() != 0) add_rows(sum, x, ld, Ep_, rows);
+        if (features_.constant() != 0) add_rows(sum, x, ld, rows, Ep_);
         count += seen_rows(head, n, rows);
-      }
-      A* partial = static_cast<A*>(work_.partial) + (item - work_.begin) * key_partial(p_);
+      });
+      A* partial = static_cast<A*>(p_.partial) + (item - p_.first) * key_partial_size(p_);
       copy(partial, max, M_);
       copy(partial + M_, z, M_);
       for (int64_t m = 0; m < M_; ++m) copy(partial + 2 * M_ + m * E_, S + m * Ep_, E_);
@@ -71,21 +59,18 @@ class LinearAttentionPass {
   }
 
   void reduce_keys(int64_t begin, int64_t end) {
-    const int64_t size = key_partial(p_);
     for (int64_t head = begin; head < end; ++head) {
       A* S = static_cast<A*>(p_.state) + head * M_ * E_;
       A* z = static_cast<A*>(p_.key_stat) + head * M_;
-      A* max = static_cast<A*>(work_.running) + head * (M_ + E_ + 1);
+      A* max = static_cast<A*>(p_.running) + head * (M_ + E_ + 1);
       A* sum = max + M_;
-      const int64_t first = head * p_.key_splits, last = first + p_.key_splits;
-      for (int64_t item = first > work_.begin ? first : work_.begin; item < last && item < work_.end; ++item) {
-        const A* partial = static_cast<const A*>(work_.partial) + (item - work_.begin) * size;
-        if (item == first) {
+      const auto add = [&](const A* partial, bool first) {
+        if (first) {
           copy(max, partial, M_);
           copy(z, partial + M_, M_);
           copy(S, partial + 2 * M_, M_ * E_);
           copy(sum, partial + 2 * M_ + M_ * E_, E_ + 1);
-          continue;
+          return;
         }
         for (int64_t m = 0; m < M_; ++m) {
           A old = 1, now = 1;
@@ -100,8 +85,8 @@ class LinearAttentionPass {
           for (int64_t e = 0; e < E_; ++e) S[m * E_ + e] = S[m * E_ + e] * old + from[e] * now;
         }
         for (int64_t e = 0; e <= E_; ++e) sum[e] += partial[2 * M_ + M_ * E_ + e];
-      }
-      if (last <= work_.end) finish(S, z, max, sum, head);
+      };
+      if (for_partials(head, p_.key_splits, key_partial_size(p_), add)) finish(S, z, max, sum, head);
     }
   }
 
@@ -115,22 +100,17 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
-        load_state(S, p_.state, head);
-        load_statistic(z, weight, head);
-        rescale(S, z);
+        load_head(S, z, weight, head);
         loaded = head;
       }
-      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
-      for (int64_t n = range.begin; n < range.end; n += kTile) {
-        const int64_t rows = tile_rows(n, range.end);
+      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
         load_queries(phi, head, n, rows, z, weight, nullptr);
         if (features_.constant() != 0) add_constant(phi, rows);
         product<A>(out, Ep_, phi, Mp_, 1, S, Ep_, round_up(rows), Ep_, M_, false);
         if (!features_.normalized())
-          for (int64_t r = 0; r < rows; ++r)
-            scale_row(out + r * Ep_, Ep_, inverse(features_.dot(phi + r * Mp_, z, Mp_) + eps()));
-        store_tile(p_.out, head, n, out, Ep_, rows, E_);
-      }
+          for (int64_t r = 0; r < rows; ++r) scale_row(out + r * Ep_, Ep_, inverse(dot(phi + r * Mp_, z, Mp_) + eps()));
+        unpack(rows_of<T>(p_, p_.out, head, n), out, Ep_, rows, E_);
+      });
     }
   }
 
@@ -157,17 +137,13 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (head != loaded) {
-        load_state(S, p_.state, head);
-        load_statistic(z, weight, head);
-        rescale(S, z);
+        load_head(S, z, weight, head);
         if (with_G) transpose(St, S);
         loaded = head;
       }
-      fill(dS, Mp_ * Ep_, 0);
-      fill(dz, Mp_, 0);
-      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
-      for (int64_t n = range.begin; n < range.end; n += kTile) {
-        const int64_t rows = tile_rows(n, range.end);
+      fill(dS, Mp_ * Ep_);
+      fill(dz, Mp_);
+      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
         load_queries(phi, head, n, rows, z, weight, feature_grad);
         int64_t ld;
         const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
@@ -177,10 +153,18 @@ class LinearAttentionPass {
           A* g = G + r * Mp;
           if (features_.normalized()) {
             if (!with_G) break;
-            const V c = splat<A>(features_.dot(e, g, Mp));
+            const V c = splat<A>(dot(e, g, Mp));
+            if (feature_grad != nullptr) {
+              for (int64_t d = 0; d < Mp; d += W) {
+                const V difference = load<A>(g + d) - c;
+                store<A>(g + d, load<A>(feature_grad + r * Mp + d) * difference);
+                store<A>(dz + d, load<A>(dz + d) + load<A>(e + d) * difference);
+              }
+              continue;
+            }
             for (int64_t d = 0; d < Mp; d += W) {
-              const V difference = load<A>(g + d) - c, y = load<A>(e + d) * difference;
-              store<A>(g + d, feature_grad != nullptr ? load<A>(feature_grad + r * Mp + d) * difference : y);
+              const V y = load<A>(e + d) * (load<A>(g + d) - c);
+              store<A>(g + d, y);
               if (features_.exact()) store<A>(dz + d, load<A>(dz + d) + y);
             }
             continue;
@@ -204,10 +188,10 @@ class LinearAttentionPass {
           }
         }
         if (need_keys) product<A>(dS, Ep_, phi, 1, Mp_, dO, ld, Mp_, Ep_, rows, true);
-        if (need_queries) features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, false);
-      }
+        if (need_queries) features_.store_gradient(rows_of<T>(p_, p_.grad_q, head, n), G, rows, false);
+      });
       if (!need_keys) continue;
-      A* partial = static_cast<A*>(work_.partial) + (item - work_.begin) * query_partial(p_);
+      A* partial = static_cast<A*>(p_.partial) + (item - p_.first) * query_partial_size(p_);
       for (int64_t m = 0; m < M_; ++m) partial[m] = dz[m] * unit_;
       for (int64_t m = 0; m < M_; ++m)
         for (int64_t e = 0; e < E_; ++e) partial[M_ + m * E_ + e] = dS[m * Ep_ + e] * unit_;
@@ -215,29 +199,20 @@ class LinearAttentionPass {
   }
 
   void reduce_queries(int64_t begin, int64_t end) {
-    const int64_t size = query_partial(p_);
     for (int64_t head = begin; head < end; ++head) {
       A* dS = static_cast<A*>(p_.grad_state) + head * M_ * E_;
       A* dz = static_cast<A*>(p_.grad_z) + head * M_;
-      const int64_t first = head * p_.query_splits, last = first + p_.query_splits;
-      for (int64_t item = first > work_.begin ? first : work_.begin; item < last && item < work_.end; ++item) {
-        const A* partial = static_cast<const A*>(work_.partial) + (item - work_.begin) * size;
-        if (item == first) {
-          copy(dz, partial, M_);
-          copy(dS, partial + M_, M_ * E_);
-          continue;
-        }
-        for (int64_t m = 0; m < M_; ++m) dz[m] += partial[m];
-        for (int64_t i = 0; i < M_ * E_; ++i) dS[i] += partial[M_ + i];
-      }
-      if (features_.normalized() && last <= work_.end) {
-        // dz = dL − Σ_e dS S; L = log z is in the queries' exponents of the exact maps alone.
-        const A* S = static_cast<const A*>(p_.state) + head * M_ * E_;
-        for (int64_t m = 0; m < M_; ++m) {
-          A sum = 0;
-          for (int64_t e = 0; e < E_; ++e) sum += dS[m * E_ + e] * S[m * E_ + e];
-          dz[m] -= sum;
-        }
+      const auto add = [&](const A* partial, bool first) {
+        for (int64_t m = 0; m < M_; ++m) dz[m] = first ? partial[m] : dz[m] + partial[m];
+        for (int64_t i = 0; i < M_ * E_; ++i) dS[i] = first ? partial[M_ + i] : dS[i] + partial[M_ + i];
+      };
+      if (!for_partials(head, p_.query_splits, query_partial_size(p_), add) || !features_.normalized()) continue;
+      // dz = dL − Σ_e dS S; L = log z is in the queries' exponents of the exact maps alone.
+      const A* S = static_cast<const A*>(p_.state) + head * M_ * E_;
+      for (int64_t m = 0; m < M_; ++m) {
+        A sum = 0;
+        for (int64_t e = 0; e < E_; ++e) sum += dS[m * E_ + e] * S[m * E_ + e];
+        dz[m] -= sum;
       }
     }
   }
@@ -271,10 +246,8 @@ class LinearAttentionPass {
         if (need_keys) transpose(dSt, dS);
         loaded = head;
       }
-      const TokenRange range(p_.keys, p_.key_splits, item % p_.key_splits);
-      for (int64_t n = range.begin; n < range.end; n += kTile) {
-        const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, p_.k, head, n, rows);
+      for_tiles(p_.keys, p_.key_splits, item % p_.key_splits, [&](int64_t n, int64_t rows) {
+        features_.load(phi, rows_of<T>(p_, p_.k, head, n), rows);
         features_.key_exponents(phi, rows);
         features_.keys(phi, map == FeatureMap::kElu ? nullptr : shift, rows);
         if (need_keys) {
@@ -298,13 +271,13 @@ class LinearAttentionPass {
         if (need_values) {
           apply_mask(phi, head, n, rows);
           product<A>(gradient, Ep_, phi, Mp_, 1, dS, Ep_, round_up(rows), Ep_, M_, false);
-          store_tile(p_.grad_v, head, n, gradient, Ep_, rows, E_);
+          unpack(rows_of<T>(p_, p_.grad_v, head, n), gradient, Ep_, rows, E_);
         }
         if (need_keys) {
           apply_mask(G, head, n, rows);
-          features_.store_gradient(row<T>(p_.grad_k, head, n), p_.grad_k.stride, G, rows, true);
+          features_.store_gradient(rows_of<T>(p_, p_.grad_k, head, n), G, rows, true);
         }
-      }
+      });
     }
   }
 
@@ -315,37 +288,30 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       A max = -A(INFINITY);
-      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
-      for (int64_t n = range.begin; n < range.end; n += kTile) {
-        const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, p_.q, head, n, rows);
+      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
+        features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
         if (p_.eps == 0) features_.subtract_half_norm(phi, rows);
         for (int64_t r = 0; r < rows; ++r) max = row_max(phi + r * Mp_, max);
-      }
-      static_cast<A*>(work_.partial)[item] = max;
+      });
+      static_cast<A*>(p_.partial)[item] = max;
     }
   }
   void features_forward(int64_t begin, int64_t end) {
     features(begin, end, [&](A* phi, A*, int64_t head, int64_t n, int64_t rows) {
       add_constant(phi, rows);
-      unpack(row<T>(p_.out, head, n), p_.out.stride[2], p_.out.stride[3], phi, Mp_, rows, M_, feature_scale());
+      unpack(rows_of<T>(p_, p_.out, head, n), phi, Mp_, rows, M_, feature_scale());
     });
   }
   void features_backward(int64_t begin, int64_t end) {
     features(begin, end, [&](A* phi, A* G, int64_t head, int64_t n, int64_t rows) {
-      pack(G, Mp_, row<T>(p_.grad_out, head, n), p_.grad_out.stride[2], p_.grad_out.stride[3], rows, M_,
-           feature_scale());
+      pack(G, Mp_, rows_of<T>(p_, p_.grad_out, head, n), rows, M_, feature_scale());
       for (int64_t i = 0; i < rows * Mp_; i += W)
         store<A>(G + i, load<A>(G + i) * Features<A>::derivative(p_.feature_map, load<A>(phi + i)));
-      features_.store_gradient(row<T>(p_.grad_q, head, n), p_.grad_q.stride, G, rows, true);
+      features_.store_gradient(rows_of<T>(p_, p_.grad_q, head, n), G, rows, true);
     });
   }
 
  private:
-  static int64_t tile_rows(int64_t n, int64_t end) { return end - n < kTile ? end - n : kTile; }
-  static void fill(A* p, int64_t n, A value) {
-    for (int64_t i = 0; i < n; ++i) p[i] = value;
-  }
   static void copy(A* dst, const A* src, int64_t n) {
     if (n > 0) std::memcpy(dst, src, n * sizeof(A));
   }
@@ -353,22 +319,18 @@ class LinearAttentionPass {
   A eps() const { return p_.feature_map == FeatureMap::kRelu ? A(p_.eps * unit_) : A(0); }
   A feature_scale() const { return p_.feature_map == FeatureMap::kFavorRelu ? A(1) : A(1 / std::sqrt(double(M_))); }
 
-  static void scale_row(A* row, int64_t n, A factor) {
-    const V f = splat<A>(factor);
-    for (int64_t i = 0; i < n; i += W) store<A>(row + i, load<A>(row + i) * f);
-  }
-  static void add_rows(A* sum, const A* x, int64_t ld, int64_t cols, int64_t rows) {
-    for (int64_t d = 0; d < cols; d += W) {
-      V total = load<A>(sum + d);
-      for (int64_t r = 0; r < rows; ++r) total += load<A>(x + r * ld + d);
-      store<A>(sum + d, total);
-    }
+  // f(partial state, whether it is the head's first) for those that there are; returns whether the last is among them.
+  template <class F>
+  bool for_partials(int64_t head, int64_t splits, int64_t size, F&& f) const {
+    const int64_t first = head * splits, last = first + splits;
+    for (int64_t item = first > p_.first ? first : p_.first; item < least(last, p_.last); ++item)
+      f(static_cast<const A*>(p_.partial) + (item - p_.first) * size, item == first);
+    return last <= p_.last;
   }
   A seen_rows(int64_t head, int64_t n, int64_t rows) const {
-    if (p_.key_mask == nullptr) return A(rows);
-    const bool* seen = mask(head, n);
+    const bool* const seen = mask(head, n);
     A count = 0;
-    for (int64_t r = 0; r < rows; ++r) count += seen[r * p_.mask_stride[1]];
+    for (int64_t r = 0; r < rows; ++r) count += !is_hidden(seen, r);
     return count;
   }
   void add_constant(A* phi, int64_t rows) const {
@@ -381,37 +343,21 @@ class LinearAttentionPass {
     return max;
   }
 
-  template <class S>
-  S* row(const View& view, int64_t head, int64_t n) const {
-    return at<S>(view, head / p_.heads, head % p_.heads, n);
-  }
-  void load_tile(A* dst, const View& view, int64_t head, int64_t n, int64_t rows) {
-    features_.load(dst, row<T>(view, head, n), view.stride, rows);
-  }
-  void store_tile(const View& view, int64_t head, int64_t n, const A* src, int64_t ld, int64_t rows, int64_t cols) {
-    unpack(row<T>(view, head, n), view.stride[2], view.stride[3], src, ld, rows, cols);
-  }
-  // A tile of values: where they lie when they can be read as they are, else packed into `buffer`.
-  const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows) const {
-    const T* src = row<T>(v, head, n);
+  // A tile of values: where they lie when they can be read as they are, else packed into `buffer`; with `masked` zeros
+  // for hidden keys, because 0 · NaN would be seen.
+  const A* value_tile(A* buffer, int64_t* ld, const View& v, int64_t head, int64_t n, int64_t rows,
+                      bool masked = false) const {
+    const auto src = rows_of<T>(p_, v, head, n);
+    const bool* const seen = masked ? mask(head, n) : nullptr;
     if constexpr (__is_same(T, A)) {
-      if (v.stride[3] == 1 && E_ == Ep_ && rows % kRows == 0) {
-        *ld = v.stride[2];
-        return src;
+      if (seen == nullptr && src.col_stride == 1 && E_ == Ep_ && rows % kRows == 0) {
+        *ld = src.row_stride;
+        return src.data;
       }
     }
-    pack(buffer, Ep_, src, v.stride[2], v.stride[3], rows, E_);
-    *ld = Ep_;
-    return buffer;
-  }
-  // The values of keys, zeros for the hidden: 0 · NaN would be seen.
-  const A* key_values(A* buffer, int64_t* ld, int64_t head, int64_t n, int64_t rows) const {
-    if (p_.key_mask == nullptr) return value_tile(buffer, ld, p_.v, head, n, rows);
-    const T* src = row<T>(p_.v, head, n);
-    pack(buffer, Ep_, src, p_.v.stride[2], p_.v.stride[3], rows, E_);
-    const bool* seen = mask(head, n);
+    pack(buffer, Ep_, src, rows, E_);
     for (int64_t r = 0; r < rows; ++r)
-      if (!seen[r * p_.mask_stride[1]]) fill(buffer + r * Ep_, Ep_, 0);
+      if (is_hidden(seen, r)) fill(buffer + r * Ep_, Ep_);
     *ld = Ep_;
     return buffer;
   }
@@ -423,25 +369,28 @@ class LinearAttentionPass {
     for (int64_t e = 0; e < E_; ++e)
       for (int64_t m = 0; m < M_; ++m) dst[e * Mp_ + m] = src[m * Ep_ + e];
   }
-  // z, or for the exact maps log z; in `weight` elu's z over the largest.
-  void load_statistic(A* dst, A* weight, int64_t head) {
+  // S and z, rescaled, or for the exact maps log z; in `weight` elu's z over the largest.
+  void load_head(A* S, A* z, A* weight, int64_t head) {
+    load_state(S, p_.state, head);
+    unit_ = 1;
     const A* from = static_cast<const A*>(p_.key_stat) + head * M_;
     if (p_.feature_map == FeatureMap::kSoftmax) return;
     // A head without visible keys has no bias. With elu, a single feature can have no key above −∞.
     const A none = p_.feature_map == FeatureMap::kEluExact ? -A(INFINITY) : A(0);
-    for (int64_t m = 0; m < M_; ++m) dst[m] = features_.normalized() && from[m] == A(INFINITY) ? none : from[m];
+    for (int64_t m = 0; m < M_; ++m) z[m] = features_.normalized() && from[m] == A(INFINITY) ? none : from[m];
+    if (!features_.normalized()) return rescale(S, z);
     if (p_.feature_map != FeatureMap::kEluExact) return;
     A top = -A(INFINITY);
-    for (int64_t m = 0; m < M_; ++m) top = dst[m] > top ? dst[m] : top;
-    for (int64_t m = 0; m < M_; ++m) weight[m] = std::exp(dst[m] - (top > -A(INFINITY) ? top : A(0)));
+    for (int64_t m = 0; m < M_; ++m) top = z[m] > top ? z[m] : top;
+    for (int64_t m = 0; m < M_; ++m) weight[m] = std::exp(z[m] - (top > -A(INFINITY) ? top : A(0)));
   }
   // A tile of φ(q), or normalized of φ(q) z / Σ φ(q) z.
   void load_queries(A* phi, int64_t head, int64_t n, int64_t rows, const A* z, const A* weight, A* feature_grad) {
-    load_tile(phi, p_.q, head, n, rows);
+    features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
     if (p_.feature_map != FeatureMap::kEluExact) return features_.queries(phi, bias(z), rows);
-    if (features_.elu_queries(phi, weight, rows, feature_grad)) return;
-    load_tile(phi, p_.q, head, n, rows);
-    features_.exact_elu_queries(phi, z, rows, feature_grad);
+    if (features_.elu_queries(phi, weight, nullptr, rows, feature_grad)) return;
+    features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
+    features_.elu_queries(phi, nullptr, z, rows, feature_grad);
   }
   // kElu where 1/z is so moderate that dS and dz take it, and keys are plain φ; else kEluExact, and 1/z in `steepest`.
   FeatureMap elu_scales(A* steepest, const A* log_z, A* dS, A* dz) const {
@@ -462,8 +411,6 @@ class LinearAttentionPass {
   // The result does not depend on a common factor of S, z and eps. A power of two that makes the largest z at least
   // 2^digits keeps φ(q)·z out of the subnormal numbers whatever q is.
   void rescale(A* S, A* z) {
-    unit_ = 1;
-    if (features_.normalized()) return;
     A top = 0;
     for (int64_t m = 0; m < M_; ++m) top = z[m] > top ? z[m] : top;
     using Limits = std::numeric_limits<A>;
@@ -477,30 +424,32 @@ class LinearAttentionPass {
     scale_row(z, Mp_, unit_);
   }
 
+  // Of the keys from n on; null if all are seen.
   const bool* mask(int64_t head, int64_t n) const {
-    return p_.key_mask + (head / p_.heads) * p_.mask_stride[0] + n * p_.mask_stride[1];
+    if (p_.key_mask == nullptr) return nullptr;
+    return p_.key_mask + head / p_.heads * p_.mask_stride[0] + n * p_.mask_stride[1];
   }
+  bool is_hidden(const bool* mask, int64_t r) const { return mask != nullptr && !mask[r * p_.mask_stride[1]]; }
   // Zeroes the rows of hidden keys.
   void apply_mask(A* tile, int64_t head, int64_t n, int64_t rows) {
-    if (p_.key_mask == nullptr) return;
-    const bool* seen = mask(head, n);
-    for (int64_t r = 0; r < rows; ++r) {
-      if (seen[r * p_.mask_stride[1]]) continue;
-      fill(tile + r * Mp_, Mp_, 0);
-      features_.apply_mask(r);
-    }
+    const bool* const seen = mask(head, n);
+    for (int64_t r = 0; r < rows; ++r)
+      if (is_hidden(seen, r)) {
+        fill(tile + r * Mp_, Mp_);
+        features_.apply_mask(r);
+      }
   }
 
   // Raises the running maxima to this tile's and rescales z and S by exp(old − new): exact in one pass. FAVOR+ has one
   // maximum for all features.
   void raise_max(const A* x, A* max, A* z, A* S, int64_t head, int64_t n, int64_t rows) const {
-    const bool* seen = p_.key_mask == nullptr ? nullptr : mask(head, n);
+    const bool* const seen = mask(head, n);
     if (p_.feature_map == FeatureMap::kFavor) {
       V top = splat<A>(-A(INFINITY));
       const int64_t whole = M_ / W * W;
       A rest = max[0];
       for (int64_t r = 0; r < rows; ++r) {
-        if (seen != nullptr && !seen[r * p_.mask_stride[1]]) continue;
+        if (is_hidden(seen, r)) continue;
         for (int64_t m = 0; m < whole; m += W) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
         for (int64_t m = whole; m < M_; ++m) rest = x[r * Mp_ + m] > rest ? x[r * Mp_ + m] : rest;
       }
@@ -518,7 +467,7 @@ class LinearAttentionPass {
       if (elu && reduce_max<A>(-old) <= 0) continue;  // elu's exponents are at most 0
       V top = old;
       for (int64_t r = 0; r < rows; ++r)
-        if (seen == nullptr || seen[r * p_.mask_stride[1]]) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
+        if (!is_hidden(seen, r)) top = vmax<A>(top, load<A>(x + r * Mp_ + m));
       if (elu) top = top > 0 ? V{} : top;
       store<A>(max + m, top);
       const V factor = old == top ? splat<A>(1) : exp(old - top);
@@ -563,26 +512,22 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (p_.key_max != nullptr) fill(shift, Mp_, static_cast<const A*>(p_.key_max)[head]);
-      const TokenRange range(p_.queries, p_.query_splits, item % p_.query_splits);
-      for (int64_t n = range.begin; n < range.end; n += kTile) {
-        const int64_t rows = tile_rows(n, range.end);
-        load_tile(phi, p_.q, head, n, rows);
+      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
+        features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
         if (p_.key_max != nullptr)
           features_.keys(phi, shift, rows);
         else
           features_.queries(phi, nullptr, rows);
         f(phi, G, head, n, rows);
-      }
+      });
     }
   }
 
-  const LinearAttentionParams& p_;
-  const Workspace& work_;
+  const LinearAttentionWork& p_;
   const int64_t M_, E_, Mp_, Ep_;
   Scratch<A> scratch_;
   Features<A> features_;
   A unit_ = 1;  // what rescale() has multiplied S and z by
 };
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

@@ -1,24 +1,19 @@
 // Nyström attention's residual: the convolution of the values along the tokens, for one instruction set.
 #pragma once
 
-#include "../core/nystrom_attention.h"
 #include "simd/tile.h"
-#include "simd/worker.h"
 
-namespace cxv {
-namespace CXV_ISA {
-
-inline constexpr int64_t kResidualTile = 2 * kTile;  // tokens: the kernel's overlap is read twice
+namespace cxv::CXV_ISA {
 
 // A tile's convolution is its product with the band matrix of the weight: A(i, l) = w(l − i), zeros outside.
 template <class T>
 class NystromResidualPass {
-  using A = typename Accumulate<T>::type;
+  using A = Accumulate<T>;
   using V = Vec<A>;
   static constexpr int W = kWidth<A>;
 
  public:
-  explicit NystromResidualPass(const NystromResidualParams& p)
+  explicit NystromResidualPass(const NystromParams& p)
       : p_(p),
         E_(p.value_dim),
         Ep_(padded<A>(p.value_dim)),
@@ -34,11 +29,10 @@ class NystromResidualPass {
     for (int64_t item = begin; item < end; ++item) {
       const Tile t(p_, item);
       load_weight(t.head, false);
-      load_near(near_, p_.v, t);
-      const View& x = p_.attention;
-      pack(tile_, Ep_, at<T>(x, t.image, t.head, t.first), x.stride[2], x.stride[3], t.rows, E_);
+      load_near(near_, p_.token_values, t);
+      pack(tile_, Ep_, rows_of<T>(p_, p_.attention, t.head, t.first), t.rows, E_);
       convolve(t.rows, true);
-      unpack(at<T>(p_.out, t.image, t.head, t.first), p_.out.stride[2], p_.out.stride[3], tile_, Ep_, t.rows, E_);
+      unpack(rows_of<T>(p_, p_.out, t.head, t.first), tile_, Ep_, t.rows, E_);
     }
   }
 
@@ -49,13 +43,12 @@ class NystromResidualPass {
       const Tile t(p_, item);
       load_weight(t.head, true);
       load_near(near_, p_.grad_out, t);
-      const View& dv = p_.grad_v;
-      if (dv.data != nullptr) {
+      if (p_.grad_token_values.data != nullptr) {
         convolve(t.rows, false);
-        unpack(at<T>(dv, t.image, t.head, t.first), dv.stride[2], dv.stride[3], tile_, Ep_, t.rows, E_);
+        unpack(rows_of<T>(p_, p_.grad_token_values, t.head, t.first), tile_, Ep_, t.rows, E_);
       }
       if (p_.grad_weight.data == nullptr) continue;
-      load_near(values, p_.v, t);
+      load_near(values, p_.token_values, t);
       A* partial = static_cast<A*>(p_.partial) + item * K_;
       for (int64_t tap = 0; tap < K_; tap += kRows) {
         correlate(sums, near_ + K_ / 2 * Ep_, values + tap * Ep_, t.rows);
@@ -71,36 +64,35 @@ class NystromResidualPass {
         for (int64_t image = 0; image < p_.batch; ++image)
           for (int64_t tile = 0; tile < p_.tiles; ++tile)
             sum += static_cast<const A*>(p_.partial)[((image * p_.heads + head) * p_.tiles + tile) * K_ + tap];
-        from_float(A(sum), at<T>(p_.grad_weight, head, 0, tap));
+        from_float(A(sum), &weights_of<T>(p_.grad_weight, head)(tap, 0));
       }
   }
 
  private:
   struct Tile {
-    int64_t image, head, first, rows;
-    Tile(const NystromResidualParams& p, int64_t item) {
-      const int64_t head_of_all = item / p.tiles;
-      image = head_of_all / p.heads;
-      head = head_of_all % p.heads;
-      first = item % p.tiles * kResidualTile;
-      rows = p.tokens - first < kResidualTile ? p.tokens - first : kResidualTile;
-    }
+    int64_t head, first, rows;
+    Tile(const NystromParams& p, int64_t item)
+        : head(item / p.tiles), first(item % p.tiles * kResidualTile), rows(least(p.tokens - first, kResidualTile)) {}
   };
 
+  // The taps of a head: (H, 1, K, 1), whatever the batch.
+  template <class U>
+  Matrix<U> weights_of(const View& view, int64_t head) const {
+    return {static_cast<U*>(view.data) + head % p_.heads * view.stride[0], view.stride[2], 0};
+  }
   // Zeros lie around the weight: kRows outputs that are a token apart read it at once.
   void load_weight(int64_t head, bool flipped) {
-    for (int64_t tap = 0; tap < K_; ++tap)
-      weight_[flipped ? K_ - 1 - tap : tap] = to_float(*at<const T>(p_.weight, head, 0, tap));
+    const auto weight = weights_of<const T>(p_.weight, head);
+    for (int64_t tap = 0; tap < K_; ++tap) weight_[flipped ? K_ - 1 - tap : tap] = to_float(weight(tap, 0));
   }
 
   // dst = a tile's tokens and those that the kernel reaches, zeros where there are none.
   void load_near(A* dst, const View& view, const Tile& t) {
     const int64_t first = t.first - K_ / 2, last = first + round_up(t.rows) + K_ - 1;
-    const int64_t from = first < 0 ? 0 : first, to = last > p_.tokens ? p_.tokens : last;
-    for (int64_t i = 0; i < (from - first) * Ep_; ++i) dst[i] = 0;
-    pack(dst + (from - first) * Ep_, Ep_, at<const T>(view, t.image, t.head, from), view.stride[2], view.stride[3],
-         to - from, E_);
-    for (int64_t i = (to - first) * Ep_; i < (last - first) * Ep_; ++i) dst[i] = 0;
+    const int64_t from = first < 0 ? 0 : first, to = least(last, p_.tokens);
+    fill(dst, (from - first) * Ep_);
+    pack(dst + (from - first) * Ep_, Ep_, rows_of<T>(p_, view, t.head, from), to - from, E_);
+    fill(dst + (to - first) * Ep_, (last - to) * Ep_);
   }
 
   void convolve(int64_t rows, bool add) {
@@ -120,11 +112,10 @@ class NystromResidualPass {
     for (int i = 0; i < kRows; ++i) store<A>(sums + i * W, acc[i]);
   }
 
-  const NystromResidualParams& p_;
+  const NystromParams& p_;
   const int64_t E_, Ep_, K_, Kp_;
   Scratch<A> scratch_;
   A *weight_, *tile_, *near_;
 };
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

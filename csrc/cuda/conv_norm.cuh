@@ -9,8 +9,7 @@
 #include "../core/conv_norm.h"
 #include "tile.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / 32;
@@ -449,5 +448,4 @@ void norm_backward_pass(const ConvNormParams& p, const NormWork& work, bool conv
   launch(norm_backward_reduce<T>, (p.channels + kNormWarps - 1) / kNormWarps, kNormThreads, 0, p);
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -27,18 +27,11 @@ int64_t multiprocessors(const Tensor& t) {
   return count;
 }
 
-void run(Call call, const LinearAttentionParams& p, Workspace work, const Tensor& like) {
-  work.resident_blocks = multiprocessors(like);
-  Tensor scratch = new_accumulator(like, {plan_workspace(p, call, nullptr, &work)});
-  plan_workspace(p, call, static_cast<float*>(scratch.data_ptr()), &work);
-  (p.dtype == DType::kHalf ? run_float16 : run_float32)(call, p, work, Launch{stream_of(like)});
-}
-
-// f(T{}) for the storage type.
-template <class F>
-void for_dtype(DType dtype, F&& f) {
-  if (dtype == DType::kHalf) return f(__half{});
-  f(float{});
+void allocate_and_run(Call call, Work p, const Tensor& like) {
+  p.resident_blocks = multiprocessors(like);
+  Tensor scratch = new_accumulator(like, {plan_workspace(p, call, nullptr)});
+  plan_workspace(p, call, static_cast<float*>(scratch.data_ptr()));
+  for_dtype(p.dtype, [&](auto t) { cuda::run<decltype(t)>(call, p, Launch{stream_of(like)}); });
 }
 
 void check_dtype(const char* op, DType dtype) {
@@ -66,25 +59,14 @@ void plan(LinearAttentionParams& p) {
   set_splits(p);
 }
 
-void linear_attention_forward(const LinearAttentionParams& p, const Tensor& like) { run(Call::kForward, p, {}, like); }
-void linear_attention_backward(const LinearAttentionParams& p, const Tensor& like) {
-  run(Call::kBackward, p, {}, like);
-}
-void kv_state_forward(const LinearAttentionParams& p, const Tensor& like) { run(Call::kState, p, {}, like); }
-void kv_state_backward(const LinearAttentionParams& p, const Tensor& like) { run(Call::kStateBackward, p, {}, like); }
+void run(Call call, const LinearAttentionParams& p, const Tensor& like) { allocate_and_run(call, {p}, like); }
 
-Tensor performer_features_max(const LinearAttentionParams& p, const Tensor& like) {
+Tensor features_max(const LinearAttentionParams& params, const Tensor& like) {
+  Work p = {params};
   Tensor maxima = new_accumulator(like, {p.batch, p.heads, feature_maxima(p, multiprocessors(like))});
-  Workspace work = {};
-  work.feature_max = static_cast<float*>(maxima.data_ptr());
-  run(Call::kFeaturesMax, p, work, like);
+  p.feature_max = static_cast<float*>(maxima.data_ptr());
+  allocate_and_run(Call::kFeaturesMax, p, like);
   return torch::stable::amax(maxima, {-1}, false);
-}
-void performer_features_forward(const LinearAttentionParams& p, const Tensor& like) {
-  run(Call::kFeaturesForward, p, {}, like);
-}
-void performer_features_backward(const LinearAttentionParams& p, const Tensor& like) {
-  run(Call::kFeaturesBackward, p, {}, like);
 }
 
 void check_supported(const ConvNormParams& p) {

@@ -1,4 +1,4 @@
-// Launches, and the functions that device.cu calls in the files of the dtypes.
+// Launches, and linear attention for each dtype.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>
@@ -8,8 +8,7 @@
 
 #include "linear_attention/launch.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // Launches on a stream, without waiting.
 struct Launch {
@@ -25,8 +24,7 @@ struct Launch {
 };
 
 // In linear_attention/float16.cu and float32.cu: two files, so that they compile side by side.
-void run_float16(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch);
-void run_float32(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch);
+extern template void run<__half>(Call, const Work&, const Launch&);
+extern template void run<float>(Call, const Work&, const Launch&);
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -1,5 +1,5 @@
 // Elements of 16 and 32 bits, and tensor cores: all PTX, and the fragments that mma reads. Without nvcc,
-// tests/simt/simt.h replaces ptx.
+// tests/emulator/simt.h replaces ptx.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -7,9 +7,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-namespace cxv {
-namespace cuda {
-namespace ptx {
+namespace cxv::cuda::ptx {
 
 // Four 8×8 matrices of 16 bits; lane l names row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
@@ -48,13 +46,10 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
-}  // namespace ptx
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda::ptx
 #endif
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // One element to and from the number that kernels compute with.
 __device__ inline float to_float(float x) { return x; }
@@ -193,5 +188,4 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -4,8 +4,14 @@
 #include "../core/view.h"
 #include "mma.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
+
+// f(T{}) for the storage type.
+template <class F>
+void for_dtype(DType dtype, F&& f) {
+  if (dtype == DType::kHalf) return f(__half{});
+  f(float{});
+}
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
@@ -122,5 +128,4 @@ struct TileRange {
   }
 };
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -11,33 +11,6 @@
 namespace cxv {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-constexpr std::array<int64_t, 2> kOne = {1, 1}, kZero = {0, 0};
-
-std::array<Tensor, 2> convolve_backward(const Tensor& du, const Tensor& x, const Tensor& weight, bool need_x,
-                                        bool need_weight) {
-  const IntHeaderOnlyArrayRef one(kOne), zero(kZero);
-  const std::array<bool, 3> mask = {need_x, need_weight, false};
-  std::array<StableIValue, 11> stack = {from(du),
-                                        from(x),
-                                        from(weight),
-                                        from(std::nullopt),
-                                        from(one),
-                                        from(one),
-                                        from(one),
-                                        from(false),
-                                        from(zero),
-                                        from(int64_t{1}),
-                                        from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask))};
-  call_dispatcher("aten::convolution_backward", stack.data());
-  std::array<Tensor, 2> grads = {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-  to<Tensor>(stack[2]);  // frees it
-  return grads;
-}
-
 // bias, gamma and beta become contiguous.
 ConvNormParams make_params(const Tensor& x, const Tensor& weight, std::optional<Tensor>& bias, Tensor& gamma,
                            Tensor& beta, double eps) {
@@ -102,7 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Ten
   const Tensor du = device::conv_norm_backward(p, grad_out, x, weight, out, conv_needed);
   Tensor grad_x = torch::stable::new_empty(x, {0}), grad_weight = torch::stable::new_empty(x, {0});
   if (conv_needed) {
-    auto grads = convolve_backward(du, x, weight, needed[0], needed[1]);
+    const IntHeaderOnlyArrayRef one(kOne), zero(kZero);
+    const std::array<bool, 3> mask = {needed[0], needed[1], false};
+    const auto grads = call<3>("aten::convolution_backward", du, x, weight, std::nullopt, one, one, one, false, zero,
+                               int64_t{1}, torch::headeronly::HeaderOnlyArrayRef<bool>(mask));
     if (needed[0]) grad_x = grads[0];
     if (needed[1]) grad_weight = grads[1];
   }

@@ -18,15 +18,12 @@ class NoGrad {
   bool before_;
 };
 
+inline constexpr std::array<int64_t, 2> kOne = {1, 1}, kZero = {0, 0};
+
 // x ∗ weight, 3×3, stride 1, padding 1, without bias: dense, in the memory format of PyTorch's choice.
 inline Tensor convolve(const Tensor& x, const Tensor& weight) {
-  using torch::stable::detail::from;
-  constexpr std::array<int64_t, 2> kOne = {1, 1}, kZero = {0, 0};
-  const torch::headeronly::IntHeaderOnlyArrayRef one(kOne), zero(kZero);
-  std::array<StableIValue, 9> stack = {from(x),   from(weight), from(std::nullopt), from(one),       from(one),
-                                       from(one), from(false),  from(zero),         from(int64_t{1})};
-  call_dispatcher("aten::convolution", stack.data());
-  Tensor u = torch::stable::detail::to<Tensor>(stack[0]);
+  const IntHeaderOnlyArrayRef one(kOne), zero(kZero);
+  Tensor u = call("aten::convolution", x, weight, std::nullopt, one, one, one, false, zero, int64_t{1})[0];
   STD_TORCH_CHECK(u.scalar_type() == x.scalar_type(), "cxv_kernels: conv_norm must be called outside autocast");
   return u;
 }

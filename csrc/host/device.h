@@ -10,13 +10,8 @@ namespace cxv::device {
 // Sets the splits. Raises an error if the device does not support the parameters.
 void plan(LinearAttentionParams& p);
 // Workspace is allocated on `like`'s device.
-void linear_attention_forward(const LinearAttentionParams& p, const Tensor& like);
-void linear_attention_backward(const LinearAttentionParams& p, const Tensor& like);
-void kv_state_forward(const LinearAttentionParams& p, const Tensor& like);
-void kv_state_backward(const LinearAttentionParams& p, const Tensor& like);
-Tensor performer_features_max(const LinearAttentionParams& p, const Tensor& like);  // (B, H): the largest exponent
-void performer_features_forward(const LinearAttentionParams& p, const Tensor& like);
-void performer_features_backward(const LinearAttentionParams& p, const Tensor& like);
+void run(Call call, const LinearAttentionParams& p, const Tensor& like);
+Tensor features_max(const LinearAttentionParams& p, const Tensor& like);  // (B, H): the largest exponent
 
 void check_supported(const ConvNormParams& p);
 void conv_norm_forward(const ConvNormParams& p, const Tensor& x);

@@ -1,8 +1,7 @@
 // dropout and gelu_dropout on the CPU: checks and threads. On a GPU they are Triton's.
 #include <torch/csrc/stable/library.h>
 
-#include "../core/tensor.h"
-#include "../cpu/isa/kernels.h"
+#include "../cpu/parallel.h"
 
 namespace cxv {
 namespace {
@@ -38,8 +37,7 @@ Tensor run(DropoutParams::Map map, const Tensor& x, const Tensor* activated, con
   d.threshold = static_cast<int32_t>(65536 * (1 - p) + 0.5);
   const int64_t first = offset / kDropoutBlock;
   const int64_t blocks = d.count == 0 ? 0 : (offset + d.count - 1) / kDropoutBlock - first + 1;
-  torch::stable::parallel_for(0, blocks, 64,
-                              [&](int64_t begin, int64_t end) { kernels().dropout.apply(d, begin, end); });
+  run_pass(kernels().dropout, d, 0, blocks, 64);
   return out;
 }
 

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> kv_state_forward(Tensor k, Tensor v, std::optional<Te
   Tensor key_stat = new_accumulator(k, {p.batch, p.heads, p.dim});
   p.state = state.data_ptr();
   p.key_stat = key_stat.data_ptr();
-  device::kv_state_forward(p, k);
+  device::run(Call::kState, p, k);
   return {state, key_stat};
 }
 
@@ -48,15 +48,12 @@ std::tuple<Tensor, Tensor> kv_state_backward(Tensor grad_state, Tensor grad_z, T
                                              std::vector<bool> needed) {
   const OnDevice guard(k);
   auto p = make_params(k, k, v, key_mask, feature_map_of(feature_map, true), 0);
-  check_needed(needed, 2);
   p.grad_state = checked_data("grad_state", grad_state, k, {p.batch, p.heads, p.dim, p.value_dim});
   p.grad_z = checked_data("grad_z", grad_z, k, {p.batch, p.heads, p.dim});
   p.key_stat = checked_data("key_stat", key_stat, k, {p.batch, p.heads, p.dim});
-  const Gradient grad_k = new_gradient(k, needed[0]), grad_v = new_gradient(v, needed[1]);
-  p.grad_k = grad_k.view;
-  p.grad_v = grad_v.view;
-  device::kv_state_backward(p, k);
-  return {grad_k.tensor, grad_v.tensor};
+  const std::tuple<Tensor, Tensor> grads = new_gradients(needed, {{k, &p.grad_k}, {v, &p.grad_v}});
+  device::run(Call::kStateBackward, p, k);
+  return grads;
 }
 
 }  // namespace

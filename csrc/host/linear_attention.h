@@ -55,30 +55,25 @@ inline Tensors forward(LinearAttentionParams& p, const Tensor& q) {
   p.out = view(out);
   p.state = state.data_ptr();
   p.key_stat = key_stat.data_ptr();
-  device::linear_attention_forward(p, q);
+  device::run(Call::kForward, p, q);
   return {out, state, key_stat};
 }
 
 // Allocates the needed gradients of q, k and v and fills them.
 inline Tensors backward(LinearAttentionParams& p, const Tensor& grad_out, const Tensor& q, const Tensor& k,
                         const Tensor& v, Tensor state, Tensor key_stat, const std::vector<bool>& needed) {
-  check_needed(needed, 3);
   check("grad_out", grad_out, q, {p.batch, p.heads, p.queries, p.value_dim}, q.scalar_type());
   p.state = checked_data("state", state, q, {p.batch, p.heads, p.features, p.value_dim});
   p.key_stat = checked_data("key_stat", key_stat, q, {p.batch, p.heads, p.features});
-  const Gradient grad_q = new_gradient(q, needed[0]), grad_k = new_gradient(k, needed[1]);
-  const Gradient grad_v = new_gradient(v, needed[2]);
+  const Tensors grads = new_gradients(needed, {{q, &p.grad_q}, {k, &p.grad_k}, {v, &p.grad_v}});
   p.grad_out = view(grad_out);
-  p.grad_q = grad_q.view;
-  p.grad_k = grad_k.view;
-  p.grad_v = grad_v.view;
   const int64_t state_heads = has_key_gradients(p) ? p.batch * p.heads : 0;
   Tensor grad_state = new_accumulator(q, {state_heads, p.features * p.value_dim});
   Tensor grad_z = new_accumulator(q, {state_heads, p.features});
   p.grad_state = grad_state.data_ptr();
   p.grad_z = grad_z.data_ptr();
-  device::linear_attention_backward(p, q);
-  return {grad_q.tensor, grad_k.tensor, grad_v.tensor};
+  device::run(Call::kBackward, p, q);
+  return grads;
 }
 
 }  // namespace cxv

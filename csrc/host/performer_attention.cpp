@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor> performer_features_forward(Tensor x, Tensor projectio
   Tensor phi = new_like(x, {p.batch, p.heads, p.queries, p.features});
   Tensor key_max = torch::stable::new_zeros(x, {p.batch, p.heads}, accumulator_of(x));
   p.out = view(phi);
-  if (!is_query && p.feature_map == FeatureMap::kFavor && p.queries > 0) key_max = device::performer_features_max(p, x);
+  if (!is_query && p.feature_map == FeatureMap::kFavor && p.queries > 0) key_max = device::features_max(p, x);
   if (!is_query) p.key_max = key_max.data_ptr();
-  device::performer_features_forward(p, x);
+  device::run(Call::kFeaturesForward, p, x);
   return {phi, key_max};
 }
 
@@ -58,7 +58,7 @@ Tensor performer_features_backward(Tensor grad_phi, Tensor x, Tensor projection,
   Tensor grad_x = new_like(x, {p.batch, p.heads, p.queries, p.dim});
   p.grad_out = view(grad_phi);
   p.grad_q = view(grad_x);
-  device::performer_features_backward(p, x);
+  device::run(Call::kFeaturesBackward, p, x);
   return grad_x;
 }
 

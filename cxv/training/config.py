@@ -29,9 +29,9 @@ SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
 GROUPS = ("model", "data", "recipe", "precision and speed", "output")
 """The headings of the arguments in ``cxv train --help``."""
-OPTIMIZERS = ("dualopt", "adamw", "sgd")
+OPTIMIZERS = ("dualopt", "adamw", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "onecycle")
-NAMES = {"adamw": "AdamW", "sgd": "SGD"}
+NAMES = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 TINY_IMAGENET_DEFAULTS: dict[str, Any] = {"stem_stride": 2}
@@ -51,10 +51,10 @@ _PAPER = {
     "precision": "fp32",
 }
 _MODERN = {
-    "optimizer": "adamw",
+    "optimizer": "muon",
     "epochs": 30,
     "batch_size": 64,
-    "lr": 2e-3,
+    "lr": 4e-3,
     "schedule": "onecycle",
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
@@ -236,11 +236,13 @@ class TrainConfig:
     recipe: str | None = _recipe(
         "preset, which other arguments change. paper: DualOpT, at most 300 and 100 epochs, patience 20, batches of "
         "128, both rates 0.001, fp32; paper-augmented: the same with RandAugment (cnv, cpv: 1,1; cltv: 3,3) and "
-        "`post_train`; modern: few epochs (30) of AdamW with a one-cycle rate, flips and crops, label smoothing, EMA, "
+        "`post_train`; modern: few epochs (30) of Muon with a one-cycle rate, flips and crops, label smoothing, EMA, "
         "no dropout, bf16, and images that grow from half their size",
         choices=RECIPES,
     )
-    optimizer: str | None = _recipe("DualOpT, or AdamW or SGD alone", choices=OPTIMIZERS, default="dualopt")
+    optimizer: str | None = _recipe(
+        "DualOpT, or AdamW, Muon (for matrices, with AdamW) or SGD alone", choices=OPTIMIZERS, default="dualopt"
+    )
     epochs: int | None = _recipe(
         "most epochs of AdamW, or of the only optimizer", "300; digits: 60", default=300, changeable=True, **_FROM_ZERO
     )
@@ -259,7 +261,7 @@ class TrainConfig:
     sgd_lr: float | None = _recipe("learning rate of DualOpT's SGD", "0.001", **_RATE)
     schedule: str | None = _recipe(
         "constant rate, a cosine from `lr` to 0 over all `epochs`, or PyTorch's OneCycleLR with the peak `lr`; cosine "
-        "and onecycle need `optimizer` adamw or sgd",
+        "and onecycle need a single optimizer",
         choices=SCHEDULES,
         default="constant",
     )
@@ -548,13 +550,13 @@ def _problems(config: TrainConfig) -> Iterator[str]:
             instead = f"`optimizer` is {config.optimizer}, with one phase: give `{name.removeprefix('sgd_')}`"
             yield f"`{name}`: of DualOpT's second phase, and {instead}"
     if config.weight_decay is not None and config.optimizer == "sgd":
-        yield "`weight_decay`: AdamW's, and `optimizer` is sgd"
+        yield "`weight_decay`: AdamW's and Muon's, and `optimizer` is sgd"
     if not epochs and not config.sgd_epochs:
         yield f"`epochs`{' is' if config.sgd_epochs is None else ' and `sgd_epochs` are both'} 0: nothing to train"
     for name in ("schedule", "warmup_epochs", "ema_decay", "progressive"):  # they need a known number of epochs
         if getattr(config, name) not in (None, "constant"):
             if not one_phase:
-                yield f"`{name}`: needs a single phase, and `optimizer` is dualopt: give adamw or sgd"
+                yield f"`{name}`: needs a single phase, and `optimizer` is dualopt: give adamw, muon or sgd"
             if config.post_train:
                 yield f"`{name}`: needs a single phase, and `post_train` adds one: leave one of them out"
     if config.warmup_epochs is not None and config.schedule == "constant":
@@ -589,6 +591,8 @@ def _modern_defaults(full: dict[str, Any], arguments: dict[str, Any]) -> dict[st
     with suppress(ValueError):  # an unknown name is reported when the model is built
         if has_fused_ops(full["model"]):
             defaults["drop_rate"] = 0.0
+    if arguments.get("optimizer") == "adamw":
+        defaults["lr"] = 2e-3
     return {name: value for name, value in defaults.items() if name not in arguments}
 
 
@@ -596,7 +600,7 @@ def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:
     if saved.get("post_training") and not config.post_train:
         raise InputError("`post_train`: the run is post-training already: it cannot be left out now")
     stages = {row.get("augmented", False) for row in saved["history"]}
-    first, second = ("sgd", "adamw") if config.optimizer == "sgd" else ("adamw", "sgd")
+    first, second = ("adamw", "sgd") if config.optimizer == "dualopt" else (config.optimizer, "")
     for name, phase in (("epochs", first), ("sgd_epochs", second)):
         rows = [row.get("augmented", False) for row in saved["history"] if row["phase"] == phase]
         done = max((rows.count(stage) for stage in stages), default=0)

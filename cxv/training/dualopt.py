@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cxv_kernels.validation import to_number, to_numbers
 
 from ..errors import InputError
+from .muon import Muon
 
-PHASES = ("adamw", "sgd")
 _PROGRESS = ("epoch", "num_bad_epochs", "best_top1", "best_epoch", "switch_epoch", "switch_reason")
 _OLDER_REASONS = {"stale": "patience", "capped": "max_epochs"}  # of states from before version 0.1.0 was released
 _RATE = (lambda value: 0 < value < math.inf, "a finite number above 0")
@@ -47,7 +47,8 @@ class DualOpT(torch.optim.Optimizer):
         params: The ``nn.Module`` to train, or its parameters. For a module, the buffers (such as the statistics of a
             BatchNorm) are also stored and reloaded with the best weights. Parameter groups
             ``{"params": …, "lr": …, "weight_decay": …}`` are accepted as well. Their optional ``lr`` and
-            ``weight_decay`` are those of AdamW; SGD keeps the ratio of the group's rate to ``lr``.
+            ``weight_decay`` are those of AdamW; SGD keeps the ratio of the group's rate to ``lr``. A group with
+            ``"muon": True`` is trained by :class:`Muon` in the first phase, which is then called ``"muon"``.
         patience: Number of epochs without an improvement that end a phase, at least 1.
         lr: Learning rate of AdamW.
         betas: Betas of AdamW.
@@ -103,7 +104,8 @@ class DualOpT(torch.optim.Optimizer):
         super().__init__(groups, {})
 
         self.patience = patience
-        self.max_epochs = dict(zip(PHASES, max_epochs, strict=True))
+        phases = ("muon" if any(group.get("muon") for group in groups) else "adamw", "sgd")
+        self.max_epochs = dict(zip(phases, max_epochs, strict=True))
         self._adamw = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         self._sgd = {"lr": sgd_lr, "momentum": momentum}
 
@@ -120,12 +122,12 @@ class DualOpT(torch.optim.Optimizer):
         self.switch_reason: str | None = None
         """The reason why the AdamW phase ended, as in :attr:`stop_reason`."""
         self._phase_epoch = 0
-        self._first = "sgd" if max_epochs[0] == 0 else "adamw"
+        self._first = phases[max_epochs[0] == 0]
         self._start(self._first)
 
     @property
     def phase(self) -> str:
-        """``"adamw"`` or ``"sgd"``: the optimizer of the next :meth:`step`."""
+        """``"adamw"`` (with groups for Muon: ``"muon"``) or ``"sgd"``: the optimizer of the next :meth:`step`."""
         return self._phase
 
     @property
@@ -150,7 +152,7 @@ class DualOpT(torch.optim.Optimizer):
         """Train more parameters, a group as in ``params``. Their best weights so far are the present ones."""
         group = _group(param_group)
         self._groups.append(dict(group))
-        super().add_param_group(group if self._phase == "adamw" else self._sgd_group(**group))
+        super().add_param_group(self._sgd_group(**group) if self._phase == "sgd" else group)
         if self._best:
             self._best |= {k: _copy(t) for k, t in self._tensors().items() if k not in self._best}
 
@@ -232,8 +234,8 @@ class DualOpT(torch.optim.Optimizer):
         if missing:
             raise InputError(f"state: not a state_dict of DualOpT, {', '.join(missing)} missing")
         phase, best = state["phase"], state["best"]
-        if phase not in PHASES:
-            raise InputError(f"state: phase is {phase!r}, expected one of {PHASES}")
+        if phase not in self.max_epochs:
+            raise InputError(f"state: phase is {phase!r}, expected one of {tuple(self.max_epochs)}")
         if best:
             expected = {name: tuple(t.shape) for name, t in self._tensors().items()}
             loaded = {name: tuple(t.shape) for name, t in best.items()}
@@ -258,6 +260,8 @@ class DualOpT(torch.optim.Optimizer):
 
     def _make(self, phase: str) -> torch.optim.Optimizer:
         groups = [dict(group) for group in self._groups]
+        if phase == "muon":
+            return Muon(groups, **self._adamw)
         if phase == "adamw":
             return torch.optim.AdamW(groups, **self._adamw)
         return torch.optim.SGD([self._sgd_group(**group) for group in groups], **self._sgd)
@@ -275,11 +279,13 @@ class DualOpT(torch.optim.Optimizer):
         active = self.optimizer
         self.defaults, self.state, self.param_groups = active.defaults, active.state, active.param_groups
 
-    def _sgd_group(self, params: list[Tensor], lr: float | None = None, weight_decay: float = 0) -> dict[str, Any]:
+    def _sgd_group(
+        self, params: list[Tensor], lr: float | None = None, weight_decay: float = 0, muon: bool = False
+    ) -> dict[str, Any]:
         return {"params": params} | ({} if lr is None else {"lr": self._sgd["lr"] * (lr / self._adamw["lr"])})
 
     def _switch_if_due(self) -> None:
-        if self._phase != "adamw" or self.finished or self.stop_reason is None:
+        if self._phase == "sgd" or self.finished or self.stop_reason is None:
             return
         self.switch_epoch, self.switch_reason = self.epoch, self.stop_reason
         self._reload("sgd")
@@ -315,9 +321,9 @@ def _groups(params: Any) -> list[dict[str, Any]]:
 
 def _group(group: Any) -> dict[str, Any]:
     """Return a parameter group with a list of tensors and with Python numbers."""
-    if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay"}:
+    if not isinstance(group, dict) or not {"params"} <= group.keys() <= {"params", "lr", "weight_decay", "muon"}:
         got = list(group) if isinstance(group, dict) else f"a {type(group).__name__}"
-        raise InputError(f"params: expected groups of 'params' and at most 'lr' and 'weight_decay', got {got}")
+        raise InputError(f"params: expected groups of 'params' and at most 'lr', 'weight_decay' and 'muon', got {got}")
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     group = {name: to_number(value) for name, value in group.items() if name != "params"}
     _check("params: lr of a group", group.get("lr", 1), *_RATE)

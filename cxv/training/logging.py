@@ -193,7 +193,7 @@ def to_csv(history: list[dict[str, Any]]) -> bytes:
 
 def phase_name(row: dict[str, Any]) -> str:
     """The phase of an epoch, e.g. ``"RA-AdamW"`` where RandAugment was on."""
-    return ("RA-" if row.get("augmented") else "") + {"adamw": "AdamW", "sgd": "SGD"}[row["phase"]]
+    return ("RA-" if row.get("augmented") else "") + NAMES[row["phase"]]
 
 
 def plot_curves(history: list[dict[str, Any]], title: str = "") -> bytes:

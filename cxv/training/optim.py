@@ -44,8 +44,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> DualOpT:
     """Make the optimizer of a run. A single optimizer is DualOpT with one phase."""
     if config.optimizer == "sgd":
         return DualOpT(model, patience=config.patience, sgd_lr=config.lr, max_epochs=(0, config.epochs))
+    groups = model if config.weight_decay is None else weight_decay_groups(model, config.weight_decay)
     return DualOpT(
-        model if config.weight_decay is None else weight_decay_groups(model, config.weight_decay),
+        muon_groups(model, config.weight_decay) if config.optimizer == "muon" else groups,
         patience=config.patience,
         lr=config.lr,
         sgd_lr=1e-3 if config.sgd_lr is None else config.sgd_lr,
@@ -67,6 +68,22 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         for decays, parameters in groups.items()
         if parameters
     ]
+
+
+def muon_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:
+    """Return the groups of :func:`weight_decay_groups`, with the weights for Muon in a group of their own.
+
+    Muon trains the weights of linear layers and of convolutions without groups, except in the first and the last layer.
+    """
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [layer for layer in model.modules() if isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1]
+    matrices = {id(layer.weight) for layer in layers[1:-1]}
+    split = []
+    for group in weight_decay_groups(model, 0.01 if weight_decay is None else weight_decay):
+        for muon in (True, False):
+            if params := [p for p in group["params"] if (id(p) in matrices) == muon]:
+                split.append(group | {"params": params} | ({"muon": True} if muon else {}))
+    return split
 
 
 def make_scheduler(

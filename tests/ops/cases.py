@@ -108,10 +108,8 @@ class Case:
     def bind(self, backend: str, sizes: Sizes = ODD, **constants: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
         """A function of the inputs that returns a tuple of outputs; skips the test if a GPU's backend lacks the op."""
         bound = self.constants(sizes) | constants
-        if backend in ("cuda", "triton") and ON_GPU:
-            reason = cxv_kernels.explain_backend(self.op, "cuda")[backend]
-            if reason != "supported":
-                pytest.skip(f"{backend}: {reason}")
+        if (reason := self.support(backend)) != "supported":
+            pytest.skip(f"{backend}: {reason}")
 
         def call(*inputs: Tensor) -> tuple[Tensor, ...]:
             placed = {k: t.to(inputs[0].device) if isinstance(t, Tensor) else t for k, t in bound.items()}
@@ -120,11 +118,21 @@ class Case:
 
         return call
 
+    def support(self, backend: str) -> str:
+        """ "supported", or why a GPU's backend does not have the op."""
+        on_gpu = backend in ("cuda", "triton") and ON_GPU
+        return cxv_kernels.explain_backend(self.op, "cuda")[backend] if on_gpu else "supported"
+
     def depth(self, sizes: Sizes) -> int:
         """The terms of the longest sum."""
         if self.op == "conv_norm":
             return max(9 * sizes.dim, 9 * sizes.value_dim, sizes.batch * sizes.image[0] * sizes.image[1])
         return max(sizes.queries, sizes.keys, 1)
+
+
+def image(c_in: int, c_out: int, size: tuple[int, int] = (6, 9), batch: int = 2) -> Sizes:
+    """Sizes of conv_norm."""
+    return Sizes(batch=batch, dim=c_in, value_dim=c_out, image=size)
 
 
 def projection(features: int, dim: int) -> Tensor:

@@ -30,13 +30,12 @@ from cxv_kernels import nystrom_attention
 from cxv_kernels._triton import interpreting
 from cxv_kernels.ops.nystrom_attention.op import means_op, mix_op, readout_op, residual_op, summary_op
 from cxv_kernels.ops.nystrom_attention.reference import (
-    attend_reference,
     iterative_pinv,
     mix_reference,
     residual_reference,
     segment_means,
 )
-from cxv_kernels.testing import saved_bytes, tolerance
+from cxv_kernels.testing import tolerance
 from cxv_kernels.validation import accumulate_dtype
 
 OPS = torch.ops.cxv_kernels
@@ -258,41 +257,23 @@ PIECES = ("means", "mix", "residual", *(() if interpreting() else ("summary", "r
 every_piece = pytest.mark.parametrize("piece", PIECES)
 
 
-def piece_of(name, backend, dtype=torch.float64):
-    """(function, reference, inputs) of an op."""
-    acc = accumulate_dtype(dtype)
-    q, k, v = qkv(1, 2, 7, 7, 3, 4, dtype)
-    q_means, k_means, summary = landmark_inputs(dtype=dtype)
+def piece_of(name, backend):
+    """(function, inputs) of an op."""
+    q, k, v = qkv(1, 2, 7, 7, 3, 4, torch.float32)
+    q_means, k_means, summary = landmark_inputs(dtype=torch.float32)
     return {
-        "means": (lambda x: means_op(x, 3, backend), lambda x: segment_means(x.to(acc), 3), [q]),
-        "mix": (lambda *t: mix_op(*t, backend), mix_reference, [q_means, k_means, summary]),
-        "residual": (
-            lambda *t: residual_op(*t, backend),
-            lambda a, v, w: a + residual_reference(v, w),
-            [v + 1, v, residual_weight(2, 5, dtype)],
-        ),
-        "summary": (lambda *t: summary_op(*t, backend)[0], attend_reference, [q_means, k, v]),
-        "readout": (lambda *t: readout_op(*t, backend), attend_reference, [q, k_means, summary]),
+        "means": (lambda x: means_op(x, 3, backend), [q]),
+        "mix": (lambda *t: mix_op(*t, backend), [q_means, k_means, summary]),
+        "residual": (lambda *t: residual_op(*t, backend), [v + 1, v, residual_weight(2, 5, torch.float32)]),
+        "summary": (lambda *t: summary_op(*t, backend)[0], [q_means, k, v]),
+        "readout": (lambda *t: readout_op(*t, backend), [q, k_means, summary]),
     }[name]
 
 
 @every_piece
 @every_backend
-def test_gradcheck_of_each_op(backend, piece):
-    if device_of(backend) == "cuda":
-        pytest.skip("the GPU kernels take no float64")
-    function, reference, inputs = piece_of(piece, backend)
-    inputs = [t.requires_grad_() for t in inputs]
-    torch.testing.assert_close(function(*inputs), reference(*inputs))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert torch.autograd.gradcheck(function, inputs, fast_mode=interpreting())
-        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=interpreting())
-
-
-@every_piece
-@every_backend
 def test_needed_gradients_of_each_op(backend, piece):
-    function, _, inputs = piece_of(piece, backend, torch.float32)
+    function, inputs = piece_of(piece, backend)
     inputs = [t.to(device_of(backend)) for t in inputs]
 
     def gradients(needed):
@@ -345,25 +326,6 @@ def test_gradient_of_the_inverse_with_tied_columns(backend):
             mixed = (mix_op(*inputs, backend), mix_reference(*inputs))
             got, want = (torch.autograd.grad(out, inputs, grad) for out in mixed)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_saved_landmarks(dtype):
-    """Beyond the inputs: means, summary and its sums, mixed summary."""
-    inputs = [*qkv(4, 4, 1024, 1024, 32, 32, dtype), residual_weight(4, dtype=dtype)]
-    inputs = [t.requires_grad_() for t in inputs]
-
-    def saved(backend, weight=None):
-        return saved_bytes(
-            lambda: nystrom_attention(*inputs[:3], residual_weight=weight, backend=backend), inputs
-        ).beyond_inputs
-
-    landmarks = 4 * 4 * 64
-    found = saved("cpu")
-    assert found == landmarks * (2 * 32 + 1) * 4 + 2 * landmarks * 32 * inputs[0].itemsize
-    assert saved("cpu", inputs[3]) == found
-    assert saved("reference") >= 10 * found
 
 
 @needs_cpp

@@ -27,7 +27,6 @@ from torch.nn.functional import normalize
 import cxv_kernels
 from cxv_kernels import orthogonal_projection, performer_attention, performer_features
 from cxv_kernels._triton import interpreting
-from cxv_kernels.testing import saved_bytes
 
 
 def setup(queries=40, keys=60, dim=16, value_dim=16, batch=2, features=None):
@@ -218,23 +217,6 @@ def test_autocast_leaves_the_projection_alone():
         assert performer_features(q, w, True).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, performer_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), w))
-
-
-@needs_cpp
-@every(PERFORMER[:2])
-def test_saved_state(case):
-    """Beyond the inputs S, z, the maxima and the projection alone: O(M·E)."""
-    sizes = Sizes(4, 4, 1024, 1024, 32, 32)
-    inputs = case.inputs(sizes, torch.float32, grad=True)
-    w = projection_of(110, 32)
-
-    def saved(backend):
-        return saved_bytes(lambda: case.bind(backend, sizes, projection=w)(*inputs), inputs)
-
-    found = saved("cpu")
-    assert found.beyond_inputs == 4 * 4 * (110 * 32 + 110 + 1) * 4 + 110 * 32 * 4
-    assert found.total <= 3.5 * inputs[0].nbytes
-    assert saved("reference").beyond_inputs >= 3 * found.beyond_inputs
 
 
 @every_backend

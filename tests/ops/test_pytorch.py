@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    NYSTROM,
     SMALL,
     OpCalls,
     Sizes,
@@ -12,6 +13,7 @@ from cases import (
     every,
     every_backend,
     gradient_like,
+    name_of,
 )
 from conftest import layouts, needs_cpp
 from functorch.compile import make_boxed_func
@@ -22,25 +24,27 @@ from cxv_kernels._triton import interpreting
 from cxv_kernels.testing import tolerance
 
 ONE_PER_OP = list({case.op: case for case in reversed(CASES) if case.label != "no-bias"}.values())
+SOME = [*ONE_PER_OP, NYSTROM[1]]
+TRACED = SOME if interpreting() else CASES  # the others differ in an option alone
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [("contiguous", torch.float32), ("NCHW", torch.float16)],
-    ids=["contiguous-float32", "NCHW-float16"],
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in TRACED), *((case, torch.float16) for case in SOME)],
+    ids=name_of,
 )
 @every_backend
-@every(CASES)
-def test_opcheck(case, backend, layout, dtype):
-    """Every op that a forward and backward pass calls, with the arguments of that call; in float16 state and statistics
-    have another dtype."""
+def test_opcheck(case, backend, dtype):
+    """Every op that a forward and backward pass calls, with the arguments of that call; in float16, where state and
+    statistics have another dtype, of strided inputs."""
     inputs = case.inputs(Sizes(1, 2, 20, 20, 4, 6, (3, 4)), dtype)
-    if layout == "NCHW" and case.op not in ("conv_norm", "dropout", "gelu_dropout"):  # which have layouts of their own
+    if dtype == torch.float16 and case.op not in ("conv_norm", "dropout", "gelu_dropout"):  # which have their own
         inputs = [layouts(t)["NCHW"] if len(t) == 1 else t for t in inputs]
     inputs = [t.to(device_of(backend)) for t in inputs]
     masks = {"key_mask": torch.arange(20).view(1, 20).to(inputs[0].device) % 3 > 0} if case.takes_mask else {}
     with OpCalls() as calls:
-        for needed in (range(len(inputs)), (0,), (len(inputs) - 1,)):
+        some = [(0,), (len(inputs) - 1,)] if case in ONE_PER_OP and dtype == torch.float32 else []
+        for needed in (range(len(inputs)), *some):
             leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
             outs = case.bind(backend, Sizes(dim=4), **masks)(*leaves)
             outs = [o for o in outs if o.requires_grad]
@@ -77,16 +81,13 @@ def test_autocast(case, backend):
     assert [g.dtype for g in gradients] == [t.dtype for t in mixed]
 
 
-@pytest.mark.parametrize(
-    ("case", "dynamic"),
-    [*((case, False) for case in CASES), *((case, True) for case in ONE_PER_OP)],
-    ids=lambda value: {False: "static", True: "dynamic"}.get(value, str(value)),
-)
 @every_backend
-def test_compile_without_graph_breaks(case, backend, dynamic):
-    """The compiled step has the fused ops, forward and backward, and the eager results; also for other sizes."""
+@every(TRACED)
+def test_compile_without_graph_breaks(case, backend):
+    """The compiled step has the fused ops, forward and backward, and the eager results; one case of each op also for
+    other sizes, and for some inputs without a gradient."""
     torch._dynamo.reset()
-    ops = []
+    ops, dynamic = [], case in ONE_PER_OP
 
     def spy(graph, _):
         ops.extend(node.target for node in graph.graph.nodes)
@@ -99,12 +100,13 @@ def test_compile_without_graph_breaks(case, backend, dynamic):
 
     compiler = aot_autograd(fw_compiler=spy, bw_compiler=spy)
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=compiler)
-    others = [Sizes(3, 2, 41, 29, SMALL.dim, 5, (7, 8))] if dynamic else []
+    batch = 1 if SMALL.batch == 1 else 3  # from 1 to another batch PyTorch compiles again
+    others = [Sizes(batch, 3, 41, 29, SMALL.dim, 5, (7, 8))] if dynamic else []
     for sizes in (SMALL, *others):
         inputs = [t.to(device_of(backend)).requires_grad_() for t in case.inputs(sizes, torch.float32)]
         got, want = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    if not dynamic and case in ONE_PER_OP:  # some inputs without a gradient
+    if dynamic:
         inputs = [t.detach().requires_grad_(i == len(inputs) - 1) for i, t in enumerate(inputs)]
         got, want = (torch.autograd.grad(f(*inputs), inputs[-1]) for f in (compiled, loss))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -115,18 +117,21 @@ def test_compile_without_graph_breaks(case, backend, dynamic):
 
 @pytest.mark.slow
 @every_backend
-@every(ONE_PER_OP)
-def test_compile_by_inductor(case, backend):
+def test_compile_by_inductor(backend):
+    """All ops in one graph, which takes one compilation."""
     if interpreting():
         pytest.skip("Inductor compiles nothing in the interpreter")
-    inputs = [t.to(device_of(backend)).requires_grad_() for t in case.inputs(SMALL, torch.float32)]
-    call = case.bind(backend, SMALL)
+    device, cases = device_of(backend), [case for case in ONE_PER_OP if case.support(backend) == "supported"]
+    calls = [case.bind(backend, SMALL) for case in cases]
+    inputs = [[t.to(device).requires_grad_() for t in case.inputs(SMALL, torch.float32)] for case in cases]
+    every_input = [t for tensors in inputs for t in tensors]
 
-    def loss(*inputs):
-        return sum(out.sin().sum() for out in call(*inputs))
+    def loss(inputs):
+        outs = (out for call, tensors in zip(calls, inputs, strict=True) for out in call(*tensors))
+        return sum(out.sin().sum() for out in outs)
 
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
-    torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs), rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(inputs), every_input)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(inputs), every_input), rtol=1e-4, atol=1e-4)
 
 
 @needs_cpp

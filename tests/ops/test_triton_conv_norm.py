@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from cases import CONV_NORM, Sizes, assert_close_to_float64, every, name_of
+from cases import CONV_NORM, assert_close_to_float64, every, image, name_of
 
 from cxv_kernels import conv_norm, dropout
 
@@ -20,10 +20,6 @@ in_both_formats = every([NCHW, CHANNELS_LAST])
 @pytest.fixture
 def kernels():
     return importlib.import_module("cxv_kernels.ops.conv_norm.triton")
-
-
-def image(c_in, c_out, size, batch=2):
-    return Sizes(batch=batch, dim=c_in, value_dim=c_out, image=size)
 
 
 @in_both_formats

@@ -204,7 +204,7 @@ def test_modern_run_trains_at_the_sizes_with_the_average_as_its_result(tmp_path,
     assert sizes == [4] * 3 + [8] * 6
     assert smoothing == [0.1] * 9
     assert [row["img_size"] for row in rows] == [4, 8, 8]
-    assert [row["phase"] for row in rows] == ["adamw"] * 3
+    assert [row["phase"] for row in rows] == ["muon"] * 3
     assert rows[0]["lr"] == pytest.approx(3e-3 / 25)
     for part in ("onecycle learning rate", "EMA 0.9", "1 epochs at 4 px", "horizontal flips", "at 8 px"):
         assert part in log
@@ -213,7 +213,11 @@ def test_modern_run_trains_at_the_sizes_with_the_average_as_its_result(tmp_path,
     assert any(not torch.equal(last["model"][k], last["training_model"][k]) for k in last["model"])
     assert torch.equal(last["model"]["layers.0.attn.projection"], last["training_model"]["layers.0.attn.projection"])
     groups = last["optimizer"]["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert [(group["weight_decay"], group.get("muon", False)) for group in groups] == [
+        (0.05, True),
+        (0.05, False),
+        (0.0, False),
+    ]
     model, checkpoint = load_model(tmp_path / "a")
     data = load_data("digits", limit_train=96, limit_test=40, validation=40)
     assert engine_module.evaluate(model, data.validation)[1] == pytest.approx(result.best_top1)
@@ -274,7 +278,7 @@ def test_resume_of_a_schedule_refuses_more_epochs(whole):
 
 def test_modern_recipe_is_a_preset():
     config = resolved(recipe="modern", data="cifar10", model="cltv-5/4")
-    assert (config.optimizer, config.schedule, config.drop_rate) == ("adamw", "onecycle", 0.0)
+    assert (config.optimizer, config.schedule, config.drop_rate) == ("muon", "onecycle", 0.0)
     assert (config.epochs, config.patience) == (30, 30)
     assert (config.hflip, config.precision) == (True, "bf16")
     fit_to_data(config, 32, 45000)
@@ -300,14 +304,17 @@ def test_defaults_are_the_papers():
     ("kwargs", "message"),
     [
         ({"schedule": "step"}, "`schedule`: expected one of constant, cosine, onecycle, got 'step'"),
-        ({"schedule": "cosine", "optimizer": "dualopt"}, "`schedule`: .*`optimizer` is dualopt: give adamw or sgd"),
+        (
+            {"schedule": "cosine", "optimizer": "dualopt"},
+            "`schedule`: .*`optimizer` is dualopt: give adamw, muon or sgd",
+        ),
         ({"ema_decay": 0.9, "optimizer": "dualopt"}, "`ema_decay`: .*`optimizer` is dualopt"),
         ({"progressive": ((8, 1),), "optimizer": "dualopt"}, "`progressive`: .*`optimizer` is dualopt"),
         ({"ema_decay": 0.9, "rand_augment": (1, 1), "post_train": True}, "`ema_decay`: .*`post_train` adds one"),
         ({"warmup_epochs": 1}, "`warmup_epochs`: .*give `schedule` cosine or onecycle"),
         ({"warmup_epochs": 5, "schedule": "cosine", "epochs": 5}, "`warmup_epochs`: .*less than `epochs` 5, got 5"),
         ({"weight_decay": -1.0}, "`weight_decay`: expected a finite number, at least 0, got -1.0"),
-        ({"weight_decay": 0.1, "optimizer": "sgd"}, "`weight_decay`: AdamW's, and `optimizer` is sgd"),
+        ({"weight_decay": 0.1, "optimizer": "sgd"}, "`weight_decay`: AdamW's and Muon's, and `optimizer` is sgd"),
         ({"label_smoothing": 1.0}, "`label_smoothing`: expected at least 0 and less than 1, got 1.0"),
         ({"ema_decay": 1.0}, "`ema_decay`: expected more than 0 and less than 1, got 1.0"),
         ({"random_crop": 0}, "`random_crop`: expected at least 1, got 0"),

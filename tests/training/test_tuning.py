@@ -237,10 +237,7 @@ def test_max_time_saves_the_run_and_resume_is_bit_exact(tmp_path, monkeypatch, e
     result, log = run(tmp_path / "a", max_time="90m")
     assert not result.finished
     assert (result.best_top1 is None) == (epoch == 1)
-    assert (
-        f"stopped by `max_time` 90m; epoch {done} is saved: go on with  cxv train --resume {tmp_path / 'a'}"
-        in log
-    )
+    assert f"stopped by `max_time` 90m; epoch {done} is saved: go on with  cxv train --resume {tmp_path / 'a'}" in log
     monkeypatch.undo()
     assert resume(tmp_path / "a")[0].finished
     assert_same_run(tmp_path / "a", tmp_path / "whole")

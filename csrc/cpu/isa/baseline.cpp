@@ -1,9 +1,7 @@
-// Every kernel for the instruction set that the compiler targets by default (SSE2, NEON, …).
+// All kernels for the instruction set that the compiler targets by default (SSE2, NEON, …).
 #define CXV_ISA baseline
 #define CXV_VECTOR_BYTES 16
 
 #include "all_kernels.h"
 
-namespace cxv {
-const Kernels kBaselineKernels = CXV_ISA::kKernels;
-}  // namespace cxv
+const cxv::Kernels cxv::kBaselineKernels = CXV_ISA::kKernels;

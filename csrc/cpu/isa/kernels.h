@@ -7,77 +7,65 @@
 #include "../../core/dropout.h"
 #include "../../core/linear_attention.h"
 #include "../../core/nystrom_attention.h"
-#include "isa.h"
 
 namespace cxv {
 
-// Of the items of a pass over splits only [begin, end) have a partial state at a time.
-struct Workspace {
+inline constexpr int64_t kTile = 64;  // tokens of a tile
+inline constexpr int64_t kResidualTile =
+    2 * kTile;  // of nystrom_attention's residual: its kernel's overlap is read twice
+
+// Linear attention's parameters with the memory of a pass over splits, whose items [first, last) have a partial state.
+struct LinearAttentionWork : LinearAttentionParams {
   void* partial = nullptr;  // acc, one block per item
   void* running = nullptr;  // acc, heads × (M + E + 1): the keys' maxima, Σ v and the number of keys so far
-  int64_t begin = 0, end = 0;
+  int64_t first = 0, last = 0;
 };
 
-struct LinearAttentionKernels {
-  using Pass = void (*)(const LinearAttentionParams&, const Workspace&, int64_t begin, int64_t end);
-  Pass key_pass;           // item = head · key_splits + split; writes a partial state
-  Pass reduce_keys;        // item = head; adds the partial states that there are
-  Pass query_pass;         // item = head · query_splits + split
-  Pass query_backward;     // item = head · query_splits + split; writes grad_q and, for the keys, a partial (dz, dS)
-  Pass reduce_queries;     // item = head
-  Pass key_backward;       // item = head · key_splits + split
-  Pass features_max;       // item = head · query_splits + split of q; writes the largest exponent
-  Pass features_forward;   // item = head · query_splits + split: φ(q) into out
-  Pass features_backward;  // item = head · query_splits + split: grad_q of φ(q)
-  int64_t (*key_partial)(const LinearAttentionParams&);    // the size of a block of key_pass
-  int64_t (*query_partial)(const LinearAttentionParams&);  // of query_backward
-};
+// The sizes of partial states. Of key_pass: the maxima (M), z (M), S (M × E) of e, Σ v (E) and the number of keys for
+// c. Of query_backward: dz (M), dS (M × E). Static: each instruction set's file has its own code.
+static inline int64_t key_partial_size(const LinearAttentionParams& p) {
+  return (p.features + 1) * (p.value_dim + 2) - 1;
+}
+static inline int64_t query_partial_size(const LinearAttentionParams& p) { return p.features * (p.value_dim + 1); }
 
-struct DropoutKernels {
-  void (*apply)(const DropoutParams&, int64_t begin, int64_t end);  // blocks of the mask, from that of `offset` on
-};
-
-struct ConvNormKernels {
-  using Pass = void (*)(const ConvNormParams&, int64_t begin, int64_t end);
-  Pass forward;          // item = block
-  Pass backward;         // item = split; writes grad_conv and partial
-  Pass backward_reduce;  // item = channel
-};
-
-struct NystromAttentionKernels {
-  template <class P>
-  using Pass = void (*)(const P&, int64_t begin, int64_t end);
-  int64_t tile, residual_tile;                           // tokens
-  Pass<NystromMeansParams> means, spread;                // item = head · landmarks + landmark
-  Pass<NystromTokensParams> readout;                     // item = head · tiles + tile
-  Pass<NystromTokensParams> readout_backward;            // item = head
-  Pass<NystromTokensParams> summary, summary_backward;   // item = head
-  Pass<NystromMixParams> mix, mix_backward;              // item = head
-  Pass<NystromResidualParams> residual;                  // item = head · tiles + tile
-  Pass<NystromResidualParams> residual_backward;         // item = head · tiles + tile; writes grad_v and partial
-  Pass<NystromResidualParams> residual_weight_backward;  // item = head of one image
-};
+// The class of each pass, its name and its parameters; then its items.
+#define CXV_PASSES(X)                                                                                                  \
+  X(LinearAttentionPass, key_pass, LinearAttentionWork)           /* head · key_splits + split; partial state */       \
+  X(LinearAttentionPass, reduce_keys, LinearAttentionWork)        /* head; adds the partial states that there are */   \
+  X(LinearAttentionPass, query_pass, LinearAttentionWork)         /* head · query_splits + split */                    \
+  X(LinearAttentionPass, query_backward, LinearAttentionWork)     /* the same; grad_q and for the keys a partial dS */ \
+  X(LinearAttentionPass, reduce_queries, LinearAttentionWork)     /* head */                                           \
+  X(LinearAttentionPass, key_backward, LinearAttentionWork)       /* head · key_splits + split */                      \
+  X(LinearAttentionPass, features_max, LinearAttentionWork)       /* head · query_splits + split; largest exponent */  \
+  X(LinearAttentionPass, features_forward, LinearAttentionWork)   /* the same; φ(q) into out */                        \
+  X(LinearAttentionPass, features_backward, LinearAttentionWork)  /* the same; grad_q of φ(q) */                       \
+  X(DropoutPass, dropout, DropoutParams)                          /* block of the mask, from that of `offset` on */    \
+  X(ConvNormPass, norm_forward, ConvNormParams)                   /* block */                                          \
+  X(ConvNormPass, norm_backward, ConvNormParams)                  /* split; writes grad_conv and partial */            \
+  X(ConvNormPass, norm_backward_reduce, ConvNormParams)           /* channel */                                        \
+  X(NystromMeansPass, means, NystromParams)                       /* head · landmarks + landmark */                    \
+  X(NystromMeansPass, means_backward, NystromParams)              /* the same */                                       \
+  X(NystromTokensPass, readout, NystromParams)                    /* head · tiles + tile */                            \
+  X(NystromTokensPass, readout_backward, NystromParams)           /* head */                                           \
+  X(NystromTokensPass, summary, NystromParams)                    /* head */                                           \
+  X(NystromTokensPass, summary_backward, NystromParams)           /* head */                                           \
+  X(NystromMixPass, mix, NystromParams)                           /* head */                                           \
+  X(NystromMixPass, mix_backward, NystromParams)                  /* head */                                           \
+  X(NystromResidualPass, residual, NystromParams)                 /* head · tiles + tile */                            \
+  X(NystromResidualPass, residual_backward, NystromParams)        /* the same; grad_v and partial */                   \
+  X(NystromResidualPass, residual_weight_backward, NystromParams) /* head of one image */
 
 struct Kernels {
-  LinearAttentionKernels linear_attention;
-  DropoutKernels dropout;
-  ConvNormKernels conv_norm;
-  NystromAttentionKernels nystrom_attention;
+  const char* isa;
+#define CXV_PASS(Class, name, Params) void (*name)(const Params&, int64_t begin, int64_t end);
+  CXV_PASSES(CXV_PASS)
+#undef CXV_PASS
 };
 
-extern const Kernels kBaselineKernels;
-#if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
-#endif
+extern const Kernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;
 
-// Those of the widest instruction set that this machine runs.
-inline const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_isa() == Isa::kAvx512) return kAvx512Kernels;
-  if (cpu_isa() == Isa::kAvx2) return kAvx2Kernels;
-#endif
-  return kBaselineKernels;
-}
+// Those of the widest instruction set that the CPU has; CXV_CPU_ISA=baseline|avx2 in the environment (read once) lowers
+// it, for tests.
+const Kernels& kernels();
 
 }  // namespace cxv

@@ -4,8 +4,7 @@
 
 #include "vec.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
 typedef uint64_t Wide __attribute__((vector_size(CXV_VECTOR_BYTES)));
 inline constexpr int kLanes = CXV_VECTOR_BYTES / 8;
@@ -48,5 +47,4 @@ CXV_INLINE void philox16(uint32_t (&words)[4][16], uint64_t first, uint64_t seed
   }
 }
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

@@ -1,27 +1,52 @@
 // Tiles in cache: moving them from and to strided tensors, and the one small matrix product. Torch-free.
 #pragma once
 
-#include "vec.h"
+#include "../isa/kernels.h"
+#include "worker.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
-inline constexpr int kRows = 8;       // rows of a register block; tiles have a multiple of it
-inline constexpr int64_t kTile = 64;  // tokens of a tile
+inline constexpr int kRows = 8;  // rows of a register block; tiles have a multiple of it
 
 CXV_INLINE int64_t round_up(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
-// Tokens [begin, end) of one split: the same for every batch and thread count.
-struct TokenRange {
-  int64_t begin, end;
-  TokenRange(int64_t tokens, int64_t splits, int64_t split) {
-    const int64_t tiles = (tokens + kTile - 1) / kTile, per_split = (tiles + splits - 1) / splits;
-    begin = split * per_split * kTile;
-    end = begin + per_split * kTile;
-    if (begin > tokens) begin = tokens;
-    if (end > tokens) end = tokens;
+CXV_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// f(first token, tokens) for the tiles of one split: the same for every batch and thread count.
+template <class F>
+CXV_INLINE void for_tiles(int64_t tokens, int64_t splits, int64_t split, F&& f) {
+  const int64_t tiles = (tokens + kTile - 1) / kTile, per_split = (tiles + splits - 1) / splits * kTile;
+  const int64_t end = least((split + 1) * per_split, tokens);
+  for (int64_t n = split * per_split; n < end; n += kTile) f(n, least(end - n, kTile));
+}
+
+template <class A>
+void fill(A* p, int64_t n, A value = 0) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+template <class A>
+void scale_row(A* row, int64_t n, A factor) {
+  const Vec<A> f = splat<A>(factor);
+  for (int64_t i = 0; i < n; i += kWidth<A>) store<A>(row + i, load<A>(row + i) * f);
+}
+
+// sum += the rows of x (rows × ld), in order.
+template <class A>
+void add_rows(A* sum, const A* x, int64_t ld, int64_t rows, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += kWidth<A>) {
+    Vec<A> total = load<A>(sum + c);
+    for (int64_t r = 0; r < rows; ++r) total += load<A>(x + r * ld + c);
+    store<A>(sum + c, total);
   }
-};
+}
+
+template <class A>
+A dot(const A* a, const A* b, int64_t n) {
+  Vec<A> sum{};
+  for (int64_t i = 0; i < n; i += kWidth<A>) sum += load<A>(a + i) * load<A>(b + i);
+  return reduce_add<A>(sum);
+}
 
 template <class A>
 CXV_INLINE int64_t padded(int64_t n) {
@@ -31,19 +56,18 @@ CXV_INLINE int64_t padded(int64_t n) {
 
 // dst (rows × ld) = scale · src; columns from cols to ld, and rows up to the next multiple of kRows, are zeros.
 template <class T, class A>
-void pack(A* dst, int64_t ld, const T* src, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
-          A scale = 1) {
+void pack(A* dst, int64_t ld, Matrix<T> src, int64_t rows, int64_t cols, A scale = 1) {
   constexpr int W = kWidth<A>;
-  if (col_stride == 1) {
+  if (src.col_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       int64_t c = 0;
-      for (; c + W <= cols; c += W) store<A>(dst + r * ld + c, load_float(src + r * row_stride + c) * scale);
-      for (; c < cols; ++c) dst[r * ld + c] = to_float(src[r * row_stride + c]) * scale;
+      for (; c + W <= cols; c += W) store<A>(dst + r * ld + c, load_float(&src(r, c)) * scale);
+      for (; c < cols; ++c) dst[r * ld + c] = to_float(src(r, c)) * scale;
       for (; c < ld; ++c) dst[r * ld + c] = 0;
     }
   } else {
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) dst[r * ld + c] = to_float(src[r * row_stride + c * col_stride]) * scale;
+      for (int64_t r = 0; r < rows; ++r) dst[r * ld + c] = to_float(src(r, c)) * scale;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = cols; c < ld; ++c) dst[r * ld + c] = 0;
   }
@@ -53,18 +77,17 @@ void pack(A* dst, int64_t ld, const T* src, int64_t row_stride, int64_t col_stri
 
 // dst = scale · the first rows × cols of src (rows × ld).
 template <class T, class A>
-void unpack(T* dst, int64_t row_stride, int64_t col_stride, const A* src, int64_t ld, int64_t rows, int64_t cols,
-            A scale = 1) {
+void unpack(Matrix<T> dst, const A* src, int64_t ld, int64_t rows, int64_t cols, A scale = 1) {
   constexpr int W = kWidth<A>;
-  if (col_stride == 1) {
+  if (dst.col_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       int64_t c = 0;
-      for (; c + W <= cols; c += W) store_float(dst + r * row_stride + c, load<A>(src + r * ld + c) * scale);
-      for (; c < cols; ++c) from_float(src[r * ld + c] * scale, dst + r * row_stride + c);
+      for (; c + W <= cols; c += W) store_float(&dst(r, c), load<A>(src + r * ld + c) * scale);
+      for (; c < cols; ++c) from_float(src[r * ld + c] * scale, &dst(r, c));
     }
   } else {
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) from_float(src[r * ld + c] * scale, dst + r * row_stride + c * col_stride);
+      for (int64_t r = 0; r < rows; ++r) from_float(src[r * ld + c] * scale, &dst(r, c));
   }
 }
 
@@ -112,5 +135,4 @@ void product(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_col, const 
   }
 }
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

@@ -8,43 +8,31 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace cxv {
 
 // Storage formats of 16 bits; arithmetic is always float.
-struct Half {
-  uint16_t bits;
-};
+using Half = _Float16;
 struct BFloat16 {
   uint16_t bits;
 };
 
 template <class T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-namespace CXV_ISA {
+}  // namespace cxv
 
-template <class T>
-struct VecTraits;
-template <>
-struct VecTraits<float> {
-  typedef float Vec __attribute__((vector_size(CXV_VECTOR_BYTES)));
-  typedef int32_t Int __attribute__((vector_size(CXV_VECTOR_BYTES)));
-};
-template <>
-struct VecTraits<double> {
-  typedef double Vec __attribute__((vector_size(CXV_VECTOR_BYTES)));
-  typedef int64_t Int __attribute__((vector_size(CXV_VECTOR_BYTES)));
-};
+namespace cxv::CXV_ISA {
+
+typedef float Floats __attribute__((vector_size(CXV_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(CXV_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(CXV_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(CXV_VECTOR_BYTES)));
+typedef uint16_t Shorts __attribute__((vector_size(CXV_VECTOR_BYTES / 2)));
 template <class A>
-using Vec = typename VecTraits<A>::Vec;
+using Vec = std::conditional_t<std::is_same_v<A, double>, Doubles, Floats>;
 template <class A>
 inline constexpr int kWidth = CXV_VECTOR_BYTES / sizeof(A);
 
@@ -117,16 +105,9 @@ CXV_INLINE Vec<float> exp(Vec<float> x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
   return (V)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-  using I = VecTraits<float>::Int;
-  I exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = exponent - 0x4B400000;  // n as an integer
-  const I half = exponent >> 1;      // 2^n in two factors: n reaches 128
-  const I bits1 = (half + 127) << 23, bits2 = (exponent - half + 127) << 23;
-  V f1, f2;
-  std::memcpy(&f1, &bits1, sizeof f1);
-  std::memcpy(&f2, &bits2, sizeof f2);
-  V y = p * f1 * f2;
+  const Ints exponent = (Ints)shifted - 0x4B400000;  // n as an integer
+  const Ints half = exponent >> 1;                   // 2^n in two factors: n reaches 128
+  V y = p * (V)((half + 127) << 23) * (V)((exponent - half + 127) << 23);
   y = x < low ? V{} : y;
   y = x > high ? splat<float>(INFINITY) : y;
   return x != x ? x : y;
@@ -140,71 +121,24 @@ CXV_INLINE Vec<double> exp(Vec<double> x) {
 // One element to and from the accumulation type.
 CXV_INLINE float to_float(float x) { return x; }
 CXV_INLINE double to_float(double x) { return x; }
-CXV_INLINE float to_float(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-CXV_INLINE float to_float(Half x) {
-  // Shift the payload into place, then let one multiplication rebias the exponent (subnormals included).
-  const uint32_t payload = uint32_t(x.bits & 0x7FFF) << 13;
-  uint32_t bits;
-  if (payload >= 0x0F800000u) {
-    bits = payload | 0x7F800000u;  // inf, nan
-  } else {
-    float f;
-    std::memcpy(&f, &payload, 4);
-    f *= 5.192296858534828e33f;  // 2^112
-    std::memcpy(&bits, &f, 4);
-  }
-  bits |= uint32_t(x.bits & 0x8000) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
+CXV_INLINE float to_float(BFloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+CXV_INLINE float to_float(Half x) { return x; }
 
 CXV_INLINE void from_float(float x, float* p) { *p = x; }
 CXV_INLINE void from_float(double x, double* p) { *p = x; }
 CXV_INLINE void from_float(float x, BFloat16* p) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   p->bits = x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
-CXV_INLINE void from_float(float x, Half* p) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-  bits &= 0x7FFFFFFF;
-  uint16_t h;
-  if (bits > 0x7F800000u) {
-    h = 0x7E00;
-  } else if (bits >= 0x477FF000u) {  // 65520 and above round to infinity
-    h = 0x7C00;
-  } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded payload in the low bits
-    float f;
-    std::memcpy(&f, &bits, 4);
-    f += 0.5f;
-    std::memcpy(&bits, &f, 4);
-    h = uint16_t(bits - 0x3F000000u);
-  } else {
-    h = uint16_t((bits - 0x38000000u + 0xFFF + ((bits >> 13) & 1)) >> 13);
-  }
-  p->bits = sign | h;
-}
+CXV_INLINE void from_float(float x, Half* p) { *p = Half(x); }
 
 // kWidth elements to and from the accumulation type.
 CXV_INLINE Vec<float> load_float(const float* p) { return load<float>(p); }
 CXV_INLINE Vec<double> load_float(const double* p) { return load<double>(p); }
 CXV_INLINE Vec<float> load_float(const BFloat16* p) {
-  typedef uint16_t Short __attribute__((vector_size(CXV_VECTOR_BYTES / 2)));
-  typedef uint32_t Wide __attribute__((vector_size(CXV_VECTOR_BYTES)));
-  Short s;
+  Shorts s;
   std::memcpy(&s, p, sizeof s);
-  const Wide bits = __builtin_convertvector(s, Wide) << 16;
-  Vec<float> x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+  return (Vec<float>)(__builtin_convertvector(s, Words) << 16);
 }
 CXV_INLINE Vec<float> load_float(const Half* p) {
 #if CXV_VECTOR_BYTES == 64
@@ -221,13 +155,8 @@ CXV_INLINE Vec<float> load_float(const Half* p) {
 CXV_INLINE void store_float(float* p, Vec<float> x) { store<float>(p, x); }
 CXV_INLINE void store_float(double* p, Vec<double> x) { store<double>(p, x); }
 CXV_INLINE void store_float(BFloat16* p, Vec<float> x) {
-  typedef uint16_t Short __attribute__((vector_size(CXV_VECTOR_BYTES / 2)));
-  typedef uint32_t Wide __attribute__((vector_size(CXV_VECTOR_BYTES)));
-  Wide bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  bits = x != x ? Wide{} + 0x7FC0 : bits;
-  const Short s = __builtin_convertvector(bits, Short);
+  const Words bits = (Words)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Shorts s = __builtin_convertvector(x != x ? Words{} + 0x7FC0 : rounded, Shorts);
   std::memcpy(p, &s, sizeof s);
 }
 CXV_INLINE void store_float(Half* p, Vec<float> x) {
@@ -240,5 +169,4 @@ CXV_INLINE void store_float(Half* p, Vec<float> x) {
 #endif
 }
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

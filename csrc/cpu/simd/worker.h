@@ -4,12 +4,22 @@
 #include "vec.h"
 #include "../../core/view.h"
 
-namespace cxv {
-namespace CXV_ISA {
+namespace cxv::CXV_ISA {
 
+// Rows and columns of a tensor in memory.
 template <class T>
-T* at(const View& view, int64_t i, int64_t j, int64_t k) {
-  return static_cast<T*>(view.data) + i * view.stride[0] + j * view.stride[1] + k * view.stride[2];
+struct Matrix {
+  T* data;
+  int64_t row_stride, col_stride;
+  Matrix transposed() const { return {data, col_stride, row_stride}; }
+  T& operator()(int64_t row, int64_t col) const { return data[row * row_stride + col * col_stride]; }
+};
+
+// The rows of one of all heads, from `first` on.
+template <class T, class Params>
+Matrix<T> rows_of(const Params& p, const View& view, int64_t head, int64_t first = 0) {
+  T* const data = static_cast<T*>(view.data) + head / p.heads * view.stride[0] + head % p.heads * view.stride[1];
+  return {data + first * view.stride[2], view.stride[2], view.stride[3]};
 }
 
 // Zeroed, aligned memory for the tiles of one worker.
@@ -36,17 +46,10 @@ class Scratch {
 // f(T{}) with the storage type T of this dtype.
 template <class F>
 void for_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kDouble:
-      return f(double{});
-    case DType::kFloat:
-      return f(float{});
-    case DType::kHalf:
-      return f(Half{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-  }
+  if (dtype == DType::kDouble) return f(double{});
+  if (dtype == DType::kFloat) return f(float{});
+  if (dtype == DType::kHalf) return f(Half{});
+  f(BFloat16{});
 }
 
-}  // namespace CXV_ISA
-}  // namespace cxv
+}  // namespace cxv::CXV_ISA

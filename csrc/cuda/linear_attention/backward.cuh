@@ -3,8 +3,7 @@
 
 #include "query_pass.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // Σ da W over the features that go by, each token's da relative to its largest: 16 bits hold it whatever dO's size.
 template <class Tokens>
@@ -17,21 +16,10 @@ struct InputGradient {
     float high[2] = {running_max[0], running_max[1]};
 #pragma unroll
     for (int i = 0; i < 8; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], fabsf(da[i / 4][i % 4]));
-    bool risen = false;
+    raise_max<Relative>(running_max, high, [&](int row, float factor) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      high[i] = Relative::reference(row_max(high[i]));
-      risen |= high[i] > running_max[i];
-    }
-    if (__any_sync(~0u, risen)) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float factor = Relative::factor(running_max[i], high[i]);
-        running_max[i] = high[i];
-#pragma unroll
-        for (int j = 0; j < 4 * K; ++j) sum[j / 4][j / 2 % 2][2 * i + j % 2] *= factor;
-      }
-    }
+      for (int i = 0; i < 4 * K; ++i) sum[i / 4][i / 2 % 2][2 * row + i % 2] *= factor;
+    });
 #pragma unroll
     for (int i = 0; i < 8; ++i) da[i / 4][i % 4] *= Relative::base(running_max[i / 2 % 2]);
     r.accumulate(sum, da, r.high, feature);
@@ -41,13 +29,12 @@ struct InputGradient {
 // Of queries: grad_q, and `token` for query_backward_sums. Of keys: grad_k and grad_v. A gradient whose view has no
 // data is not computed.
 template <class T, int P, FeatureMap map, bool queries>
-__device__ __forceinline__ void differentiate(const LinearAttentionParams& p, const Workspace& work,
-                                              const TokensSide& side) {
+__device__ __forceinline__ void differentiate(const Work& p, const TokensSide& side) {
   constexpr int K = P / 16;
   constexpr bool exponents = kExponential<map>;
   using R = TokenTile<T, P, map, Pass::kBackward>;
-  R r(p, work, blockIdx.x / side.blocks);
-  const float* vector = work.vector + r.head * (P + 3);
+  R r(p, blockIdx.x / side.blocks);
+  const float* vector = p.vector + r.head * (P + 3);
   const float scale = vector[P];
   const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + r.head / p.heads * p.mask_stride[0];
   const bool need_x = side.out_x.data != nullptr, need_y = side.out_y.data != nullptr;
@@ -80,7 +67,7 @@ __device__ __forceinline__ void differentiate(const LinearAttentionParams& p, co
           const int channel = i / 4 * 16 + i / 2 % 2 * 8 + r.t;
           along[i % 2] = fmaf(z.x, vector[channel], fmaf(z.y, vector[channel + 1], along[i % 2]));
         }
-      float* token = work.token == nullptr ? nullptr : work.token + r.head * 3 * side.tokens;
+      float* token = p.token == nullptr ? nullptr : p.token + r.head * 3 * side.tokens;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         shift[i] = exponents ? QuerySums<map>::Relative::base(online.running_max[i]) : 0.f;
@@ -164,16 +151,13 @@ __device__ __forceinline__ void differentiate(const LinearAttentionParams& p, co
 // block = head · blocks + block, here and below
 template <class T, int P, FeatureMap map>
 __global__ void __launch_bounds__(TokensShape<T, P, map, Pass::kBackward>::kThreads, 1)
-    query_backward(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-                   const __grid_constant__ TokensSide side) {
-  differentiate<T, P, map, true>(p, work, side);
+    query_backward(const __grid_constant__ Work p, const __grid_constant__ TokensSide side) {
+  differentiate<T, P, map, true>(p, side);
 }
 template <class T, int P, FeatureMap map>
 __global__ void __launch_bounds__(TokensShape<T, P, map, Pass::kBackward>::kThreads, 1)
-    key_backward(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-                 const __grid_constant__ TokensSide side) {
-  differentiate<T, P, map, false>(p, work, side);
+    key_backward(const __grid_constant__ Work p, const __grid_constant__ TokensSide side) {
+  differentiate<T, P, map, false>(p, side);
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

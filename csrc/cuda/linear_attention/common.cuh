@@ -22,8 +22,7 @@
 #include "../../core/linear_attention.h"
 #include "../tile.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // What the kernels are instantiated for: kFavor is kFavorExact too, and kRelu is kElu.
 template <FeatureMap map>
@@ -31,8 +30,8 @@ constexpr bool kProjected = map == FeatureMap::kFavor || map == FeatureMap::kFav
 template <FeatureMap map>
 constexpr bool kExponential = map == FeatureMap::kFavor || map == FeatureMap::kSoftmax || map == FeatureMap::kEluExact;
 
-// Scratch memory, an array per head: P channels (D and E, padded), M' features (M, padded to 16).
-struct Workspace {
+// Parameters and scratch memory, an array per head: P channels (D and E, padded), M' features (M, padded to 16).
+struct Work : LinearAttentionParams {
   float* partial;      // (splits, M + 1, E + 3): per feature maximum, Σ e ω, largest z, Σ e yᵀ; last Σ ιω, …, Σ ι yᵀ
   void* rows;          // (M', P) in q's dtype: U or R over `scale`
   float* weight;       // (M'): what a feature's e is weighed by: its logarithm or factor
@@ -65,6 +64,25 @@ struct Relative {
     return old == top ? 1.f : exponents ? ptx::exp2(old - top) : old * base(top);
   }
 };
+
+// Raises the maxima of a lane's two rows to those of `high`; if one of the warp's rises, rescale(row, factor) is for
+// the sums that are relative to them.
+template <class Relative, class Rescale>
+__device__ __forceinline__ void raise_max(float (&running_max)[2], float (&high)[2], Rescale&& rescale) {
+  bool risen = false;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    high[row] = Relative::reference(row_max(high[row]));
+    risen |= high[row] > running_max[row];
+  }
+  if (!__any_sync(~0u, risen)) return;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float factor = Relative::factor(running_max[row], high[row]);
+    running_max[row] = high[row];
+    rescale(row, factor);
+  }
+}
 
 // e of a map that is no exponential, and its derivative by e. Without branches, and NaN stays NaN.
 template <FeatureMap map>
@@ -142,5 +160,4 @@ struct SplitPair {
   }
 };
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

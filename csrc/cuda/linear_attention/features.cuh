@@ -3,8 +3,7 @@
 
 #include "backward.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // performer_features: x is p.q, φ p.out, or its gradient p.grad_out and x's p.grad_q.
 enum class Step { kMax, kForward, kBackward };
@@ -12,10 +11,9 @@ enum class Step { kMax, kForward, kBackward };
 // block = head · blocks + block
 template <class T, int P, FeatureMap map, Step step>
 __global__ void __launch_bounds__(TokensShape<T, P, map, Pass::kFeatures>::kThreads, 1)
-    features(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-             const __grid_constant__ int64_t blocks) {
+    features(const __grid_constant__ Work p, const __grid_constant__ int64_t blocks) {
   using R = TokenTile<T, P, map, Pass::kFeatures>;
-  R r(p, work, blockIdx.x / blocks);
+  R r(p, blockIdx.x / blocks);
   const float c = float(p.eps), unit = map == FeatureMap::kFavor ? rsqrtf(float(p.features)) : 1.f;
   const float* key_max = static_cast<const float*>(p.key_max);
   const View& phi_view = step == Step::kBackward ? p.grad_out : p.out;
@@ -91,9 +89,8 @@ __global__ void __launch_bounds__(TokensShape<T, P, map, Pass::kFeatures>::kThre
   }
   if constexpr (step == Step::kMax) {
     largest = warp_max(largest);
-    if (threadIdx.x % 32 == 0) work.feature_max[blockIdx.x * (R::Threads / 32) + r.warp] = largest * kLn2;
+    if (threadIdx.x % 32 == 0) p.feature_max[blockIdx.x * (R::Threads / 32) + r.warp] = largest * kLn2;
   }
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -1,5 +1,3 @@
 #include "../device.cuh"
 
-void cxv::cuda::run_float16(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch) {
-  run<__half>(call, p, work, launch);
-}
+template void cxv::cuda::run<__half>(Call, const Work&, const Launch&);

@@ -1,5 +1,3 @@
 #include "../device.cuh"
 
-void cxv::cuda::run_float32(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch) {
-  run<float>(call, p, work, launch);
-}
+template void cxv::cuda::run<float>(Call, const Work&, const Launch&);

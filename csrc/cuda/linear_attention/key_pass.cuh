@@ -3,8 +3,7 @@
 
 #include "common.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // One pass over tokens: the keys with their values, or the queries with the gradients of their results.
 struct SumsSide {
@@ -27,8 +26,7 @@ struct SumsShape {
 };
 
 template <class T, int P, FeatureMap map, bool queries>
-__device__ __forceinline__ void sum_tokens(const LinearAttentionParams& p, const Workspace& work,
-                                           const SumsSide& side) {
+__device__ __forceinline__ void sum_tokens(const Work& p, const SumsSide& side) {
   using Shape = SumsShape<T, P, map>;
   using Relative = cuda::Relative<kExponential<map>>;
   constexpr int Rows = Shape::kTokens, Tiles = Shape::kTiles, Threads = Shape::kThreads, K = P / 16;
@@ -68,7 +66,7 @@ __device__ __forceinline__ void sum_tokens(const LinearAttentionParams& p, const
   float plain = 0, plain_omega = 0;  // Σ ι y of a channel, Σ ιω
 
   const bool* mask = queries || p.key_mask == nullptr ? nullptr : p.key_mask + head / p.heads * p.mask_stride[0];
-  const float* token = work.token + head * 3 * side.tokens;
+  const float* token = p.token + head * 3 * side.tokens;
   const T* const x_head = head_ptr<T>(side.x, p, head);
   const T* const y_head = head_ptr<T>(side.y, p, head);
   Transfer<T, Rows, P, Threads> x_vectors, y_vectors;
@@ -152,23 +150,11 @@ __device__ __forceinline__ void sum_tokens(const LinearAttentionParams& p, const
                                         : rectify<map>(z, elu) * s;
           high_a[r] = fmaxf(high_a[r], z);
         }
-        float factor[2];
-        bool risen = false;
+        raise_max<Relative>(running_max[i], high_a, [&](int row, float factor) {
+          weighed[i][2 * row] *= factor;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          high_a[r] = Relative::reference(row_max(high_a[r]));
-          risen |= high_a[r] > running_max[i][r];
-        }
-        if (__any_sync(~0u, risen)) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            factor[r] = Relative::factor(running_max[i][r], high_a[r]);
-            running_max[i][r] = high_a[r];
-            weighed[i][2 * r] *= factor[r];
-          }
-#pragma unroll
-          for (int q = 0; q < 8 * K; ++q) sum[i][q / 8][q / 4 % 2][q % 4] *= factor[q / 2 % 2];
-        }
+          for (int q = 0; q < 4 * K; ++q) sum[i][q / 4][q / 2 % 2][2 * row + q % 2] *= factor;
+        });
         const float base[2] = {Relative::base(running_max[i][0]), Relative::base(running_max[i][1])};
 #pragma unroll
         for (int q = 0; q < 16; ++q) {
@@ -201,7 +187,7 @@ __device__ __forceinline__ void sum_tokens(const LinearAttentionParams& p, const
   }
 
   const int64_t width = p.value_dim + 3;
-  float* partial = work.partial + item * (p.features + 1) * width;
+  float* partial = p.partial + item * (p.features + 1) * width;
 #pragma unroll
   for (int i = 0; i < Tiles; ++i)
 #pragma unroll
@@ -243,18 +229,15 @@ __device__ __forceinline__ void sum_tokens(const LinearAttentionParams& p, const
 // block = (head · splits + split) · blocks of features + block of features
 template <class T, int P, FeatureMap map>
 __global__ void __launch_bounds__(SumsShape<T, P, map>::kThreads, SumsShape<T, P, map>::kResident)
-    key_pass(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-             const __grid_constant__ SumsSide side) {
-  sum_tokens<T, P, map, false>(p, work, side);
+    key_pass(const __grid_constant__ Work p, const __grid_constant__ SumsSide side) {
+  sum_tokens<T, P, map, false>(p, side);
 }
 
 // As key_pass, over queries and their results' gradients: the second half of query_backward.
 template <class T, int P, FeatureMap map>
 __global__ void __launch_bounds__(SumsShape<T, P, map>::kThreads, SumsShape<T, P, map>::kResident)
-    query_backward_sums(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-                        const __grid_constant__ SumsSide side) {
-  sum_tokens<T, P, map, true>(p, work, side);
+    query_backward_sums(const __grid_constant__ Work p, const __grid_constant__ SumsSide side) {
+  sum_tokens<T, P, map, true>(p, side);
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

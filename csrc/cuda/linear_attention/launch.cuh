@@ -7,11 +7,7 @@
 #include "query_pass.cuh"
 #include "reduce.cuh"
 
-namespace cxv {
-namespace cuda {
-
-// The call of an op. kState computes only state and key_stat, for kv_state.
-enum class Call { kForward, kBackward, kState, kStateBackward, kFeaturesMax, kFeaturesForward, kFeaturesBackward };
+namespace cxv::cuda {
 
 // The splits depend on N, D, E and M: their partial states take at most an eighth of the memory of the tokens.
 inline void set_splits(LinearAttentionParams& p) {
@@ -31,7 +27,7 @@ inline int padded_size(const LinearAttentionParams& p) {
 }
 
 // What the scratch arrays take, in floats; `base` (256-byte aligned) makes them, null only counts.
-inline int64_t plan_workspace(const LinearAttentionParams& p, Call call, float* base, Workspace* work) {
+inline int64_t plan_workspace(Work& p, Call call, float* base) {
   if (call >= Call::kFeaturesMax) return 0;
   const int64_t heads = p.batch * p.heads, padded = round_up_16(p.features), size = padded_size(p);
   const bool backward = call == Call::kBackward, has_sums = !backward || has_key_gradients(p);
@@ -42,12 +38,12 @@ inline int64_t plan_workspace(const LinearAttentionParams& p, Call call, float* 
     used += (count + 63) / 64 * 64;
     return at;
   };
-  work->partial = take(has_sums ? heads * splits * (p.features + 1) * (p.value_dim + 3) : 0);
-  work->rows = take(heads * padded * size);  // as if floats
-  work->weight = take(heads * padded);
-  work->offset = take(heads * padded);
-  work->vector = take(heads * (size + 3));
-  work->token = backward && has_sums ? take(heads * 3 * p.queries) : nullptr;
+  p.partial = take(has_sums ? heads * splits * (p.features + 1) * (p.value_dim + 3) : 0);
+  p.rows = take(heads * padded * size);  // as if floats
+  p.weight = take(heads * padded);
+  p.offset = take(heads * padded);
+  p.vector = take(heads * (size + 3));
+  p.token = backward && has_sums ? take(heads * 3 * p.queries) : nullptr;
   return used;
 }
 
@@ -62,8 +58,7 @@ inline int64_t feature_maxima(const LinearAttentionParams& p, int64_t resident_b
 // One dtype, size and map: launch(kernel, blocks, threads, bytes of shared memory, arguments…) in order.
 template <class T, int P, FeatureMap map, class Launch>
 struct Passes {
-  const LinearAttentionParams& p;
-  const Workspace& work;
+  const Work& p;
   const Launch& launch;
   const int64_t heads = p.batch * p.heads;
 
@@ -105,59 +100,51 @@ struct Passes {
   template <bool queries, class Kernel>
   void sums(Kernel kernel, const SumsSide& side) const {
     using Shape = SumsShape<T, P, map>;
-    launch(kernel, heads * side.splits * Shape::blocks(p), Shape::kThreads, Shape::kBytes, p, work, side);
+    launch(kernel, heads * side.splits * Shape::blocks(p), Shape::kThreads, Shape::kBytes, p, side);
     const int64_t blocks = (p.features + kReduceFeatures - 1) / kReduceFeatures;
-    launch(reduce<map, queries>, heads * blocks, 32 * kReduceWarps, 4 * kReduceWarps, p, work, side);
+    launch(reduce<map, queries>, heads * blocks, 32 * kReduceWarps, 4 * kReduceWarps, p, side);
   }
   void pack(const PackSide& side) const {
-    launch(pack_state<T, P, map>, heads, PackShape<P>::kThreads, PackShape<P>::kBytes, p, work, side);
+    launch(pack_state<T, P, map>, heads, PackShape<P>::kThreads, PackShape<P>::kBytes, p, side);
   }
   template <Pass pass, class Kernel>
   void over_tokens(Kernel kernel, TokensSide side) const {
     using Shape = TokensShape<T, P, map, pass>;
-    side.blocks = Shape::blocks(p, side.tokens, work.resident_blocks);
-    launch(kernel, heads * side.blocks, Shape::kThreads, Shape::bytes(p), p, work, side);
+    side.blocks = Shape::blocks(p, side.tokens, p.resident_blocks);
+    launch(kernel, heads * side.blocks, Shape::kThreads, Shape::bytes(p), p, side);
   }
   template <Step step>
   void phi() const {
     using Shape = TokensShape<T, P, map, Pass::kFeatures>;
-    const int64_t blocks = Shape::blocks(p, p.queries, work.resident_blocks);
-    launch(features<T, P, map, step>, heads * blocks, Shape::kThreads, Shape::bytes(p), p, work, blocks);
+    const int64_t blocks = Shape::blocks(p, p.queries, p.resident_blocks);
+    launch(features<T, P, map, step>, heads * blocks, Shape::kThreads, Shape::bytes(p), p, blocks);
   }
 };
+
+template <auto value>
+using Constant = std::integral_constant<decltype(value), value>;
 
 // f(the size as a constant), f(the map as one).
 template <class F>
 void for_size(const LinearAttentionParams& p, F&& f) {
   const int size = padded_size(p);
-  if (size == 16) return f(std::integral_constant<int, 16>{});
-  if (size == 32) return f(std::integral_constant<int, 32>{});
-  f(std::integral_constant<int, 64>{});
+  if (size == 16) return f(Constant<16>{});
+  if (size == 32) return f(Constant<32>{});
+  f(Constant<64>{});
 }
 template <class F>
 void for_map(FeatureMap map, F&& f) {
-  switch (map) {
-    case FeatureMap::kSoftmax:
-      return f(std::integral_constant<FeatureMap, FeatureMap::kSoftmax>{});
-    case FeatureMap::kEluExact:
-      return f(std::integral_constant<FeatureMap, FeatureMap::kEluExact>{});
-    case FeatureMap::kElu:
-    case FeatureMap::kRelu:
-      return f(std::integral_constant<FeatureMap, FeatureMap::kRelu>{});
-    case FeatureMap::kFavorRelu:
-      return f(std::integral_constant<FeatureMap, FeatureMap::kFavorRelu>{});
-    case FeatureMap::kFavor:
-    case FeatureMap::kFavorExact:
-      return f(std::integral_constant<FeatureMap, FeatureMap::kFavor>{});
-  }
+  if (map == FeatureMap::kSoftmax) return f(Constant<FeatureMap::kSoftmax>{});
+  if (map == FeatureMap::kEluExact) return f(Constant<FeatureMap::kEluExact>{});
+  if (map == FeatureMap::kElu || map == FeatureMap::kRelu) return f(Constant<FeatureMap::kRelu>{});
+  if (map == FeatureMap::kFavorRelu) return f(Constant<FeatureMap::kFavorRelu>{});
+  f(Constant<FeatureMap::kFavor>{});
 }
 
 template <class T, class Launch>
-void run(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch) {
-  for_map(p.feature_map, [&](auto map) {
-    for_size(p, [&](auto size) { Passes<T, size(), map(), Launch>{p, work, launch}.run(call); });
-  });
+void run(Call call, const Work& p, const Launch& launch) {
+  for_map(p.feature_map,
+          [&](auto map) { for_size(p, [&](auto size) { Passes<T, size(), map(), Launch>{p, launch}.run(call); }); });
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -4,8 +4,7 @@
 
 #include "common.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 // A pass over the tokens of queries or keys.
 struct TokensSide {
@@ -49,8 +48,7 @@ struct TokenTile {
   using Shape = TokensShape<T, P, map, pass>;
   static constexpr int K = P / 16, Threads = Shape::kThreads, Rows = Shape::kTokens, kLd = P + kPad;
 
-  const LinearAttentionParams& p;
-  const Workspace& work;
+  const Work& p;
   const int64_t head;
   const int warp, g, t, features, size;  // features: M padded; size: of a tile of them
   const float scale;
@@ -61,9 +59,8 @@ struct TokenTile {
   int loaded = -1;
   Pair<T> x[K][4];
 
-  __device__ TokenTile(const LinearAttentionParams& p, const Workspace& work, int64_t head)
+  __device__ TokenTile(const Work& p, int64_t head)
       : p(p),
-        work(work),
         head(head),
         warp(threadIdx.x / 32),
         g(threadIdx.x % 32 / 4),
@@ -141,7 +138,7 @@ struct TokenTile {
     __syncthreads();
     const int count = features - first < size ? features - first : size;
     if constexpr (Shape::kRows) {
-      const T* from = static_cast<const T*>(work.rows) + head * features * P;
+      const T* from = static_cast<const T*>(p.rows) + head * features * P;
       constexpr int kVector = 16 / sizeof(T);
       for (int i = threadIdx.x; i < count * P / kVector; i += Threads) {
         const int row = i / (P / kVector), column = i % (P / kVector) * kVector;
@@ -149,8 +146,8 @@ struct TokenTile {
             *reinterpret_cast<const uint4*>(from + int64_t(first + row) * P + column);
       }
       for (int i = threadIdx.x; i < count; i += Threads) {
-        weight[i] = work.weight[head * features + first + i];
-        if (pass == Pass::kBackward) offset[i] = work.offset[head * features + first + i];
+        weight[i] = p.weight[head * features + first + i];
+        if (pass == Pass::kBackward) offset[i] = p.offset[head * features + first + i];
       }
     }
     if constexpr (kProjected<map>) {
@@ -241,7 +238,6 @@ struct QuerySums {
   template <class Tokens, class Rescale>
   __device__ __forceinline__ void next(const Tokens& r, float (&a)[2][4], int feature, Rescale&& rescale) {
     float high[2] = {running_max[0], running_max[1]};
-    bool risen = false;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& z = a[i / 4][i % 4];
@@ -250,20 +246,10 @@ struct QuerySums {
       z = kExponential<map> ? z + w : rectify<map>(z, r.elu) * w;
       high[i / 2 % 2] = fmaxf(high[i / 2 % 2], z);
     }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      high[row] = Relative::reference(row_max(high[row]));
-      risen |= high[row] > running_max[row];
-    }
-    if (__any_sync(~0u, risen)) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float factor = Relative::factor(running_max[row], high[row]);
-        running_max[row] = high[row];
-        sum[row] *= factor;
-        rescale(row, factor);
-      }
-    }
+    raise_max<Relative>(running_max, high, [&](int row, float factor) {
+      sum[row] *= factor;
+      rescale(row, factor);
+    });
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& z = a[i / 4][i % 4];
@@ -306,12 +292,11 @@ struct QuerySums {
 // block = head · blocks + block
 template <class T, int P, FeatureMap map>
 __global__ void __launch_bounds__(TokensShape<T, P, map, Pass::kQueryPass>::kThreads, 1)
-    query_pass(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-               const __grid_constant__ TokensSide side) {
+    query_pass(const __grid_constant__ Work p, const __grid_constant__ TokensSide side) {
   constexpr int K = P / 16;
   using R = TokenTile<T, P, map, Pass::kQueryPass>;
-  R r(p, work, blockIdx.x / side.blocks);
-  const float* vector = work.vector + r.head * (P + 3);
+  R r(p, blockIdx.x / side.blocks);
+  const float* vector = p.vector + r.head * (P + 3);
   const TileRange<R::Rows> range(side.tokens, side.blocks, blockIdx.x % side.blocks);
   for (int64_t tile = range.begin; tile < range.end; ++tile) {
     r.load(r.x, side.x, tile * R::Rows, side.tokens, int(p.dim), nullptr);
@@ -335,5 +320,4 @@ __global__ void __launch_bounds__(TokensShape<T, P, map, Pass::kQueryPass>::kThr
   }
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -3,8 +3,7 @@
 
 #include "key_pass.cuh"
 
-namespace cxv {
-namespace cuda {
+namespace cxv::cuda {
 
 constexpr int kReduceWarps = 4, kReduceFeatures = 16;  // of a block: a warp has a feature at a time, its lanes channels
 constexpr int kMaxWidth = 64;                          // of D and E
@@ -12,15 +11,14 @@ constexpr int kMaxWidth = 64;                          // of D and E
 // block = head · blocks of features + block of features
 template <FeatureMap map, bool queries>
 __global__ void __launch_bounds__(32 * kReduceWarps)
-    reduce(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-           const __grid_constant__ SumsSide side) {
+    reduce(const __grid_constant__ Work p, const __grid_constant__ SumsSide side) {
   using Relative = cuda::Relative<kExponential<map>>;
   constexpr int kChannels = kMaxWidth / 32;  // of a lane
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int M = int(p.features), E = int(p.value_dim), splits = int(side.splits), width = E + 3;
   const int blocks = (M + kReduceFeatures - 1) / kReduceFeatures, first = int(blockIdx.x % blocks) * kReduceFeatures;
   const int64_t head = blockIdx.x / blocks, size = int64_t(M + 1) * width;
-  const float* partial = work.partial + head * splits * size;
+  const float* partial = p.partial + head * splits * size;
   const auto record = [&](int split, int m) { return partial + split * size + m * width; };
   const float c = constant_of<map>(p);
 
@@ -122,8 +120,7 @@ struct PackShape {
 // block = head
 template <class T, int P, FeatureMap map>
 __global__ void __launch_bounds__(PackShape<P>::kThreads, 1)
-    pack_state(const __grid_constant__ LinearAttentionParams p, const __grid_constant__ Workspace work,
-               const __grid_constant__ PackSide side) {
+    pack_state(const __grid_constant__ Work p, const __grid_constant__ PackSide side) {
   using Shape = PackShape<P>;
   constexpr int Lanes = Shape::kLanes, Channels = Shape::kChannels, Rows = Shape::kRows;
   const PackFor role = side.role;
@@ -136,7 +133,7 @@ __global__ void __launch_bounds__(PackShape<P>::kThreads, 1)
   const float* stat = static_cast<const float*>(p.key_stat) + head * M;
   const float* R = static_cast<const float*>(p.grad_state) + head * M * E;
   const float* rho = static_cast<const float*>(p.grad_z) + head * M;
-  float* vector = work.vector + head * (P + 3);
+  float* vector = p.vector + head * (P + 3);
   float *center = reinterpret_cast<float*>(shared_memory), *extra = center + P, *sums = extra + P;
   float *sums_of_keys = sums + Rows * P, *totals = sums_of_keys + Rows * P, *maxima = totals + Rows;
 
@@ -195,7 +192,7 @@ __global__ void __launch_bounds__(PackShape<P>::kThreads, 1)
   for (int i = 0; i < Shape::kThreads / 32; ++i) largest = fmaxf(largest, maxima[i]);
   const float scale = largest > 0 && largest < INFINITY ? exp2f(ceilf(log2f(largest))) : 1.f, inverse = 1 / scale;
 
-  T* rows = static_cast<T*>(work.rows) + head * padded * P;
+  T* rows = static_cast<T*>(p.rows) + head * padded * P;
   const float none = kExponential<map> ? -INFINITY : 0.f;
   for (int m = row; m < padded; m += Rows) {
     float along = 0;  // of R as rounded with c̄; the softmax pair's weights do not know z, so there ρ = −R·U
@@ -229,8 +226,8 @@ __global__ void __launch_bounds__(PackShape<P>::kThreads, 1)
         weight = stat[m] == 0 ? 0.f : float(1 << side.raise) / stat[m];
       if (keys) offset = (map != FeatureMap::kSoftmax || role == PackFor::kState ? rho[m] * inverse : 0.f) - along;
     }
-    work.weight[head * padded + m] = weight;
-    work.offset[head * padded + m] = offset;
+    p.weight[head * padded + m] = weight;
+    p.offset[head * padded + m] = offset;
   }
   if (threadIdx.x < P)
     vector[threadIdx.x] = role == PackFor::kState ? 0.f : keys ? extra[threadIdx.x] : center[threadIdx.x];
@@ -244,5 +241,4 @@ __global__ void __launch_bounds__(PackShape<P>::kThreads, 1)
   }
 }
 
-}  // namespace cuda
-}  // namespace cxv
+}  // namespace cxv::cuda

@@ -1,4 +1,4 @@
-// Small kernels that do one thing wrong, or right, for tests/test_simt.py.
+// Small kernels that do one thing wrong, or right, for test_emulator.py.
 #include "simt.h"
 
 #include <exception>
@@ -15,12 +15,11 @@ namespace {
 int* words() { return reinterpret_cast<int*>(shared_memory); }
 
 // Thread i reads what thread i + `distance` wrote.
-void exchange(int distance, bool barrier, bool warp_barrier) {
+void exchange(int distance, bool barrier) {
   words()[threadIdx.x] = 0;
   __syncthreads();
   words()[threadIdx.x] = threadIdx.x;
   if (barrier) __syncthreads();
-  if (warp_barrier) __syncwarp();
   volatile int sink = words()[(threadIdx.x + distance) % blockDim.x];
   (void)sink;
 }
@@ -55,16 +54,9 @@ void product(const float* A, const float* B, float* D, bool transposed, bool swa
 void run(const std::string& name) {
   const int i = threadIdx.x;
   float* const f = reinterpret_cast<float*>(shared_memory);
-  if (name == "race") exchange(32, false, false);
-  if (name == "race in a warp") exchange(1, false, false);
-  if (name == "race behind a warp barrier") exchange(32, false, true);
-  if (name == "ordered") exchange(33, true, false);
-  if (name == "ordered in a warp") {
-    words()[i] = i;
-    __syncwarp();
-    volatile int sink = words()[i ^ 1];
-    (void)sink;
-  }
+  if (name == "race") exchange(32, false);
+  if (name == "race in a warp") exchange(1, false);
+  if (name == "ordered") exchange(33, true);
   if (name == "race of a read and a later write") {
     words()[i] = i;
     __syncthreads();
@@ -74,7 +66,7 @@ void run(const std::string& name) {
   }
   if (name == "barrier of some" && i != 5) __syncthreads();
   if (name == "collective of some" && i != 37) __shfl_xor_sync(~0u, 1.f, 1);
-  if (name == "collectives of two kinds") i % 2 ? void(__any_sync(~0u, 1)) : __syncwarp();
+  if (name == "collectives of two kinds") i % 2 ? void(__any_sync(~0u, 1)) : void(__shfl_sync(~0u, 1.f, 0));
   if (name == "unwritten") f[i] = f[i + 64];
   if (name == "beyond") f[i + 200] = 1;
   if (name == "misaligned") {

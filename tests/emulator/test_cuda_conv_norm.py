@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
-from simt.host import Arena, View, build, call, needs_cxx
+from cuda_emulator import Arena, View, build, call, needs_cxx
 
 pytestmark = needs_cxx
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

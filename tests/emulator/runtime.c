@@ -1,6 +1,6 @@
 // A CUDA runtime and driver whose one GPU is this host. Preloaded as libcuda.so.1, it stands before NVIDIA's libraries:
 // device memory is the host's, and a stream has done what it is given when the call returns. PyTorch's own kernels are
-// refused (aten.cpp serves their ops), Triton's are taken and do nothing, csrc/cuda's run in the emulator (tests/simt).
+// refused (aten.cpp serves their ops), Triton's are taken and do nothing, csrc/cuda's run in the emulator (simt.h).
 // What is not here fails as on a machine without a GPU.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -15,8 +15,8 @@ static int setting(const char* name, int otherwise) {
   const char* value = getenv(name);
   return value ? atoi(value) : otherwise;
 }
-static int arch(void) { return setting("HOST_GPU_ARCH", 90); }
-static size_t capacity(void) { return (size_t)setting("HOST_GPU_MIB", 1 << 14) << 20; }
+static int arch(void) { return setting("FAKE_DEVICE_ARCH", 90); }
+static size_t capacity(void) { return (size_t)setting("FAKE_DEVICE_MIB", 1 << 14) << 20; }
 
 // Functions that have nothing to do.
 #define SUCCEEDS(name)                      \
@@ -53,76 +53,47 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess                         ? "no error"
          : error == cudaErrorMemoryAllocation         ? "out of memory"
          : error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
-         : error == cudaErrorNotSupported             ? "not supported by the host that plays the GPU"
-                                                      : "an error of the host that plays the GPU";
+         : error == cudaErrorNotSupported             ? "not supported by the fake CUDA device"
+                                                      : "an error of the fake CUDA device";
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, int device) {
-  switch ((int)attribute) {
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = arch() / 10;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = arch() % 10;
-      break;
-    case cudaDevAttrMultiProcessorCount:
-      *value = 132;
-      break;
-    case cudaDevAttrWarpSize:
-      *value = 32;
-      break;
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = 1024;
-      break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2048;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = 48 << 10;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = arch() < 80 ? 64 << 10 : 227 << 10;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = arch() < 80 ? 64 << 10 : 228 << 10;
-      break;
-    case cudaDevAttrMaxRegistersPerBlock:
-      *value = 1 << 16;
-      break;
-    case cudaDevAttrL2CacheSize:
-      *value = 4 << 20;
-      break;
-    case cudaDevAttrClockRate:
-      *value = 1000000;
-      break;  // kHz
-    default:
-      *value = 0;
-  }
-  return cudaSuccess;
+static int attribute(int name) {
+  const int shared = arch() < 80 ? 64 << 10 : 227 << 10;
+  const int values[][2] = {{cudaDevAttrComputeCapabilityMajor, arch() / 10},
+                           {cudaDevAttrComputeCapabilityMinor, arch() % 10},
+                           {cudaDevAttrMultiProcessorCount, 132},
+                           {cudaDevAttrWarpSize, 32},
+                           {cudaDevAttrMaxThreadsPerBlock, 1024},
+                           {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
+                           {cudaDevAttrMaxSharedMemoryPerBlock, 48 << 10},
+                           {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared},
+                           {cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared},
+                           {cudaDevAttrMaxRegistersPerBlock, 1 << 16},
+                           {cudaDevAttrL2CacheSize, 4 << 20},
+                           {cudaDevAttrClockRate, 1000000}};  // kHz
+  for (size_t i = 0; i < sizeof values / sizeof *values; ++i)
+    if (values[i][0] == name) return values[i][1];
+  return 0;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr name, int device) {
+  return *value = attribute(name), cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* p, int device) {
   memset(p, 0, sizeof *p);
-  strcpy(p->name, "the host as a GPU");
+  strcpy(p->name, "the fake CUDA device");
   p->totalGlobalMem = capacity();
-#define ATTRIBUTE(field, name)                    \
-  {                                               \
-    int value;                                    \
-    cudaDeviceGetAttribute(&value, name, device); \
-    p->field = value;                             \
-  }
-  ATTRIBUTE(major, cudaDevAttrComputeCapabilityMajor)
-  ATTRIBUTE(minor, cudaDevAttrComputeCapabilityMinor)
-  ATTRIBUTE(multiProcessorCount, cudaDevAttrMultiProcessorCount)
-  ATTRIBUTE(warpSize, cudaDevAttrWarpSize)
-  ATTRIBUTE(maxThreadsPerBlock, cudaDevAttrMaxThreadsPerBlock)
-  ATTRIBUTE(maxThreadsPerMultiProcessor, cudaDevAttrMaxThreadsPerMultiProcessor)
-  ATTRIBUTE(sharedMemPerBlock, cudaDevAttrMaxSharedMemoryPerBlock)
-  ATTRIBUTE(sharedMemPerBlockOptin, cudaDevAttrMaxSharedMemoryPerBlockOptin)
-  ATTRIBUTE(sharedMemPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor)
-  ATTRIBUTE(regsPerBlock, cudaDevAttrMaxRegistersPerBlock)
-  ATTRIBUTE(regsPerMultiprocessor, cudaDevAttrMaxRegistersPerBlock)
-  ATTRIBUTE(l2CacheSize, cudaDevAttrL2CacheSize)
+  p->major = attribute(cudaDevAttrComputeCapabilityMajor);
+  p->minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  p->multiProcessorCount = attribute(cudaDevAttrMultiProcessorCount);
+  p->warpSize = attribute(cudaDevAttrWarpSize);
+  p->maxThreadsPerBlock = attribute(cudaDevAttrMaxThreadsPerBlock);
+  p->maxThreadsPerMultiProcessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+  p->sharedMemPerBlock = attribute(cudaDevAttrMaxSharedMemoryPerBlock);
+  p->sharedMemPerBlockOptin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  p->sharedMemPerMultiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  p->regsPerBlock = p->regsPerMultiprocessor = attribute(cudaDevAttrMaxRegistersPerBlock);
+  p->l2CacheSize = attribute(cudaDevAttrL2CacheSize);
   return cudaSuccess;
 }
 
@@ -176,7 +147,7 @@ cudaError_t cudaFree(void* pointer) {
   if (block) {
     for (size_t i = block->bytes; i < extent(block->bytes); ++i)
       if (block->begin[i] != (char)0xFF) {
-        fprintf(stderr, "byte %zu of %zu on the host that plays the GPU was written\n", i, block->bytes);
+        fprintf(stderr, "byte %zu of %zu on the fake CUDA device was written\n", i, block->bytes);
         abort();
       }
     if (block->on_device) used -= block->bytes;
@@ -217,14 +188,14 @@ static struct Graph {
 static void* last_stream;
 
 // For aten.cpp, the emulator's launches and the tests.
-int host_gpu_capturing(void) { return capturing != NULL; }
-void host_gpu_record(Work run, void* data) {
-  if (capturing->count == 1 << 12) fprintf(stderr, "too much for a graph on the host that plays the GPU\n"), abort();
+int fake_device_capturing(void) { return capturing != NULL; }
+void fake_device_record(Work run, void* data) {
+  if (capturing->count == 1 << 12) fprintf(stderr, "too much for a graph on the fake CUDA device\n"), abort();
   capturing->work[capturing->count].run = run;
   capturing->work[capturing->count++].data = data;
 }
-void host_gpu_launched(void* stream) { last_stream = stream; }
-void* host_gpu_last_stream(void) { return last_stream; }
+void fake_device_launched(void* stream) { last_stream = stream; }
+void* fake_device_last_stream(void) { return last_stream; }
 
 static cudaError_t wait(void) { return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
 cudaError_t cudaDeviceSynchronize(void) { return wait(); }
@@ -343,7 +314,7 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
   for (int i = 0; i < kernel_count; ++i)
     if (kernels[i].host == host) name = kernels[i].name;
   if (strstr(name, "spin_kernel")) return cudaSuccess;  // torch.cuda._sleep
-  fprintf(stderr, "the host that plays the GPU has no %s\n", name);
+  fprintf(stderr, "the fake CUDA device has no %s\n", name);
   return cudaErrorNotSupported;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
@@ -402,7 +373,7 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
                         unsigned threads_z, unsigned shared, CUstream stream, void** arguments, void** extra) {
-  host_gpu_launched(stream);
+  fake_device_launched(stream);
   return x && y && z && x <= 0x7FFFFFFF && y <= 0xFFFF && z <= 0xFFFF ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** arguments, void** extra) {

@@ -39,7 +39,6 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
 void __syncthreads();
-void __syncwarp();
 float __shfl_xor_sync(unsigned mask, float value, int lanes);
 float __shfl_sync(unsigned mask, float value, int lane);
 int __any_sync(unsigned mask, int predicate);
@@ -62,6 +61,13 @@ namespace simt {
 
 // body() is what one CUDA thread does. seed 0: threads and blocks in order. Throws std::runtime_error.
 void launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const std::function<void()>& body);
+
+// launch(kernel, blocks, threads, bytes of shared memory, arguments…), as csrc/cuda calls it.
+inline auto launcher(unsigned seed) {
+  return [=](auto kernel, int64_t blocks, int threads, int bytes, const auto&... arguments) {
+    launch(blocks, threads, bytes, seed, [&] { kernel(arguments...); });
+  };
+}
 
 // The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
 // are not checked.

@@ -28,7 +28,7 @@ using cxv::cuda::shared_memory;
 constexpr int kStackBytes = 128 * 1024, kGranule = 2;  // bytes of shared memory that are watched as one
 constexpr int64_t kGranules = sizeof shared_memory / kGranule;
 
-enum class Op { kNone, kSyncWarp, kShuffleXor, kShuffle, kAny, kLdmatrix, kMma, kSyncThreads };
+enum class Op { kNone, kShuffleXor, kShuffle, kAny, kLdmatrix, kMma, kSyncThreads };
 
 struct Fiber {
   ucontext_t context;
@@ -40,12 +40,12 @@ struct Fiber {
   void* out;
 };
 
-// Who touched a granule last, and when: between the same two barriers of the block, and of the warp.
+// Who touched a granule last, and between which two barriers of the block.
 struct Touch {
-  uint32_t barrier = 0, warp_barrier = 0;
-  int32_t thread = -1;  // kWarp - w: several threads of warp w; kMany: of several warps
+  uint32_t barrier = 0;
+  int32_t thread = -1;  // kMany: several
 };
-constexpr int32_t kMany = -2, kWarp = -3;
+constexpr int32_t kMany = -2;
 struct Shadow {
   Touch write, read;
   uint32_t block = 0;  // in which it was written
@@ -66,7 +66,6 @@ class Machine {
     failure_.clear();
     random_.seed(seed);
     while (int(fibers_.size()) < threads) fibers_.push_back(std::make_unique<Fiber>());
-    warp_barrier_.assign((threads + 31) / 32, 0);
     blockDim = {unsigned(threads), 1, 1};
     gridDim = {unsigned(blocks), 1, 1};
     std::vector<int64_t> order(blocks);
@@ -170,34 +169,19 @@ class Machine {
     next();
   }
 
-  bool now(const Touch& t) const { return t.barrier == barrier_; }
   // Did another thread do this, unordered with the current one?
-  bool unordered(const Touch& t) const {
-    if (!now(t) || t.thread == current_) return false;
-    const int32_t warp = current_ / 32;
-    const bool same_warp = t.thread >= 0 ? t.thread / 32 == warp : t.thread == kWarp - warp;
-    return !same_warp || t.warp_barrier == warp_barrier_[warp];
-  }
+  bool unordered(const Touch& t) const { return t.barrier == barrier_ && t.thread != current_; }
   void touch(Shadow& s, bool write) {
-    const int32_t warp = current_ / 32;
     if (unordered(s.write) || (write && unordered(s.read))) return fail("a race in shared memory");
     if (!write && s.block != block_) return fail("a read of shared memory that was not written");
-    if (write) {
-      s.write = {barrier_, warp_barrier_[warp], current_};
-      s.block = block_;
-    } else if (now(s.read) && s.read.thread != current_) {
-      const bool same_warp = s.read.thread >= 0 ? s.read.thread / 32 == warp : s.read.thread == kWarp - warp;
-      s.read = {barrier_, warp_barrier_[warp], same_warp ? kWarp - warp : kMany};
-    } else {
-      s.read = {barrier_, warp_barrier_[warp], current_};
-    }
+    (write ? s.write : s.read) = {barrier_, !write && unordered(s.read) ? kMany : current_};
+    if (write) s.block = block_;
   }
 
   void collective(Op op, int first);
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_;
-  std::vector<uint32_t> warp_barrier_;
   std::vector<Shadow> shadow_ = std::vector<Shadow>(kGranules);
   std::mt19937 random_;
   const std::function<void()>* body_;
@@ -279,7 +263,6 @@ void multiply(const Mma* const (&in)[32], float* const (&out)[32]) {
 void Machine::collective(Op op, int first) {
   const auto in = [&]<class T>(int lane, T*) { return static_cast<const T*>(fibers_[first + lane]->in); };
   const auto out = [&](int lane) { return fibers_[first + lane]->out; };
-  if (op == Op::kSyncWarp) ++warp_barrier_[first / 32];
   if (op == Op::kShuffleXor || op == Op::kShuffle)
     for (int lane = 0; lane < 32; ++lane) {
       const Shuffle& own = *in(lane, (Shuffle*)nullptr);
@@ -325,7 +308,6 @@ void Machine::collective(Op op, int first) {
 }  // namespace
 
 void __syncthreads() { machine.meet(Op::kSyncThreads); }
-void __syncwarp() { machine.meet(Op::kSyncWarp); }
 float __shfl_xor_sync(unsigned, float value, int lanes) {
   const Shuffle in = {value, lanes};
   float out;

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt.host import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
+from cuda_emulator import NUMBERS, Arena, Arguments, View, build, call, make, needs_cxx
 from test_extreme_values import ATTENTION, NAMED_VALUES, PROJECTION, check_with, draw
 
 from cxv_kernels.ops.linear_attention.reference import kv_state_reference, linear_attention_reference
@@ -18,7 +18,7 @@ from cxv_kernels.ops.performer_attention.reference import (
     performer_features_reference,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import cuda_report
 
@@ -127,88 +127,70 @@ def check(simt, feature_map, queries, keys, dim, value_dim, dtype=torch.float16,
         assert_close(name, got, expected, dtype, float(terms))
 
 
-@pytest.mark.parametrize("feature_map", MAPS)
+EVERY_SIZE = [*((m, torch.float16) for m in MAPS), *((m, torch.float32) for m in LINEAR)]
+every_size = pytest.mark.parametrize(("feature_map", "dtype"), EVERY_SIZE, ids=lambda x: str(x).removeprefix("torch."))
+
+
+@every_size
 class TestAgainstFloat64:
-    def test_one_token(self, sm75, feature_map):
-        check(sm75, feature_map, 1, 1, 5, 17)
+    """Heads of every size, except projected ones in float32, which take the emulator too long."""
 
-    def test_channels_before_tokens(self, sm75, feature_map):
-        check(sm75, feature_map, 130, 63, 32, 32, layout="nchw", seed=1)
+    def test_one_token(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 1, 1, 5, 17, dtype)
 
-    def test_strided_views(self, sm75, feature_map):
-        check(sm75, feature_map, 63, 130, 17, 5, layout="gaps", seed=2)
+    def test_channels_before_tokens(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 130, 63, 32, 32, dtype, layout="nchw", seed=1)
 
-    def test_widest(self, sm75, feature_map):
-        check(sm75, feature_map, 33, 40, 64, 50, features=75, heads=1, seed=3)
+    def test_strided_views(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 63, 130, 17, 5, dtype, layout="gaps", seed=2)
 
-    def test_narrowest_in_several_splits(self, sm75, feature_map):
-        check(sm75, feature_map, 1100, 1100, 13, 16, heads=1, seed=4)
+    def test_widest(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 33, 40, 64, 50, dtype, features=75, heads=1, seed=3)
 
-    def test_features_of_several_blocks(self, sm75, feature_map):
-        check(sm75, feature_map, 20, 20, 32, 32, heads=1, features=150)
+    def test_narrowest_in_several_splits(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 1100, 1100, 13, 16, dtype, heads=1, seed=4)
 
-    def test_key_mask(self, sm75, feature_map):
+    def test_features_of_several_blocks(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 20, 20, 32, 32, dtype, heads=1, features=150)
+
+    def test_key_mask(self, sm75, feature_map, dtype):
         mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.4
         mask[1] = False  # no key is seen
-        check(sm75, feature_map, 33, 70, 12, 20, batch=2, heads=1, mask=mask, seed=5)
+        check(sm75, feature_map, 33, 70, 12, 20, dtype, batch=2, heads=1, mask=mask, seed=5)
         expanded = mask[:, None].expand(2, 3, 70)[:, 1]
-        check(sm75, feature_map, 3, 70, 12, 20, batch=2, heads=1, mask=expanded, layout="nchw")
+        check(sm75, feature_map, 3, 70, 12, 20, dtype, batch=2, heads=1, mask=expanded, layout="nchw")
 
-    def test_odd_sizes(self, sm75, feature_map):
-        check(sm75, feature_map, 67, 130, 30, 32, layout="nchw", seed=6)
-        check(sm75, feature_map, 130, 33, 17, 20)
-
-    @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
-    def test_no_tokens(self, sm75, feature_map, queries, keys):
-        check(sm75, feature_map, queries, keys, 5, 6)
-
-
-@pytest.mark.parametrize("feature_map", MAPS)
-@pytest.mark.parametrize("layout", ["bhnd", "nchw"])
-def test_float32_on_cuda_cores(sm75, feature_map, layout):
-    check(sm75, feature_map, 33, 40, 13, 16, torch.float32, layout=layout, seed=1)
-
-
-@pytest.mark.parametrize("feature_map", LINEAR)
-class TestUnprojectedFloat32:
-    """Of heads of every size; projections take the emulator too long."""
-
-    def test_odd_sizes(self, sm75, feature_map):
-        check(sm75, feature_map, 63, 130, 17, 5, torch.float32, layout="nchw")
-
-    def test_strided_views(self, sm75, feature_map):
-        check(sm75, feature_map, 130, 63, 32, 32, torch.float32, layout="gaps", seed=2)
-
-    def test_widest(self, sm75, feature_map):
-        check(sm75, feature_map, 63, 130, 64, 50, torch.float32, heads=1, seed=3)
-
-    def test_several_splits(self, sm75, feature_map):
-        check(sm75, feature_map, 1100, 1100, 5, 6, torch.float32, heads=1, seed=4)
-
-    def test_key_mask(self, sm75, feature_map):
-        mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.4
-        mask[1] = False  # no key is seen
-        check(sm75, feature_map, 33, 70, 12, 20, torch.float32, batch=2, heads=1, mask=mask, seed=5)
+    def test_odd_sizes(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 67, 130, 30, 32, dtype, layout="nchw", seed=6)
+        check(sm75, feature_map, 130, 33, 17, 20, dtype)
 
     @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
-    def test_no_tokens(self, sm75, feature_map, queries, keys):
-        check(sm75, feature_map, queries, keys, 5, 6, torch.float32)
+    def test_no_tokens(self, sm75, feature_map, dtype, queries, keys):
+        check(sm75, feature_map, queries, keys, 5, 6, dtype)
 
-    def test_no_channels(self, sm75, feature_map):
-        check(sm75, feature_map, 7, 6, 5, 0, torch.float32)
+    def test_no_channels(self, sm75, feature_map, dtype):
+        check(sm75, feature_map, 7, 6, 5, 0, dtype)
 
-    def test_a_hidden_key_may_be_anything(self, sm75, feature_map):
-        q, k, v, g = (make((1, 1, 9, 8), torch.float32, i) for i in range(4))
+    def test_a_hidden_key_may_be_anything(self, sm75, feature_map, dtype):
+        q, k, v, g = (make((1, 1, 9, 8), dtype, i) for i in range(4))
         k[:, :, 4], v[:, :, 4] = torch.nan, torch.inf
         mask = torch.arange(9)[None] != 4
-        assert all(t.isfinite().all() for t in run(sm75, feature_map, q, k, v, g, key_mask=mask))
+        results = run(sm75, feature_map, q, k, v, g, projection_for(feature_map, 8), mask)
+        assert all(t.isfinite().all() for t in results)
 
-    def test_nan_is_not_hidden(self, sm75, feature_map):
+    def test_nan_is_not_hidden(self, sm75, feature_map, dtype):
+        projection = projection_for(feature_map, 8)
         for i in range(3):
-            q, k, v, g = inputs = [make((1, 1, 9, 8), torch.float32, i) for i in range(4)]
+            q, k, v, g = inputs = [make((1, 1, 9, 8), dtype, i) for i in range(4)]
             inputs[i][0, 0, 2, 3] = torch.nan
-            got = run(sm75, feature_map, q, k, v, g)[0].isnan()
-            assert torch.equal(got, linear_attention_reference(q, k, v, feature_map).isnan())
+            got = run(sm75, feature_map, q, k, v, g, projection)[0].isnan()
+            assert torch.equal(got, reference(feature_map, q, k, v, projection).isnan())
+
+
+@pytest.mark.parametrize("feature_map", FAVOR)
+@pytest.mark.parametrize("layout", ["bhnd", "nchw"])
+def test_projected_float32(sm75, feature_map, layout):
+    check(sm75, feature_map, 33, 40, 13, 16, torch.float32, layout=layout, seed=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -315,21 +297,6 @@ class TestNumerics:
         wants = torch.autograd.grad(reference(feature_map, *inputs, projection), inputs, g.double())
         for name, got, want in zip(("dq", "dk", "dv"), results[1:4], wants, strict=True):
             assert_close(name, got, want, torch.float16)
-
-    def test_a_hidden_key_may_be_anything(self, sm75, feature_map):
-        q, k, v, g = (make((1, 1, 9, 8), torch.float16, i) for i in range(4))
-        k[:, :, 4], v[:, :, 4] = torch.nan, torch.inf
-        mask = torch.arange(9)[None] != 4
-        results = run(sm75, feature_map, q, k, v, g, projection_for(feature_map, 8), mask)
-        assert all(t.isfinite().all() for t in results)
-
-    def test_nan_is_not_hidden(self, sm75, feature_map):
-        projection = projection_for(feature_map, 8)
-        for i in range(3):
-            q, k, v, g = inputs = [make((1, 1, 9, 8), torch.float16, i) for i in range(4)]
-            inputs[i][0, 0, 2, 3] = torch.nan
-            got = run(sm75, feature_map, q, k, v, g, projection)[0].isnan()
-            assert torch.equal(got, reference(feature_map, q, k, v, projection).isnan())
 
     @pytest.mark.parametrize("size", [1, 30])
     def test_the_state_of_a_million_keys(self, sm75, feature_map, size):

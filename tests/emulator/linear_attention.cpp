@@ -1,4 +1,4 @@
-// csrc/cuda/linear_attention on the host, for ctypes (tests/test_cuda_attention.py).
+// csrc/cuda/linear_attention on the host, for ctypes (test_cuda_attention.py).
 #include "simt.h"
 
 #include <cstring>
@@ -24,15 +24,15 @@ std::vector<float> unwritten(int64_t count) {
 
 // Runs `call` for what is compiled: with a projection one size of float, to keep the compiler's time down.
 template <class Launch>
-void run_compiled(Call call, const LinearAttentionParams& p, const Workspace& work, const Launch& launch) {
+void run_compiled(Call call, const Work& p, const Launch& launch) {
   for_map(p.feature_map, [&](auto map) {
     if (p.dtype == DType::kHalf)
-      return for_size(p, [&](auto size) { Passes<__half, size(), map(), Launch>{p, work, launch}.run(call); });
+      return for_size(p, [&](auto size) { Passes<__half, size(), map(), Launch>{p, launch}.run(call); });
     if (p.dtype != DType::kFloat) throw std::runtime_error("not compiled");
     if constexpr (kProjected<map()>)
-      Passes<float, 16, map(), Launch>{p, work, launch}.run(call);
+      Passes<float, 16, map(), Launch>{p, launch}.run(call);
     else
-      for_size(p, [&](auto size) { Passes<float, size(), map(), Launch>{p, work, launch}.run(call); });
+      for_size(p, [&](auto size) { Passes<float, size(), map(), Launch>{p, launch}.run(call); });
   });
 }
 
@@ -45,21 +45,18 @@ void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt
 // The caller fills p but for splits and scratch memory. These return what went wrong, or null.
 const char* simt_attention(const LinearAttentionParams* in, Call call, unsigned seed) {
   return simt::guarded([&] {
-    LinearAttentionParams p = *in;
+    Work p = {*in};
     set_splits(p);
     const int64_t heads = p.batch * p.heads;
     auto grad_state = unwritten(heads * p.features * p.value_dim), grad_z = unwritten(heads * p.features);
     if (p.grad_state == nullptr) p.grad_state = grad_state.data(), p.grad_z = grad_z.data();
-    Workspace work = {};
-    work.resident_blocks = kResidentBlocks;
-    auto scratch = unwritten(plan_workspace(p, call, nullptr, &work) + 64);
-    plan_workspace(p, call, scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) / 4 % 64), &work);
+    p.resident_blocks = kResidentBlocks;
+    auto scratch = unwritten(plan_workspace(p, call, nullptr) + 64);
+    plan_workspace(p, call, scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) / 4 % 64));
     const int64_t maxima = feature_maxima(p, kResidentBlocks);
     auto feature_max = unwritten(call == Call::kFeaturesMax ? heads * maxima : 0);
-    work.feature_max = feature_max.data();
-    run_compiled(call, p, work, [&](auto kernel, int64_t blocks, int threads, int bytes, const auto&... arguments) {
-      simt::launch(blocks, threads, bytes, seed, [&] { kernel(arguments...); });
-    });
+    p.feature_max = feature_max.data();
+    run_compiled(call, p, simt::launcher(seed));
     float* const key_max = static_cast<float*>(p.key_max);
     for (int64_t i = 0; i < int64_t(feature_max.size()); ++i)
       key_max[i / maxima] = i % maxima == 0 ? feature_max[i] : std::fmax(key_max[i / maxima], feature_max[i]);
@@ -68,14 +65,13 @@ const char* simt_attention(const LinearAttentionParams* in, Call call, unsigned 
 
 // The threads and shared memory of each launch of forward and backward, which are not run; how many they are.
 int simt_launches(const LinearAttentionParams* in, int* threads, int* shared) {
-  LinearAttentionParams p = *in;
+  Work p = {*in};
   set_splits(p);
+  p.resident_blocks = kResidentBlocks;
   for (View* grad : {&p.grad_q, &p.grad_k, &p.grad_v}) grad->data = grad;  // all are needed
-  Workspace work = {};
-  work.resident_blocks = kResidentBlocks;
   int count = 0;
   for (Call call : {Call::kForward, Call::kBackward})
-    run_compiled(call, p, work, [&](auto, int64_t, int block, int bytes, const auto&...) {
+    run_compiled(call, p, [&](auto, int64_t, int block, int bytes, const auto&...) {
       threads[count] = block;
       shared[count++] = bytes;
     });

@@ -1,4 +1,4 @@
-// What csrc/cuda's ops ask of CUDA's runtime, for tests/host_gpu, where their launches come to launch_on().
+// What csrc/cuda's ops ask of CUDA's runtime, for the fake CUDA device, where their launches come to launch_on().
 #pragma once
 
 #include "simt.h"
@@ -19,9 +19,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, Kernel) {
 extern "C" {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
-int host_gpu_capturing();
-void host_gpu_record(void (*run)(void*), void* data);
-void host_gpu_launched(void* stream);
+int fake_device_capturing();
+void fake_device_record(void (*run)(void*), void* data);
+void fake_device_launched(void* stream);
 }
 
 namespace simt {
@@ -31,10 +31,10 @@ namespace simt {
 template <class Kernel, class... Arguments>
 void launch_on(cudaStream_t stream, int64_t blocks, int threads, int shared_bytes, Kernel kernel,
                Arguments... arguments) {
-  host_gpu_launched(stream);
+  fake_device_launched(stream);
   auto run = [=] { launch(blocks, threads, shared_bytes, 0, [&] { kernel(arguments...); }); };
-  if (!host_gpu_capturing()) return run();
-  host_gpu_record([](void* data) { (*static_cast<decltype(run)*>(data))(); }, new auto(run));
+  if (!fake_device_capturing()) return run();
+  fake_device_record([](void* data) { (*static_cast<decltype(run)*>(data))(); }, new auto(run));
 }
 
 }  // namespace simt

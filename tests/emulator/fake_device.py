@@ -1,4 +1,4 @@
-"""Builds the fake CUDA device, with csrc/cuda's kernels in the emulator (tests/simt)."""
+"""Build the fake CUDA device, with csrc/cuda's kernels in the emulator."""
 
 import os
 import re
@@ -13,14 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "simt"))
-
-from host import SIMT, emulator
+from cuda_emulator import HERE, emulator
 
 from cxv_kernels.library import CPP_MISSING
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).parent
 _folder = tempfile.TemporaryDirectory()  # for what is compiled once; it goes with the process
@@ -80,7 +76,7 @@ def _kernels(folder: Path, pool: ThreadPoolExecutor) -> None:
         text = LAUNCH.sub(r"simt::launch_on(\5, \2, \3, \4, \1, \6);", source.read_text())
         assert "<<<" not in text, f"{source.name} has a launch that {LAUNCH.pattern} does not find"
         source.write_text(text)
-    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{SIMT}", "-fsanitize=thread", "-DUSE_CUDA", "-DCXV_DEVICE=CUDA"]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{HERE}", "-fsanitize=thread", "-DUSE_CUDA", "-DCXV_DEVICE=CUDA"]
     flags += [f"-I{TORCH}/include", "-include", "cuda_runtime.h", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     sources = [
         folder / "csrc" / "host" / f"{op}.cpp" for op in ("conv_norm", "linear_attention", "performer_attention")
@@ -98,7 +94,7 @@ def _kernels(folder: Path, pool: ThreadPoolExecutor) -> None:
 
 
 @dataclass(frozen=True)
-class HostGPU:
+class FakeDevice:
     """A copy of the project in ``folder``, whose CUDA library is the emulated one."""
 
     folder: Path
@@ -112,13 +108,13 @@ class HostGPU:
             "CUDA_VISIBLE_DEVICES": "0",
             "LD_PRELOAD": str(_runtime()),
             "TRITON_LIBCUDA_PATH": str(_runtime().parent),
-            "HOST_GPU_ARCH": str(self.arch),
-            "HOST_GPU_ATEN": str(_aten()),
+            "FAKE_DEVICE_ARCH": str(self.arch),
+            "FAKE_DEVICE_ATEN": str(_aten()),
             "PYTHONPATH": f"{self.folder}{os.pathsep}{HERE}",
         }
 
 
-def build(folder: Path, arch: int) -> HostGPU:
+def build(folder: Path, arch: int) -> FakeDevice:
     """Compile all of it into ``folder``."""
     for name in ("cxv", "cxv_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
@@ -127,4 +123,4 @@ def build(folder: Path, arch: int) -> HostGPU:
         for job in jobs:
             job.result()
         _kernels(folder, pool)
-    return HostGPU(folder, arch)
+    return FakeDevice(folder, arch)

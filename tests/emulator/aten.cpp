@@ -1,4 +1,4 @@
-// PyTorch's ops on the host that plays the GPU (runtime.c): those of the CPU, on the same memory. What allocates, views
+// PyTorch's ops on the fake CUDA device (runtime.c): those of the CPU, on the same memory. What allocates, views
 // or reads a number stays CUDA's own, and so do its allocator, streams and graphs.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -7,8 +7,8 @@
 #include <set>
 #include <string>
 
-extern "C" int host_gpu_capturing();
-extern "C" void host_gpu_record(void (*run)(void*), void* data);
+extern "C" int fake_device_capturing();
+extern "C" void fake_device_record(void (*run)(void*), void* data);
 
 namespace {
 
@@ -109,7 +109,7 @@ void replay(void* data) {
 }
 
 void run(const c10::OperatorHandle& op, Stack* stack) {
-  if (!host_gpu_capturing()) return by_the_cpu(op, stack);
+  if (!fake_device_capturing()) return by_the_cpu(op, stack);
   Stack arguments = torch::jit::last(*stack, op.schema().arguments().size()).vec();
   for (const auto& value : arguments)
     TORCH_CHECK(
@@ -117,12 +117,12 @@ void run(const c10::OperatorHandle& op, Stack* stack) {
         op.schema().name(), " reaches for the host's memory while a CUDA graph is captured");
   by_the_cpu(op, stack);
   Stack results = torch::jit::last(*stack, op.schema().returns().size()).vec();
-  host_gpu_record(replay, new Recorded{op, arguments, results});
+  fake_device_record(replay, new Recorded{op, arguments, results});
 }
 
 }  // namespace
 
-extern "C" void host_gpu_install() {
+extern "C" void fake_device_install() {
   static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const auto& name : dispatcher.getAllOpNames()) {

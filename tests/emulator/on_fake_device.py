@@ -1,4 +1,4 @@
-"""The CUDA backend whole, from Python to its kernels' source, on the fake CUDA device (tests/test_host_gpu.py)."""
+"""The CUDA backend whole, from Python to its kernels' source, on the fake CUDA device (test_fake_device.py)."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ from cxv_kernels import dispatch, self_check, testing
 from cxv_kernels._triton import TRITON_MISSING
 from cxv_kernels.testing import peak_memory
 
-ARCH = int(os.environ["HOST_GPU_ARCH"])
+ARCH = int(os.environ["FAKE_DEVICE_ARCH"])
 OPS = [op for op in cxv_kernels.OPS if dispatch.explain_backend(op, "cuda")["cuda"] == "supported"]
 CASES = [
     case
@@ -110,8 +110,8 @@ def test_results_are_as_the_compiler_is_told(case):
 
 def launched_on():
     host = ctypes.CDLL(None)
-    host.host_gpu_last_stream.restype = ctypes.c_void_p
-    return host.host_gpu_last_stream() or 0
+    host.fake_device_last_stream.restype = ctypes.c_void_p
+    return host.fake_device_last_stream() or 0
 
 
 def check_streams(case, backend):
@@ -213,6 +213,28 @@ def test_validated_kernels_are_used_in_compiled_code(known, first_use, monkeypat
         compiled(torch.randn(1, 3, 8, 8).cuda()).sum().backward()
     ops = [f"cxv_kernels.{op}_{way}.default" for op in ("performer_attention", "conv_norm") for way in WAYS]
     assert set(ops) <= found
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no-verdict", "verdict"])
+def test_graph_capture_runs_no_check(known, first_use, monkeypatch, capsys):
+    """Without a verdict the reference is captured, and the next call outside of the graph runs the check."""
+    monkeypatch.setattr(dispatch, "dispatch_order", lambda device: ("cuda",))
+    if known:
+        monkeypatch.setitem(self_check._verdicts, (0, "kv_state", "cuda", torch.float16), None)
+    k, v = torch.randn(2, 1, 1, 40, 16, device="cuda").half()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), AsFake() as mode:
+        state, z = cxv_kernels.kv_state(k, v)
+    assert mode.seen == ({"kv_state_forward.default"} if known else set())
+    assert "validating" not in capsys.readouterr().err
+    k.copy_(torch.randn_like(k))
+    graph.replay()
+    for found, expected in zip(
+        (state, z), cxv_kernels.kv_state(k.double(), v.double(), backend="reference"), strict=True
+    ):
+        assert (found.double() - expected).norm() <= 2e-3 * expected.norm()
+    cxv_kernels.kv_state(k, v)
+    assert ("validating kv_state, float16, on " in capsys.readouterr().err) == (not known)
 
 
 def test_training_in_float16(tmp_path, first_use, monkeypatch):

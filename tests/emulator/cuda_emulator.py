@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-SIMT = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++"))), None)
 _folder = tempfile.TemporaryDirectory()  # goes with the process
 needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
 def _compile(*arguments: str) -> None:
-    command = [CXX, "-std=c++20", "-fPIC", "-Wno-unknown-pragmas", f"-I{SIMT}", *arguments]
+    command = [CXX, "-std=c++20", "-fPIC", "-Wno-unknown-pragmas", f"-I{HERE}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -27,14 +27,14 @@ def _compile(*arguments: str) -> None:
 def emulator() -> Path:
     """Its object file, compiled once for all of the process's libraries."""
     target = Path(_folder.name) / "simt.o"
-    _compile("-O2", "-c", str(SIMT / "simt.cpp"), "-o", str(target))
+    _compile("-O2", "-c", str(HERE / "simt.cpp"), "-o", str(target))
     return target
 
 
 def build(source: str, folder: Path) -> ctypes.CDLL:
-    """tests/simt/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
+    """Compile tests/emulator/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
     kernels, library = folder / "kernels.o", folder / "simt.so"
-    _compile("-O1", "-fsanitize=thread", "-c", str(SIMT / source), "-o", str(kernels))
+    _compile("-O1", "-fsanitize=thread", "-c", str(HERE / source), "-o", str(kernels))
     _compile("-shared", str(emulator()), str(kernels), "-o", str(library))
     return ctypes.CDLL(str(library))
 

@@ -1,19 +1,16 @@
-"""The CUDA backend and whole ops on a fake CUDA device (host_gpu/)."""
+"""The CUDA backend and whole ops on a fake CUDA device (fake_device.py)."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import fake_device
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "host_gpu"))
-
-import device
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(device.missing() is not None, reason=f"the fake CUDA device {device.missing()}"),
+    pytest.mark.skipif(fake_device.missing() is not None, reason=f"the fake CUDA device {fake_device.missing()}"),
 ]
 HERE = Path(__file__).parent
 TRIED = (2, 15)  # the newest PyTorch that is known to find a GPU in it
@@ -21,10 +18,10 @@ TRIED = (2, 15)  # the newest PyTorch that is known to find a GPU in it
 
 @pytest.fixture(scope="module")
 def gpu(request, tmp_path_factory):
-    built = device.build(tmp_path_factory.mktemp("gpu"), request.param)
+    built = fake_device.build(tmp_path_factory.mktemp("gpu"), request.param)
     probe = run(built, "-c", "import torch; assert (torch.ones(3, device='cuda') + 1).sum().item() == 6")
     if probe.returncode != 0 and tuple(map(int, torch.__version__.split(".")[:2])) > TRIED:
-        pytest.skip(f"the host as a GPU does not suit PyTorch {torch.__version__}: {probe.stderr.splitlines()[-1:]}")
+        pytest.skip(f"the fake CUDA device does not suit PyTorch {torch.__version__}: {probe.stderr.splitlines()[-1:]}")
     assert probe.returncode == 0, probe.stderr
     return built
 
@@ -50,7 +47,9 @@ def test_ops(gpu):
     only, environment = (), {}
     if gpu.arch < 80:
         only, environment = ("-k", "float64 or strides or first_use"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = run(gpu, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *only, HERE / "host_gpu", **environment)
+    done = run(
+        gpu, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *only, HERE / "on_fake_device.py", **environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]
 
@@ -72,8 +71,10 @@ print((found - expected).abs().max().item() < 1e-2, set(self_check._verdicts.val
 
 @card(75)
 def test_a_second_process_reads_the_verdict(gpu, tmp_path):
-    def first_use(folder, *arguments):
-        done = run(gpu, "-c", FIRST_USE, *arguments, CXV_CACHE=str(tmp_path / folder))
+    """Of right kernels, of wrong ones, which the reference replaces, and with the check disabled."""
+
+    def first_use(folder, *arguments, **environment):
+        done = run(gpu, "-c", FIRST_USE, *arguments, CXV_CACHE=str(tmp_path / folder), **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.split(), done.stderr
 
@@ -88,3 +89,7 @@ def test_a_second_process_reads_the_verdict(gpu, tmp_path):
         assert said.count("validating kv_state, float16, on ") == count
         assert said.count("kv_state: cuda is not used on ") == 1
         assert "failed its self-check in float16 (softmax: error " in said
+    found, said = first_use("disabled", "wrong", CXV_SELF_CHECK="0")
+    assert found == ["False", "False"]
+    assert "validating" not in said
+    assert not (tmp_path / "disabled").exists()

@@ -1,0 +1,31 @@
+// csrc/cuda/conv_norm.cuh on the host, for ctypes (test_cuda_conv_norm.py).
+#include "simt.h"
+
+#include <vector>
+
+#include "../../csrc/cuda/conv_norm.cuh"
+
+using namespace cxv;
+using namespace cxv::cuda;
+
+extern "C" {
+
+void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
+
+const char* simt_norm_forward(const ConvNormParams* p, unsigned seed) {
+  return simt::guarded(
+      [&] { for_dtype(p->dtype, [&](auto t) { norm_forward_pass<decltype(t)>(*p, simt::launcher(seed)); }); });
+}
+
+const char* simt_norm_backward(ConvNormParams* p, const View* x, const View* weight, int64_t in_channels,
+                               int64_t height, int64_t width, bool conv_needed, unsigned seed) {
+  return simt::guarded([&] {
+    p->splits = norm_splits(*p);
+    std::vector<float> partial(p->splits * 3 * p->channels, NAN), mean_weight(in_channels * 9 + 1, NAN);
+    std::vector<int> lost(p->channels + 1, -1);
+    p->partial = partial.data();
+    const NormWork work = {*x, *weight, in_channels, height, width, mean_weight.data(), lost.data()};
+    for_dtype(p->dtype, [&](auto t) { norm_backward_pass<decltype(t)>(*p, work, conv_needed, simt::launcher(seed)); });
+  });
+}
+}
