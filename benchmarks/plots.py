@@ -39,7 +39,7 @@ def draw_memory(rows: Sequence[Row], path: Path) -> None:
         if (mine := [row for row in rows if row.section == section])
     ]
     with rc_context(FONTS):
-        figure = Figure(figsize=(6 * len(panels), 5), dpi=160, layout="constrained")
+        figure = Figure(figsize=(6 * len(panels), 5), dpi=110, layout="constrained")
         for i, (panel, mine) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), i + 1)
             panel(mine, axes)
@@ -124,7 +124,7 @@ def draw_steps(rows: Sequence[Row], path: Path) -> None:
     names, dtypes = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("name", "dtype"))
     with rc_context(FONTS):
         size = (4.4 * len(names), 3.9 * len(dtypes) + 0.9)
-        figure = Figure(figsize=size, dpi=140, layout="constrained")
+        figure = Figure(figsize=size, dpi=100, layout="constrained")
         panels = figure.subplots(len(dtypes), len(names), sharex=True, sharey=True, squeeze=False)
         for dtype, line in zip(dtypes, panels, strict=True):
             for name, axes in zip(names, line, strict=True):
@@ -183,7 +183,7 @@ def draw_speed(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row.section == "length" and row.training_ms]
     batches = sorted({row.batch for row in rows})
     with rc_context(FONTS):
-        figure = Figure(figsize=(6 * len(batches), 4.6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(6 * len(batches), 4.6), dpi=110, layout="constrained")
         for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
             mine = [row for row in rows if row.batch == batch]
             for name in sorted({row.name for row in mine}, key=lambda name: name != "sdpa"):
