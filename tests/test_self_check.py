@@ -1,4 +1,4 @@
-"""The self-check of GPU kernels on their first use, with a fake GPU. On emulated kernels: emulator/on_fake_device.py."""
+"""The self-check of GPU kernels on their first use, with a fake GPU; on emulated kernels: on_fake_device.py."""
 
 import contextlib
 import json

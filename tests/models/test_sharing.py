@@ -188,8 +188,11 @@ def test_images_that_are_no_squares(tmp_path, capsys):
     out = str(tmp_path / "a.pt2")
     assert main(["export", "--checkpoint", str(path), "--format", "torch", "--no-fused", out]) == 0
     assert "images of 8×12; logits within" in capsys.readouterr().out
-    assert main(["eval", "--checkpoint", str(path), "--data", "digits"]) == 2
-    assert "--img-size: expected a whole number, at least 1, got [8, 12]" in capsys.readouterr().err
+    for name in "012":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (40, 20), 255).save(tmp_path / "images" / name / "white.png")
+    assert main(["eval", "--checkpoint", str(path), "--data", str(tmp_path / "images")]) == 0
+    assert "33.33 %" in capsys.readouterr().out
 
 
 def test_wrapped_models_are_saved_as_what_they_wrap(saved):

@@ -203,7 +203,7 @@ def test_bad_model_args_are_named(tmp_path, model_args, message):
             {"recipe": "paper-augmented", "model": "vit-10/4"},
             "`recipe` paper-augmented: .* vit-10/4: give `rand_augment`",
         ),
-        ({"optimizer": "adam"}, "`optimizer`: expected one of dualopt, adamw, sgd, got 'adam'"),
+        ({"optimizer": "adam"}, "`optimizer`: expected one of dualopt, adamw, muon, sgd, got 'adam'"),
         ({"optimizer": "sgd", "sgd_lr": 0.1}, "`sgd_lr`: of DualOpT's second phase, .* is sgd, .*: give `lr`"),
         ({"optimizer": "adamw", "sgd_epochs": 3}, "`sgd_epochs`: .*: give `epochs`"),
         ({"optimizer": "sgd", "epochs": 0}, "`epochs` is 0: nothing to train"),
