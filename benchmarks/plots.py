@@ -124,7 +124,7 @@ def draw_steps(rows: Sequence[Row], path: Path) -> None:
     names, dtypes = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("name", "dtype"))
     with rc_context(FONTS):
         size = (4.4 * len(names), 3.9 * len(dtypes) + 0.9)
-        figure = Figure(figsize=size, dpi=100, layout="constrained")
+        figure = Figure(figsize=size, dpi=88, layout="constrained")
         panels = figure.subplots(len(dtypes), len(names), sharex=True, sharey=True, squeeze=False)
         for dtype, line in zip(dtypes, panels, strict=True):
             for name, axes in zip(names, line, strict=True):
