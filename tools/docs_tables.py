@@ -62,6 +62,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attn_speed lengths": partial(from_rows, "attn_speed-cpu", _report.length_times),
     "attn_speed crossover": partial(from_rows, "attn_speed-cpu", _report.crossovers),
     "attn_mem": partial(from_rows, "attn_mem-cpu", _report.attention_memory, _report.training_memory),
+    "integrations": partial(
+        from_rows, "integrations-cpu", _report.integration_attention, _report.integration_models, newest=False
+    ),
     "model_step headline": partial(from_rows, "model_step-cpu", _report.step_headline, newest=False),
     "model_step": partial(from_rows, "model_step-cpu", _report.step_memory, _report.step_times),
     "deploy": deploy,
