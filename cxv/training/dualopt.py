@@ -41,7 +41,7 @@ class DualOpT(torch.optim.Optimizer):
 
     The best weights are stored in host memory. Schedulers, a ``GradScaler`` and other trainers take DualOpT like AdamW.
     A scheduler sets the learning rate of both phases, and ``sgd_lr`` is then not used. :attr:`optimizer` is the
-    ``AdamW`` or ``SGD`` that is stepped, with the same ``param_groups`` and ``state``.
+    ``AdamW``, ``Muon`` or ``SGD`` that is stepped, with the same ``param_groups`` and ``state``.
 
     Args:
         params: The ``nn.Module`` to train, or its parameters. For a module, the buffers (such as the statistics of a

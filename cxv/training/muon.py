@@ -22,6 +22,10 @@ class Muon(Optimizer):
         eps: eps of AdamW.
         weight_decay: Decoupled weight decay.
         momentum: Momentum of Muon.
+
+    Raises:
+        ValueError: At the first step, if PyTorch's Muon or AdamW does not allow a value.
+        RuntimeError: At the first step, if the kernel of a convolution is neither contiguous nor channels_last.
     """
 
     def __init__(
