@@ -39,8 +39,8 @@ def dtypes_of(backend: str) -> Sequence[torch.dtype]:
     """The dtypes that the tests give to a backend."""
     if backend in ("reference", "cpu"):
         return FLOAT_DTYPES
-    if interpreting():  # its bfloat16 products are wrong
-        return torch.float64, torch.float32, torch.float16
+    if interpreting():  # its bfloat16 products are wrong; the definitions and gradcheck are in float64
+        return torch.float32, torch.float16
     return (torch.float32, torch.float16, *([torch.bfloat16] if backend == "triton" else []))
 
 
@@ -57,9 +57,7 @@ with_dtypes = pytest.mark.parametrize(
     ],
 )
 """(backend, dtype): all that run here."""
-in_float64 = pytest.mark.parametrize(
-    "backend", ["reference", *(param for param in BACKENDS if torch.float64 in dtypes_of(param.values[0]))]
-)
+in_float64 = pytest.mark.parametrize("backend", ["reference", BACKENDS[0]])  # a GPU's kernels have no float64
 
 
 TINY = Sizes(1, 2, 5, 6, 3, 4, (3, 3))

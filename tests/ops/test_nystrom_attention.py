@@ -81,7 +81,8 @@ def definition(q, k, v, landmarks, weight=None, one_scale=False):
 
 @in_float64
 @pytest.mark.parametrize(
-    ("queries", "keys", "landmarks"), [(64, 64, 16), (70, 101, 16), (130, 64, 64), (1024, 1024, 64)]
+    ("queries", "keys", "landmarks"),
+    [(64, 64, 16), (70, 101, 16), (130, 64, 64), *([] if interpreting() else [(1024, 1024, 64)])],
 )
 def test_nystrom_attention_is_its_definition(queries, keys, landmarks, backend):
     q, k, v = qkv(queries=queries, keys=keys, dim=8, value_dim=5)
@@ -125,7 +126,8 @@ def test_pinv_init_of_the_batch(backend):
     torch.testing.assert_close(got, definition(q, k, v, 4, one_scale=True))
     assert (got - nystrom_attention(q, k, v, 4)).abs().max() > 1e-3
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *x: nystrom_attention(*x, 4, **options), inputs)
+    call = lambda *x: nystrom_attention(*x, 4, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=interpreting())
 
 
 @with_dtypes

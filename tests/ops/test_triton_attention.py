@@ -46,7 +46,7 @@ def test_splits_are_added(case, dtype):
     assert not first[2].masked_select(hidden).any()
 
 
-@every(LINEAR_FAMILY)
+@every([LINEAR[0], LINEAR[2], PERFORMER[0]])  # with a running maximum, and without
 def test_bits_of_a_head_with_splits(case):
     """Alone or in a batch, in any layout, also where fresh memory is NaN."""
     sizes = Sizes(2, 2, 20, 140, 16, 16)
@@ -61,7 +61,7 @@ def test_bits_of_a_head_with_splits(case):
                 assert all(map(torch.equal, first, run(call, [layouts(t)[name] for t in inputs]))), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 @every(LINEAR)
 def test_more_channels_than_a_block(case, dtype):
     sizes = Sizes(1, 2, 20, 70, 40, 9)
