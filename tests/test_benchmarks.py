@@ -16,7 +16,6 @@ QUICK = ["--quick", "--device", "cpu", "--threads", "1"]
 
 @pytest.fixture(autouse=True)
 def _environment_of_children(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
