@@ -206,6 +206,16 @@ def run(
     return [t.detach() for t in (*outs, *gradients)]
 
 
+def needed_gradients(
+    call: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], needed: Sequence[int]
+) -> list[Tensor | None]:
+    """The gradients of the inputs at the places ``needed``, and None for the others, for fixed ones of the outputs."""
+    leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+    if outs := [out for out in call(*leaves) if out.requires_grad]:
+        torch.autograd.backward(outs, [gradient_like(out) for out in outs])
+    return [t.grad for t in leaves]
+
+
 def assert_close_to_float64(
     case: Case,
     backend: str,

@@ -16,8 +16,8 @@ from cases import (
     assert_close_to_float64,
     device_of,
     every_backend,
-    gradient_like,
     in_float64,
+    needed_gradients,
     run,
     threads,
     with_dtypes,
@@ -277,17 +277,11 @@ def piece_of(name, backend):
 def test_needed_gradients_of_each_op(backend, piece):
     function, inputs = piece_of(piece, backend)
     inputs = [t.to(device_of(backend)) for t in inputs]
-
-    def gradients(needed):
-        leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        out = function(*leaves)
-        out.backward(gradient_like(out))
-        return [t.grad for t in leaves]
-
-    every = gradients(range(len(inputs)))
+    call = lambda *inputs: (function(*inputs),)  # noqa: E731
+    every = needed_gradients(call, inputs, range(len(inputs)))
     for needed in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if len(inputs) == 3 else [(0,)]:
         with OpCalls() as calls:
-            found = gradients(needed)
+            found = needed_gradients(call, inputs, needed)
         for i, (got, want) in enumerate(zip(found, every, strict=True)):
             assert torch.equal(got, want) if i in needed else got is None
         asked = [args[-1] for op, args in calls.made if op._schema.arguments[-1].name == "needed"]

@@ -13,6 +13,7 @@ from cases import (
     assert_close_to_float64,
     every,
     name_of,
+    needed_gradients,
     poisoned_memory,
     run,
     short_splits,
@@ -79,11 +80,8 @@ def test_needed_gradients_with_each_query_backward(case, separate):
     with configs.override({"query_backward": {"default": entry}}):
         _, *every_gradient = assert_close_to_float64(case, "triton", inputs, sizes)
         for needed in ((0,), (1,), (2,), (0, 2)):
-            leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-            (out,) = call(*leaves)
-            out.backward(((torch.arange(9) % 5 - 2).to(out.dtype) / 2).expand(out.shape))
-            for i, (leaf, want) in enumerate(zip(leaves, every_gradient, strict=True)):
-                assert torch.equal(leaf.grad, want) if i in needed else leaf.grad is None
+            for i, (got, want) in enumerate(zip(needed_gradients(call, inputs, needed), every_gradient, strict=True)):
+                assert torch.equal(got, want) if i in needed else got is None
 
 
 @every([LINEAR[0], PERFORMER[0]])
