@@ -180,6 +180,13 @@ LINEAR_FAMILY = [*LINEAR, *PERFORMER]
 ATTENTION_CASES = [*LINEAR_FAMILY, *NYSTROM]
 MASKED = [case for case in (*LINEAR, *PERFORMER, *STATE) if case.takes_mask]
 CASES = [*LINEAR, *PERFORMER, *STATE, *FEATURES, *NYSTROM, *CONV_NORM, *DROPOUT]
+ONE_PER_OP = list({case.op: case for case in reversed(CASES) if case.label != "no-bias"}.values())
+# And those of other tensors, strides or steps. The others differ in a constant alone: in the formula, not in what is
+# read, written, traced or saved.
+_OTHERS = ["kv_state-elu", "performer_features-softmax-key", "nystrom_attention-residual", "dropout-residual"]
+_OTHERS += ["conv_norm-channels_last", "conv_norm-no-bias"]
+TRACED = [case for case in CASES if case in ONE_PER_OP or str(case) in _OTHERS]
+VARIED = TRACED if interpreting() else CASES  # for such properties: all cases take long in Triton's interpreter
 
 
 def every(cases: Sequence[Case]) -> pytest.MarkDecorator:

@@ -10,6 +10,7 @@ from cases import (
     LINEAR_FAMILY,
     SMALL,
     TINY,
+    VARIED,
     OpCalls,
     Sizes,
     device_of,
@@ -50,7 +51,7 @@ def test_gradcheck(case, backend):
 
 
 @every_backend
-@every(CASES)
+@every(VARIED)
 def test_needed_gradients(case, backend):
     """Any subset of the gradients has the bits of all of them, and autograd asks the ops for the subset alone."""
     inputs = [t.to(device_of(backend)) for t in case.inputs(SMALL, torch.float32)]

@@ -6,8 +6,11 @@ from cases import (
     CASES,
     LINEAR,
     NYSTROM,
+    ONE_PER_OP,
     PERFORMER,
     SMALL,
+    TRACED,
+    VARIED,
     OpCalls,
     Sizes,
     and_reference,
@@ -25,11 +28,7 @@ from torch.library import opcheck
 from cxv_kernels._triton import interpreting
 from cxv_kernels.testing import tolerance
 
-ONE_PER_OP = list({case.op: case for case in reversed(CASES) if case.label != "no-bias"}.values())
 SOME = [*ONE_PER_OP, NYSTROM[1]]
-# A compiler traces a case of each op and those of other tensors, strides or steps; the others differ in a constant.
-OTHERS = ("kv_state-elu", "performer_features-softmax-key", "conv_norm-channels_last", "conv_norm-no-bias")
-TRACED = [*SOME, *(case for case in CASES if str(case) in (*OTHERS, "dropout-residual"))]
 # In Triton's interpreter, the ops whose results have shapes of their own there, and one in pieces.
 COMPILED = [LINEAR[0], PERFORMER[0], NYSTROM[1]] if interpreting() else TRACED
 
@@ -65,7 +64,7 @@ def test_opcheck(case, backend, dtype):
 
 
 @and_reference
-@every(CASES)
+@every(VARIED)
 def test_autocast(case, backend):
     """Inputs are cast to bfloat16 together; float64 and the parameters of a norm stay as they are."""
     low = torch.float16 if interpreting() else torch.bfloat16

@@ -13,6 +13,7 @@ from cases import (
     MASKED,
     SIZES,
     SMALL,
+    VARIED,
     Sizes,
     assert_close_to_float64,
     device_of,
@@ -66,7 +67,7 @@ def test_key_mask(case, backend, dtype):
 
 
 @every_backend
-@every([case for case in CASES if case.op not in ("conv_norm", "dropout", "gelu_dropout")])
+@every([case for case in VARIED if case.op not in ("conv_norm", "dropout", "gelu_dropout")])
 @pytest.mark.parametrize("layout", layouts(torch.zeros(1, 1, 1, 1)))
 def test_strides(layout, case, backend):
     """Views are read as they lie; the output lies like the first input, unless PyTorch's own attention makes it."""
@@ -122,7 +123,7 @@ def test_nan_stays_visible_and_in_its_head(case, backend):
 
 
 @every_backend
-@every(CASES)
+@every(VARIED)
 def test_same_bits_in_any_batch_and_for_any_threads(case, backend):
     """Repeated, with other numbers of threads, and as one image of a batch; tests/ops/test_triton_attention.py has
     several splits."""
@@ -149,7 +150,7 @@ def test_same_bits_in_any_batch_and_for_any_threads(case, backend):
 
 
 @every_backend
-@every(CASES)
+@every(VARIED)
 def test_every_element_is_written(case, backend):
     for sizes in [SMALL] if backend != "cpu" else [SMALL, SIZES["one"], SIZES["power-of-two"]]:
         inputs = [t.to(device_of(backend)) for t in case.inputs(sizes, torch.float32)]
