@@ -6,6 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
+# PyTorch reads these at import. Several processes share the cores: threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +27,6 @@ if not (ON_FAKE_DEVICE or ON_GPU):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes costs more than these graphs
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: as here, below
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take longest, in this order: the others fill up what the processes have left.
 LONGEST = (
