@@ -6,7 +6,7 @@ kernels, and no other backend reads them. The outputs of kv_state are S and a st
 
 from torch import Tensor
 
-from ...autograd import fused_op, like_layout
+from ...autograd import FusedOp, like_layout
 from ...dispatch import CUDA_DTYPES, Support, register
 from ...validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
@@ -48,10 +48,10 @@ def z_of(key_stat: Tensor, feature_map: str) -> Tensor:
     return (key_stat - key_stat + 1).masked_fill(key_stat.isinf(), 0)
 
 
-linear_attention_op = fused_op(
+linear_attention_op = FusedOp(
     "linear_attention", linear_attention_reference, _fake, triton=_TRITON, triton_fake=_triton_fake
 )
-kv_state_op = fused_op("kv_state", kv_state_reference, _fake_kv_state, triton=_TRITON, backward=_kv_state_backward)
+kv_state_op = FusedOp("kv_state", kv_state_reference, _fake_kv_state, triton=_TRITON, backward=_kv_state_backward)
 
 for _op in ("linear_attention", "kv_state"):
     register(

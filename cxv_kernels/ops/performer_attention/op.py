@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...autograd import fused_op, like_layout
+from ...autograd import FusedOp, like_layout
 from ...dispatch import CUDA_DTYPES, Support, register
 from ...validation import accumulate_dtype
 from ..linear_attention.op import triton_state
@@ -29,10 +29,10 @@ def _fake_features(x, projection, is_query, kernel, eps):
     return phi, x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
 
 
-performer_attention_op = fused_op(
+performer_attention_op = FusedOp(
     "performer_attention", performer_attention_reference, _fake, triton=_TRITON, triton_fake=_triton_fake
 )
-performer_features_op = fused_op("performer_features", performer_features_reference, _fake_features, triton=_TRITON)
+performer_features_op = FusedOp("performer_features", performer_features_reference, _fake_features, triton=_TRITON)
 
 for _op in ("performer_attention", "performer_features"):
     register(
