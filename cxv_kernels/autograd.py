@@ -76,10 +76,10 @@ def refuse_compiled_transforms() -> None:
         )
 
 
-def records_gradients(*tensors: Tensor | None) -> bool:
-    """Return False if a call with these tensors needs no autograd Function, which takes longer than a small kernel."""
+def records_gradients(*arguments: Any) -> bool:
+    """Return False if a call with these arguments needs no autograd Function, which takes longer than a kernel."""
     return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments))
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -155,8 +155,6 @@ class FusedOp:
         self.inputs = [argument.name for argument in forward.arguments]
         names = [*self.inputs, *(result.name for result in forward.returns)]
         others = {argument.name for argument in forward.arguments if "Tensor" not in str(argument.type)}
-        self.tensor_inputs_at = [i for i, name in enumerate(self.inputs) if name not in others]
-
         arguments = [argument.name for argument in backward.arguments]
         if self.backward is not _call:
             arguments = list(inspect.signature(self.backward).parameters)[1:]
@@ -173,7 +171,7 @@ class FusedOp:
         self.of_variables = [self.tensors.index(name) for name in self.variables]  # indices into the tensors
 
     def __call__(self, *values: Any) -> Any:
-        if records_gradients(*[values[i] for i in self.tensor_inputs_at]):
+        if records_gradients(*values):
             return apply_fused(self._function, *values)
         return self._run_forward(*values)
 

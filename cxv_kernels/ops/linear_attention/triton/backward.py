@@ -5,8 +5,8 @@ Tensors, beside those of forward.py:
 - rows (B·H, 3, N): of each query row_factor, the reciprocal denominator and δ.
 - sums (B·H, SPLITS, F + 1, E): Σ p dO; Σ dO/den. stats (B·H, SPLITS, F + 1): Σ p δ; Σ δ/den.
 - grad_state (B·H, F, E): R_m = Σ p dO. grad_stats (B·H, 3, F): ρ_m; the largest |R_m|; 1/z_m, unless EXP.
-- packed_grad (B·H, F, 2 E + 32), where features come in several blocks: R, favor_relu's for dφ; for 16 bits
-  load_exponents and hi_lo_factors of ρ. packed_rho (B·H, F + E): its ρ; EPS Σ R_m/z_m.
+- packed_grad (B·H, F, 2 E + 32), where features come in several blocks: the matrices of
+  gradient_operands. packed_rho (B·H, F + E): its ρ; EPS Σ R_m/z_m.
 """
 
 import triton
@@ -200,7 +200,7 @@ def init_query_sums(P: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def add_query_sums(sums, b_p, b_do, b_delta, b_inverse, m_n, P: tl.constexpr):
-    """Add a tile's sums, those of the constant where there is one; b_p [BLOCK_F, BLOCK_N]: p·HALF_RANGE."""
+    """Add the sums of a tile, for PLUS_EPS also those of the constant; b_p [BLOCK_F, BLOCK_N]: p·HALF_RANGE."""
     b_r, b_rho, b_r1, b_rho1 = sums
     ACC: tl.constexpr = b_delta.dtype
     T: tl.constexpr = b_p.dtype
@@ -313,11 +313,34 @@ def query_backward_reduce(
 
 
 @triton.jit
-def load_gradient(grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, unit, head_max, P: tl.constexpr, T: tl.constexpr):
-    """R / unit [BLOCK_F, BLOCK_E] in T, R as dφ needs it, EPS Σ R_m/z_m [BLOCK_E], and ρ [BLOCK_F] as dφ needs it.
-
-    dφ needs R and ρ; for favor_relu, R/z and ρ/z in units of ``head_max``, the largest 1/z.
+def gradient_units(grad_stats_ptr, stat_ptr, key_max_ptr, P: tl.constexpr, COLUMNS: tl.constexpr):
+    """The divisor with which R fits T; the largest |ρ| / divisor; favor's maximum, 0, or the largest 1/z; and for
+    exponents in COLUMNS of 16 bits the largest log2 z, else 0: float16 holds the differences from it.
     """
+    o_f = tl.arange(0, P.BLOCK_ALL)
+    unit = power_below(tl.max(tl.load(grad_stats_ptr + P.F + o_f, mask=o_f < P.F, other=0), 0))
+    max_rho = tl.max(tl.abs(tl.load(grad_stats_ptr + o_f, mask=o_f < P.F, other=0)), 0) / unit
+    if P.MAP == "favor":
+        head_max = tl.load(key_max_ptr)
+    elif P.EXP:
+        head_max = unit * 0
+    else:
+        head_max = tl.max(tl.load(grad_stats_ptr + 2 * P.F + o_f, mask=o_f < P.F, other=0), 0)
+    base = tl.full([], 0.0, stat_ptr.dtype.element_ty)
+    if P.EXP and COLUMNS:
+        base = tl.max(tl.load(stat_ptr + o_f, mask=o_f < P.F, other=float("-inf")), 0)
+        base = tl.where(base == float("-inf"), 0, base)
+    return unit, max_rho, head_max, base
+
+
+@triton.jit
+def gradient_operands(grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, units, P: tl.constexpr, T: tl.constexpr):
+    """Operands of a block of features: R / unit [BLOCK_F, BLOCK_E] in T; R as dφ needs it; EPS Σ R_m/z_m [BLOCK_E]; ρ
+    [BLOCK_F] as dφ needs it; hi_lo_factors of ρ; columns [BLOCK_F, 16] that sum to 8 (base − log2 z).
+
+    dφ needs R and ρ; for favor_relu, R/z and ρ/z in units of the largest 1/z.
+    """
+    unit, max_rho, head_max, base = units
     o_e, m_f = tl.arange(0, P.BLOCK_E), o_f < P.F
     p = grad_state_ptr + o_f[:, None] * P.E + o_e[None, :]
     b_r = tl.load(p, mask=m_f[:, None] & (o_e < P.E)[None, :], other=0) / unit
@@ -329,58 +352,35 @@ def load_gradient(grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, unit, head_max,
         b_inverse = tl.load(grad_stats_ptr + 2 * P.F + o_f, mask=m_f, other=0)
     if P.EPS != 0:
         b_r1 = tl.sum(b_r * (P.EPS * b_inverse)[:, None], 0)
+    b_share = b_r
     if P.MAP == "favor_relu":
-        b_share = b_inverse * reciprocal(head_max)
-        return b_r.to(T), (b_r * b_share[:, None]).to(T), b_r1, b_rho * b_share
-    else:
-        return b_r.to(T), b_r.to(T), b_r1, b_rho
-
-
-@triton.jit
-def gradient_units(grad_stats_ptr, key_max_ptr, P: tl.constexpr):
-    """The divisor with which R fits T; the largest |ρ| / divisor; favor's maximum, 0, or the largest 1/z."""
-    o_f = tl.arange(0, P.BLOCK_ALL)
-    unit = power_below(tl.max(tl.load(grad_stats_ptr + P.F + o_f, mask=o_f < P.F, other=0), 0))
-    max_rho = tl.max(tl.abs(tl.load(grad_stats_ptr + o_f, mask=o_f < P.F, other=0)), 0) / unit
-    if P.MAP == "favor":
-        head_max = tl.load(key_max_ptr)
-    elif P.EXP:
-        head_max = unit * 0
-    else:
-        head_max = tl.max(tl.load(grad_stats_ptr + 2 * P.F + o_f, mask=o_f < P.F, other=0), 0)
-    return unit, max_rho, head_max
-
-
-@triton.jit
-def exponent_base(stat_ptr, P: tl.constexpr, HALF: tl.constexpr):
-    """The largest exponent log2 z: float16 holds the differences from it. 0 where exponents are in float32."""
-    if P.EXP and HALF:
-        o_f = tl.arange(0, P.BLOCK_ALL)
-        base = tl.max(tl.load(stat_ptr + o_f, mask=o_f < P.F, other=float("-inf")), 0)
-        return tl.where(base == float("-inf"), 0, base)
-    else:
-        return tl.full([], 0.0, stat_ptr.dtype.element_ty)
+        b_inverse *= reciprocal(head_max)
+        b_share, b_rho = b_r * b_inverse[:, None], b_rho * b_inverse
+    b_stat = tl.load(stat_ptr + o_f, mask=m_f, other=float("inf")) - base  # past F the exponentials become 0
+    b_log_z = split_hi_lo(-tl.minimum(tl.maximum(b_stat, -30000.0), 30000.0), T)
+    return b_r.to(T), b_share.to(T), b_r1, b_rho, hi_lo_factors(b_rho * reciprocal(max_rho * unit), T), b_log_z
 
 
 @triton.jit
 def pack_gradient(
     grad_state_ptr, grad_stats_ptr, stat_ptr, key_max_ptr, packed_grad_ptr, packed_rho_ptr, stat_stride, P: tl.constexpr
 ):
-    """Do the work of load_gradient once: with several blocks of features, each tile of tokens would repeat it."""
+    """Do the work of gradient_operands once: with several blocks of features, each tile of tokens would repeat it."""
     i_bh = tl.program_id(0).to(tl.int64)
     grad_state_ptr += i_bh * P.F * P.E
     grad_stats_ptr += i_bh * 3 * P.F
     stat_ptr += i_bh * stat_stride
     packed_grad_ptr += i_bh * P.F * (2 * P.E + PACKED)
     packed_rho_ptr += i_bh * (P.F + P.E)
-    unit, max_rho, head_max = gradient_units(grad_stats_ptr, key_max_ptr + i_bh, P)
     o_e, o_c = tl.arange(0, P.BLOCK_E), tl.arange(0, 16)
     T: tl.constexpr = packed_grad_ptr.dtype.element_ty
+    units = gradient_units(grad_stats_ptr, stat_ptr, key_max_ptr + i_bh, P, T.primitive_bitwidth == 16)
     b_sum = tl.zeros([P.BLOCK_E], grad_state_ptr.dtype.element_ty)
-    base = exponent_base(stat_ptr, P, T.primitive_bitwidth == 16)
     for i_f in range(P.BLOCKS):
         o_f = i_f * P.BLOCK_F + tl.arange(0, P.BLOCK_F)
-        b_r, b_share, b_r1, b_rho = load_gradient(grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, unit, head_max, P, T)
+        b_r, b_share, b_r1, b_rho, b_rho_factors, b_log_z = gradient_operands(
+            grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, units, P, T
+        )
         b_sum += b_r1
         p = packed_grad_ptr + o_f[:, None] * (2 * P.E + PACKED)
         m_f = (o_f < P.F)[:, None]
@@ -390,34 +390,25 @@ def pack_gradient(
         tl.store(packed_rho_ptr + o_f, b_rho, mask=o_f < P.F)
         if T.primitive_bitwidth == 16:
             if P.EXP:
-                b_log_z = load_exponents(stat_ptr, o_f, base, P, T)
                 tl.store(p + 2 * P.E + o_c[None, :], b_log_z, mask=m_f)
-            b_rho_factors = hi_lo_factors(b_rho * reciprocal(max_rho * unit), T)
             tl.store(p + 2 * P.E + 16 + o_c[None, :], b_rho_factors, mask=m_f)
     tl.store(packed_rho_ptr + P.F + o_e, b_sum, mask=o_e < P.E)
 
 
 @triton.jit
-def load_exponents(stat_ptr, o_f, base, P: tl.constexpr, T: tl.constexpr):
-    """Columns [BLOCK_F, 16] that sum to 8 (base − log2 z); past F the exponentials become 0."""
-    b_stat = tl.load(stat_ptr + o_f, mask=o_f < P.F, other=float("inf")) - base
-    return split_hi_lo(-tl.minimum(tl.maximum(b_stat, -30000.0), 30000.0), T)
-
-
-@triton.jit
 def load_key_operands(pointers, w_strides, o_f, units, P: tl.constexpr, T: tl.constexpr):
-    """What the sweep over the features reads for a block: W, its transpose and lo; R / unit, its transpose as dφ needs
-    it, EPS Σ R_m/z_m, and ρ; the factors of ρ and the exponents, both transposed.
+    """What the sweep over the features reads for a block: W, its transpose and lo; the results of gradient_operands.
+
+    R for dφ, the factors of ρ and the columns are transposed.
 
     ``pointers`` of a head: k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr.
     """
     k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
-    unit, max_rho, head_max, base, gain = units
     b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
     if packed_grad_ptr is None:
-        b_r, b_share, b_r1, b_rho = load_gradient(grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, unit, head_max, P, T)
-        b_rho_factors = hi_lo_factors(b_rho * reciprocal(max_rho * unit), T)
-        b_log_z = load_exponents(stat_ptr, o_f, base, P, T)
+        b_r, b_share, b_r1, b_rho, b_rho_factors, b_log_z = gradient_operands(
+            grad_state_ptr, grad_stats_ptr, stat_ptr, o_f, units, P, T
+        )
     else:
         STRIDE: tl.constexpr = 2 * P.E + PACKED
         o_e = tl.arange(0, P.BLOCK_E)
@@ -453,13 +444,13 @@ def store_key_gradient(grad_k_ptr, pointers, strides, tile, rows, operands, unit
     """Store dk of a tile, if it is needed: the sum of da W over the features, or da itself without W. Return dv.
 
     ``rows``: which tokens are in bounds; v − c̄ divided by its bound; the reciprocal of the bound; what multiplies da;
-    what is subtracted from an exponent.
+    what is subtracted from an exponent; gain.
     """
     k_strides, w_strides, grad_k_strides = strides
     k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
-    unit, max_rho, head_max, base, gain = units
+    unit, max_rho, head_max, base = units
     o_n, m_n, b_k = tile
-    in_bounds, b_v, b_inner, b_outer, b_shift = rows
+    in_bounds, b_v, b_inner, b_outer, b_shift, gain = rows
     b_w, b_wt, b_w_lo, b_r, b_rt, b_r1, b_rho, b_rho_factors, b_log_z = operands
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     b_dk = tl.zeros([P.BLOCK_N, P.BLOCK_D], ACC)
@@ -548,10 +539,10 @@ def key_backward(
     b_c = tl.zeros([P.BLOCK_E], ACC)
     if mean_ptr is not None:
         b_c = tl.load(mean_ptr + i_bh.to(tl.int64) * mean_stride + o_e, mask=o_e < P.E, other=0)
-    unit, max_rho, head_max = gradient_units(grad_stats_ptr, key_max_ptr + i_bh, P)
-    base = exponent_base(stat_ptr, P, T.primitive_bitwidth == 16 and w_ptr is not None)
+    COLUMNS: tl.constexpr = T.primitive_bitwidth == 16 and w_ptr is not None
+    units = gradient_units(grad_stats_ptr, stat_ptr, key_max_ptr + i_bh, P, COLUMNS)
+    unit, max_rho, head_max, base = units
     gain = power_below(tl.cast(tl.minimum(N, 32768), ACC))  # by which float16 holds e/z
-    units = (unit, max_rho, head_max, base, gain)
     operands = load_key_operands(pointers, w_strides, tl.arange(0, P.BLOCK_F), units, P, T)
     b_w, b_wt, b_w_lo, b_r, b_rt, b_r1, b_rho, b_rho_factors, b_log_z = operands
     strides_k = (k_strides, w_strides, grad_k_strides)
@@ -569,7 +560,7 @@ def key_backward(
         b_shift = tl.zeros([P.BLOCK_N], ACC) + (base - tl.log2(gain))
         if P.MINUS_NORM:
             b_shift += half_norm(b_k, P, ACC)
-        rows = (m_all, (b_v * b_inner[:, None]).to(T), b_inner, b_outer, b_shift)
+        rows = (m_all, (b_v * b_inner[:, None]).to(T), b_inner, b_outer, b_shift, gain)
         b_dv = store_key_gradient(grad_k_ptr, pointers, strides_k, (o_n, m_n, b_k), rows, operands, units, P, T)
         if grad_v_ptr is not None:
             if P.EPS != 0:

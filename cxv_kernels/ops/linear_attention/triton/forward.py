@@ -5,8 +5,7 @@ Tensors, beside state and stat (primitives.py):
 - q, k (B, H, N, D), v, out (B, H, N, E), w (F, D) or None, mask (B, N) or None.
 - sums (B·H, SPLITS, F + 1, E): Σ e v; Σ v. stats (B·H, SPLITS, 2, F + 1): the maximum; Σ e, and the number of tokens.
 - key_max (B·H): favor's maximum, in base 2.
-- packed_state (B·H, F, E + 32), where features come in several blocks, or None: U, load_weight_columns,
-  load_minus_factors.
+- packed_state (B·H, F, E + 32), where features come in several blocks, or None: the results of state_operands.
 """
 
 import triton
@@ -234,52 +233,35 @@ def state_unit(state_ptr, P: tl.constexpr):
 
 
 @triton.jit
-def load_state(state_ptr, stat_ptr, packed_state_ptr, o_f, unit, P: tl.constexpr, T: tl.constexpr):
-    """Load U / unit [BLOCK_F, BLOCK_E] in T, times the features' weights if they are factors."""
+def state_operands(state_ptr, stat_ptr, o_f, unit, P: tl.constexpr, T: tl.constexpr):
+    """Operands of a block of features in T: U / unit [BLOCK_F, BLOCK_E], times the weights of the features if they are
+    factors; split_hi_lo of the weights; hi_lo_factors of the negative weights.
+    """
     o_e = tl.arange(0, P.BLOCK_E)
     mask = (o_f < P.F)[:, None] & (o_e < P.E)[None, :]
-    if packed_state_ptr is not None:
-        return tl.load(packed_state_ptr + o_f[:, None] * (P.E + PACKED) + o_e[None, :], mask=mask, other=0)
-    else:
-        b_u = tl.load(state_ptr + o_f[:, None] * P.E + o_e[None, :], mask=mask, other=0) / unit
-        if not P.LOG_WEIGHTS:
-            b_u *= load_weights(stat_ptr, o_f, P)[:, None]
-        return b_u.to(T)
-
-
-@triton.jit
-def load_weight_columns(stat_ptr, packed_state_ptr, o_f, P: tl.constexpr, T: tl.constexpr):
-    """split_hi_lo of the features' weights."""
-    if packed_state_ptr is not None and not P.LOG_WEIGHTS:
-        return load_columns(packed_state_ptr + P.E, o_f, P.E + PACKED, P, 0)
-    else:
-        return split_hi_lo(weight_factor(load_weights(stat_ptr, o_f, P), P), T)
-
-
-@triton.jit
-def load_minus_factors(stat_ptr, packed_state_ptr, o_f, P: tl.constexpr, T: tl.constexpr):
-    """hi_lo_factors of the negative weights of the features."""
-    if packed_state_ptr is not None and not P.LOG_WEIGHTS:
-        return load_columns(packed_state_ptr + P.E + 16, o_f, P.E + PACKED, P, 0)
-    else:
-        return hi_lo_factors(-weight_factor(load_weights(stat_ptr, o_f, P), P), T)
+    b_u = tl.load(state_ptr + o_f[:, None] * P.E + o_e[None, :], mask=mask, other=0) / unit
+    b_z = load_weights(stat_ptr, o_f, P)
+    if not P.LOG_WEIGHTS:
+        b_u *= b_z[:, None]
+    b_z = weight_factor(b_z, P)
+    return b_u.to(T), split_hi_lo(b_z, T), hi_lo_factors(-b_z, T)
 
 
 @triton.jit
 def pack_state(state_ptr, stat_ptr, packed_state_ptr, P: tl.constexpr):
-    """Do the work of load_state once: with several blocks of features, each tile of tokens would repeat it."""
-    i_bh = tl.program_id(0).to(tl.int64)
-    state_ptr, stat_ptr = state_ptr + i_bh * (P.F + 2) * P.E, stat_ptr + i_bh * (2 * P.F + 1)
+    """Do the work of state_operands once: with several blocks of features, each tile of tokens would repeat it."""
+    i_bh = tl.program_id(0)
+    packed_state_ptr += i_bh.to(tl.int64) * P.F * (P.E + PACKED)
+    state_ptr, stat_ptr = head_state(state_ptr, stat_ptr, i_bh, P)
     o_f, o_e, o_c = tl.program_id(1) * P.BLOCK_F + tl.arange(0, P.BLOCK_F), tl.arange(0, P.BLOCK_E), tl.arange(0, 16)
     m_f = (o_f < P.F)[:, None]
-    unit = state_unit(state_ptr, P)
     T: tl.constexpr = packed_state_ptr.dtype.element_ty
-    p = packed_state_ptr + i_bh * P.F * (P.E + PACKED) + o_f[:, None] * (P.E + PACKED)
-    b_u = load_state(state_ptr, stat_ptr, None, o_f, unit, P, T)
+    b_u, b_weights, b_minus_w = state_operands(state_ptr, stat_ptr, o_f, state_unit(state_ptr, P), P, T)
+    p = packed_state_ptr + o_f[:, None] * (P.E + PACKED)
     tl.store(p + o_e[None, :], b_u, mask=m_f & (o_e < P.E)[None, :])
     if not P.LOG_WEIGHTS:
-        tl.store(p + P.E + o_c[None, :], load_weight_columns(stat_ptr, None, o_f, P, T), mask=m_f)
-        tl.store(p + P.E + 16 + o_c[None, :], load_minus_factors(stat_ptr, None, o_f, P, T), mask=m_f)
+        tl.store(p + P.E + o_c[None, :], b_weights, mask=m_f)
+        tl.store(p + P.E + 16 + o_c[None, :], b_minus_w, mask=m_f)
 
 
 @triton.jit
@@ -348,10 +330,16 @@ def load_query_operands(pointers, w_strides, o_f, unit, P: tl.constexpr, T: tl.c
     """
     q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr = pointers
     b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
-    b_u = load_state(state_ptr, stat_ptr, packed_state_ptr, o_f, unit, P, T)
-    b_weights = load_weight_columns(stat_ptr, packed_state_ptr, o_f, P, T)
-    b_minus_w = tl.trans(load_minus_factors(stat_ptr, packed_state_ptr, o_f, P, T))
-    return b_w, b_wt, b_w_lo, b_u, tl.trans(b_u), b_weights, b_minus_w
+    b_u, b_weights, b_minus_w = state_operands(state_ptr, stat_ptr, o_f, unit, P, T)
+    if packed_state_ptr is not None:  # the compiler removes what is loaded twice
+        STRIDE: tl.constexpr = P.E + PACKED
+        o_e = tl.arange(0, P.BLOCK_E)
+        mask = (o_f < P.F)[:, None] & (o_e < P.E)[None, :]
+        b_u = tl.load(packed_state_ptr + o_f[:, None] * STRIDE + o_e[None, :], mask=mask, other=0)
+        if not P.LOG_WEIGHTS:
+            b_weights = load_columns(packed_state_ptr + P.E, o_f, STRIDE, P, 0)
+            b_minus_w = load_columns(packed_state_ptr + P.E + 16, o_f, STRIDE, P, 0)
+    return b_w, b_wt, b_w_lo, b_u, tl.trans(b_u), b_weights, tl.trans(b_minus_w)
 
 
 @triton.jit
