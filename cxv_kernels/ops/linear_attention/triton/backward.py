@@ -79,13 +79,12 @@ def query_backward(
     state_ptr, stat_ptr = head_state(state_ptr, stat_ptr, i_bh, P)
     if packed_state_ptr is not None:
         packed_state_ptr += i_bh.to(tl.int64) * P.F * (P.E + PACKED)
-    pointers = (q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr)
+    pointers = (q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr)
     o_d, o_e, o_f = tl.arange(0, P.BLOCK_D), tl.arange(0, P.BLOCK_E), tl.arange(0, P.BLOCK_F)
     b_c = tl.load(state_ptr + P.F * P.E + o_e, mask=o_e < P.E, other=0)
     unit = state_unit(state_ptr, P)
-    operands = load_query_operands(pointers, w_strides, o_f, unit, P, T)
+    operands = load_query_operands(pointers, o_f, unit, P, T)
     b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = operands
-    strides_q = (q_strides, w_strides, grad_q_strides)
     sums = init_query_sums(P, T, ACC)
     end = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, end, P.BLOCK_N):
@@ -98,7 +97,7 @@ def query_backward(
         b_row = (b_do.to(ACC) * reciprocal(b_bound)[:, None]).to(T)
         b_z = load_weights(stat_ptr, o_f, P)  # before the stores: then the compiler loads them once
         tile = (o_n, m_n, b_q)
-        running_max, b_den, b_o, b_e = sweep_features(pointers, (q_strides, w_strides), tile, operands, unit, P, T)
+        running_max, b_den, b_o, b_e = sweep_features(pointers, tile, operands, unit, P, T)
         b_den1 = sum_columns(b_den)
         if b_den.shape[1] == 16 or P.BLOCKS > 1:  # Σ e G by the other association
             b_eg = tl.sum(b_o * b_row.to(ACC), 1)
@@ -111,7 +110,7 @@ def query_backward(
         if grad_q_ptr is not None:
             b_outer = (0.6931471805599453 if P.EXP else E_RANGE) * unit * b_bound * (b_r if P.EXP else b_inverse)
             rows = (running_max, b_row, b_delta, b_eg - b_delta * b_den1, b_outer)
-            store_query_gradient(grad_q_ptr, pointers, strides_q, tile, rows, operands, b_e, unit, P, T)
+            store_query_gradient(grad_q_ptr, grad_q_strides, pointers, tile, rows, operands, b_e, unit, P, T)
         b_delta *= b_bound
         if rows_ptr is not None:
             store_rows(rows_ptr + i_bh.to(tl.int64) * 3 * N + o_n, N, m_n, running_max, b_r, b_inverse, b_delta, P)
@@ -126,28 +125,26 @@ def query_backward(
 
 @triton.jit
 def store_query_gradient(
-    grad_q_ptr, pointers, strides, tile, rows, operands, b_e, unit, P: tl.constexpr, T: tl.constexpr
+    grad_q_ptr, grad_q_strides, pointers, tile, rows, operands, b_e, unit, P: tl.constexpr, T: tl.constexpr
 ):
     """Store dq of a tile: the sum of da W over the features, or da itself without W.
 
     ``rows``: the maximum; dO divided by its bound; δ; Σ da; what multiplies the result. ``b_e``: e, unless the features
     come in several blocks.
     """
-    q_strides, w_strides, grad_q_strides = strides
-    q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr = pointers
+    q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr = pointers
     o_n, m_n, b_q = tile
     running_max, b_row, b_delta, b_da1, b_outer = rows
-    b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = operands
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     b_dq = tl.zeros([P.BLOCK_N, P.BLOCK_D], ACC)
     for i_f in range(P.BLOCKS):
         o_f = i_f * P.BLOCK_F + tl.arange(0, P.BLOCK_F)
+        if P.BLOCKS > 1:
+            operands = load_query_operands(pointers, o_f, unit, P, T)
+        b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = operands
         b_z = load_weights(stat_ptr, o_f, P)
         b_x = load_channels(q_ptr, w_ptr, q_strides, tile, o_f, P)
         if P.BLOCKS > 1:
-            b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = load_query_operands(
-                pointers, w_strides, o_f, unit, P, T
-            )
             b_term = query_terms(query_scores(b_x, b_wt, b_w_lo, b_z, P, ACC), running_max, P)
         else:
             b_term = b_e
@@ -396,14 +393,14 @@ def pack_gradient(
 
 
 @triton.jit
-def load_key_operands(pointers, w_strides, o_f, units, P: tl.constexpr, T: tl.constexpr):
+def load_key_operands(pointers, o_f, units, P: tl.constexpr, T: tl.constexpr):
     """What the sweep over the features reads for a block: W, its transpose and lo; the results of gradient_operands.
 
     R for dφ, the factors of ρ and the columns are transposed.
 
-    ``pointers`` of a head: k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr.
+    ``pointers`` of a head: w_ptr, w_strides, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr.
     """
-    k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
+    w_ptr, w_strides, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
     b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
     if packed_grad_ptr is None:
         b_r, b_share, b_r1, b_rho, b_rho_factors, b_log_z = gradient_operands(
@@ -426,7 +423,7 @@ def load_key_operands(pointers, w_strides, o_f, units, P: tl.constexpr, T: tl.co
 @triton.jit
 def key_terms(b_a, b_log_z, b_shift, pointers, gain, o_f, P: tl.constexpr, T: tl.constexpr):
     """gain·φ/z of a tile for a block of features [BLOCK_N, BLOCK_F]."""
-    k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
+    w_ptr, w_strides, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
     if P.EXP and T.primitive_bitwidth == 16 and w_ptr is not None:
         return tl.exp2(tl.dot(tl.full([P.BLOCK_N, 16], 1 / 8, T), b_log_z, b_a) - b_shift[:, None])
     elif P.EXP:
@@ -440,18 +437,17 @@ def key_terms(b_a, b_log_z, b_shift, pointers, gain, o_f, P: tl.constexpr, T: tl
 
 
 @triton.jit
-def store_key_gradient(grad_k_ptr, pointers, strides, tile, rows, operands, units, P: tl.constexpr, T: tl.constexpr):
+def store_key_gradient(keys, pointers, tile, rows, operands, units, P: tl.constexpr, T: tl.constexpr):
     """Store dk of a tile, if it is needed: the sum of da W over the features, or da itself without W. Return dv.
 
-    ``rows``: which tokens are in bounds; v − c̄ divided by its bound; the reciprocal of the bound; what multiplies da;
-    what is subtracted from an exponent; gain.
+    ``keys``: k_ptr and grad_k_ptr of the head, each with its strides. ``rows``: which tokens are in bounds; v − c̄
+    divided by its bound; the reciprocal of the bound; what multiplies da; what is subtracted from an exponent; gain.
     """
-    k_strides, w_strides, grad_k_strides = strides
-    k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
+    k_ptr, k_strides, grad_k_ptr, grad_k_strides = keys
+    w_ptr, w_strides, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr = pointers
     unit, max_rho, head_max, base = units
     o_n, m_n, b_k = tile
     in_bounds, b_v, b_inner, b_outer, b_shift, gain = rows
-    b_w, b_wt, b_w_lo, b_r, b_rt, b_r1, b_rho, b_rho_factors, b_log_z = operands
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     b_dk = tl.zeros([P.BLOCK_N, P.BLOCK_D], ACC)
     b_dv = tl.zeros([P.BLOCK_N, P.BLOCK_E], ACC)
@@ -459,9 +455,8 @@ def store_key_gradient(grad_k_ptr, pointers, strides, tile, rows, operands, unit
     for i_f in range(P.BLOCKS):
         o_f = i_f * P.BLOCK_F + tl.arange(0, P.BLOCK_F)
         if P.BLOCKS > 1:
-            b_w, b_wt, b_w_lo, b_r, b_rt, b_r1, b_rho, b_rho_factors, b_log_z = load_key_operands(
-                pointers, w_strides, o_f, units, P, T
-            )
+            operands = load_key_operands(pointers, o_f, units, P, T)
+        b_w, b_wt, b_w_lo, b_r, b_rt, b_r1, b_rho, b_rho_factors, b_log_z = operands
         b_x = load_channels(k_ptr, w_ptr, k_strides, tile, o_f, P)
         b_a = project(b_x, b_wt, b_w_lo, P) if w_ptr is not None else b_x.to(ACC) * P.SCALE
         b_t = key_terms(b_a, b_log_z, b_shift, pointers, gain, o_f, P, T)
@@ -534,7 +529,7 @@ def key_backward(
     if packed_grad_ptr is not None:
         packed_grad_ptr += i_bh.to(tl.int64) * P.F * (2 * P.E + PACKED)
         packed_rho_ptr += i_bh.to(tl.int64) * (P.F + P.E)
-    pointers = (k_ptr, w_ptr, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr)
+    pointers = (w_ptr, w_strides, stat_ptr, grad_state_ptr, grad_stats_ptr, packed_grad_ptr, packed_rho_ptr)
     o_d, o_e = tl.arange(0, P.BLOCK_D), tl.arange(0, P.BLOCK_E)
     b_c = tl.zeros([P.BLOCK_E], ACC)
     if mean_ptr is not None:
@@ -543,9 +538,9 @@ def key_backward(
     units = gradient_units(grad_stats_ptr, stat_ptr, key_max_ptr + i_bh, P, COLUMNS)
     unit, max_rho, head_max, base = units
     gain = power_below(tl.cast(tl.minimum(N, 32768), ACC))  # by which float16 holds e/z
-    operands = load_key_operands(pointers, w_strides, tl.arange(0, P.BLOCK_F), units, P, T)
+    operands = load_key_operands(pointers, tl.arange(0, P.BLOCK_F), units, P, T)
     b_w, b_wt, b_w_lo, b_r, b_rt, b_r1, b_rho, b_rho_factors, b_log_z = operands
-    strides_k = (k_strides, w_strides, grad_k_strides)
+    keys = (k_ptr, k_strides, grad_k_ptr, grad_k_strides)
     end = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, end, P.BLOCK_N):
         o_n = i_n + tl.arange(0, P.BLOCK_N).to(tl.int64)
@@ -561,7 +556,7 @@ def key_backward(
         if P.MINUS_NORM:
             b_shift += half_norm(b_k, P, ACC)
         rows = (m_all, (b_v * b_inner[:, None]).to(T), b_inner, b_outer, b_shift, gain)
-        b_dv = store_key_gradient(grad_k_ptr, pointers, strides_k, (o_n, m_n, b_k), rows, operands, units, P, T)
+        b_dv = store_key_gradient(keys, pointers, (o_n, m_n, b_k), rows, operands, units, P, T)
         if grad_v_ptr is not None:
             if P.EPS != 0:
                 b_dv += b_r1[None, :] * gain

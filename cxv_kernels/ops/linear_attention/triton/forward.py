@@ -322,13 +322,13 @@ def query_rows(b_q, running_max, b_den, stat_ptr, P: tl.constexpr):
 
 
 @triton.jit
-def load_query_operands(pointers, w_strides, o_f, unit, P: tl.constexpr, T: tl.constexpr):
+def load_query_operands(pointers, o_f, unit, P: tl.constexpr, T: tl.constexpr):
     """What the sweeps over the features read for a block: W, its transpose and lo; U / unit and its transpose; the
     columns of the weights; the factors of the negative weights, transposed.
 
-    ``pointers`` of a head: q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr.
+    ``pointers`` of a head: q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr.
     """
-    q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr = pointers
+    q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr = pointers
     b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
     b_u, b_weights, b_minus_w = state_operands(state_ptr, stat_ptr, o_f, unit, P, T)
     if packed_state_ptr is not None:  # the compiler removes what is loaded twice
@@ -343,14 +343,12 @@ def load_query_operands(pointers, w_strides, o_f, unit, P: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def sweep_features(pointers, strides, tile, operands, unit, P: tl.constexpr, T: tl.constexpr):
+def sweep_features(pointers, tile, operands, unit, P: tl.constexpr, T: tl.constexpr):
     """Sum over the features for a tile of queries (o_n, m_n, b_q), relative to the running maximum of each row.
 
     Returns the maximum [BLOCK_N], b_den of add_denominator, Σ e U / unit [BLOCK_N, BLOCK_E], and e of the last block.
     """
-    q_strides, w_strides = strides
-    q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr = pointers
-    b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = operands
+    q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr = pointers
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and w_ptr is not None else 1
     running_max = init_max(P.BLOCK_N, P, ACC)
@@ -360,9 +358,8 @@ def sweep_features(pointers, strides, tile, operands, unit, P: tl.constexpr, T: 
     for i_f in range(P.BLOCKS):
         o_f = i_f * P.BLOCK_F + tl.arange(0, P.BLOCK_F)
         if P.BLOCKS > 1:
-            b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = load_query_operands(
-                pointers, w_strides, o_f, unit, P, T
-            )
+            operands = load_query_operands(pointers, o_f, unit, P, T)
+        b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = operands
         b_z = load_weights(stat_ptr, o_f, P)
         b_x = query_scores(load_channels(q_ptr, w_ptr, q_strides, tile, o_f, P), b_wt, b_w_lo, b_z, P, ACC)
         new_max = tl.maximum(running_max, tl.max(b_x, 1))
@@ -390,18 +387,17 @@ def query_pass(q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr, out_ptr, str
     state_ptr, stat_ptr = head_state(state_ptr, stat_ptr, i_bh, P)
     if packed_state_ptr is not None:
         packed_state_ptr += i_bh.to(tl.int64) * P.F * (P.E + PACKED)
-    pointers = (q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr)
+    pointers = (q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr)
     o_d, o_e = tl.arange(0, P.BLOCK_D), tl.arange(0, P.BLOCK_E)
     b_c = tl.load(state_ptr + P.F * P.E + o_e, mask=o_e < P.E, other=0)
     unit = state_unit(state_ptr, P)
-    operands = load_query_operands(pointers, w_strides, tl.arange(0, P.BLOCK_F), unit, P, T)
+    operands = load_query_operands(pointers, tl.arange(0, P.BLOCK_F), unit, P, T)
     end = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, end, P.BLOCK_N):
         o_n = i_n + tl.arange(0, P.BLOCK_N).to(tl.int64)
         m_n = o_n < end
         b_q = load_tokens(q_ptr, q_strides, o_n, m_n, o_d, P.D)
-        tile = (o_n, m_n, b_q)
-        running_max, b_den, b_o, b_e = sweep_features(pointers, (q_strides, w_strides), tile, operands, unit, P, T)
+        running_max, b_den, b_o, b_e = sweep_features(pointers, (o_n, m_n, b_q), operands, unit, P, T)
         b_r, b_inverse, b_sum = query_rows(b_q, running_max, sum_columns(b_den), stat_ptr, P)
         b_o = b_c[None, :] * b_sum[:, None] + b_o * (b_r * unit)[:, None]
         store_tokens(out_ptr, out_strides, o_n, m_n, b_o, o_e, P.E)
