@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cxv_kernels import linear_attention
 
+from .shared import multiscale_relu_attention
 from .swap import Example, Swap, other_feature_map
 
 
@@ -87,13 +88,10 @@ class FusedSanaMultiscaleAttnProcessor(FusedProcessor):
     def __call__(self, attn: SanaMultiscaleLinearAttention, hidden_states: Tensor) -> Tensor:
         """Map hidden_states (B, C, H, W) to (B, C_out, H, W)."""
         residual, dtype = hidden_states, hidden_states.dtype
-        batch, _, height, width = hidden_states.shape
         x = hidden_states.movedim(1, -1)
         qkv = torch.cat([attn.to_q(x), attn.to_k(x), attn.to_v(x)], dim=3).movedim(-1, 1)
-        qkv = torch.cat([qkv, *(block(qkv) for block in attn.to_qkv_multiscale)], dim=1)
-        heads = qkv.reshape(batch, -1, 3 * attn.attention_head_dim, height * width).transpose(-1, -2)
-        out = linear_attention(*heads.chunk(3, dim=-1), "relu", eps=attn.eps)
-        out = out.transpose(-1, -2).reshape(batch, -1, height, width).to(dtype)
+        scales = (qkv, *(block(qkv) for block in attn.to_qkv_multiscale))
+        out = multiscale_relu_attention(scales, attn.attention_head_dim, attn.eps).to(dtype)
         x = attn.to_out(out.movedim(1, -1)).movedim(-1, 1)
         last = attn.norm_type == "rms_norm"  # normalizes the last dimension; the other norms expect channels first
         x = attn.norm_out(x.movedim(1, -1)).movedim(-1, 1) if last else attn.norm_out(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cxv_kernels import performer_attention
 
-from .lucidrains import softmax_linear_attention
+from .shared import softmax_linear_attention
 from .swap import Example, Swap, is_unmodified, refuse_torchscript
 
 

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from conftest import needs_cpp
 from torch import nn
 
 import cxv_kernels
+from cxv_kernels.testing import peak_memory, saved_bytes
 
 from .comparing import check_compiled_and_exported, check_equal, check_half
 
@@ -42,6 +44,22 @@ def test_lite_mla_keeps_channels_last_without_copies():
     model.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(image(6, 5, channels_last=True))
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_cpp
+def test_lite_mla_needs_less_memory():
+    """Neither q, k and v of all scales together nor their feature maps are stored."""
+    model, x = lite_mla(), image(32, 32)
+    fused = copy.deepcopy(model)
+    cxv_kernels.accelerate(fused)
+    qkv = 3 * x.nbytes
+    peaks, saved = [], []
+    for kind in (model, fused):
+        with torch.no_grad():
+            peaks.append(peak_memory(lambda kind=kind: kind(x)).peak)
+        saved.append(saved_bytes(lambda kind=kind: kind(x), [x, *kind.parameters()]).beyond_inputs)
+    assert peaks[0] - peaks[1] > 2 * qkv
+    assert saved[0] - saved[1] > 1.5 * qkv
 
 
 def test_lite_mla_in_bfloat16_and_under_autocast():
