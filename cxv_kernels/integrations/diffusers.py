@@ -21,21 +21,18 @@ class FusedProcessor:
         self.original = original
 
 
-def _relu_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """query (B, N_q, C), key and value (B, N_k, C) → (B, N_q, C), after the output layers."""
+def _relu_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (B, N_q, C), key and value (B, N_k, C) → (B, N_q, C), before the output layers."""
     if not query.dtype == key.dtype == value.dtype:  # a norm in another precision
         query, key, value = query.float(), key.float(), value.float()
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
-    out = linear_attention(q, k, v, "relu", eps=1e-15)
-    return _output(attn, out.transpose(1, 2).flatten(2).to(dtype))
+    return linear_attention(q, k, v, "relu", eps=1e-15).transpose(1, 2).flatten(2)
 
 
-def _output(attn: Attention, hidden_states: Tensor) -> Tensor:
-    return attn.to_out[1](attn.to_out[0](hidden_states))
-
-
-def _clip(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-    return hidden_states.clip(-65504, 65504) if dtype == torch.float16 else hidden_states
+def _output(attn: Attention, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply the output layers to x (B, N, C), in the dtype of the hidden states."""
+    x = attn.to_out[1](attn.to_out[0](x.to(dtype)))
+    return x.clip(-65504, 65504) if dtype == torch.float16 else x
 
 
 class FusedSanaLinearAttnProcessor(FusedProcessor):
@@ -53,7 +50,7 @@ class FusedSanaLinearAttnProcessor(FusedProcessor):
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        return _clip(_relu_attention(attn, query, key, value, hidden_states.dtype), hidden_states.dtype)
+        return _output(attn, _relu_attention(attn, query, key, value), hidden_states.dtype)
 
 
 class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
@@ -69,11 +66,10 @@ class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Map hidden_states (B, N, C) to (B, N, C), B a multiple of ``parts``."""
-        dtype = hidden_states.dtype
         *attended, perturbed = hidden_states.chunk(self.parts)
         x = torch.cat(attended)
-        x = _relu_attention(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), dtype)
-        return _clip(torch.cat([x, _output(attn, attn.to_v(perturbed).to(dtype))]), dtype)
+        x = _relu_attention(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        return torch.cat([_output(attn, part, hidden_states.dtype) for part in (x, attn.to_v(perturbed))])
 
 
 class FusedPAGCFGSanaLinearAttnProcessor(FusedPAGSanaLinearAttnProcessor):

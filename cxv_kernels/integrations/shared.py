@@ -29,8 +29,7 @@ def multiscale_relu_attention(scales: Iterable[Tensor], dim: int, eps: float) ->
     outputs = []
     for qkv in scales:
         batch, _, height, width = qkv.shape
-        heads = qkv.reshape(batch, -1, 3, dim, height * width)
-        q, k, v = (part.transpose(-1, -2) for part in heads.unbind(2))
+        q, k, v = qkv.reshape(batch, -1, 3, dim, height * width).transpose(-1, -2).unbind(2)
         out = linear_attention(q, k, v, "relu", eps=eps)
         outputs.append(out.transpose(-1, -2).reshape(batch, -1, height, width))
     return torch.cat(outputs, dim=1)

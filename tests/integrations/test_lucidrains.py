@@ -74,7 +74,7 @@ def test_other_kernels_of_performer_are_left_alone(performer):
     model = nn.ModuleDict({name: performer.FastAttention(8, **o) for name, o in options.items()})
     names, reasons = cxv_kernels.accelerate(model, return_reasons=True)
     assert names == ["plain"]
-    assert "kernel function GELU" in reasons["gelu"]
+    assert "feature map GELU" in reasons["gelu"]
     assert reasons["causal"] == "is causal"
 
 
