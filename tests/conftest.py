@@ -6,6 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
+# PyTorch reads these at import. Several processes share the cores: threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -24,18 +28,10 @@ if not (ON_FAKE_DEVICE or ON_GPU):
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes costs more than these graphs
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
-# The files that take a minute or more: the others fill up what the processes have left.
+# The files that take longest, in this order: the others fill up what the processes have left.
 LONGEST = (
-    "test_triton.py",
-    "test_fake_device.py",
-    "test_table1.py",
-    "test_trainer.py",
-    "test_compile_gate.py",
-    "test_models.py",
-    "test_pytorch.py",
-    "test_values.py",
-    "test_derivatives.py",
-    "test_benchmarks.py",
+    *("test_triton.py", "test_fake_device.py", "test_compile_gate.py", "test_export.py", "test_benchmarks.py"),
+    *("test_trainer.py", "test_cuda_attention.py", "test_distributed.py", "test_endurance.py", "test_docs.py"),
 )
 ROOT = Path(__file__).parent.parent
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 
 import pytest
@@ -11,12 +10,15 @@ from conftest import ROOT, needs_cpp, write_image
 
 import cxv_kernels
 
+sys.path.insert(0, str(ROOT / "tools"))
+
+import gpu_run
+
 QUICK = ["--quick", "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
 def _environment_of_children(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
@@ -150,7 +152,8 @@ REORDERED = {"cnv-5/4": 5 * 4 * (1024 - 32) * 64**2, "hybrid-vin-6/8": 6 * 8 * (
 def test_table1_counts_match_the_paper(run_script, tmp_path):
     pytest.importorskip("timm")
     pytest.importorskip("vit_pytorch")
-    run_script("benchmarks/paper/table1.py", "--counts-only", "--dtype", "float32", "--output", tmp_path)
+    options = ["--counts-only", "--dtype", "float32", "--threads", "1", "--output", tmp_path]
+    run_script("benchmarks/paper/table1.py", *options)
     rows = {row["name"]: row for row in rows_of(tmp_path / "table1-cpu.csv")}
     assert list(rows) == list(TABLE_1)
     for name, (summed, total, macs, true) in TABLE_1.items():
@@ -228,13 +231,21 @@ def test_attn_mem_with_bad_arguments(run_script, arguments, words):
     assert message.count("\n") == 1
 
 
-def test_gpu_run_reports_each_step(tmp_path):
-    """Without a GPU the checks pass and the benchmarks refuse; every step has a log and a line in the table."""
-    options = ["--no-build", "--minutes", "10", "--output", tmp_path]
-    command = [sys.executable, str(ROOT / "tools" / "gpu_run.py"), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    table = done.stdout.rpartition("seconds  outcome")[2]
-    assert "checks" in table
-    assert table.count("exit status 2") == 3
-    assert "cuda is not available" in (tmp_path / "attn_mem.log").read_text()
+def test_gpu_run_reports_each_step(tmp_path, monkeypatch, capsys):
+    """One that works, one that fails and one that hangs: each has a log and a line in the table."""
+    codes = {"works": (0.5, "print('fine')"), "fails": (0.5, "exit(2)"), "hangs": (0.02, "while True: pass")}
+    steps = [(name, share, [sys.executable, "-c", code]) for name, (share, code) in codes.items()]
+    monkeypatch.setattr(gpu_run, "steps", lambda *_: steps)
+    assert gpu_run.main(["--minutes", "1", "--output", str(tmp_path)]) == 1
+    table = capsys.readouterr().out.rpartition("seconds  outcome")[2].splitlines()
+    outcomes = [" ".join(line.split()[2:]) for line in table[1:4]]
+    assert outcomes == ["ok", "exit status 2", "stopped at its time limit"]
+    assert [(tmp_path / f"{name}.log").read_text() for name in codes] == ["fine\n", "", ""]
+
+
+def test_gpu_run_starts_scripts_with_flags_that_exist(run_script, tmp_path):
+    scripts = [command[1:] for _, _, command in gpu_run.steps(tmp_path, "python", "data") if "-m" not in command]
+    assert len(scripts) == 4
+    for script, *arguments in scripts:
+        known = run_script(script, "--help")
+        assert [flag for flag in arguments if flag.startswith("--") and flag not in known] == []

@@ -195,11 +195,10 @@ def test_site_builds_without_warnings(tmp_path):
 
 
 @pytest.mark.slow
-def test_notebook_runs(tmp_path, monkeypatch):
+def test_notebook_runs(tmp_path):
     import nbclient  # not in every process that collects tests
     import nbformat
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -10,8 +10,6 @@ using namespace cxv::cuda;
 
 extern "C" {
 
-void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
-
 const char* simt_norm_forward(const ConvNormParams* p, unsigned seed) {
   return simt::guarded(
       [&] { for_dtype(p->dtype, [&](auto t) { norm_forward_pass<decltype(t)>(*p, simt::launcher(seed)); }); });

@@ -5,10 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from cxv_kernels.library import CPP_MISSING
 
 ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).parent
-_folder = tempfile.TemporaryDirectory()  # for what is compiled once; it goes with the process
 LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), ([^,]+), (\w+)>>>\(([^;]*)\);")
 
 
@@ -48,9 +44,8 @@ def run(*command: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@cache
-def _runtime() -> Path:
-    target = Path(_folder.name) / "libcuda.so.1"
+def _runtime(folder: Path) -> Path:
+    target = folder / "libcuda.so.1"
     flags = ["-O1", "-shared", HERE / "runtime.c", "-o", target]
     soname = "-soname,libcuda.so.1"
     if include := _triton_headers():
@@ -60,9 +55,8 @@ def _runtime() -> Path:
     return target
 
 
-@cache
-def _aten() -> Path:
-    target = Path(_folder.name) / "aten.so"
+def _aten(folder: Path) -> Path:
+    target = folder / "aten.so"
     include = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
     linked = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
     run("g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-w", *include, HERE / "aten.cpp", "-o", target, *linked)
@@ -93,34 +87,22 @@ def _kernels(folder: Path, pool: ThreadPoolExecutor) -> None:
     run("g++", "-shared", *objects, emulator(), "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
 
 
-@dataclass(frozen=True)
-class FakeDevice:
-    """A copy of the project in ``folder``, whose CUDA library is the emulated one."""
+def build(folder: Path) -> dict[str, str]:
+    """Compile all of it into ``folder``, with a copy of the project; return the environment of a process that sees it.
 
-    folder: Path
-    arch: int
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of a process that sees it."""
-        return {
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "0",
-            "LD_PRELOAD": str(_runtime()),
-            "TRITON_LIBCUDA_PATH": str(_runtime().parent),
-            "FAKE_DEVICE_ARCH": str(self.arch),
-            "FAKE_DEVICE_ATEN": str(_aten()),
-            "PYTHONPATH": f"{self.folder}{os.pathsep}{HERE}",
-        }
-
-
-def build(folder: Path, arch: int) -> FakeDevice:
-    """Compile all of it into ``folder``."""
+    FAKE_DEVICE_ARCH is the compute capability of the device, 75 or 90, for example.
+    """
     for name in ("cxv", "cxv_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(part) for part in (_aten, _runtime, emulator)]
-        for job in jobs:
-            job.result()
+        jobs = [pool.submit(_aten, folder), pool.submit(_runtime, folder)]
         _kernels(folder, pool)
-    return FakeDevice(folder, arch)
+        aten, runtime = (job.result() for job in jobs)
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "0",
+        "LD_PRELOAD": str(runtime),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "FAKE_DEVICE_ATEN": str(aten),
+        "PYTHONPATH": f"{folder}{os.pathsep}{HERE}",
+    }

@@ -40,8 +40,6 @@ void run_compiled(Call call, const Work& p, const Launch& launch) {
 
 extern "C" {
 
-void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
-
 // The caller fills p but for splits and scratch memory. These return what went wrong, or null.
 const char* simt_attention(const LinearAttentionParams* in, Call call, unsigned seed) {
   return simt::guarded([&] {

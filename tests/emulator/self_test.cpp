@@ -82,8 +82,6 @@ void run(const std::string& name) {
 
 extern "C" {
 
-void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) { simt::set_arena(begin, bytes, allowed); }
-
 // 64 threads, 800 bytes of shared memory.
 const char* simt_self_test(const char* name, unsigned seed) {
   return simt::guarded([&] { simt::launch(2, 64, 800, seed, [&] { cxv::cuda::run(name); }); });

@@ -350,7 +350,9 @@ const char* simt::guarded(const std::function<void()>& f) {
   }
   return nullptr;
 }
-void simt::set_arena(const void* begin, int64_t bytes, const uint8_t* allowed) {
+// The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
+// are not checked.
+extern "C" void simt_arena(const void* begin, int64_t bytes, const uint8_t* allowed) {
   arena = {static_cast<const char*>(begin), bytes, allowed};
 }
 

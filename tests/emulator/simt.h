@@ -69,10 +69,6 @@ inline auto launcher(unsigned seed) {
   };
 }
 
-// The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
-// are not checked.
-void set_arena(const void* begin, int64_t bytes, const uint8_t* allowed);
-
 // Runs f; returns what went wrong, or null.
 const char* guarded(const std::function<void()>& f);
 

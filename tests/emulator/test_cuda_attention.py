@@ -131,27 +131,29 @@ EVERY_SIZE = [*((m, torch.float16) for m in MAPS), *((m, torch.float32) for m in
 every_size = pytest.mark.parametrize(("feature_map", "dtype"), EVERY_SIZE, ids=lambda x: str(x).removeprefix("torch."))
 
 
+SIZES = {  # tokens of queries and keys, channels of keys and values
+    "one-token": ((1, 1, 5, 17), {}),
+    "channels-before-tokens": ((130, 63, 32, 32), {"layout": "nchw", "seed": 1}),
+    "strided-views": ((63, 130, 17, 5), {"layout": "gaps", "seed": 2}),
+    "widest": ((33, 40, 64, 50), {"features": 75, "heads": 1, "seed": 3}),
+    "narrowest-in-several-splits": ((1100, 1100, 13, 16), {"heads": 1, "seed": 4}),
+    "features-of-several-blocks": ((20, 20, 32, 32), {"heads": 1, "features": 150}),
+    "odd": ((67, 130, 30, 32), {"layout": "nchw", "seed": 6}),
+    "odd-contiguous": ((130, 33, 17, 20), {}),
+    "no-queries": ((0, 3, 5, 6), {}),
+    "no-keys": ((3, 0, 5, 6), {}),
+    "no-tokens": ((0, 0, 5, 6), {}),
+    "no-channels": ((7, 6, 5, 0), {}),
+}
+
+
 @every_size
 class TestAgainstFloat64:
     """Heads of every size, except projected ones in float32, which take the emulator too long."""
 
-    def test_one_token(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 1, 1, 5, 17, dtype)
-
-    def test_channels_before_tokens(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 130, 63, 32, 32, dtype, layout="nchw", seed=1)
-
-    def test_strided_views(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 63, 130, 17, 5, dtype, layout="gaps", seed=2)
-
-    def test_widest(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 33, 40, 64, 50, dtype, features=75, heads=1, seed=3)
-
-    def test_narrowest_in_several_splits(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 1100, 1100, 13, 16, dtype, heads=1, seed=4)
-
-    def test_features_of_several_blocks(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 20, 20, 32, 32, dtype, heads=1, features=150)
+    @pytest.mark.parametrize(("sizes", "options"), SIZES.values(), ids=SIZES)
+    def test_sizes(self, sm75, feature_map, dtype, sizes, options):
+        check(sm75, feature_map, *sizes, dtype, **options)
 
     def test_key_mask(self, sm75, feature_map, dtype):
         mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) > 0.4
@@ -159,17 +161,6 @@ class TestAgainstFloat64:
         check(sm75, feature_map, 33, 70, 12, 20, dtype, batch=2, heads=1, mask=mask, seed=5)
         expanded = mask[:, None].expand(2, 3, 70)[:, 1]
         check(sm75, feature_map, 3, 70, 12, 20, dtype, batch=2, heads=1, mask=expanded, layout="nchw")
-
-    def test_odd_sizes(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 67, 130, 30, 32, dtype, layout="nchw", seed=6)
-        check(sm75, feature_map, 130, 33, 17, 20, dtype)
-
-    @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
-    def test_no_tokens(self, sm75, feature_map, dtype, queries, keys):
-        check(sm75, feature_map, queries, keys, 5, 6, dtype)
-
-    def test_no_channels(self, sm75, feature_map, dtype):
-        check(sm75, feature_map, 7, 6, 5, 0, dtype)
 
     def test_a_hidden_key_may_be_anything(self, sm75, feature_map, dtype):
         q, k, v, g = (make((1, 1, 9, 8), dtype, i) for i in range(4))

@@ -17,39 +17,37 @@ TRIED = (2, 15)  # the newest PyTorch that is known to find a GPU in it
 
 
 @pytest.fixture(scope="module")
-def gpu(request, tmp_path_factory):
-    built = fake_device.build(tmp_path_factory.mktemp("gpu"), request.param)
-    probe = run(built, "-c", "import torch; assert (torch.ones(3, device='cuda') + 1).sum().item() == 6")
+def run(tmp_path_factory):
+    """A function that runs Python in a process with a fake device of a compute capability."""
+    folder = tmp_path_factory.mktemp("fake_device")
+    built = fake_device.build(folder)
+
+    def call(arch, *command, **environment):
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            env=built | {"FAKE_DEVICE_ARCH": str(arch)} | environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    probe = call(75, "-c", "import torch; assert (torch.ones(3, device='cuda') + 1).sum().item() == 6")
     if probe.returncode != 0 and tuple(map(int, torch.__version__.split(".")[:2])) > TRIED:
         pytest.skip(f"the fake CUDA device does not suit PyTorch {torch.__version__}: {probe.stderr.splitlines()[-1:]}")
     assert probe.returncode == 0, probe.stderr
-    return built
+    return call
 
 
-def card(*archs):
-    return pytest.mark.parametrize("gpu", archs, ids=[f"sm_{arch}" for arch in archs], indirect=True, scope="module")
-
-
-def run(gpu, *command, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=gpu.environment | environment,
-        cwd=gpu.folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@card(75, 90)
-def test_ops(gpu):
-    """What both have in common is tried on the newer one; on the older, each tensor has a guard behind it."""
-    only, environment = (), {}
-    if gpu.arch < 80:
-        only, environment = ("-k", "float64 or strides or first_use"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = run(
-        gpu, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *only, HERE / "on_fake_device.py", **environment
-    )
+@pytest.mark.parametrize("arch", [75, 90])
+def test_ops(run, arch):
+    """The kernels, which both have in common, on the older one, with a guard behind each tensor; the rest on the newer
+    one. Both validate kernels on their first use."""
+    only, environment = "not (float64 or strides)", {}
+    if arch < 80:
+        only, environment = "float64 or strides or first_use", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tests = HERE / "on_fake_device.py"
+    done = run(arch, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", only, tests, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]
 
@@ -69,12 +67,11 @@ print((found - expected).abs().max().item() < 1e-2, set(self_check._verdicts.val
 """
 
 
-@card(75)
-def test_a_second_process_reads_the_verdict(gpu, tmp_path):
+def test_a_second_process_reads_the_verdict(run, tmp_path):
     """Of right kernels, of wrong ones, which the reference replaces, and with the check disabled."""
 
     def first_use(folder, *arguments, **environment):
-        done = run(gpu, "-c", FIRST_USE, *arguments, CXV_CACHE=str(tmp_path / folder), **environment)
+        done = run(75, "-c", FIRST_USE, *arguments, CXV_CACHE=str(tmp_path / folder), **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.split(), done.stderr
 

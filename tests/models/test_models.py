@@ -114,17 +114,18 @@ def test_recompute_is_accepted_by_models_without_fused_ops():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_hundred_steps_fused_and_not(name):
+def test_training_fused_and_not(name):
     """From one seed, in float32, with dropout: the loss curves are one until roundings have grown."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(64, 3, 12, 12, generator=generator), torch.randint(4, (64,), generator=generator)
+    images += labels[:, None, None, None]
     curves, few = [], {"num_landmarks": 16} if name.startswith("cnv") else {}
     for use_fused in (False, True):
         torch.manual_seed(1)
         model = small(name, embed_dim=32, use_fused=use_fused, **few).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         curve = []
-        for step in range(100):
+        for step in range(40):
             part = slice(step % 8 * 8, step % 8 * 8 + 8)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[part]), labels[part])
@@ -329,7 +330,7 @@ def test_attention_can_be_taken_out():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compile_fullgraph(name):
-    model = small(name, use_fused=True).eval()
+    model = small(name.replace("5", "1"), use_fused=True).eval()  # a layer has every op
     x = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))

@@ -10,14 +10,15 @@ from cases import (
     LINEAR_FAMILY,
     SMALL,
     TINY,
+    VARIED,
     OpCalls,
     Sizes,
     device_of,
     every,
     every_backend,
-    gradient_like,
     in_float64,
     mask_of,
+    needed_gradients,
     run,
     with_dtypes,
 )
@@ -50,25 +51,16 @@ def test_gradcheck(case, backend):
 
 
 @every_backend
-@every(CASES)
+@every(VARIED)
 def test_needed_gradients(case, backend):
     """Any subset of the gradients has the bits of all of them, and autograd asks the ops for the subset alone."""
     inputs = [t.to(device_of(backend)) for t in case.inputs(SMALL, torch.float32)]
     call, count = bind_masked(case, backend), len(inputs)
-
-    def gradients(needed):
-        leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        outs = call(*leaves)
-        pairs = [(o, gradient_like(o)) for o in outs if o.requires_grad]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
-        return [t.grad for t in leaves]
-
-    every_gradient = gradients(range(count))
+    every_gradient = needed_gradients(call, inputs, range(count))
     assert all(t.isfinite().all() for t in every_gradient)
     for needed in subsets(count):
         with OpCalls() as calls:
-            found = gradients(needed)
+            found = needed_gradients(call, inputs, needed)
         for i, (got, want) in enumerate(zip(found, every_gradient, strict=True)):
             same = torch.allclose if case.op == "conv_norm" else torch.equal  # PyTorch's convolution has its own order
             assert same(got, want) if i in needed else got is None

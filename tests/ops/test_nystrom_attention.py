@@ -16,8 +16,8 @@ from cases import (
     assert_close_to_float64,
     device_of,
     every_backend,
-    gradient_like,
     in_float64,
+    needed_gradients,
     run,
     threads,
     with_dtypes,
@@ -81,7 +81,8 @@ def definition(q, k, v, landmarks, weight=None, one_scale=False):
 
 @in_float64
 @pytest.mark.parametrize(
-    ("queries", "keys", "landmarks"), [(64, 64, 16), (70, 101, 16), (130, 64, 64), (1024, 1024, 64)]
+    ("queries", "keys", "landmarks"),
+    [(64, 64, 16), (70, 101, 16), (130, 64, 64), *([] if interpreting() else [(1024, 1024, 64)])],
 )
 def test_nystrom_attention_is_its_definition(queries, keys, landmarks, backend):
     q, k, v = qkv(queries=queries, keys=keys, dim=8, value_dim=5)
@@ -125,7 +126,8 @@ def test_pinv_init_of_the_batch(backend):
     torch.testing.assert_close(got, definition(q, k, v, 4, one_scale=True))
     assert (got - nystrom_attention(q, k, v, 4)).abs().max() > 1e-3
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *x: nystrom_attention(*x, 4, **options), inputs)
+    call = lambda *x: nystrom_attention(*x, 4, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=interpreting())
 
 
 @with_dtypes
@@ -239,18 +241,6 @@ def test_no_worse_than_the_reference_where_the_inverse_is_large(dtype, scale):
         assert (fused - want).norm() <= 1.5 * (reference - want).norm() + floor
 
 
-@every_backend
-@pytest.mark.parametrize("place", range(3), ids="qkv")
-def test_nan_stays_in_its_head(backend, place):
-    """Also in the gradients, of every one of the ops."""
-    sizes = Sizes(2, 2, 30, 30, 8, 8)
-    inputs = PLAIN.inputs(sizes, torch.float32)
-    inputs[place][0, 0, 3, 2] = torch.nan
-    found = run(PLAIN.bind(backend, sizes, num_landmarks=16), [t.to(device_of(backend)) for t in inputs])
-    assert found[0][0, 0].isnan().any()
-    assert all(t[0, 1].isfinite().all() and t[1].isfinite().all() for t in found)
-
-
 # --- the ops that it is made of; Triton's two others are PyTorch's attention ---
 
 PIECES = ("means", "mix", "residual", *(() if interpreting() else ("summary", "readout")))
@@ -275,17 +265,11 @@ def piece_of(name, backend):
 def test_needed_gradients_of_each_op(backend, piece):
     function, inputs = piece_of(piece, backend)
     inputs = [t.to(device_of(backend)) for t in inputs]
-
-    def gradients(needed):
-        leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        out = function(*leaves)
-        out.backward(gradient_like(out))
-        return [t.grad for t in leaves]
-
-    every = gradients(range(len(inputs)))
+    call = lambda *inputs: (function(*inputs),)  # noqa: E731
+    every = needed_gradients(call, inputs, range(len(inputs)))
     for needed in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if len(inputs) == 3 else [(0,)]:
         with OpCalls() as calls:
-            found = gradients(needed)
+            found = needed_gradients(call, inputs, needed)
         for i, (got, want) in enumerate(zip(found, every, strict=True)):
             assert torch.equal(got, want) if i in needed else got is None
         asked = [args[-1] for op, args in calls.made if op._schema.arguments[-1].name == "needed"]

@@ -13,6 +13,7 @@ from cases import (
     assert_close_to_float64,
     every,
     name_of,
+    needed_gradients,
     poisoned_memory,
     run,
     short_splits,
@@ -46,7 +47,7 @@ def test_splits_are_added(case, dtype):
     assert not first[2].masked_select(hidden).any()
 
 
-@every(LINEAR_FAMILY)
+@every([LINEAR[0], LINEAR[2], PERFORMER[0]])  # with a running maximum, and without
 def test_bits_of_a_head_with_splits(case):
     """Alone or in a batch, in any layout, also where fresh memory is NaN."""
     sizes = Sizes(2, 2, 20, 140, 16, 16)
@@ -61,7 +62,7 @@ def test_bits_of_a_head_with_splits(case):
                 assert all(map(torch.equal, first, run(call, [layouts(t)[name] for t in inputs]))), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 @every(LINEAR)
 def test_more_channels_than_a_block(case, dtype):
     sizes = Sizes(1, 2, 20, 70, 40, 9)
@@ -79,11 +80,8 @@ def test_needed_gradients_with_each_query_backward(case, separate):
     with configs.override({"query_backward": {"default": entry}}):
         _, *every_gradient = assert_close_to_float64(case, "triton", inputs, sizes)
         for needed in ((0,), (1,), (2,), (0, 2)):
-            leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-            (out,) = call(*leaves)
-            out.backward(((torch.arange(9) % 5 - 2).to(out.dtype) / 2).expand(out.shape))
-            for i, (leaf, want) in enumerate(zip(leaves, every_gradient, strict=True)):
-                assert torch.equal(leaf.grad, want) if i in needed else leaf.grad is None
+            for i, (got, want) in enumerate(zip(needed_gradients(call, inputs, needed), every_gradient, strict=True)):
+                assert torch.equal(got, want) if i in needed else got is None
 
 
 @every([LINEAR[0], PERFORMER[0]])

@@ -13,6 +13,7 @@ from cases import (
     MASKED,
     SIZES,
     SMALL,
+    VARIED,
     Sizes,
     assert_close_to_float64,
     device_of,
@@ -58,7 +59,7 @@ def test_key_mask(case, backend, dtype):
         call = case.bind(computed_by, SMALL, key_mask=mask)
         want = run(call, inputs)
         assert all(not gradient.masked_select(hidden).any() for gradient in want[-2:])
-        for value in (torch.nan, torch.inf, -torch.inf) if dtype == torch.float32 else (torch.nan,):
+        for value in (torch.nan, torch.inf, -torch.inf) if (backend, dtype) == ("cpu", torch.float32) else (torch.nan,):
             spoilt = [*inputs[:-2], *(t.masked_fill(hidden, value) for t in inputs[-2:])]
             assert all(map(torch.equal, run(call, spoilt), want))
         call = case.bind(computed_by, SMALL, key_mask=torch.zeros_like(mask))
@@ -66,7 +67,7 @@ def test_key_mask(case, backend, dtype):
 
 
 @every_backend
-@every([case for case in CASES if case.op not in ("conv_norm", "dropout", "gelu_dropout")])
+@every([case for case in VARIED if case.op not in ("conv_norm", "dropout", "gelu_dropout")])
 @pytest.mark.parametrize("layout", layouts(torch.zeros(1, 1, 1, 1)))
 def test_strides(layout, case, backend):
     """Views are read as they lie; the output lies like the first input, unless PyTorch's own attention makes it."""
@@ -115,14 +116,15 @@ def test_nan_stays_visible_and_in_its_head(case, backend):
             continue
         assert any(w.isnan().any() for w in want) or "dropout" in case.op
         assert all(torch.equal(g.isnan().cpu(), w.isnan()) for g, w in zip(got, want, strict=True))
-        if case in LINEAR_FAMILY:
+        if case in ATTENTION_CASES:
             wants = run(case.bind("reference", SMALL), [t.double() for t in inputs])
             gots = run(case.bind(backend, SMALL), [t.to(device_of(backend)) for t in inputs])
-            assert [g.isnan().any() for g in gots] == [w.isnan().any() for w in wants]
+            assert case not in LINEAR_FAMILY or [g.isnan().any() for g in gots] == [w.isnan().any() for w in wants]
+            assert all(t[0, 1].isfinite().all() for t in gots[:4])
 
 
 @every_backend
-@every(CASES)
+@every(VARIED)
 def test_same_bits_in_any_batch_and_for_any_threads(case, backend):
     """Repeated, with other numbers of threads, and as one image of a batch; tests/ops/test_triton_attention.py has
     several splits."""
@@ -149,7 +151,7 @@ def test_same_bits_in_any_batch_and_for_any_threads(case, backend):
 
 
 @every_backend
-@every(CASES)
+@every(VARIED)
 def test_every_element_is_written(case, backend):
     for sizes in [SMALL] if backend != "cpu" else [SMALL, SIZES["one"], SIZES["power-of-two"]]:
         inputs = [t.to(device_of(backend)) for t in case.inputs(sizes, torch.float32)]
@@ -173,7 +175,7 @@ def test_every_instruction_set(isa):
         "_, z = c.kv_state(x, torch.ones(1, 100, 1, 1), 'elu', backend='cpu')\n"
         "assert (z.double() / x[:, :, 0].double().exp() - 1).abs().max() < 2 * 2**-23\n"
     )
-    environment = os.environ | {"CXV_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CXV_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] in (isa, "baseline")

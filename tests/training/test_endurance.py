@@ -259,7 +259,7 @@ while not ended:
         begun = any(os.path.exists(f"{config.output}/{name}.pt") for name in ("last", "previous"))
         train(TrainConfig(output=config.output, resume=True) if begun else config, log=str)
         os._exit(0)
-    deadline = time.monotonic() + delays.uniform(0.05, 0.2 + 0.1 * kills)
+    deadline = time.monotonic() + delays.uniform(0.05, 0.2 + 0.3 * kills)
     while not ended and time.monotonic() < deadline:
         time.sleep(0.001)
         ended = os.waitpid(pid, os.WNOHANG)[0] == pid
