@@ -44,8 +44,6 @@ class Features {
       for (int64_t d = 0; d < D_; ++d) W_[m * Dp_ + d] = Wt_[d * Mp_ + m] = source[m * D_ + d];
   }
 
-  int64_t size() const { return M_; }
-  int64_t stride() const { return Mp_; }
   A constant() const { return c_; }
   bool normalized() const { return map_ == FeatureMap::kSoftmax || exact(); }
   // A query's weights are the softmax of its own exponents and of log z.

@@ -71,8 +71,7 @@ void softmax_rows(A* a, int64_t ld, int64_t rows, int64_t cols) {
       store<A>(row + j, x);
       sum += x;
     }
-    const V factor = splat<A>(A(1) / reduce_add<A>(sum));
-    for (int64_t j = 0; j < ld; j += W) store<A>(row + j, load<A>(row + j) * factor);
+    scale_row(row, ld, A(1) / reduce_add<A>(sum));
     fill(row + cols, ld - cols);  // a NaN would reach the next head
   }
 }
@@ -82,9 +81,7 @@ template <class A>
 void softmax_rows_backward(A* grad, const A* softmax, int64_t ld, int64_t rows) {
   constexpr int W = kWidth<A>;
   for (int64_t r = 0; r < rows; ++r, grad += ld, softmax += ld) {
-    Vec<A> mean{};
-    for (int64_t j = 0; j < ld; j += W) mean += load<A>(softmax + j) * load<A>(grad + j);
-    const Vec<A> shift = splat<A>(reduce_add<A>(mean));
+    const Vec<A> shift = splat<A>(dot(softmax, grad, ld));
     for (int64_t j = 0; j < ld; j += W) store<A>(grad + j, load<A>(softmax + j) * (load<A>(grad + j) - shift));
   }
 }
