@@ -90,7 +90,7 @@ def extensions() -> tuple[list[Extension], dict]:
         say(f"CUDA kernels are skipped: {reason}.")
 
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", target]
@@ -124,6 +124,12 @@ def extensions() -> tuple[list[Extension], dict]:
             )
         )
 
+    return extensions, {"build_ext": build_command()}
+
+
+def build_command() -> type:
+    from torch.utils.cpp_extension import BuildExtension
+
     class Build(BuildExtension):
         """Build the libraries. If a library fails, the package is installed without it."""
 
@@ -153,7 +159,7 @@ def extensions() -> tuple[list[Extension], dict]:
             super().copy_extensions_to_source()
             self.extensions = wanted
 
-    return extensions, {"build_ext": Build}
+    return Build
 
 
 class Wheel(bdist_wheel):

@@ -44,8 +44,6 @@ class Features {
       for (int64_t d = 0; d < D_; ++d) W_[m * Dp_ + d] = Wt_[d * Mp_ + m] = source[m * D_ + d];
   }
 
-  int64_t size() const { return M_; }
-  int64_t stride() const { return Mp_; }
   A constant() const { return c_; }
   bool normalized() const { return map_ == FeatureMap::kSoftmax || exact(); }
   // A query's weights are the softmax of its own exponents and of log z.
@@ -139,38 +137,47 @@ class Features {
     unpack(grad, dx_, Dp_, rows, D_, scale_);
   }
 
-  // Computes φ(q) z / Σ φ(q) z of elu, and φ'(q) z / Σ φ(q) z in `feature_grad` unless it is null. With z up to a
-  // factor it returns false if a sum is so small that underflow changes it; then `log_z`, with the original tile, is by
-  // exponents.
-  bool elu_queries(A* tile, const A* z, const A* log_z, int64_t rows, A* feature_grad) const {
+  // Computes φ(q) z / Σ φ(q) z of elu, given z up to a factor, and in `factors` unless it is null what z was multiplied
+  // by: φ'(q) z / Σ φ(q) z is the result, at most z · factor. Returns false if a sum is so small that underflow changes
+  // it; then elu_queries_by_exponents() takes the original tile.
+  bool elu_queries(A* tile, const A* z, int64_t rows, A* factors) const {
     const A least = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
     for (int64_t r = 0; r < rows; ++r) {
       A* row = tile + r * Mp_;
-      V shift{}, sum{};
-      if (log_z != nullptr) {
-        pad(row, -A(INFINITY));
-        V top = splat<A>(-A(INFINITY));
-        for (int64_t d = 0; d < Mp_; d += W)
-          top = vmax<A>(top, below_zero(load_at(row, 0, d)) + CXV_ISA::load<A>(log_z + d));
-        const A max = reduce_max<A>(top);
-        if (max > -A(INFINITY)) shift = splat<A>(max);
-      }
+      V sum{};
       for (int64_t d = 0; d < Mp_; d += W) {
-        const V x = load_at(row, 0, d);
-        const V u = log_z != nullptr ? exp(below_zero(x) + CXV_ISA::load<A>(log_z + d) - shift)
-                                     : exp(below_zero(x)) * CXV_ISA::load<A>(z + d);
+        const V y = elu(load_at(row, 0, d)) * CXV_ISA::load<A>(z + d);
+        store<A>(row + d, y);
+        sum += y;
+      }
+      const A total = reduce_add<A>(sum), factor = A(1) / total;
+      if (!(total >= least)) return false;
+      scale_row(row, Mp_, factor);
+      if (factors != nullptr) factors[r] = factor;
+    }
+    return true;
+  }
+  // The same given log z, and φ'(q) z / Σ φ(q) z in `feature_grad` unless it is null.
+  void elu_queries_by_exponents(A* tile, const A* log_z, int64_t rows, A* feature_grad) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = tile + r * Mp_;
+      pad(row, -A(INFINITY));
+      V shift{}, sum{}, top = splat<A>(-A(INFINITY));
+      for (int64_t d = 0; d < Mp_; d += W)
+        top = vmax<A>(top, below_zero(load_at(row, 0, d)) + CXV_ISA::load<A>(log_z + d));
+      const A max = reduce_max<A>(top);
+      if (max > -A(INFINITY)) shift = splat<A>(max);
+      for (int64_t d = 0; d < Mp_; d += W) {
+        const V x = load_at(row, 0, d), u = exp(below_zero(x) + CXV_ISA::load<A>(log_z + d) - shift);
         const V y = u * (above_zero(x) + 1);
         if (feature_grad != nullptr) store<A>(feature_grad + r * Mp_ + d, u);
         store<A>(row + d, y);
         sum += y;
       }
-      const A total = reduce_add<A>(sum);
-      if (log_z == nullptr && !(total >= least)) return false;
-      const A factor = A(1) / (total == 0 ? A(1) : total);
+      const A total = reduce_add<A>(sum), factor = A(1) / (total == 0 ? A(1) : total);
       scale_row(row, Mp_, factor);
       if (feature_grad != nullptr) scale_row(feature_grad + r * Mp_, Mp_, factor);
     }
-    return true;
   }
 
   // Forgets token r of those that load() read last, which is hidden.
@@ -184,14 +191,15 @@ class Features {
   // φ of elu is exp(min(x, 0)) · (1 + max(x, 0)). Only the exponential can underflow, so only its exponent is shifted.
   static V below_zero(V x) { return x > 0 ? V{} : x; }
   static V above_zero(V x) { return x > 0 ? x : V{}; }
+  static V elu(V x) { return x > 0 ? x + 1 : exp(x); }
   void rectify(A* tile, int64_t rows) const {
-    const bool elu = map_ == FeatureMap::kElu || map_ == FeatureMap::kEluExact;
+    const bool is_elu = map_ == FeatureMap::kElu || map_ == FeatureMap::kEluExact;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < Mp_; d += W) {
         const V y = load_at(tile, r, d);
-        store<A>(tile + r * Mp_ + d, elu ? (y > 0 ? y + 1 : exp(y)) : (y < 0 ? V{} : y));
+        store<A>(tile + r * Mp_ + d, is_elu ? elu(y) : (y < 0 ? V{} : y));
       }
-      if (elu) pad(tile + r * Mp_, 0);
+      if (is_elu) pad(tile + r * Mp_, 0);
     }
   }
 

@@ -19,7 +19,7 @@ class LinearAttentionPass {
         E_(p.value_dim),
         Mp_(padded<A>(p.features)),
         Ep_(padded<A>(p.value_dim)),
-        scratch_(Features<A>::scratch(p) + kTile * (3 * Mp_ + 2 * Ep_) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
+        scratch_(Features<A>::scratch(p) + kTile * (3 * Mp_ + 2 * Ep_ + 1) + 3 * Mp_ * Ep_ + 5 * (Mp_ + Ep_)),
         features_(p, scratch_) {}
 
   void key_pass(int64_t begin, int64_t end) {
@@ -36,7 +36,7 @@ class LinearAttentionPass {
       fill(max, Mp_, -A(INFINITY));
       fill(sum, Ep_);
       A count = 0;
-      for_tiles(p_.keys, p_.key_splits, item % p_.key_splits, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.keys, p_.key_splits, item % p_.key_splits)) {
         features_.load(phi, rows_of<T>(p_, p_.k, head, n), rows);
         features_.key_exponents(phi, rows);
         if (features_.shifted()) raise_max(phi, max, z, S, head, n, rows);
@@ -48,7 +48,7 @@ class LinearAttentionPass {
         product<A>(S, Ep_, phi, 1, Mp_, x, ld, Mp_, Ep_, rows, true);
         if (features_.constant() != 0) add_rows(sum, x, ld, rows, Ep_);
         count += seen_rows(head, n, rows);
-      });
+      }
       A* partial = static_cast<A*>(p_.partial) + (item - p_.first) * key_partial_size(p_);
       copy(partial, max, M_);
       copy(partial + M_, z, M_);
@@ -103,14 +103,14 @@ class LinearAttentionPass {
         load_head(S, z, weight, head);
         loaded = head;
       }
-      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
-        load_queries(phi, head, n, rows, z, weight, nullptr);
+      for (const auto [n, rows] : Tiles(p_.queries, p_.query_splits, item % p_.query_splits)) {
+        load_queries(phi, head, n, rows, z, weight);
         if (features_.constant() != 0) add_constant(phi, rows);
         product<A>(out, Ep_, phi, Mp_, 1, S, Ep_, round_up(rows), Ep_, M_, false);
         if (!features_.normalized())
-          for (int64_t r = 0; r < rows; ++r) scale_row(out + r * Ep_, Ep_, inverse(dot(phi + r * Mp_, z, Mp_) + eps()));
+          for (int64_t r = 0; r < rows; ++r) scale_row(out + r * Ep_, Ep_, inverse(dot(phi + r * Mp_, z, Mp_) + eps_));
         unpack(rows_of<T>(p_, p_.out, head, n), out, Ep_, rows, E_);
-      });
+      }
     }
   }
 
@@ -127,7 +127,9 @@ class LinearAttentionPass {
     A* dz = scratch_.take(Mp_);
     A* weight = scratch_.take(Mp_);
     const FeatureMap map = p_.feature_map;
-    A* feature_grad = map == FeatureMap::kEluExact ? scratch_.take(kTile * Mp_) : nullptr;
+    const bool elu = map == FeatureMap::kEluExact;
+    A* factors = scratch_.take(kTile);
+    A* feature_grad = elu ? scratch_.take(kTile * Mp_) : nullptr;
     const int64_t Mp = Mp_;
     const V constant = splat<A>(features_.constant());
     // dz is of grad_k alone, and the softmax has none here.
@@ -143,8 +145,8 @@ class LinearAttentionPass {
       }
       fill(dS, Mp_ * Ep_);
       fill(dz, Mp_);
-      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
-        load_queries(phi, head, n, rows, z, weight, feature_grad);
+      for (const auto [n, rows] : Tiles(p_.queries, p_.query_splits, item % p_.query_splits)) {
+        const bool by_exponents = load_queries(phi, head, n, rows, z, weight, factors, feature_grad);
         int64_t ld;
         const A* dO = value_tile(gradient, &ld, p_.grad_out, head, n, rows);
         if (with_G) product<A>(G, Mp_, dO, ld, 1, St, Mp_, round_up(rows), Mp_, E_, false);
@@ -154,11 +156,12 @@ class LinearAttentionPass {
           if (features_.normalized()) {
             if (!with_G) break;
             const V c = splat<A>(dot(e, g, Mp));
-            if (feature_grad != nullptr) {
+            if (elu) {
               for (int64_t d = 0; d < Mp; d += W) {
-                const V difference = load<A>(g + d) - c;
-                store<A>(g + d, load<A>(feature_grad + r * Mp + d) * difference);
-                store<A>(dz + d, load<A>(dz + d) + load<A>(e + d) * difference);
+                const V y = load<A>(e + d), difference = load<A>(g + d) - c, limit = load<A>(weight + d) * factors[r];
+                const V slope = by_exponents ? load<A>(feature_grad + r * Mp + d) : limit < y ? limit : y;
+                store<A>(g + d, slope * difference);
+                store<A>(dz + d, load<A>(dz + d) + y * difference);
               }
               continue;
             }
@@ -176,7 +179,7 @@ class LinearAttentionPass {
             phi_z += y * load<A>(z + d);
             phi_G += y * load<A>(g + d);
           }
-          const A den = reduce_add<A>(phi_z) + eps();
+          const A den = reduce_add<A>(phi_z) + eps_;
           const A inv = inverse(den);
           const V c = splat<A>(den == 0 ? A(0) : reduce_add<A>(phi_G) * inv), vinv = splat<A>(inv);
           for (int64_t d = 0; d < Mp; d += W) {
@@ -189,7 +192,7 @@ class LinearAttentionPass {
         }
         if (need_keys) product<A>(dS, Ep_, phi, 1, Mp_, dO, ld, Mp_, Ep_, rows, true);
         if (need_queries) features_.store_gradient(rows_of<T>(p_, p_.grad_q, head, n), G, rows, false);
-      });
+      }
       if (!need_keys) continue;
       A* partial = static_cast<A*>(p_.partial) + (item - p_.first) * query_partial_size(p_);
       for (int64_t m = 0; m < M_; ++m) partial[m] = dz[m] * unit_;
@@ -246,7 +249,7 @@ class LinearAttentionPass {
         if (need_keys) transpose(dSt, dS);
         loaded = head;
       }
-      for_tiles(p_.keys, p_.key_splits, item % p_.key_splits, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.keys, p_.key_splits, item % p_.key_splits)) {
         features_.load(phi, rows_of<T>(p_, p_.k, head, n), rows);
         features_.key_exponents(phi, rows);
         features_.keys(phi, map == FeatureMap::kElu ? nullptr : shift, rows);
@@ -277,7 +280,7 @@ class LinearAttentionPass {
           apply_mask(G, head, n, rows);
           features_.store_gradient(rows_of<T>(p_, p_.grad_k, head, n), G, rows, true);
         }
-      });
+      }
     }
   }
 
@@ -288,11 +291,11 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       A max = -A(INFINITY);
-      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.queries, p_.query_splits, item % p_.query_splits)) {
         features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
         if (p_.eps == 0) features_.subtract_half_norm(phi, rows);
         for (int64_t r = 0; r < rows; ++r) max = row_max(phi + r * Mp_, max);
-      });
+      }
       static_cast<A*>(p_.partial)[item] = max;
     }
   }
@@ -316,7 +319,6 @@ class LinearAttentionPass {
     if (n > 0) std::memcpy(dst, src, n * sizeof(A));
   }
   static A inverse(A den) { return den == 0 ? A(1) : A(1) / den; }
-  A eps() const { return p_.feature_map == FeatureMap::kRelu ? A(p_.eps * unit_) : A(0); }
   A feature_scale() const { return p_.feature_map == FeatureMap::kFavorRelu ? A(1) : A(1 / std::sqrt(double(M_))); }
 
   // f(partial state, whether it is the head's first) for those that there are; returns whether the last is among them.
@@ -329,6 +331,7 @@ class LinearAttentionPass {
   }
   A seen_rows(int64_t head, int64_t n, int64_t rows) const {
     const bool* const seen = mask(head, n);
+    if (seen == nullptr) return A(rows);
     A count = 0;
     for (int64_t r = 0; r < rows; ++r) count += !is_hidden(seen, r);
     return count;
@@ -356,7 +359,7 @@ class LinearAttentionPass {
       }
     }
     pack(buffer, Ep_, src, rows, E_);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; seen != nullptr && r < rows; ++r)
       if (is_hidden(seen, r)) fill(buffer + r * Ep_, Ep_);
     *ld = Ep_;
     return buffer;
@@ -378,19 +381,26 @@ class LinearAttentionPass {
     // A head without visible keys has no bias. With elu, a single feature can have no key above −∞.
     const A none = p_.feature_map == FeatureMap::kEluExact ? -A(INFINITY) : A(0);
     for (int64_t m = 0; m < M_; ++m) z[m] = features_.normalized() && from[m] == A(INFINITY) ? none : from[m];
-    if (!features_.normalized()) return rescale(S, z);
+    if (!features_.normalized()) {
+      rescale(S, z);
+      if (p_.feature_map == FeatureMap::kRelu) eps_ = A(p_.eps * unit_);
+    }
     if (p_.feature_map != FeatureMap::kEluExact) return;
     A top = -A(INFINITY);
     for (int64_t m = 0; m < M_; ++m) top = z[m] > top ? z[m] : top;
     for (int64_t m = 0; m < M_; ++m) weight[m] = std::exp(z[m] - (top > -A(INFINITY) ? top : A(0)));
   }
-  // A tile of φ(q), or normalized of φ(q) z / Σ φ(q) z.
-  void load_queries(A* phi, int64_t head, int64_t n, int64_t rows, const A* z, const A* weight, A* feature_grad) {
+  // A tile of φ(q), or normalized of φ(q) z / Σ φ(q) z. Returns whether elu's gradient is in `feature_grad`; otherwise
+  // it follows from the factors.
+  bool load_queries(A* phi, int64_t head, int64_t n, int64_t rows, const A* z, const A* weight, A* factors = nullptr,
+                    A* feature_grad = nullptr) {
+    const bool elu = p_.feature_map == FeatureMap::kEluExact;
     features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
-    if (p_.feature_map != FeatureMap::kEluExact) return features_.queries(phi, bias(z), rows);
-    if (features_.elu_queries(phi, weight, nullptr, rows, feature_grad)) return;
+    if (!elu) features_.queries(phi, bias(z), rows);
+    if (!elu || features_.elu_queries(phi, weight, rows, factors)) return false;
     features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
-    features_.elu_queries(phi, nullptr, z, rows, feature_grad);
+    features_.elu_queries_by_exponents(phi, z, rows, feature_grad);
+    return true;
   }
   // kElu where 1/z is so moderate that dS and dz take it, and keys are plain φ; else kEluExact, and 1/z in `steepest`.
   FeatureMap elu_scales(A* steepest, const A* log_z, A* dS, A* dz) const {
@@ -433,7 +443,7 @@ class LinearAttentionPass {
   // Zeroes the rows of hidden keys.
   void apply_mask(A* tile, int64_t head, int64_t n, int64_t rows) {
     const bool* const seen = mask(head, n);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; seen != nullptr && r < rows; ++r)
       if (is_hidden(seen, r)) {
         fill(tile + r * Mp_, Mp_);
         features_.apply_mask(r);
@@ -512,14 +522,14 @@ class LinearAttentionPass {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / p_.query_splits;
       if (p_.key_max != nullptr) fill(shift, Mp_, static_cast<const A*>(p_.key_max)[head]);
-      for_tiles(p_.queries, p_.query_splits, item % p_.query_splits, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.queries, p_.query_splits, item % p_.query_splits)) {
         features_.load(phi, rows_of<T>(p_, p_.q, head, n), rows);
         if (p_.key_max != nullptr)
           features_.keys(phi, shift, rows);
         else
           features_.queries(phi, nullptr, rows);
         f(phi, G, head, n, rows);
-      });
+      }
     }
   }
 
@@ -528,6 +538,7 @@ class LinearAttentionPass {
   Scratch<A> scratch_;
   Features<A> features_;
   A unit_ = 1;  // what rescale() has multiplied S and z by
+  A eps_ = 0;   // of relu's denominator, by unit_
 };
 
 }  // namespace cxv::CXV_ISA

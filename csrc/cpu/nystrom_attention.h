@@ -20,10 +20,10 @@ class NystromMeansPass {
     for (int64_t item = begin; item < end; ++item) {
       const Segment s(p_, item);
       fill(mean, Dp_);
-      for_tiles(s.size, 1, 0, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(s.size)) {
         pack(tile, Dp_, rows_of<T>(p_, p_.x, s.head, s.first + n), rows, D_);
         add_rows(mean, tile, Dp_, rows, Dp_);
-      });
+      }
       for (int64_t d = 0; d < D_; ++d) s.mean(0, d) = mean[d] / A(s.size);
     }
   }
@@ -71,8 +71,7 @@ void softmax_rows(A* a, int64_t ld, int64_t rows, int64_t cols) {
       store<A>(row + j, x);
       sum += x;
     }
-    const V factor = splat<A>(A(1) / reduce_add<A>(sum));
-    for (int64_t j = 0; j < ld; j += W) store<A>(row + j, load<A>(row + j) * factor);
+    scale_row(row, ld, A(1) / reduce_add<A>(sum));
     fill(row + cols, ld - cols);  // a NaN would reach the next head
   }
 }
@@ -82,9 +81,7 @@ template <class A>
 void softmax_rows_backward(A* grad, const A* softmax, int64_t ld, int64_t rows) {
   constexpr int W = kWidth<A>;
   for (int64_t r = 0; r < rows; ++r, grad += ld, softmax += ld) {
-    Vec<A> mean{};
-    for (int64_t j = 0; j < ld; j += W) mean += load<A>(softmax + j) * load<A>(grad + j);
-    const Vec<A> shift = splat<A>(reduce_add<A>(mean));
+    const Vec<A> shift = splat<A>(dot(softmax, grad, ld));
     for (int64_t j = 0; j < ld; j += W) store<A>(grad + j, load<A>(softmax + j) * (load<A>(grad + j) - shift));
   }
 }
@@ -141,16 +138,16 @@ class NystromTokensPass {
       pack(x_t, mp_, rows_of<T>(p_, p_.landmark_values, head).transposed(), E_, m_);
       fill(dx, mp_ * Ep_);
       g.start();
-      for_tiles(p_.tokens, 1, 0, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.tokens)) {
         logits(head, n, rows);
         softmax_rows(weights_, mp_, rows, m_);
         pack(values_, Ep_, rows_of<T>(p_, p_.grad_token_values, head, n), rows, E_);
         if (need_mixed) product<A>(dx, Ep_, weights_, 1, mp_, values_, Ep_, landmark_rows_, Ep_, rows, true);
-        if (!g.needed) return;
+        if (!g.needed) continue;
         product<A>(g.tile, mp_, values_, Ep_, 1, x_t, mp_, round_up(rows), mp_, E_, false);
         softmax_rows_backward(g.tile, weights_, mp_, rows);
         g.add(head, n, rows);
-      });
+      }
       g.finish(head);
       if (need_mixed) unpack(rows_of<T>(p_, p_.grad_landmark_values, head), dx, Ep_, m_, E_);
     }
@@ -166,7 +163,7 @@ class NystromTokensPass {
       fill(y, mp_ * Ep_);
       fill(top, mp_, -A(INFINITY));
       fill(sum, mp_);
-      for_tiles(p_.tokens, 1, 0, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.tokens)) {
         logits(head, n, rows);
         for (int64_t j = 0; j < mp_; j += W) {
           const V before = load<A>(top + j);
@@ -186,7 +183,7 @@ class NystromTokensPass {
         scale_rows(y, factor);
         pack(values_, Ep_, rows_of<T>(p_, p_.token_values, head, n), rows, E_);
         product<A>(y, Ep_, weights_, 1, mp_, values_, Ep_, landmark_rows_, Ep_, rows, true);
-      });
+      }
       A* log_sums = static_cast<A*>(p_.log_sums) + head * m_;
       for (int64_t i = 0; i < m_; ++i) log_sums[i] = top[i] + std::log(sum[i]), factor[i] = A(1) / sum[i];
       scale_rows(y, factor);
@@ -212,7 +209,7 @@ class NystromTokensPass {
         log_sums[i] = static_cast<const A*>(p_.log_sums)[head * m_ + i];
       }
       g.start();
-      for_tiles(p_.tokens, 1, 0, [&](int64_t n, int64_t rows) {
+      for (const auto [n, rows] : Tiles(p_.tokens)) {
         logits(head, n, rows);
         if (g.needed) {
           pack(values_, Ep_, rows_of<T>(p_, p_.token_values, head, n), rows, E_);
@@ -230,7 +227,7 @@ class NystromTokensPass {
           unpack(rows_of<T>(p_, p_.grad_token_values, head, n), dv, Ep_, rows, E_);
         }
         g.add(head, n, rows);
-      });
+      }
       g.finish(head);
     }
   }

@@ -12,13 +12,21 @@ CXV_INLINE int64_t round_up(int64_t rows) { return (rows + kRows - 1) / kRows * 
 
 CXV_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// f(first token, tokens) for the tiles of one split: the same for every batch and thread count.
-template <class F>
-CXV_INLINE void for_tiles(int64_t tokens, int64_t splits, int64_t split, F&& f) {
-  const int64_t tiles = (tokens + kTile - 1) / kTile, per_split = (tiles + splits - 1) / splits * kTile;
-  const int64_t end = least((split + 1) * per_split, tokens);
-  for (int64_t n = split * per_split; n < end; n += kTile) f(n, least(end - n, kTile));
-}
+// The tiles of one split: the same for every batch and thread count. A range, because a compiler need not inline a
+// function object, and without that its loops load every captured variable again after each store.
+struct Tiles {
+  int64_t n, stop;
+  CXV_INLINE Tiles(int64_t tokens, int64_t splits = 1, int64_t split = 0) {
+    const int64_t tiles = (tokens + kTile - 1) / kTile, per_split = (tiles + splits - 1) / splits * kTile;
+    n = split * per_split;
+    stop = least(n + per_split, tokens);
+  }
+  CXV_INLINE Tiles begin() const { return *this; }
+  CXV_INLINE Tiles end() const { return *this; }
+  CXV_INLINE bool operator!=(const Tiles&) const { return n < stop; }
+  CXV_INLINE void operator++() { n += kTile; }
+  CXV_INLINE std::pair<int64_t, int64_t> operator*() const { return {n, least(stop - n, kTile)}; }  // first, tokens
+};
 
 template <class A>
 void fill(A* p, int64_t n, A value = 0) {
