@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import cxv_kernels
 from cxv_kernels.validation import python_numbers
 
-from .data.datasets import need
-from .errors import InputError
+from .errors import InputError, need
 from .models.arguments import image_size
 
 if TYPE_CHECKING:

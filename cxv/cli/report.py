@@ -10,10 +10,10 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import atomic_write
-from ..data.datasets import need
 from ..data.loader import ImageSet
 from ..errors import InputError, printable
 from ..training.logging import figure_png, new_figure, plot_curves, plot_text
@@ -230,7 +230,7 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
 def _image_url(image: Tensor) -> str:
     buffer = io.BytesIO()
     pixels = image.permute(1, 2, 0).numpy()
-    need("PIL.Image").fromarray(pixels if len(image) == 3 else pixels[..., 0]).save(buffer, format="png")
+    Image.fromarray(pixels if len(image) == 3 else pixels[..., 0]).save(buffer, format="png")
     return _data_url(buffer.getvalue())
 
 

@@ -2,9 +2,10 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Protocol
 
@@ -13,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cxv_kernels.validation import python_numbers, to_number
-
-from .datasets import need
 
 NUM_BINS = 31
 """The number of magnitudes of RandAugment, 0 to 30."""
@@ -164,7 +163,8 @@ class RandAugment:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augment ``images`` (B, C, H, W), uint8, C of 1 or 3, by their rows of :meth:`draws` (B, num_ops)."""
-        functional = need("torchvision.transforms.functional")
+        from torchvision.transforms import functional
+
         out = images.clone()
         for column in draws.unbind(1):
             for draw in column.unique().tolist():
@@ -203,29 +203,27 @@ _OPS: tuple[tuple[Callable[[int, int], float], bool, Callable[[ModuleType, Tenso
     (lambda h, w: 4.0, False, _posterize),  # Posterize
     (lambda h, w: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
     (lambda h, w: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
-    (lambda h, w: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
+    (
+        lambda h, w: 0.0,
+        False,
+        lambda f, x, m: import_module("torchvision.transforms.v2.functional").equalize(x),
+    ),  # Equalize
 )
 
 
 Stages = tuple[tuple[int, int], ...]
-"""(side in pixels, epochs), in order."""
-
-SIDES = (0.5, 0.75, 1.0)
-"""The sides of a recipe's stages, over that of the images."""
-SHARES = (0.5, 0.2)
-"""The epochs of a recipe's first stages, over all; the last stage has the rest."""
+"""(the shorter side of the images in pixels, epochs), in order."""
 
 
-def default_stages(img_size: int, epochs: int) -> Stages:
+def default_stages(side: int, epochs: int) -> Stages:
     """Half of the epochs at half the side, a fifth at three quarters, the rest at the full size."""
-    first, second = (int(share * epochs) for share in SHARES)
-    counts = (first, second, epochs - first - second)
-    sizes = (max(1, round(side * img_size)) for side in SIDES)
-    return tuple((size, count) for size, count in zip(sizes, counts, strict=True) if count)
+    first, second = epochs // 2, epochs // 5
+    stages = ((side / 2, first), (0.75 * side, second), (side, epochs - first - second))
+    return tuple((max(1, round(size)), count) for size, count in stages if count)
 
 
 def image_size_of(stages: Stages | None, epoch: int) -> int | None:
-    """The side of the images in an epoch (from 1); None for that of the data."""
+    """The shorter side of the images in an epoch (from 1); None for that of the data."""
     for size, epochs in stages or ():
         epoch -= epochs
         if epoch <= 0:
@@ -233,8 +231,13 @@ def image_size_of(stages: Stages | None, epoch: int) -> int | None:
     return None
 
 
-def resize_batch(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, S, S), float → (B, C, size, size), bilinear and antialiased."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+def scaled_size(size: Sequence[int], side: int) -> tuple[int, int]:
+    """Return (H, W) with the aspect ratio of ``size`` (H, W) and the shorter side ``side``."""
+    height, width = (max(1, round(n * side / min(size))) for n in size)
+    return height, width
+
+
+def resize_batch(images: Tensor, side: int) -> Tensor:
+    """Resize images (B, C, H, W), float, to the shorter side ``side``, bilinear and antialiased."""
+    size = scaled_size(images.shape[-2:], side)
+    return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)

@@ -307,7 +307,8 @@ class TrainConfig:
         "after augmented images, train on the original ones from the best weights", default=False, changeable=True
     )
     progressive: tuple[tuple[int, int], ...] | None = _recipe(
-        "train at growing image sizes, for example 16:10,24:4,32:6, with a model that takes any size",
+        "train at growing image sizes (the shorter side), for example 16:10,24:4,32:6, with a model that takes any "
+        "size",
         metavar="SIZE:EPOCHS,…",
     )
     seed: int | None = _recipe("seed of weights, order, dropout and subsets", default=0, **_FROM_ZERO)
@@ -441,24 +442,20 @@ def fit_to_data(config: TrainConfig, img_size: int | tuple[int, int], num_images
     Raises:
         InputError: a stage of ``progressive`` has larger images than the data.
     """
-    config.img_size = img_size
-    if not isinstance(img_size, int):
-        if config.progressive or config.recipe == "modern":
-            raise InputError(f"`progressive`: needs square images, and `img_size` is {'×'.join(map(str, img_size))}")
-        return
+    config.img_size, side = img_size, min(image_size(img_size))
     if config.recipe == "modern":
         steps = config.epochs * math.ceil(num_images / (config.batch_size * config.accumulate))
         derived = {
-            "progressive": default_stages(img_size, config.epochs),
-            "random_crop": max(1, img_size // 8),
+            "progressive": default_stages(side, config.epochs),
+            "random_crop": max(1, side // 8),
             "ema_decay": min(0.999, max(0.5, 1 - 20 / steps)),
         }
         for name, value in derived.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
-    too_large = [size for size, _ in config.progressive or () if size > img_size]
+    too_large = [size for size, _ in config.progressive or () if size > side]
     if too_large:
-        raise InputError(f"`progressive`: {too_large[0]} pixels, and the images have {img_size} (`img_size`)")
+        raise InputError(f"`progressive`: {too_large[0]} pixels, and the images have {side} (`img_size`)")
 
 
 def default_output(config: TrainConfig) -> str:

@@ -29,8 +29,7 @@ from ..checkpoint import (
     rng_state,
     set_rng_state,
 )
-from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment
-from ..data.decode import need
+from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment, scaled_size
 from ..data.loader import load_data, to_device
 from ..errors import InputError, first_line, listed, out_of_memory
 from ..models.arguments import image_size
@@ -216,8 +215,9 @@ class Trainer:
         with self.world.sync_errors():
             self.model, self.model_kwargs = _create(config, kwargs, saved)
             self.model.to(self.device)
-            for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
-                self._try_model((data.in_chans, *image_size(size)))
+            size = image_size(data.img_size)
+            for shape in dict.fromkeys((size, *(scaled_size(size, side) for side, _ in config.progressive or ()))):
+                self._try_model((data.in_chans, *shape))
             self.frozen = freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()  # in place: the same parameters by the same names
@@ -505,7 +505,9 @@ def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmen
     if config.rand_augment is not None:
         steps.append(RandAugment(*config.rand_augment, seed=config.seed))
     if config.color_jitter or config.random_erasing:
-        v2, jitter = need("torchvision.transforms.v2"), config.color_jitter or 0.0
+        from torchvision.transforms import v2
+
+        jitter = config.color_jitter or 0.0
         gray = [255 * value for value in ([mean] if isinstance(mean, float) else mean)]  # 0 when it is normalized
         erasing = v2.RandomErasing(config.random_erasing or 0.0, value=gray)
         steps.append(PerImage(v2.Compose([v2.ColorJitter(jitter, jitter, jitter), erasing]), seed=config.seed))
@@ -515,7 +517,8 @@ def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmen
 def _make_mixing(config: TrainConfig, num_classes: int) -> BatchMix | None:
     if not (config.mixup or config.cutmix):
         return None
-    v2 = need("torchvision.transforms.v2")
+    from torchvision.transforms import v2
+
     kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     return BatchMix(v2.RandomChoice([kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]), config.seed)
 
