@@ -44,10 +44,7 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, dict) and all(isinstance(x, int | float) for x in v.values()),
     ),
     "args": ("a dict", lambda v: isinstance(v, dict)),
-    "notes": (
-        "a dict of strings",
-        lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values()),
-    ),
+    "notes": ("a dict of strings", lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values())),
 }
 """The metadata of a shared file. ``metrics`` has losses and top-1 (per cent) of ``epoch``, and ``args`` has the
 arguments of ``cxv train`` except paths and the machine. Both are empty if ``cxv train`` did not make the model.
@@ -86,6 +83,11 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
         with suppress(OSError):  # half a file only fills the disk more
             temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file with :func:`atomic_write`."""
+    atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:

@@ -148,11 +148,11 @@ class Backbone(nn.Module):
             norm: Apply the norm that follows the last layer, if the model has one.
             stop_early: Skip the layers after the last one of ``indices``.
             output_fmt: ``"NCHW"``.
-            intermediates_only: Return only the outputs of the selected layers.
+            intermediates_only: Return only the list, without the output of :meth:`forward_features`.
 
         Returns:
-            List of the outputs (B, C, H/stem_stride, W/stem_stride) of the selected layers, in the order of the layers,
-            without a class token. Without ``intermediates_only``, the output of :meth:`forward_features` and this list.
+            The output of :meth:`forward_features`, and a list of the outputs (B, C, H/stem_stride, W/stem_stride) of
+            the selected layers, in the order of the layers, without a class token.
 
         Raises:
             ValueError: If an index is out of range or ``output_fmt`` is not ``"NCHW"``.

@@ -118,12 +118,7 @@ class HybridViP(Hybrid):
     """
 
     def __init__(
-        self,
-        *,
-        attn_kernel: str = "softmax",
-        attn_eps: float | None = None,
-        stabilizer: str = "head",
-        **kwargs: Any,
+        self, *, attn_kernel: str = "softmax", attn_eps: float | None = None, stabilizer: str = "head", **kwargs: Any
     ):
         attention = partial(PerformerAttention, kernel=attn_kernel, eps=attn_eps, stabilizer=stabilizer)
         super().__init__(attention, cls_token=True, **kwargs)

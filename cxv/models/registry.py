@@ -140,10 +140,7 @@ def create_model(
 
 
 def load_model(
-    checkpoint_dir: str | Path,
-    which: str = "best",
-    device: torch.device | str = "cpu",
-    use_fused: bool | None = None,
+    checkpoint_dir: str | Path, which: str = "best", device: torch.device | str = "cpu", use_fused: bool | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a trained model from the directory of its run or from a file.
 

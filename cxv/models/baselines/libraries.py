@@ -37,11 +37,7 @@ def _reset_parameters(model: nn.Module) -> nn.Module:
 
 
 def resnet(
-    depth: int,
-    img_size: int | Sequence[int] = 32,
-    in_chans: int = 3,
-    num_classes: int = 10,
-    stem_stride: int = 1,
+    depth: int, img_size: int | Sequence[int] = 32, in_chans: int = 3, num_classes: int = 10, stem_stride: int = 1
 ) -> nn.Module:
     """torchvision's ResNet-18 or -34 (He et al. 2016) as for CIFAR: a 3×3 stem and no max-pooling; any image size.
 
