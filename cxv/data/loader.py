@@ -243,9 +243,7 @@ def locate(
         InputError: If ``data`` is neither a name nor a path, or the arguments exclude each other.
     """
     data_dir, labels = (None if path is None else str(path) for path in (data_dir, labels))
-    if data is None:
-        data = "digits" if data_dir is None and labels is None else "folder"
-    data = str(data)
+    data = str(data or ("digits" if data_dir is None and labels is None else "folder"))
     if data not in DATASETS:
         path = Path(data).expanduser()
         if path.is_dir():
@@ -317,19 +315,18 @@ def _hold_out(data: Data, validation: float, seed: int) -> Data:
 
 def _match_classes(data: Data, classes: list[str], log: Callable[[str], None]) -> Data:
     """The data with the labels that ``classes`` gives to its classes by name."""
-    unknown = [name for name in data.classes if name not in classes]
-    if unknown:
+    if unknown := [name for name in data.classes if name not in classes]:
         raise InputError(f"`data`: its classes {listed(unknown)} are not among those of the model ({listed(classes)})")
-    if data.classes != classes:
-        missing = [name for name in classes if name not in data.classes]
-        order = [name for name in classes if name in data.classes]
-        what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
-        what += " in another order" if order != data.classes else ""
-        log(f"{data.name}: the images have {what.strip() or 'the same classes'}; classes are matched by name")
-        label = torch.tensor([classes.index(name) for name in data.classes])
-        splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
-        data = replace(data, classes=classes, splits=splits)
-    return data
+    if data.classes == classes:
+        return data
+    missing = [name for name in classes if name not in data.classes]
+    order = [name for name in classes if name in data.classes]
+    what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
+    what += " in another order" if order != data.classes else ""
+    log(f"{data.name}: the images have {what.strip()}; classes are matched by name")
+    label = torch.tensor([classes.index(name) for name in data.classes])
+    splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
+    return replace(data, classes=classes, splits=splits)
 
 
 def _load_files(name: str, data_dir: str | None, labels: str | None, cache_dir: Any, request: Request) -> Data:
@@ -365,7 +362,7 @@ def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
     """The data in the memory of ``device`` if ``wanted``, or for None if that is a GPU's and has ample room.
 
     Raises:
-        InputError: wanted, and it has no room.
+        InputError: If it is wanted, and there is no room.
     """
     size = sum(len(split) * split.pixels[:1].numel() for split in data.splits.values())
     if wanted is None:
