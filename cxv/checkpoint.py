@@ -90,11 +90,11 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
+def check_space(output: Path, model: nn.Module, copies: int) -> None:
     """Check before an epoch that the disk has room for the checkpoints of a run in the directory ``output``.
 
     The check reads the free space of the disk. It also allocates the space of one checkpoint for a moment, because
-    quotas and limits are not visible in the free space. A checkpoint has several ``copies`` of the weights: by default
+    quotas and limits are not visible in the free space. A checkpoint has ``copies`` copies of the weights, such as
     the weights, the best weights and two moments.
 
     Raises:

@@ -1,4 +1,8 @@
-"""Augmentation of whole batches of images, on any device, and growing image sizes."""
+"""Augmentation of whole batches of images, on any device, and growing image sizes.
+
+An augmentation has ``draws(num_images, epoch)``, random numbers (num_images, ``columns``) in int64 that depend only on
+its seed and the epoch. Called with images (B, C, H, W), uint8, and their rows of the draws, it augments the images.
+"""
 
 import math
 import zlib
@@ -7,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +20,6 @@ from cxv_kernels.validation import python_numbers, to_number
 
 NUM_BINS = 31
 """The number of magnitudes of RandAugment, 0 to 30."""
-
-
-class Augmentation(Protocol):
-    """An augmentation: random draws for every image of an epoch, and their application to a batch of images."""
-
-    @property
-    def columns(self) -> int:
-        """Number of draws per image."""
-        ...
-
-    def draws(self, num_images: int, epoch: int) -> Tensor:
-        """Return draws of shape (num_images, columns), int64. They depend only on the seed and the epoch."""
-        ...
-
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment ``images`` (B, C, H, W), uint8, by their rows of :meth:`draws` (B, columns)."""
-        ...
 
 
 def seed_of(*parts: str | int) -> int:
@@ -82,7 +68,7 @@ class FlipCrop:
 class Chain:
     """Augmentations one after the other."""
 
-    steps: tuple[Augmentation, ...]
+    steps: tuple["Augmentation", ...]
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
         return torch.cat([step.draws(num_images, epoch) for step in self.steps], dim=1)
@@ -95,14 +81,13 @@ class Chain:
 
 @dataclass(frozen=True)
 class PerImage:
-    """A transform of ``torchvision.transforms.v2`` that draws for each image, instead of once for a batch."""
+    """A transform of ``torchvision.transforms.v2`` that draws for each image (its seed), not once for a batch."""
 
     transform: Callable[[Tensor], Tensor]
     seed: int = 0
     columns = 1
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
-        """Return draws (num_images, 1), int64: the seed of each image."""
         generator = torch.Generator().manual_seed(seed_of("PerImage", self.seed, epoch))
         return torch.randint(2**48, (num_images, 1), generator=generator)
 
@@ -174,6 +159,9 @@ class RandAugment:
                 rows = (column == draw).nonzero().flatten().to(images.device)
                 out[rows] = apply(functional, out[rows], -magnitude if draw % 2 else magnitude)
         return out
+
+
+Augmentation = FlipCrop | Chain | PerImage | RandAugment
 
 
 def _affine(f: ModuleType, x: Tensor, translate=(0, 0), shear=(0.0, 0.0), center=None) -> Tensor:

@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows how many images a loop has done: a tqdm bar on a terminal; in a log file a line every ``every`` seconds.
+    """Shows how many images a loop has done: a tqdm bar on a terminal; in a log file a line every 30 seconds.
 
     Use it as a context manager; :meth:`update` takes the number of images done and what to show beside it. Without
     ``enabled`` it shows nothing.
     """
 
-    def __init__(self, total: int, label: str, every: float = 30.0, enabled: bool = True):
-        self.total, self.label, self.every, self.enabled = total, label, every, enabled
+    def __init__(self, total: int, label: str, enabled: bool = True):
+        self.total, self.label, self.enabled = total, label, enabled
         self._done, self._shown = 0, {}
         self._start = self._last = time.monotonic()
         bar = enabled and sys.stderr.isatty()
@@ -35,7 +35,7 @@ class Progress:
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
             self._bar.update(n)
-        elif self.enabled and now - self._last >= self.every:
+        elif self.enabled and now - self._last >= 30:
             self._last, rate = now, self._done / (now - self._start)
             extra = "".join(f"  {k} {v}" for k, v in self._shown.items())
             line = f"{self.label}: {self._done}/{self.total} images, {rate:.0f}/s{extra}"
