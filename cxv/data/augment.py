@@ -172,10 +172,6 @@ def _shear(magnitude: float) -> float:
     return math.degrees(math.atan(magnitude))
 
 
-def _posterize(f: ModuleType, x: Tensor, magnitude: float) -> Tensor:
-    return f.posterize(x, 8 - round(magnitude))  # magnitude = m / 7.5, as torchvision divides
-
-
 # the largest magnitude for images (H, W), whether it is signed, the operation; in torchvision's order
 _OPS: tuple[tuple[Callable[[int, int], float], bool, Callable[[ModuleType, Tensor, float], Tensor]], ...] = (
     (lambda h, w: 0.0, False, lambda f, x, m: x),  # Identity
@@ -188,7 +184,7 @@ _OPS: tuple[tuple[Callable[[int, int], float], bool, Callable[[ModuleType, Tenso
     (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_saturation(x, 1.0 + m)),  # Color
     (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_contrast(x, 1.0 + m)),  # Contrast
     (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_sharpness(x, 1.0 + m)),  # Sharpness
-    (lambda h, w: 4.0, False, _posterize),  # Posterize
+    (lambda h, w: 4.0, False, lambda f, x, m: f.posterize(x, 8 - round(m))),  # Posterize
     (lambda h, w: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
     (lambda h, w: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
     (

@@ -400,7 +400,13 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
         saved, fallback = read_last(output)
         run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
         full = run | arguments | {"output": full["output"]}
-        _check_unchanged(run, arguments, output)
+        fixed = arguments.keys() - _CHANGEABLE
+        if run["schedule"] != "constant" or run.get("progressive"):
+            fixed |= arguments.keys() & {"epochs"}
+        changed = [k for k in arguments if k in fixed and run.get(k) != _stored(k, arguments[k])]
+        if changed:
+            texts = ", ".join(f"`{k}` ({run.get(k)} in the run, {arguments[k]} now)" for k in changed)
+            raise InputError(f"`resume`: the run in {output} has other arguments: {texts}")
     else:
         check_output(output, config.overwrite)
     config = replace(config, **{name: full[name] for name in OPTIONS if name in full})
@@ -408,16 +414,6 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
     if saved is not None:
         _check_progress(config, saved)
     return config, saved, fallback
-
-
-def _check_unchanged(run: dict[str, Any], arguments: dict[str, Any], output: Path) -> None:
-    fixed = arguments.keys() - _CHANGEABLE
-    if "epochs" in arguments and (run["schedule"] != "constant" or run.get("progressive")):
-        fixed.add("epochs")
-    changed = [k for k in arguments if k in fixed and run.get(k) != _stored(k, arguments[k])]
-    if changed:
-        texts = ", ".join(f"`{k}` ({run.get(k)} in the run, {arguments[k]} now)" for k in changed)
-        raise InputError(f"`resume`: the run in {output} has other arguments: {texts}")
 
 
 def check_output(output: Path, overwrite: bool) -> None:

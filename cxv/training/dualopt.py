@@ -250,17 +250,13 @@ class DualOpT(torch.optim.Optimizer):
         self._phase_epoch, self._best = state["phase_epoch"], dict(best)
         self._switch_if_due()
 
-    def _make(self, phase: str) -> torch.optim.Optimizer:
-        groups = [dict(group) for group in self._groups]
-        if phase == "muon":
-            return Muon(groups, **self._adamw)
-        if phase == "adamw":
-            return torch.optim.AdamW(groups, **self._adamw)
-        return torch.optim.SGD([self._sgd_group(**group) for group in groups], **self._sgd)
-
     def _start(self, phase: str) -> None:
         self._phase, self._phase_epoch, self.num_bad_epochs = phase, 0, 0
-        self.optimizer = self._make(phase)
+        if phase == "sgd":
+            self.optimizer = torch.optim.SGD([self._sgd_group(**group) for group in self._groups], **self._sgd)
+        else:
+            kind = Muon if phase == "muon" else torch.optim.AdamW
+            self.optimizer = kind([dict(group) for group in self._groups], **self._adamw)
         for new, old in zip(self.optimizer.param_groups, self.param_groups, strict=True):
             if "initial_lr" in old:  # of a scheduler, which goes on with its rate, betas and own entries
                 new |= {name: value for name, value in old.items() if name == "lr" or name not in new}
