@@ -157,11 +157,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_metadata(metadata: Any) -> None:
-    """Check that all entries of :data:`METADATA` are present and consistent.
-
-    Raises:
-        InputError: If an entry is missing or invalid. The message has its name.
-    """
+    """Raise ``InputError`` with the name of an entry of :data:`METADATA` that is missing or invalid."""
     if not isinstance(metadata, dict):
         raise InputError(f"metadata: expected a dict, got {metadata!r}")
     for name, (expected, valid) in METADATA.items():
@@ -229,11 +225,7 @@ def pretrained_models() -> list[str]:
 
 
 def find_pretrained(name: str) -> Path:
-    """Return the file with the pretrained weights of a model.
-
-    Raises:
-        InputError: If the package has no weights of it.
-    """
+    """Return the file with the pretrained weights of a model. Raise ``InputError`` if the package has none."""
     if name.lower() not in pretrained_models():
         models = ", ".join(pretrained_models()) or "none"
         raise InputError(f"{name} has no pretrained weights; these models do: {models}")
@@ -261,11 +253,7 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copy the weights of a checkpoint into the model.
-
-    Raises:
-        InputError: If names or shapes differ. The model is then unchanged.
-    """
+    """Copy the weights of a checkpoint into the model, or raise ``InputError`` if names or shapes differ."""
     if problem := mismatch(model.state_dict(), checkpoint["model"], "file"):
         name = checkpoint["model_name"]
         raise InputError(f"{path}: the weights of {name} in it do not fit {type(model).__name__}: {problem}")

@@ -226,11 +226,7 @@ def _quantize(path: Path, calibration: Tensor) -> None:
 def _compare(
     model: nn.Module, run: Run, tried: Sequence[Tensor], real: Sequence[Tensor], int8: bool, path: Path
 ) -> tuple[float, float | None]:
-    """Return the largest difference, and the agreement on the real images.
-
-    Raises:
-        InputError: If the difference is too large or the agreement too small.
-    """
+    """Return the largest difference, and the agreement on the real images, or raise ``InputError`` if they are bad."""
     difference, same = 0.0, 0
     for i, images in enumerate([*tried, *real]):
         want = model(images)

@@ -25,14 +25,10 @@ def with_flags(message: str) -> str:
 def add_option(
     parser: argparse._ActionsContainer, name: str, *, shown: str | None = None, default: Any = None, note: str = ""
 ) -> None:
-    """Add the flag of a field of :class:`TrainConfig`.
+    """Add the flag of the field ``name`` of :class:`TrainConfig`.
 
-    Args:
-        parser: The parser or argument group.
-        name: Name of the field.
-        shown: Description of the default. Default: that of the field.
-        default: Value without the flag.
-        note: Text after the help of the field.
+    ``default`` is the value without the flag, ``shown`` its description (by default that of the field), and ``note``
+    follows the help of the field.
     """
     option = OPTIONS[name]
     choices, metavar = option.metadata["choices"], option.metadata["metavar"]

@@ -124,11 +124,7 @@ def _images_in(folder: str) -> Iterator[str]:
 
 
 def _opened(file: str) -> str | BinaryIO:
-    """Return an image file as :meth:`Preprocessing.decode` takes it.
-
-    Raises:
-        InputError: If it is a folder, or a URL that cannot be downloaded.
-    """
+    """Return an image file as :meth:`Preprocessing.decode` takes it. Raise ``InputError`` if that is impossible."""
     if file == "-":
         return io.BytesIO(b"" if sys.stdin is None else sys.stdin.buffer.read())
     if os.path.isdir(file):

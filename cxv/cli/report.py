@@ -61,11 +61,7 @@ class Report:
         """The confusion matrix, each row divided by its sum."""
 
     def write(self, path: str | Path) -> None:
-        """Write one self-contained file, HTML or PNG by its suffix.
-
-        Raises:
-            InputError: If the file has another suffix or cannot be written.
-        """
+        """Write one self-contained file, HTML or PNG by its suffix, or raise ``InputError``."""
         path = Path(path)
         check_report(path)
         atomic_write(path, self._html().encode() if path.suffix == ".html" else figure_png(self._figure()))

@@ -240,11 +240,7 @@ def normalize(images: Tensor, mean: float | Sequence[float] = MEAN, std: float |
 
 
 def stored_size(path: str | Path) -> tuple[int, int]:
-    """Return (H, W) of an image file from its header, rotated by its EXIF tag.
-
-    Raises:
-        Exception: Nearly any, if the file is damaged.
-    """
+    """Return (H, W) of an image file from its header, rotated by its EXIF tag. A damaged file raises any exception."""
     register_heif()
     with Image.open(path) as image:
         width, height = image.size

@@ -359,10 +359,9 @@ def _load_files(name: str, data_dir: str | None, labels: str | None, cache_dir: 
 
 
 def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
-    """The data in the memory of ``device`` if ``wanted``, or for None if that is a GPU's and has ample room.
+    """Return the data in the memory of ``device`` if ``wanted``, or for None if that is a GPU's and has ample room.
 
-    Raises:
-        InputError: If it is wanted, and there is no room.
+    ``InputError`` is raised if it is wanted, and there is no room.
     """
     size = sum(len(split) * split.pixels[:1].numel() for split in data.splits.values())
     if wanted is None:

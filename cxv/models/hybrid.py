@@ -17,11 +17,7 @@ from .blocks import Mlp, to_tokens
 
 
 def add_class_token(tokens: Tensor, cls_token: Tensor, pos_embed: Tensor, img_size: int | Sequence[int]) -> Tensor:
-    """Put ``cls_token`` before ``tokens`` (B, N, C) and add ``pos_embed`` (1, 1 + N, C).
-
-    Raises:
-        ValueError: If N is not the number of positions.
-    """
+    """Put ``cls_token`` before ``tokens`` (B, N, C) and add ``pos_embed``, which must be (1, 1 + N, C)."""
     if tokens.shape[1] + 1 != pos_embed.shape[1]:
         height, width = image_size(img_size)
         raise ValueError(f"the model was made for images of {height}×{width} pixels")

@@ -432,7 +432,7 @@ def fit_to_data(config: TrainConfig, img_size: int | tuple[int, int], num_images
     """Set what depends on the data: the image size, and what the recipe ``"modern"`` makes of it and of the images.
 
     Raises:
-        InputError: a stage of ``progressive`` has larger images than the data.
+        InputError: If a stage of ``progressive`` has larger images than the data.
     """
     config.img_size, side = img_size, min(image_size(img_size))
     if config.recipe == "modern":

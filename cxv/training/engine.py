@@ -136,24 +136,16 @@ class Engine:
         }
 
     def evaluate_split(self, name: str) -> dict[str, float]:
-        """``NAME_loss`` and ``NAME_top1`` (per cent) of a split.
-
-        Raises:
-            InputError: the loss is not finite: the last step of an epoch can break weights whose loss was finite.
-        """
+        """Return ``NAME_loss`` and ``NAME_top1`` (per cent) of a split."""
         split = self.data.splits[name]
         loss, top1 = evaluate(self.evaluated, split, self.config.batch_size, self.device, self.autocast, self.world)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):  # the last step of an epoch can break weights whose loss was finite
             steps = self._num_steps
             self._diverged(f"the {name} loss is {loss} at epoch {self._epoch}, after batch {steps} of {steps}")
         return {f"{name}_loss": loss, f"{name}_top1": top1}
 
     def flush_metrics(self) -> None:
-        """Add up the losses since the last flush, which makes a GPU wait.
-
-        Raises:
-            InputError: a loss is not finite.
-        """
+        """Add up the losses since the last flush, which makes a GPU wait. Raise ``InputError`` if one is not finite."""
         if not self._pending:
             return
         losses, hits, counts = zip(*self._pending, strict=True)

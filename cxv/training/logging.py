@@ -256,9 +256,6 @@ class TensorBoard:
     """Event files in ``folder``, a point for each epoch.
 
     They start anew with the epochs that a resumed run has behind it: the checkpoint's history is the truth.
-
-    Raises:
-        InputError: the package tensorboard is not installed, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, history: list[dict[str, Any]]):

@@ -157,12 +157,7 @@ class Trainer:
         self.mix = _make_mixing(config, len(self.data.classes))
 
     def run(self) -> TrainResult:
-        """Train to the end.
-
-        Raises:
-            InputError: As :func:`train`.
-            KeyboardInterrupt: After Ctrl-C or SIGTERM, when the run is saved.
-        """
+        """Train to the end. Ctrl-C and SIGTERM raise ``KeyboardInterrupt`` when the run is saved."""
         self._begin()
         try:
             with self._explained_errors(), deferred_interrupts(self.world.is_main):
@@ -225,11 +220,7 @@ class Trainer:
             self.model.compile()  # in place: the same parameters by the same names
 
     def _try_model(self, shape: tuple[int, int, int]) -> None:
-        """Run one image (C, H, W) through the model before the run writes anything: some arguments fail only there.
-
-        Raises:
-            InputError: If the model does not support the image.
-        """
+        """Run one image (C, H, W) through the model before the run writes anything: some arguments fail only there."""
         try:
             with torch.no_grad(), self.autocast():
                 self.model.eval()(torch.zeros(1, *shape, device=self.device))
@@ -339,13 +330,7 @@ class Trainer:
             self._board.add(row)
 
     def _save(self, best: bool = False, resume_state: dict[str, Any] | None = None, keep: bool = True) -> None:
-        """Write the checkpoint and ``metrics.jsonl``.
-
-        Args:
-            best: Also write it as the best checkpoint.
-            resume_state: State of the engine in the middle of an epoch.
-            keep: Keep the last checkpoint as the previous one.
-        """
+        """Write the checkpoint and ``metrics.jsonl``; ``keep`` keeps the last checkpoint as the previous one."""
         with self.world.sync_errors():
             if not self.world.is_main:
                 return
@@ -439,11 +424,7 @@ class Trainer:
 def _create(
     config: TrainConfig, kwargs: dict[str, Any], saved: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model, with the weights of ``config.init`` if a run starts from them, and all of its arguments.
-
-    Raises:
-        InputError: If the model cannot be built, or the weights do not fit it.
-    """
+    """Return the model, with the weights of ``config.init`` if a run starts from them, and all of its arguments."""
     if saved is None and config.init is not None:
         try:
             model = create_model(config.model, checkpoint=config.init, **kwargs)
@@ -455,11 +436,7 @@ def _create(
 
 
 def _lock(output: Path, locks: ExitStack) -> None:
-    """Keep other processes out of the directory, if it exists. This process can lock it twice.
-
-    Raises:
-        InputError: If another process trains in it.
-    """
+    """Keep other processes out of the directory, if it exists. This process can lock it twice."""
     if not output.is_dir():
         return
     try:
