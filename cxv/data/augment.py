@@ -187,11 +187,7 @@ _OPS: tuple[tuple[Callable[[int, int], float], bool, Callable[[ModuleType, Tenso
     (lambda h, w: 4.0, False, lambda f, x, m: f.posterize(x, 8 - round(m))),  # Posterize
     (lambda h, w: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
     (lambda h, w: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
-    (
-        lambda h, w: 0.0,
-        False,
-        lambda f, x, m: import_module("torchvision.transforms.v2.functional").equalize(x),
-    ),  # Equalize
+    (lambda h, w: 0.0, False, lambda f, x, m: import_module("torchvision.transforms.v2.functional").equalize(x)),
 )
 
 

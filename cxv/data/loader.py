@@ -243,7 +243,7 @@ def locate(
         InputError: If ``data`` is neither a name nor a path, or the arguments exclude each other.
     """
     data_dir, labels = (None if path is None else str(path) for path in (data_dir, labels))
-    data = str(data or ("digits" if data_dir is None and labels is None else "folder"))
+    data = ("digits" if data_dir is None and labels is None else "folder") if data is None else str(data)
     if data not in DATASETS:
         path = Path(data).expanduser()
         if path.is_dir():
