@@ -82,6 +82,11 @@ class Row:
                 setattr(self, f"{name}_iqr_ms", _ms(timing.iqr))
                 self.repeats = len(timing.samples)
 
+    def measured(self) -> tuple[Any, ...]:
+        """What the row measures, and on which machine."""
+        names = ("section", "name", "implementation", "dtype", "variant", "batch", "size")
+        return *(getattr(self, name) for name in names), self.environment["device_name"]
+
     def noisy(self) -> bool:
         """Whether an interquartile range exceeds half of its median: the machine was busy."""
         pairs = ((self.forward_ms, self.forward_iqr_ms), (self.training_ms, self.training_iqr_ms))
@@ -164,15 +169,18 @@ def read_rows(path: Path) -> list[Row]:
 class Results:
     """The rows of one run, written to ``<output>/<benchmark>-<device>.csv`` after every measurement.
 
-    Rows of other machines and dates that the file already has are kept, so that tables can compare hosts.
+    Rows of other machines and dates that the file already has are kept, so that tables can compare hosts. With
+    ``in_parts``, a row is replaced only if this machine measures the same thing again, on any date.
     """
 
-    def __init__(self, benchmark: str, arguments: argparse.Namespace):
+    def __init__(self, benchmark: str, arguments: argparse.Namespace, *, in_parts: bool = False):
         self.path = arguments.output / f"{benchmark}-{arguments.device}.csv"
         self.environment = environment(torch.device(arguments.device))
         mine = [str(self.environment[name]) for name in ("device_name", "date")]
         earlier = read_rows(self.path)
-        self.earlier = [row for row in earlier if [row.environment[name] for name in ("device_name", "date")] != mine]
+        others = [row for row in earlier if [row.environment[name] for name in ("device_name", "date")] != mine]
+        self.earlier = earlier if in_parts else others
+        self.in_parts = in_parts
         self.rows: list[Row] = []
 
     def add(self, *rows: Row) -> None:
@@ -180,7 +188,8 @@ class Results:
         for row in rows:
             row.environment = self.environment
         self.rows += rows
-        write_rows(self.path, [*self.earlier, *self.rows])
+        again = {row.measured() for row in self.rows} if self.in_parts else set()
+        write_rows(self.path, [*(row for row in self.earlier if row.measured() not in again), *self.rows])
 
     def failed(self) -> bool:
         """Whether a fused result was outside its tolerance."""

@@ -374,7 +374,8 @@ def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
     name = "model/channels" if section == "attention" else "model"
     header = [name, "mode", size, "batch", "eager, ms", *others.values(), "peak, MB: eager", *others.values()]
     table = Table(header, left=2)
-    for eager in [row for row in rows if (row.section, row.implementation) == (section, "eager")]:
+    by_model = sorted(rows, key=lambda row: row.name.partition("/")[0])  # runs of parts add rows in any order
+    for eager in [row for row in by_model if (row.section, row.implementation) == (section, "eager")]:
         head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
         if eager.status != "ok":
             table.rows.append([*head, reason(eager)])

@@ -4,7 +4,8 @@
     python benchmarks/integrations.py
 
 Random weights. Each attention alone, the whole model at inference and a training step (forward and backward), against
-the library's own eager code and ``torch.compile`` of it. Writes results/integrations-<device>.csv.
+the library's own eager code and ``torch.compile`` of it. Writes results/integrations-<device>.csv, and keeps the rows
+of earlier runs with other ``--models``, ``--pixels`` or ``--tokens``.
 """
 
 import copy
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pixels = arguments.pixels or ((64,) if quick else PIXELS)
     tokens = arguments.tokens or ((64,) if quick else LATENT_TOKENS)
     models = arguments.models or (("efficientvit_b0", "sana") if quick else MODELS[1:])
-    results = bench.Results("integrations", arguments)
+    results = bench.Results("integrations", arguments, in_parts=True)
     for dtype in arguments.dtype:
         cases = [(name, size) for name in models for size in (tokens if name == "sana" else pixels)]
         for name, size in bench.progress(cases):

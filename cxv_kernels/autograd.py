@@ -1,4 +1,4 @@
-"""A factory, :func:`fused_op`, that makes fused ops differentiable.
+"""Make fused ops differentiable: :class:`FusedOp`.
 
 The backward pass uses the fused backward kernels, and every higher order uses the reference. The schemas in
 csrc/ops.cpp define the tensors that an op saves.
@@ -31,7 +31,7 @@ def new_gradients(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Ten
 
 
 class FusedFunction(torch.autograd.Function):
-    """A Function of fused kernels; :func:`fused_op` makes its subclasses."""
+    """A Function of fused kernels; :class:`FusedOp` makes its subclasses."""
 
     op = ""  # the op's name, for messages
 
@@ -76,35 +76,29 @@ def refuse_compiled_transforms() -> None:
         )
 
 
-def records_gradients(*tensors: Tensor | None) -> bool:
-    """Return False if a call with these tensors needs no autograd Function, which takes longer than a small kernel."""
+def records_gradients(*arguments: Any) -> bool:
+    """Return False if a call with these arguments needs no autograd Function, which takes longer than a kernel."""
     return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments))
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def fused_op(
-    name: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    triton: str | None = None,
-    triton_fake: Callable[..., Any] | None = None,
-    fake_backward: Callable[..., Any] | None = None,
-    forward: Callable[..., Any] | None = None,
-    backward: Callable[..., Any] | None = None,
-    passed_on: str = "",
-    save: Callable[..., None] = lambda ctx, *tensors: ctx.save_for_backward(*tensors),
-    saved: Callable[[Any], tuple[Tensor | None, ...]] = lambda ctx: ctx.saved_tensors,
-) -> Callable[..., Any]:
-    """Make a differentiable function from an operator of csrc/ops.cpp and its backward operator.
+def _call(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    return kernel(*arguments)
+
+
+class FusedOp:
+    """A differentiable function, made from an operator of csrc/ops.cpp and its backward operator.
 
     The schemas of the two operators define the tensors to save. The backward operator takes, in this order: a gradient
     ``grad_…`` for each of the first outputs (the other outputs have no gradient); the saved tensors, which have the
     names of inputs and outputs of the forward operator; the options; and ``needed``. It returns one ``grad_<input>``
     for each differentiable input. A result without a name is the gradient of the first input.
+
+    Call it with the arguments of the forward operator and the name of a backend. The methods are in the order in which
+    they then run: the forward pass, the backward pass and the derivative of the backward pass.
 
     Args:
         name: Name of the op. Its operators are ``<name>_forward`` or ``<name>``, and ``<name>_backward``.
@@ -120,125 +114,143 @@ def fused_op(
         save: Function ``save(ctx, *tensors)`` that replaces ``ctx.save_for_backward``.
         saved: Function of ``ctx`` that returns the tensors of ``save``.
 
-    Returns:
-        A function of the forward operator's arguments and the name of a backend. Its attribute ``kernels`` maps the
-        name of a backend to its two operators.
+    Attributes:
+        kernels: Dict from the name of a backend to its two operators.
     """
-    forward_name, backward_name = (f"{name}_forward" if f"{name}_forward" in SCHEMAS else name), f"{name}_backward"
-    if triton:
-        register_triton(forward_name, triton)
-        register_triton(backward_name, triton)
-    kernels = {b: (overload(forward_name, b), overload(backward_name, b)) for b in ("cpu", "cuda", "triton")}
-    forward = forward or (lambda kernel, *arguments: kernel(*arguments))
 
-    inputs = [argument.name for argument in SCHEMAS[forward_name].arguments]
-    is_tensor = ["Tensor" in str(argument.type) for argument in SCHEMAS[forward_name].arguments]
-    tensor_inputs = [i for i, tensor in enumerate(is_tensor) if tensor]
-    outputs = [result.name for result in SCHEMAS[forward_name].returns]
-    arguments = [argument.name for argument in SCHEMAS[backward_name].arguments]
-    if backward:
-        arguments = list(inspect.signature(backward).parameters)[1:]
-    else:
-        backward = lambda kernel, *arguments: kernel(*arguments)  # noqa: E731
-    num_grads = sum(argument.startswith("grad_") for argument in arguments)
-    takes_needed = "needed" in arguments
-    kept = [argument for argument in arguments[num_grads:] if argument != "needed"]
-    names = [*inputs, *outputs]  # everything that can be saved
-    tensors = [n for n in kept if n in outputs or is_tensor[inputs.index(n)]]
-    options = kept[len(tensors) :]
-    tensors_at, options_at = ([names.index(n) for n in group] for group in (tensors, options))
-    variables = [result.name.removeprefix("grad_") or inputs[0] for result in SCHEMAS[backward_name].returns]
-    variables_at = [inputs.index(n) for n in variables]  # indices into the inputs
-    in_kept = [tensors.index(n) for n in variables]  # indices into the saved tensors
-    of_inputs = [i for i, n in enumerate(tensors) if n in inputs]  # the saved tensors that are inputs
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        triton: str | None = None,
+        triton_fake: Callable[..., Any] | None = None,
+        fake_backward: Callable[..., Any] | None = None,
+        forward: Callable[..., Any] = _call,
+        backward: Callable[..., Any] = _call,
+        passed_on: str = "",
+        save: Callable[..., None] = lambda ctx, *tensors: ctx.save_for_backward(*tensors),
+        saved: Callable[[Any], tuple[Tensor | None, ...]] = lambda ctx: ctx.saved_tensors,
+    ):
+        operators = (f"{name}_forward" if f"{name}_forward" in SCHEMAS else name), f"{name}_backward"
+        if triton:
+            for operator in operators:
+                register_triton(operator, triton)
+        self.kernels = {b: tuple(overload(operator, b) for operator in operators) for b in ("cpu", "cuda", "triton")}
+        self.reference, self.forward, self.backward, self.save, self.saved = reference, forward, backward, save, saved
+        self._read_schemas(*(SCHEMAS[operator] for operator in operators))
+        self.passed_on_at = self.inputs.index(passed_on) if passed_on else None
+        register_fake(operators[0], fake, triton_fake)
+        register_fake(operators[1], fake_backward or self._fake_backward)
+        title = "".join(part.capitalize() for part in name.split("_")) + "Function"
+        op = reference.__module__.split(".")[-2]
+        first = self._run_forward, self._keep, self._differentiate
+        second = self._run_backward, self._keep_for_second_order, self._differentiate_twice
+        self._function = _make_function(title, op, *first)
+        self._backward_function = _make_function(f"{title}Backward", op, *second)
 
-    if fake_backward is None:
+    def _read_schemas(self, forward: Any, backward: Any) -> None:
+        """Find what is saved and what has a gradient. ``…_at`` are indices into the inputs, and then the outputs."""
+        self.inputs = [argument.name for argument in forward.arguments]
+        names = [*self.inputs, *(result.name for result in forward.returns)]
+        others = {argument.name for argument in forward.arguments if "Tensor" not in str(argument.type)}
+        arguments = [argument.name for argument in backward.arguments]
+        if self.backward is not _call:
+            arguments = list(inspect.signature(self.backward).parameters)[1:]
+        self.num_grads = sum(argument.startswith("grad_") for argument in arguments)
+        self.takes_needed = "needed" in arguments
+        kept = [argument for argument in arguments[self.num_grads :] if argument != "needed"]
+        self.tensors = [name for name in kept if name not in others]
+        self.options = kept[len(self.tensors) :]
+        self.tensors_at, self.options_at = ([names.index(n) for n in group] for group in (self.tensors, self.options))
+        self.of_inputs = [i for i, name in enumerate(self.tensors) if name in self.inputs]  # indices into the tensors
 
-        def fake_backward(*values: Any) -> Any:
-            like = [values[num_grads + i] for i in in_kept]
-            grads = new_gradients(like, values[-1] if takes_needed else [True])
-            return grads if takes_needed else grads[0]
+        self.variables = [result.name.removeprefix("grad_") or self.inputs[0] for result in backward.returns]
+        self.variables_at = [self.inputs.index(name) for name in self.variables]
+        self.of_variables = [self.tensors.index(name) for name in self.variables]  # indices into the tensors
 
-    register_fake(forward_name, fake, triton_fake)
-    register_fake(backward_name, fake_backward)
+    def __call__(self, *values: Any) -> Any:
+        if records_gradients(*values):
+            return apply_fused(self._function, *values)
+        return self._run_forward(*values)
 
-    def run_forward(*values: Any) -> Any:
+    def _run_forward(self, *values: Any) -> Any:
         refuse_compiled_transforms()
         *values, backend = values
-        return forward(kernels[backend][0], *values)
+        return self.forward(self.kernels[backend][0], *values)
 
-    def keep_for_backward(ctx: Any, values: tuple, results: Any) -> None:
+    def _keep(self, ctx: Any, values: tuple, results: Any) -> None:
         results = results if isinstance(results, tuple) else (results,)
         ctx.backend = values[-1]
-        if results[num_grads:]:
-            ctx.mark_non_differentiable(*results[num_grads:])
-        ctx.set_materialize_grads(num_grads > 1)
+        if results[self.num_grads :]:
+            ctx.mark_non_differentiable(*results[self.num_grads :])
+        ctx.set_materialize_grads(self.num_grads > 1)
         available = (*values[:-1], *results)
-        ctx.options = [available[i] for i in options_at]
-        save(ctx, *[available[i] for i in tensors_at])
+        ctx.options = [available[i] for i in self.options_at]
+        self.save(ctx, *[available[i] for i in self.tensors_at])
 
-    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * (len(inputs) + 1)
-        grads = grads[:num_grads]
-        needed = [ctx.needs_input_grad[i] for i in variables_at]
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * (len(self.inputs) + 1)
+        grads = grads[: self.num_grads]
+        needed = [ctx.needs_input_grad[i] for i in self.variables_at]
         if grads[0] is None:
             return tuple(found)
-        if passed_on and ctx.needs_input_grad[inputs.index(passed_on)]:
-            found[inputs.index(passed_on)] = grads[0]
+        if self.passed_on_at is not None and ctx.needs_input_grad[self.passed_on_at]:
+            found[self.passed_on_at] = grads[0]
         if any(needed):
             # compiled code supports the first order only
-            run = run_backward if torch.compiler.is_compiling() else backward_function.apply
-            results = run(*grads, *saved(ctx), *ctx.options, needed, ctx.backend)
-            for i, grad in zip(variables_at, results, strict=True):
+            run = self._run_backward if torch.compiler.is_compiling() else self._backward_function.apply
+            results = run(*grads, *self.saved(ctx), *ctx.options, needed, ctx.backend)
+            for i, grad in zip(self.variables_at, results, strict=True):
                 found[i] = grad
         return tuple(found)
 
-    def run_backward(*values: Any) -> tuple[Tensor | None, ...]:
+    def _fake_backward(self, *values: Any) -> Any:
+        like = [values[self.num_grads + i] for i in self.of_variables]
+        grads = new_gradients(like, values[-1] if self.takes_needed else [True])
+        return grads if self.takes_needed else grads[0]
+
+    def _run_backward(self, *values: Any) -> tuple[Tensor | None, ...]:
         refuse_compiled_transforms()
         *values, needed, backend = values
-        results = backward(kernels[backend][1], *values, *([needed] if takes_needed else []))
+        results = self.backward(self.kernels[backend][1], *values, *([needed] if self.takes_needed else []))
         results = results if isinstance(results, tuple | list) else (results,)
-        like = [values[num_grads + i] for i in in_kept]
+        like = [values[self.num_grads + i] for i in self.of_variables]
         return tuple(grad.to(x.dtype) if need else None for grad, x, need in zip(results, like, needed, strict=True))
 
-    def keep_for_double_backward(ctx: Any, values: tuple, results: tuple) -> None:
+    def _keep_for_second_order(self, ctx: Any, values: tuple, results: tuple) -> None:
         ctx.set_materialize_grads(False)
-        ctx.options = values[num_grads + len(tensors) : -2]
-        save(ctx, *values[:num_grads], *[values[num_grads + i] for i in of_inputs])
+        grads, tensors = values[: self.num_grads], values[self.num_grads :]
+        ctx.options = tensors[len(self.tensors) : -2]
+        self.save(ctx, *grads, *[tensors[i] for i in self.of_inputs])
 
-    def differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        values = saved(ctx)
-        grads, values = values[:num_grads], values[num_grads:]
-        fixed = dict(zip([tensors[i] for i in of_inputs], values, strict=True)) | dict(
-            zip(options, ctx.options, strict=True)
-        )
-        given = [n for n in variables if fixed[n] is not None]  # a bias can be None
+    def _differentiate_twice(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        values = self.saved(ctx)
+        grads, values = values[: self.num_grads], values[self.num_grads :]
+        fixed = dict(zip([self.tensors[i] for i in self.of_inputs], values, strict=True))
+        fixed |= dict(zip(self.options, ctx.options, strict=True))
+        given = [name for name in self.variables if fixed[name] is not None]  # a bias can be None
 
         def of_variables(*differentiable: Tensor) -> Any:
-            return reference(**(fixed | dict(zip(given, differentiable, strict=True))))
+            return self.reference(**(fixed | dict(zip(given, differentiable, strict=True))))
 
-        cotangents = [c for n, c in zip(variables, cotangents, strict=True) if n in given]
-        of_grads, of_given = double_backward(of_variables, [fixed[n] for n in given], grads, cotangents)
+        cotangents = [c for name, c in zip(self.variables, cotangents, strict=True) if name in given]
+        of_grads, of_given = double_backward(of_variables, [fixed[name] for name in given], grads, cotangents)
         found = dict(zip(given, of_given, strict=True))
-        return (*of_grads, *(found.get(n) for n in tensors), *(None,) * (len(options) + 2))
+        return (*of_grads, *(found.get(name) for name in self.tensors), *(None,) * (len(self.options) + 2))
 
-    op = reference.__module__.split(".")[-2]
-    title = "".join(part.capitalize() for part in name.split("_")) + "Function"
 
-    def make_function(title: str, *methods: Callable) -> type[FusedFunction]:
-        members = zip(("forward", "setup_context", "backward"), map(staticmethod, methods), strict=True)
-        return type(title, (FusedFunction,), {**dict(members), "op": op, "__module__": __name__})
-
-    function = make_function(title, run_forward, keep_for_backward, differentiate)
-    backward_function = make_function(f"{title}Backward", run_backward, keep_for_double_backward, differentiate_twice)
-
-    def call(*values: Any) -> Any:
-        if records_gradients(*[values[i] for i in tensor_inputs]):
-            return apply_fused(function, *values)
-        return run_forward(*values)
-
-    call.kernels = kernels
-    return call
+def _make_function(
+    title: str, op: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[FusedFunction]:
+    """Make a Function of bound methods. Dynamo supports only plain functions as its members."""
+    members = {
+        "forward": lambda *values: forward(*values),
+        "setup_context": lambda ctx, values, results: setup_context(ctx, values, results),
+        "backward": lambda ctx, *grads: backward(ctx, *grads),
+    }
+    return type(title, (FusedFunction,), {"op": op} | {name: staticmethod(f) for name, f in members.items()})
 
 
 def double_backward(

@@ -93,6 +93,10 @@ def test_integrations_quick(run_script, tmp_path):
         for variant in ("inference", "training")
         for implementation in ("eager", "fused")
     }
+    for _ in range(2):  # another part adds rows, and the same part replaces its own
+        run_script("benchmarks/integrations.py", *QUICK, *options, "--pixels", "32")
+        sizes = [row["size"] for row in rows_of(tmp_path / "integrations-cpu.csv") if row["section"] == "model"]
+        assert sizes == ["64"] * 4 + ["32"] * 4
     for eager, fused in zip(rows[::2], rows[1::2], strict=True):
         assert float(fused["error"]) <= float(fused["tolerance"])
         if eager["section"] == "model":  # alone the state of the op outweighs four tokens

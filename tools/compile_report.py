@@ -21,12 +21,8 @@ import cuda_report
 import torch
 from _harness import DTYPES, positive
 from _report import Table
-from triton_compile import Compiled, compile_all, launches
+from triton_compile import CARDS, Compiled, check_triton, compile_all, launches
 
-from cxv_kernels import _triton
-
-# sm_75: Triton has no tensor cores there, so only the ops that multiply no matrices are supported.
-ARCHITECTURES = (75, 80, 90)
 SIZES: tuple[dict[str, Any], ...] = ({}, {"batch": 2, "heads": 2, "tokens": 200, "ragged": True})
 
 
@@ -81,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; a mistake exits with status 2."""
     parser = argparse.ArgumentParser("compile_report", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE, too")
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--arch", type=int, nargs="+", choices=tuple(CARDS), default=list(CARDS))
     dtypes = tuple(DTYPES)[1:]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="one or more")
     parser.add_argument("--dims", type=positive, nargs="+", default=[32, 64], help="channels of a head")
@@ -90,10 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ragged", action="store_true", help="also sizes that are no powers of two")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args(argv)
-    if _triton.TRITON_MISSING:
-        parser.error(f"{_triton.TRITON_MISSING}")
-    if _triton.interpreting():
-        parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile")
+    check_triton(parser)
     return arguments
 
 

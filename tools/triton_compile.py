@@ -4,6 +4,7 @@ The launches are recorded, not guessed: every case of :mod:`cxv_kernels.testing`
 on the CPU, forward and backward, while :func:`recording` takes each kernel with its arguments.
 """
 
+import argparse
 import hashlib
 import importlib
 import math
@@ -12,7 +13,6 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -49,6 +49,7 @@ class Card:
         return min(self.warps // warps, self.blocks, by_registers, by_shared) * warps / self.warps
 
 
+# sm_75: Triton has no tensor cores there, so only the ops that multiply no matrices are supported.
 CARDS = {
     75: Card(32, 16, 64 << 10, 64 << 10, 0),
     80: Card(64, 32, 164 << 10, 163 << 10, 1 << 10),
@@ -179,6 +180,14 @@ def _training_step(name: str, dtype: torch.dtype) -> None:
 # --- compiling ---------------------------------------------------------------------------------------------------
 
 
+def check_triton(parser: argparse.ArgumentParser) -> None:
+    """Exit with an error of the command line if Triton cannot compile."""
+    if _triton.TRITON_MISSING:
+        parser.error(_triton.TRITON_MISSING)
+    if _triton.interpreting():
+        parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile")
+
+
 @dataclass
 class Compiled:
     """What the compiler made of a launch for one architecture."""
@@ -197,7 +206,6 @@ class Compiled:
     dot: bool = False  # whether it multiplies matrices
     occupancy: float = 0.0
     instructions: dict[str, int] = field(default_factory=dict)  # by family
-    seconds: float = 0.0
     serialized: bool = False  # ptxas had Hopper's asynchronous products wait for one another
     issued: float | None = None  # instructions of a warp that a token costs in the loop over tokens, if there is one
 
@@ -262,7 +270,6 @@ def _compile(index: int) -> Compiled:
     for path, value in source.constants.items():
         constants |= getattr(value, "values", {launch.kernel.arg_names[path[0]]: _plain(value)})
     made = Compiled(launch.name, launch.case, launch.dtype, target.arch, names, constants)
-    start = time.perf_counter()
     try:
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:
@@ -275,7 +282,6 @@ def _compile(index: int) -> Compiled:
     rounds = launch.rounds(constants)
     if rounds:
         made.issued = instructions_of_a_round(sass, constants.get("BLOCKS", 1)) * compiled.metadata.num_warps * rounds
-    made.seconds = round(time.perf_counter() - start, 2)
     return made
 
 

@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from _harness import DTYPES, TOLERANCE, environment, interleaved, positive, relative_error
-from triton_compile import CARDS, compile_all, launches
+from triton_compile import CARDS, check_triton, compile_all, launches
 
 from cxv_kernels import _triton, testing
 from cxv_kernels.ops.linear_attention.triton import configs
@@ -93,13 +94,10 @@ def entries(arch: int, dim: int, dtype: str, random_features: int | None = None)
             entry.cases.append(now)
         return options
 
-    configs.lookup = watch
-    try:
+    with mock.patch.object(configs, "lookup", watch):
         for case in testing.cases(1, 4, 1024, dim, ragged=False, features=random_features):
             now = f"{case.op} {case.label}"
             launches(DTYPES[dtype], arch, dim=dim, features=random_features, only=(now,))
-    finally:
-        configs.lookup = lookup
     return list(found.values())
 
 
@@ -244,10 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, default=configs.PATH, help="file of the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the candidates and their results to FILE")
     arguments = parser.parse_args(argv)
-    if _triton.TRITON_MISSING:
-        parser.error(_triton.TRITON_MISSING)
-    if _triton.interpreting():
-        parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile")
+    check_triton(parser)
     if arguments.rank_by == "time":
         if not torch.cuda.is_available():
             parser.error("argument --rank-by: time needs a GPU; compile does not")

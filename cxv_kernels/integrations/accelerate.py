@@ -165,6 +165,6 @@ def _tensor(output: Any) -> torch.Tensor:
 
 def _version(package: str) -> str:
     try:
-        return importlib.metadata.version(package.replace("_", "-"))
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown version"

@@ -50,14 +50,14 @@ def register_with_transformers(
         raise ImportError("register_with_transformers needs transformers 5: pip install 'cxv[integrations]'") from error
     attend = {
         "cxv_performer": functools.partial(_performer, num_features, eps),
-        "cxv_linear": functools.partial(_linear, feature_map),
+        "cxv_linear": functools.partial(linear_attention, feature_map=feature_map),
         "cxv_nystrom": functools.partial(_nystrom, num_landmarks),
     }
     torch.compiler.assume_constant_result(_projection)  # here, as it imports torch._dynamo
     head = torch.zeros(1, 1, 2, 4, device="cpu")
     with use_backend("reference"):  # raises now for a wrong option
         for function in attend.values():
-            function(head, head, head, None)
+            function(head, head, head, key_mask=None)
     for name, function in attend.items():
         AttentionInterface.register(name, functools.partial(_forward, name, function))
         AttentionMaskInterface.register(name, functools.partial(_mask, name))
@@ -96,7 +96,7 @@ def _forward(
     if scaling is not None:
         gain = scaling * query.shape[-1] ** 0.5  # the ops divide by √D themselves
         query = query if math.isclose(gain, 1) else query * gain
-    return attend(query, key, value, attention_mask).transpose(1, 2), None
+    return attend(query, key, value, key_mask=attention_mask).transpose(1, 2), None
 
 
 def _mask(
@@ -139,10 +139,6 @@ def _performer(
     # detach() because Dynamo knows the properties of a result but not those of a constant
     projection = _projection(num_features, dim, q.device).detach()
     return performer_attention(q, k, v, projection, eps=eps, key_mask=key_mask)
-
-
-def _linear(feature_map: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    return linear_attention(q, k, v, feature_map, key_mask=key_mask)
 
 
 def _nystrom(num_landmarks: int, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:

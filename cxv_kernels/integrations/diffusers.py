@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cxv_kernels import linear_attention
 
+from .shared import multiscale_relu_attention
 from .swap import Example, Swap, other_feature_map
 
 
@@ -20,21 +21,18 @@ class FusedProcessor:
         self.original = original
 
 
-def _relu_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """query (B, N_q, C), key and value (B, N_k, C) → (B, N_q, C), after the output layers."""
+def _relu_attention(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (B, N_q, C), key and value (B, N_k, C) → (B, N_q, C), before the output layers."""
     if not query.dtype == key.dtype == value.dtype:  # a norm in another precision
         query, key, value = query.float(), key.float(), value.float()
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
-    out = linear_attention(q, k, v, "relu", eps=1e-15)
-    return _output(attn, out.transpose(1, 2).flatten(2).to(dtype))
+    return linear_attention(q, k, v, "relu", eps=1e-15).transpose(1, 2).flatten(2)
 
 
-def _output(attn: Attention, hidden_states: Tensor) -> Tensor:
-    return attn.to_out[1](attn.to_out[0](hidden_states))
-
-
-def _clip(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-    return hidden_states.clip(-65504, 65504) if dtype == torch.float16 else hidden_states
+def _output(attn: Attention, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply the output layers to x (B, N, C), in the dtype of the hidden states."""
+    x = attn.to_out[1](attn.to_out[0](x.to(dtype)))
+    return x.clip(-65504, 65504) if dtype == torch.float16 else x
 
 
 class FusedSanaLinearAttnProcessor(FusedProcessor):
@@ -52,7 +50,7 @@ class FusedSanaLinearAttnProcessor(FusedProcessor):
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        return _clip(_relu_attention(attn, query, key, value, hidden_states.dtype), hidden_states.dtype)
+        return _output(attn, _relu_attention(attn, query, key, value), hidden_states.dtype)
 
 
 class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
@@ -68,11 +66,10 @@ class FusedPAGSanaLinearAttnProcessor(FusedProcessor):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Map hidden_states (B, N, C) to (B, N, C), B a multiple of ``parts``."""
-        dtype = hidden_states.dtype
         *attended, perturbed = hidden_states.chunk(self.parts)
         x = torch.cat(attended)
-        x = _relu_attention(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), dtype)
-        return _clip(torch.cat([x, _output(attn, attn.to_v(perturbed).to(dtype))]), dtype)
+        x = _relu_attention(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        return torch.cat([_output(attn, part, hidden_states.dtype) for part in (x, attn.to_v(perturbed))])
 
 
 class FusedPAGCFGSanaLinearAttnProcessor(FusedPAGSanaLinearAttnProcessor):
@@ -87,13 +84,10 @@ class FusedSanaMultiscaleAttnProcessor(FusedProcessor):
     def __call__(self, attn: SanaMultiscaleLinearAttention, hidden_states: Tensor) -> Tensor:
         """Map hidden_states (B, C, H, W) to (B, C_out, H, W)."""
         residual, dtype = hidden_states, hidden_states.dtype
-        batch, _, height, width = hidden_states.shape
         x = hidden_states.movedim(1, -1)
         qkv = torch.cat([attn.to_q(x), attn.to_k(x), attn.to_v(x)], dim=3).movedim(-1, 1)
-        qkv = torch.cat([qkv, *(block(qkv) for block in attn.to_qkv_multiscale)], dim=1)
-        heads = qkv.reshape(batch, -1, 3 * attn.attention_head_dim, height * width).transpose(-1, -2)
-        out = linear_attention(*heads.chunk(3, dim=-1), "relu", eps=attn.eps)
-        out = out.transpose(-1, -2).reshape(batch, -1, height, width).to(dtype)
+        scales = (qkv, *(block(qkv) for block in attn.to_qkv_multiscale))
+        out = multiscale_relu_attention(scales, attn.attention_head_dim, attn.eps).to(dtype)
         x = attn.to_out(out.movedim(1, -1)).movedim(-1, 1)
         last = attn.norm_type == "rms_norm"  # normalizes the last dimension; the other norms expect channels first
         x = attn.norm_out(x.movedim(1, -1)).movedim(-1, 1) if last else attn.norm_out(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cxv_kernels import linear_attention
 
-from .lucidrains import softmax_linear_attention
+from .shared import softmax_linear_attention
 from .swap import Example, Swap, refuse_torchscript
 
 

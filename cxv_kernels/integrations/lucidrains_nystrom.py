@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cxv_kernels import nystrom_attention
 
-from .swap import Example, Swap, is_residual, refuse_torchscript
+from .swap import Example, Swap, other_residual, refuse_torchscript
 
 
 class FusedNystromAttention(NystromAttention):
@@ -39,9 +39,7 @@ def _unsupported(module: Any) -> str | None:
     dim = module.to_qkv.out_features // (3 * module.heads)
     if not math.isclose(module.scale, dim**-0.5):
         return f"scales by {module.scale:.4g}, the op by 1/√D = {dim**-0.5:.4g}"
-    if module.residual and not is_residual(module.res_conv, module.heads):
-        return "has a residual convolution with a hook or with other options than the package's"
-    return None
+    return other_residual(module.res_conv, module.heads) if module.residual else None
 
 
 def _examples() -> list[Example]:

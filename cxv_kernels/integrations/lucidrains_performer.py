@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from performer_pytorch.performer_pytorch import FastAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxv_kernels import performer_attention
 
-from .lucidrains import softmax_linear_attention
-from .swap import Example, Swap, is_unmodified, refuse_torchscript
+from .shared import softmax_linear_attention
+from .swap import Example, Swap, other_feature_map, refuse_torchscript
 
 
 class FusedFastAttention(FastAttention):
@@ -30,9 +30,7 @@ class FusedFastAttention(FastAttention):
 def _unsupported(module: Any) -> str | None:
     if module.causal:
         return "is causal"
-    if module.generalized_attention and not module.no_projection and not is_unmodified(module.kernel_fn, nn.ReLU):
-        return f"has the kernel function {type(module.kernel_fn).__name__}, or a hook on it, and not a plain ReLU"
-    return None
+    return other_feature_map(module.kernel_fn) if module.generalized_attention and not module.no_projection else None
 
 
 def _examples() -> list[Example]:

@@ -15,15 +15,16 @@ def is_unmodified(layer: nn.Module, cls: type[nn.Module]) -> bool:
     return type(layer) is cls and "forward" not in vars(layer) and not any(getattr(layer, name) for name in _HOOKS)
 
 
-def is_residual(layer: nn.Module, heads: int) -> bool:
-    """Return True if ``layer`` convolves each head along its tokens, like ``residual_weight`` of nystrom_attention."""
-    if not is_unmodified(layer, nn.Conv2d):
-        return False
-    size = layer.kernel_size[0]
-    same_size = size % 2 == 1 and layer.kernel_size == (size, 1) and layer.padding == (size // 2, 0)
-    one_per_head = layer.in_channels == layer.out_channels == layer.groups == heads
-    plain = layer.stride == layer.dilation == (1, 1) and layer.bias is None and layer.padding_mode == "zeros"
-    return same_size and one_per_head and plain
+def other_residual(layer: nn.Module, heads: int) -> str | None:
+    """Return the reason why ``residual_weight`` of nystrom_attention cannot replace a convolution, or None."""
+    if is_unmodified(layer, nn.Conv2d):
+        size = layer.kernel_size[0]
+        same_size = size % 2 == 1 and layer.kernel_size == (size, 1) and layer.padding == (size // 2, 0)
+        one_per_head = layer.in_channels == layer.out_channels == layer.groups == heads
+        plain = layer.stride == layer.dilation == (1, 1) and layer.bias is None and layer.padding_mode == "zeros"
+        if same_size and one_per_head and plain:
+            return None
+    return "has a residual convolution with a hook or with other options than the package's"
 
 
 def other_feature_map(layer: nn.Module) -> str | None:

@@ -4,8 +4,7 @@ import torch
 from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor
 
-from cxv_kernels import linear_attention
-
+from .shared import multiscale_relu_attention
 from .swap import Example, Swap, other_feature_map, refuse_torchscript
 
 
@@ -16,13 +15,9 @@ class FusedLiteMLA(LiteMLA):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, H, W) to (B, C_out, H, W)."""
-        batch, _, height, width = x.shape
         qkv = self.qkv(x)
-        qkv = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
-        heads = qkv.reshape(batch, -1, 3, self.dim, height * width)
-        q, k, v = (part.transpose(-1, -2) for part in heads.unbind(2))
-        out = linear_attention(q, k, v, "relu", eps=self.eps)
-        return self.proj(out.transpose(-1, -2).reshape(batch, -1, height, width))
+        scales = (qkv, *(aggregate(qkv) for aggregate in self.aggreg))
+        return self.proj(multiscale_relu_attention(scales, self.dim, self.eps))
 
 
 def _examples() -> list[Example]:

@@ -9,7 +9,7 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 
 from cxv_kernels import nystrom_attention
 
-from .swap import Example, Swap, is_residual, refuse_torchscript
+from .swap import Example, Swap, other_residual, refuse_torchscript
 
 
 class FusedNystromformerSelfAttention(NystromformerSelfAttention):
@@ -40,9 +40,7 @@ def _unsupported(module: Any) -> str | None:
         return "computes softmax attention: it has as many landmarks as tokens"
     if module.seq_len % module.num_landmarks:
         return f"has {module.seq_len} tokens, which {module.num_landmarks} landmarks do not divide"
-    if module.conv_kernel_size is not None and not is_residual(module.conv, module.num_attention_heads):
-        return "has a residual convolution with a hook or with other options than the package's"
-    return None
+    return None if module.conv_kernel_size is None else other_residual(module.conv, module.num_attention_heads)
 
 
 def _examples() -> list[Example]:

@@ -24,6 +24,11 @@ def float64_kept():
         yield
 
 
+def image(*shape, channels_last=False):
+    x = torch.randn(shape)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
 def output_of(result):
     return result[0] if isinstance(result, tuple) else result
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import cxv_kernels
 
-from .comparing import check_compiled_and_exported, check_equal, check_half, float64_kept, results
+from .comparing import check_compiled_and_exported, check_equal, check_half, float64_kept, image, results
 
 diffusers = pytest.importorskip("diffusers")
 processors = pytest.importorskip("diffusers.models.attention_processor")
@@ -62,9 +62,7 @@ def test_sana_processor_with_other_keys_and_in_half_precision():
     ids=str,
 )
 def test_multiscale_linear_attention_is_equal(size, channels_last, options):
-    x = torch.randn(2, 16, *size)
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    check_equal(multiscale(**options), [x], [""], depth=35)
+    check_equal(multiscale(**options), [image(2, 16, *size, channels_last=channels_last)], [""], depth=35)
 
 
 def test_multiscale_linear_attention_in_bfloat16():

@@ -9,7 +9,7 @@ from torch import nn
 
 import cxv_kernels
 
-from .comparing import check_compiled_and_exported, check_equal, check_fused, check_half
+from .comparing import check_compiled_and_exported, check_equal, check_fused, check_half, image
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -74,7 +74,7 @@ def test_other_kernels_of_performer_are_left_alone(performer):
     model = nn.ModuleDict({name: performer.FastAttention(8, **o) for name, o in options.items()})
     names, reasons = cxv_kernels.accelerate(model, return_reasons=True)
     assert names == ["plain"]
-    assert "kernel function GELU" in reasons["gelu"]
+    assert "feature map GELU" in reasons["gelu"]
     assert reasons["causal"] == "is causal"
 
 
@@ -147,8 +147,7 @@ def test_linear_self_attention_is_equal(linear_self_attention, options, masked):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_image_linear_attention_is_equal(linear, size, channels_last):
     model = seeded(linear.ImageLinearAttention, 8, key_dim=6, value_dim=6, heads=2)
-    x = torch.randn(2, 8, *size)
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    x = image(2, 8, *size, channels_last=channels_last)
     check_equal(model, [x], [""], depth=30)
     check_equal(model, [x, torch.randn(2, 8, 7)], [""], depth=37)
 

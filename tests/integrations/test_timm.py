@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from conftest import needs_cpp
 from torch import nn
 
 import cxv_kernels
+from cxv_kernels.testing import peak_memory, saved_bytes
 
-from .comparing import check_compiled_and_exported, check_equal, check_half
+from .comparing import check_compiled_and_exported, check_equal, check_half, image
 
 timm = pytest.importorskip("timm")
 from timm.models.efficientvit_mit import LiteMLA  # noqa: E402
@@ -19,20 +21,15 @@ def lite_mla(**options):
     return LiteMLA(16, 16, dim=8, **options)
 
 
-def image(height, width, batch=2, channels_last=False):
-    x = torch.randn(batch, 16, height, width)
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16)], ids=str)
 def test_lite_mla_is_equal(size, channels_last):
-    check_equal(lite_mla(), [image(*size, channels_last=channels_last)], [""], depth=size[0] * size[1])
+    check_equal(lite_mla(), [image(2, 16, *size, channels_last=channels_last)], [""], depth=size[0] * size[1])
 
 
 @pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (3, 5)}, {"eps": 1e-15}, {"use_bias": True}], ids=str)
 def test_lite_mla_with_options_is_equal(options):
-    check_equal(lite_mla(**options), [image(6, 6)], [""], depth=36)
+    check_equal(lite_mla(**options), [image(2, 16, 6, 6)], [""], depth=36)
 
 
 def test_lite_mla_keeps_channels_last_without_copies():
@@ -40,16 +37,32 @@ def test_lite_mla_keeps_channels_last_without_copies():
     cxv_kernels.accelerate(model)
     seen = []
     model.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(image(6, 5, channels_last=True))
+    model(image(2, 16, 6, 5, channels_last=True))
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@needs_cpp
+def test_lite_mla_needs_less_memory():
+    """Neither q, k and v of all scales together nor their feature maps are stored."""
+    model, x = lite_mla(), image(2, 16, 32, 32)
+    fused = copy.deepcopy(model)
+    cxv_kernels.accelerate(fused)
+    qkv = 3 * x.nbytes
+    peaks, saved = [], []
+    for kind in (model, fused):
+        with torch.no_grad():
+            peaks.append(peak_memory(lambda kind=kind: kind(x)).peak)
+        saved.append(saved_bytes(lambda kind=kind: kind(x), [x, *kind.parameters()]).beyond_inputs)
+    assert peaks[0] - peaks[1] > 2 * qkv
+    assert saved[0] - saved[1] > 1.5 * qkv
+
+
 def test_lite_mla_in_bfloat16_and_under_autocast():
-    check_half(lite_mla(), [image(8, 8)])
+    check_half(lite_mla(), [image(2, 16, 8, 8)])
     model = lite_mla().eval()
     fused = copy.deepcopy(model)
     cxv_kernels.accelerate(fused)
-    x = image(8, 8)
+    x = image(2, 16, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(fused(x), model(x), rtol=2e-2, atol=2e-2)
 
@@ -68,7 +81,7 @@ def test_every_lite_mla_of_a_model_is_replaced(name):
 
 
 def test_lite_mla_compiles_and_exports():
-    check_compiled_and_exported(nn.Sequential(lite_mla()), [image(6, 6)])
+    check_compiled_and_exported(nn.Sequential(lite_mla()), [image(2, 16, 6, 6)])
 
 
 def test_lite_mla_with_another_feature_map_or_a_hook_on_it_is_left_alone():
@@ -87,5 +100,5 @@ def test_hooks_run_as_before():
     model.register_forward_hook(lambda *_: calls.append("module"))
     model.qkv.register_forward_hook(lambda *_: calls.append("qkv"))
     cxv_kernels.accelerate(model)
-    model(image(4, 4))
+    model(image(2, 16, 4, 4))
     assert calls == ["qkv", "module"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...autograd import fused_op
+from ...autograd import FusedOp
 from ...dispatch import CUDA_DTYPES, Support, register
 from ...validation import accumulate_dtype, without_autocast
 from .reference import conv_norm_reference
@@ -52,7 +52,7 @@ def _reference(x, weight, bias, gamma, beta, eps):
     return conv_norm_reference(x, *_in_dtype_of(x, weight, bias), gamma, beta, eps)
 
 
-conv_norm_op = fused_op(
+conv_norm_op = FusedOp(
     "conv_norm",
     _reference,
     _fake,

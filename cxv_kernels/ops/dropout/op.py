@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...autograd import FusedFunction, apply_fused, fused_op, records_gradients, refuse_compiled_transforms
+from ...autograd import FusedFunction, FusedOp, apply_fused, records_gradients, refuse_compiled_transforms
 from ...dispatch import Support, register
 from ...library import overload, register_fake, register_triton
 from .reference import gelu_dropout_reference
@@ -47,7 +47,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
     return *ctx.saved_tensors, seed
 
 
-gelu_dropout_op = fused_op(
+gelu_dropout_op = FusedOp(
     "gelu_dropout",
     gelu_dropout_reference,
     lambda x, seed, p, offset: torch.empty_like(x),

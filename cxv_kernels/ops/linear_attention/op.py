@@ -6,7 +6,7 @@ kernels, and no other backend reads them. The outputs of kv_state are S and a st
 
 from torch import Tensor
 
-from ...autograd import fused_op, like_layout
+from ...autograd import FusedOp, like_layout
 from ...dispatch import CUDA_DTYPES, Support, register
 from ...validation import accumulate_dtype
 from .reference import kv_state_reference, linear_attention_reference
@@ -14,13 +14,15 @@ from .reference import kv_state_reference, linear_attention_reference
 _TRITON = "cxv_kernels.ops.linear_attention.triton.launch"
 
 
-def _fake(q, k, v, key_mask, feature_map, eps):
-    state, key_stat = _fake_kv_state(q, v, key_mask, feature_map)
-    return like_layout(q, (*q.shape[:3], v.shape[3])), state, key_stat
+def fake_out(q: Tensor, v: Tensor) -> Tensor:
+    """Return an empty tensor for the output of attention, (B, H, N, E)."""
+    return like_layout(q, (*q.shape[:3], v.shape[3]))
 
 
-def _triton_fake(q, k, v, key_mask, feature_map, eps):
-    return like_layout(q, (*q.shape[:3], v.shape[3])), *triton_state(q, q.shape[3], v.shape[3])
+def fake_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Return empty tensors for the state of the C++ kernels: (B, H, F, E) and a statistic (B, H, F)."""
+    state = q.new_empty((*q.shape[:2], features, value_dim), dtype=accumulate_dtype(q.dtype))
+    return state, state.new_empty((*q.shape[:2], features))
 
 
 def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -29,9 +31,16 @@ def triton_state(q: Tensor, features: int, value_dim: int) -> tuple[Tensor, Tens
     return state, state.new_empty((*q.shape[:2], 2 * features + 1))
 
 
+def _fake(q, k, v, key_mask, feature_map, eps):
+    return fake_out(q, v), *fake_state(q, q.shape[3], v.shape[3])
+
+
+def _triton_fake(q, k, v, key_mask, feature_map, eps):
+    return fake_out(q, v), *triton_state(q, q.shape[3], v.shape[3])
+
+
 def _fake_kv_state(k, v, key_mask, feature_map):
-    state = k.new_empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=accumulate_dtype(k.dtype))
-    return state, state.new_empty((*k.shape[:2], k.shape[3]))
+    return fake_state(k, k.shape[3], v.shape[3])
 
 
 def _kv_state_backward(kernel, grad_state, grad_z, k, v, key_mask, state, key_stat, feature_map, needed):
@@ -48,10 +57,10 @@ def z_of(key_stat: Tensor, feature_map: str) -> Tensor:
     return (key_stat - key_stat + 1).masked_fill(key_stat.isinf(), 0)
 
 
-linear_attention_op = fused_op(
+linear_attention_op = FusedOp(
     "linear_attention", linear_attention_reference, _fake, triton=_TRITON, triton_fake=_triton_fake
 )
-kv_state_op = fused_op("kv_state", kv_state_reference, _fake_kv_state, triton=_TRITON, backward=_kv_state_backward)
+kv_state_op = FusedOp("kv_state", kv_state_reference, _fake_kv_state, triton=_TRITON, backward=_kv_state_backward)
 
 for _op in ("linear_attention", "kv_state"):
     register(

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...autograd import fused_op, like_layout
+from ...autograd import FusedOp, like_layout
 from ...dispatch import Support, register
 from ...validation import accumulate_dtype
 from .reference import attend_reference, mix_reference, residual_reference, segment_means
@@ -28,18 +28,18 @@ def _fake_summary(q_means, k, v):
     return like_layout(v, (*v.shape[:2], landmarks, v.shape[3])), q_means.new_empty((*v.shape[:2], landmarks))
 
 
-means_op = fused_op("nystrom_means", _means_reference, _fake_means, triton=_TRITON, backward=_means_backward)
-summary_op = fused_op("nystrom_summary", lambda q_means, k, v: attend_reference(q_means, k, v), _fake_summary)
+means_op = FusedOp("nystrom_means", _means_reference, _fake_means, triton=_TRITON, backward=_means_backward)
+summary_op = FusedOp("nystrom_summary", lambda q_means, k, v: attend_reference(q_means, k, v), _fake_summary)
 # backward computes the landmarks' matrix and its inverse again
-mix_op = fused_op(
+mix_op = FusedOp(
     "nystrom_mix", mix_reference, lambda q_means, k_means, summary: like_layout(summary, summary.shape), triton=_TRITON
 )
-readout_op = fused_op(
+readout_op = FusedOp(
     "nystrom_readout",
     lambda q, k_means, mixed: attend_reference(q, k_means, mixed),
     lambda q, k_means, mixed: like_layout(q, (*q.shape[:3], mixed.shape[3])),
 )
-residual_op = fused_op(
+residual_op = FusedOp(
     "nystrom_residual",
     residual_reference,
     lambda attention, v, weight: like_layout(attention, attention.shape),

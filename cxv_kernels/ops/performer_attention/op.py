@@ -3,25 +3,21 @@
 import torch
 from torch import Tensor
 
-from ...autograd import fused_op, like_layout
+from ...autograd import FusedOp, like_layout
 from ...dispatch import CUDA_DTYPES, Support, register
 from ...validation import accumulate_dtype
-from ..linear_attention.op import triton_state
+from ..linear_attention.op import fake_out, fake_state, triton_state
 from .reference import LEAST_EPS, performer_attention_reference, performer_features_reference
 
 _TRITON = "cxv_kernels.ops.performer_attention.triton"
 
 
 def _fake(q, k, v, projection, key_mask, kernel, eps):
-    heads, features, value_dim = tuple(q.shape[:2]), projection.shape[0], v.shape[3]
-    out = like_layout(q, (*q.shape[:3], value_dim))
-    state = q.new_empty((*heads, features, value_dim), dtype=accumulate_dtype(q.dtype))
-    return out, state, state.new_empty((*heads, features)), state.new_empty(heads)
+    return fake_out(q, v), *fake_state(q, projection.shape[0], v.shape[3]), projection.new_empty(q.shape[:2])
 
 
 def _triton_fake(q, k, v, projection, key_mask, kernel, eps):
-    out = like_layout(q, (*q.shape[:3], v.shape[3]))
-    return out, *triton_state(q, projection.shape[0], v.shape[3]), projection.new_empty(q.shape[:2])
+    return fake_out(q, v), *triton_state(q, projection.shape[0], v.shape[3]), projection.new_empty(q.shape[:2])
 
 
 def _fake_features(x, projection, is_query, kernel, eps):
@@ -29,10 +25,10 @@ def _fake_features(x, projection, is_query, kernel, eps):
     return phi, x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
 
 
-performer_attention_op = fused_op(
+performer_attention_op = FusedOp(
     "performer_attention", performer_attention_reference, _fake, triton=_TRITON, triton_fake=_triton_fake
 )
-performer_features_op = fused_op("performer_features", performer_features_reference, _fake_features, triton=_TRITON)
+performer_features_op = FusedOp("performer_features", performer_features_reference, _fake_features, triton=_TRITON)
 
 for _op in ("performer_attention", "performer_features"):
     register(

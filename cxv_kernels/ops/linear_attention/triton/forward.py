@@ -5,8 +5,7 @@ Tensors, beside state and stat (primitives.py):
 - q, k (B, H, N, D), v, out (B, H, N, E), w (F, D) or None, mask (B, N) or None.
 - sums (B·H, SPLITS, F + 1, E): Σ e v; Σ v. stats (B·H, SPLITS, 2, F + 1): the maximum; Σ e, and the number of tokens.
 - key_max (B·H): favor's maximum, in base 2.
-- packed_state (B·H, F, E + 32), where features come in several blocks, or None: U, load_weight_columns,
-  load_minus_factors.
+- packed_state (B·H, F, E + 32), where features come in several blocks, or None: the results of state_operands.
 """
 
 import triton
@@ -21,8 +20,10 @@ from .primitives import (
     feature,
     half_norm,
     head_ptr,
+    head_state,
     hi_lo_factors,
     init_max,
+    load_channels,
     load_columns,
     load_projection,
     load_tokens,
@@ -34,6 +35,7 @@ from .primitives import (
     split_hi_lo,
     store_tokens,
     sum_columns,
+    visible_keys,
 )
 
 
@@ -51,9 +53,7 @@ def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes,
     k_ptr = head_ptr(k_ptr, k_strides, i_bh, H)
     if v_ptr is not None:
         v_ptr = head_ptr(v_ptr, v_strides, i_bh, H)
-    if w_ptr is not None:
-        b_w, _, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
-        b_w_lo = tl.trans(b_w_lo)
+    b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
     WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and w_ptr is not None else 1
     running_max = init_max(P.BLOCK_F, P, ACC)
     b_z = tl.zeros([P.BLOCK_F, WIDTH], ACC)
@@ -63,17 +63,12 @@ def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes,
     end = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, end, P.BLOCK_N):
         o_n = i_n + tl.arange(0, P.BLOCK_N).to(tl.int64)
-        m_n = o_n < end
+        m_n = visible_keys(mask_ptr, mask_strides, i_bh // H, o_n, o_n < end)
         if mask_ptr is not None:
-            p = mask_ptr + (i_bh // H).to(tl.int64) * mask_strides[0] + o_n * mask_strides[1]
-            m_n = tl.load(p, mask=m_n, other=0) != 0
             b_k = load_tokens(k_ptr, k_strides, o_n, m_n, o_d, P.D)  # [BN, BD]
         else:  # past the end the last token again, which moves no maximum
             b_k = load_tokens(k_ptr, k_strides, tl.minimum(o_n, end - 1), o_n >= 0, o_d, P.D)
-        if w_ptr is not None:
-            b_a = project_transposed(b_k, b_w, b_w_lo, P)  # [BF, BN]
-        else:
-            b_a = tl.trans(b_k).to(ACC) * P.SCALE
+        b_a = project_transposed(b_k, w_ptr, b_w, b_w_lo, P, ACC)  # [BF, BN]
         if P.MINUS_NORM:
             b_h = tl.where(m_n, half_norm(b_k, P, ACC), float("inf"))  # [BN]
         if P.MAP == "exact":
@@ -88,18 +83,11 @@ def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes,
         if v_ptr is not None:
             b_e = rescale(b_x, new_max[:, None], P)
             b_v = load_tokens(v_ptr, v_strides, o_n, m_n, o_e, P.E).to(T)  # [BN, BE]
-            b_correction = b_correction[:, None]
             if not P.MINUS_NORM and mask_ptr is None:  # past the end: elsewhere their values are zeros
                 b_one = m_n.to(ACC)
             else:
                 b_one = tl.full([P.BLOCK_N], 1.0, ACC)
-            if WIDTH == 16:  # Hopper's products of a stage wait for one another if one adds to what was scaled in it
-                b_add = tl.dot(b_e.to(T), tl.broadcast_to(b_one.to(T)[:, None], [P.BLOCK_N, 16]))
-                b_z = tl.fma(b_z, tl.broadcast_to(b_correction, b_z.shape), b_add)
-                b_s = tl.fma(b_s, tl.broadcast_to(b_correction, b_s.shape), tl.dot(b_e.to(T), b_v))
-            else:
-                b_z = b_z * b_correction + tl.sum(b_e * b_one[None, :], 1)[:, None]
-                b_s = tl.dot(b_e.to(T), b_v, b_s * b_correction, input_precision=P.PRECISION, out_dtype=ACC)
+            b_z, b_s = add_key_sums(b_z, b_s, b_e, b_one, b_v, b_correction[:, None], P)
             if P.EPS != 0:
                 b_v1 += b_v.to(ACC)
                 b_n += m_n.to(ACC)
@@ -117,14 +105,24 @@ def key_pass(k_ptr, v_ptr, w_ptr, mask_ptr, sums_ptr, stats_ptr, strides, sizes,
 
 
 @triton.jit
-def reduce(sums_ptr, stats_ptr, state_ptr, stat_ptr, key_max_ptr, SPLITS, P: tl.constexpr):
-    """Add the splits of a head in their order, for a block of columns.
+def add_key_sums(b_z, b_s, b_e, b_one, b_v, b_correction, P: tl.constexpr):
+    """Add Σ e and Σ e v of a tile to z and S, which are multiplied by the correction [BLOCK_F, 1] of their maximum."""
+    ACC: tl.constexpr = b_s.dtype
+    T: tl.constexpr = b_v.dtype
+    if b_z.shape[1] == 16:  # Hopper's products of a stage wait for one another if one adds to what was scaled in it
+        b_add = tl.dot(b_e.to(T), tl.broadcast_to(b_one.to(T)[:, None], [P.BLOCK_N, 16]))
+        b_z = tl.fma(b_z, tl.broadcast_to(b_correction, b_z.shape), b_add)
+        b_s = tl.fma(b_s, tl.broadcast_to(b_correction, b_s.shape), tl.dot(b_e.to(T), b_v))
+    else:
+        b_z = b_z * b_correction + tl.sum(b_e * b_one[None, :], 1)[:, None]
+        b_s = tl.dot(b_e.to(T), b_v, b_s * b_correction, input_precision=P.PRECISION, out_dtype=ACC)
+    return b_z, b_s
 
-    RAW: state (B·H, F, E) and stat (B·H, F) are S and z themselves, for softmax S/z and log2 z.
-    """
+
+@triton.jit
+def add_splits(sums_ptr, stats_ptr, i_bh, o_f, o_e, SPLITS, P: tl.constexpr):
+    """The maximum, z, S, Σ v and the number of tokens of a head: its splits, added in their order."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    i_bh, i_e = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_f, o_e = tl.arange(0, P.BLOCK_F), i_e * P.BLOCK_E + tl.arange(0, P.BLOCK_E)
     m_f, m_e = o_f < P.F, o_e < P.E
     m_fe = m_f[:, None] & m_e[None, :]
     running_max = init_max(P.BLOCK_F, P, ACC)
@@ -145,6 +143,21 @@ def reduce(sums_ptr, stats_ptr, state_ptr, stat_ptr, key_max_ptr, SPLITS, P: tl.
             b_v1 += tl.load(p + P.F * P.E, mask=m_e, other=0)
             b_n += tl.load(stats_ptr + i_row * 2 + 2 * P.F + 1)
         running_max = new_max
+    return running_max, b_z, b_s, b_v1, b_n
+
+
+@triton.jit
+def reduce(sums_ptr, stats_ptr, state_ptr, stat_ptr, key_max_ptr, SPLITS, P: tl.constexpr):
+    """Turn the sums of a head's splits into its state and stat, for a block of columns.
+
+    RAW: state (B·H, F, E) and stat (B·H, F) are S and z themselves, for softmax S/z and log2 z.
+    """
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    i_bh, i_e = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_f, o_e = tl.arange(0, P.BLOCK_F), i_e * P.BLOCK_E + tl.arange(0, P.BLOCK_E)
+    m_f, m_e = o_f < P.F, o_e < P.E
+    m_fe = m_f[:, None] & m_e[None, :]
+    running_max, b_z, b_s, b_v1, b_n = add_splits(sums_ptr, stats_ptr, i_bh, o_f, o_e, SPLITS, P)
     if P.MAP == "favor":
         head_max = tl.max(running_max, 0)
         head_max = tl.where(head_max == float("-inf"), 0, head_max)
@@ -220,52 +233,35 @@ def state_unit(state_ptr, P: tl.constexpr):
 
 
 @triton.jit
-def load_state(state_ptr, stat_ptr, packed_state_ptr, o_f, unit, P: tl.constexpr, T: tl.constexpr):
-    """Load U / unit [BLOCK_F, BLOCK_E] in T, times the features' weights if they are factors."""
+def state_operands(state_ptr, stat_ptr, o_f, unit, P: tl.constexpr, T: tl.constexpr):
+    """Operands of a block of features in T: U / unit [BLOCK_F, BLOCK_E], times the weights of the features if they are
+    factors; split_hi_lo of the weights; hi_lo_factors of the negative weights.
+    """
     o_e = tl.arange(0, P.BLOCK_E)
     mask = (o_f < P.F)[:, None] & (o_e < P.E)[None, :]
-    if packed_state_ptr is not None:
-        return tl.load(packed_state_ptr + o_f[:, None] * (P.E + PACKED) + o_e[None, :], mask=mask, other=0)
-    else:
-        b_u = tl.load(state_ptr + o_f[:, None] * P.E + o_e[None, :], mask=mask, other=0) / unit
-        if not P.LOG_WEIGHTS:
-            b_u *= load_weights(stat_ptr, o_f, P)[:, None]
-        return b_u.to(T)
-
-
-@triton.jit
-def load_weight_columns(stat_ptr, packed_state_ptr, o_f, P: tl.constexpr, T: tl.constexpr):
-    """split_hi_lo of the features' weights."""
-    if packed_state_ptr is not None and not P.LOG_WEIGHTS:
-        return load_columns(packed_state_ptr + P.E, o_f, P.E + PACKED, P, 0)
-    else:
-        return split_hi_lo(weight_factor(load_weights(stat_ptr, o_f, P), P), T)
-
-
-@triton.jit
-def load_minus_factors(stat_ptr, packed_state_ptr, o_f, P: tl.constexpr, T: tl.constexpr):
-    """hi_lo_factors of the negative weights of the features."""
-    if packed_state_ptr is not None and not P.LOG_WEIGHTS:
-        return load_columns(packed_state_ptr + P.E + 16, o_f, P.E + PACKED, P, 0)
-    else:
-        return hi_lo_factors(-weight_factor(load_weights(stat_ptr, o_f, P), P), T)
+    b_u = tl.load(state_ptr + o_f[:, None] * P.E + o_e[None, :], mask=mask, other=0) / unit
+    b_z = load_weights(stat_ptr, o_f, P)
+    if not P.LOG_WEIGHTS:
+        b_u *= b_z[:, None]
+    b_z = weight_factor(b_z, P)
+    return b_u.to(T), split_hi_lo(b_z, T), hi_lo_factors(-b_z, T)
 
 
 @triton.jit
 def pack_state(state_ptr, stat_ptr, packed_state_ptr, P: tl.constexpr):
-    """Do the work of load_state once: with several blocks of features, each tile of tokens would repeat it."""
-    i_bh = tl.program_id(0).to(tl.int64)
-    state_ptr, stat_ptr = state_ptr + i_bh * (P.F + 2) * P.E, stat_ptr + i_bh * (2 * P.F + 1)
+    """Do the work of state_operands once: with several blocks of features, each tile of tokens would repeat it."""
+    i_bh = tl.program_id(0)
+    packed_state_ptr += i_bh.to(tl.int64) * P.F * (P.E + PACKED)
+    state_ptr, stat_ptr = head_state(state_ptr, stat_ptr, i_bh, P)
     o_f, o_e, o_c = tl.program_id(1) * P.BLOCK_F + tl.arange(0, P.BLOCK_F), tl.arange(0, P.BLOCK_E), tl.arange(0, 16)
     m_f = (o_f < P.F)[:, None]
-    unit = state_unit(state_ptr, P)
     T: tl.constexpr = packed_state_ptr.dtype.element_ty
-    p = packed_state_ptr + i_bh * P.F * (P.E + PACKED) + o_f[:, None] * (P.E + PACKED)
-    b_u = load_state(state_ptr, stat_ptr, None, o_f, unit, P, T)
+    b_u, b_weights, b_minus_w = state_operands(state_ptr, stat_ptr, o_f, state_unit(state_ptr, P), P, T)
+    p = packed_state_ptr + o_f[:, None] * (P.E + PACKED)
     tl.store(p + o_e[None, :], b_u, mask=m_f & (o_e < P.E)[None, :])
     if not P.LOG_WEIGHTS:
-        tl.store(p + P.E + o_c[None, :], load_weight_columns(stat_ptr, None, o_f, P, T), mask=m_f)
-        tl.store(p + P.E + 16 + o_c[None, :], load_minus_factors(stat_ptr, None, o_f, P, T), mask=m_f)
+        tl.store(p + P.E + o_c[None, :], b_weights, mask=m_f)
+        tl.store(p + P.E + 16 + o_c[None, :], b_minus_w, mask=m_f)
 
 
 @triton.jit
@@ -326,52 +322,82 @@ def query_rows(b_q, running_max, b_den, stat_ptr, P: tl.constexpr):
 
 
 @triton.jit
+def load_query_operands(pointers, o_f, unit, P: tl.constexpr, T: tl.constexpr):
+    """What the sweeps over the features read for a block: W, its transpose and lo; U / unit and its transpose; the
+    columns of the weights; the factors of the negative weights, transposed.
+
+    ``pointers`` of a head: q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr.
+    """
+    q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr = pointers
+    b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
+    b_u, b_weights, b_minus_w = state_operands(state_ptr, stat_ptr, o_f, unit, P, T)
+    if packed_state_ptr is not None:  # the compiler removes what is loaded twice
+        STRIDE: tl.constexpr = P.E + PACKED
+        o_e = tl.arange(0, P.BLOCK_E)
+        mask = (o_f < P.F)[:, None] & (o_e < P.E)[None, :]
+        b_u = tl.load(packed_state_ptr + o_f[:, None] * STRIDE + o_e[None, :], mask=mask, other=0)
+        if not P.LOG_WEIGHTS:
+            b_weights = load_columns(packed_state_ptr + P.E, o_f, STRIDE, P, 0)
+            b_minus_w = load_columns(packed_state_ptr + P.E + 16, o_f, STRIDE, P, 0)
+    return b_w, b_wt, b_w_lo, b_u, tl.trans(b_u), b_weights, tl.trans(b_minus_w)
+
+
+@triton.jit
+def sweep_features(pointers, tile, operands, unit, P: tl.constexpr, T: tl.constexpr):
+    """Sum over the features for a tile of queries (o_n, m_n, b_q), relative to the running maximum of each row.
+
+    Returns the maximum [BLOCK_N], b_den of add_denominator, Σ e U / unit [BLOCK_N, BLOCK_E], and e of the last block.
+    """
+    q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr = pointers
+    ACC: tl.constexpr = stat_ptr.dtype.element_ty
+    WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and w_ptr is not None else 1
+    running_max = init_max(P.BLOCK_N, P, ACC)
+    b_den = tl.zeros([P.BLOCK_N, WIDTH], ACC)
+    b_o = tl.zeros([P.BLOCK_N, P.BLOCK_E], ACC)
+    b_e = tl.zeros([P.BLOCK_N, P.BLOCK_F], T if WIDTH == 16 else ACC)
+    for i_f in range(P.BLOCKS):
+        o_f = i_f * P.BLOCK_F + tl.arange(0, P.BLOCK_F)
+        if P.BLOCKS > 1:
+            operands = load_query_operands(pointers, o_f, unit, P, T)
+        b_w, b_wt, b_w_lo, b_u, b_ut, b_weights, b_minus_w = operands
+        b_z = load_weights(stat_ptr, o_f, P)
+        b_x = query_scores(load_channels(q_ptr, w_ptr, q_strides, tile, o_f, P), b_wt, b_w_lo, b_z, P, ACC)
+        new_max = tl.maximum(running_max, tl.max(b_x, 1))
+        b_e = query_terms(b_x, new_max, P)
+        if WIDTH == 16:
+            b_e = b_e.to(T)
+        if P.BLOCKS > 1:
+            b_correction = rescale(running_max, new_max, P)[:, None]
+            b_den *= b_correction
+            b_o *= b_correction
+        b_den = add_denominator(b_den, b_e, b_z, b_weights, P)
+        b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=P.PRECISION, out_dtype=ACC)
+        running_max = new_max
+    return running_max, b_den, b_o, b_e
+
+
+@triton.jit
 def query_pass(q_ptr, w_ptr, state_ptr, stat_ptr, packed_state_ptr, out_ptr, strides, sizes, P: tl.constexpr):
     """out = c̄·Σp + p·U for the queries of a split."""
     q_strides, w_strides, out_strides = strides
     H, N, TOKENS, SPLITS = sizes
-    ACC: tl.constexpr = stat_ptr.dtype.element_ty
     T: tl.constexpr = q_ptr.dtype.element_ty
     i_bh, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     q_ptr, out_ptr = head_ptr(q_ptr, q_strides, i_bh, H), head_ptr(out_ptr, out_strides, i_bh, H)
-    state_ptr += i_bh.to(tl.int64) * (P.F + 2) * P.E
-    stat_ptr += i_bh.to(tl.int64) * (2 * P.F + 1)
+    state_ptr, stat_ptr = head_state(state_ptr, stat_ptr, i_bh, P)
     if packed_state_ptr is not None:
         packed_state_ptr += i_bh.to(tl.int64) * P.F * (P.E + PACKED)
-    o_d, o_e, o_f = tl.arange(0, P.BLOCK_D), tl.arange(0, P.BLOCK_E), tl.arange(0, P.BLOCK_F)
+    pointers = (q_ptr, q_strides, w_ptr, w_strides, state_ptr, stat_ptr, packed_state_ptr)
+    o_d, o_e = tl.arange(0, P.BLOCK_D), tl.arange(0, P.BLOCK_E)
     b_c = tl.load(state_ptr + P.F * P.E + o_e, mask=o_e < P.E, other=0)
     unit = state_unit(state_ptr, P)
-    WIDTH: tl.constexpr = 16 if T.primitive_bitwidth == 16 and w_ptr is not None else 1
-    if P.BLOCKS == 1:
-        b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_f, P, T)
-        b_u = load_state(state_ptr, stat_ptr, None, o_f, unit, P, T)
-        b_weights = load_weight_columns(stat_ptr, None, o_f, P, T)
+    operands = load_query_operands(pointers, tl.arange(0, P.BLOCK_F), unit, P, T)
     end = tl.minimum((i_s + 1) * TOKENS, N)
     for i_n in range(i_s * TOKENS, end, P.BLOCK_N):
         o_n = i_n + tl.arange(0, P.BLOCK_N).to(tl.int64)
         m_n = o_n < end
         b_q = load_tokens(q_ptr, q_strides, o_n, m_n, o_d, P.D)
-        running_max = init_max(P.BLOCK_N, P, ACC)
-        b_den = tl.zeros([P.BLOCK_N, WIDTH], ACC)
-        b_o = tl.zeros([P.BLOCK_N, P.BLOCK_E], ACC)
-        for i_f in range(P.BLOCKS):
-            o_i = i_f * P.BLOCK_F + o_f
-            if P.BLOCKS > 1:
-                b_w, b_wt, b_w_lo = load_projection(w_ptr, w_strides, o_i, P, T)
-                b_u = load_state(state_ptr, stat_ptr, packed_state_ptr, o_i, unit, P, T)
-                b_weights = load_weight_columns(stat_ptr, packed_state_ptr, o_i, P, T)
-            b_z = load_weights(stat_ptr, o_i, P)
-            b_x = b_q if w_ptr is not None or P.BLOCKS == 1 else load_tokens(q_ptr, q_strides, o_n, m_n, o_i, P.D)
-            b_x = query_scores(b_x, b_wt, b_w_lo, b_z, P, ACC)
-            new_max = tl.maximum(running_max, tl.max(b_x, 1))
-            b_e = query_terms(b_x, new_max, P)
-            if P.BLOCKS > 1:
-                b_correction = rescale(running_max, new_max, P)
-                b_den *= b_correction[:, None]
-                b_o *= b_correction[:, None]
-            b_den = add_denominator(b_den, b_e, b_z, b_weights, P)
-            b_o = tl.dot(b_e.to(T), b_u, b_o, input_precision=P.PRECISION, out_dtype=ACC)
-            running_max = new_max
+        running_max, b_den, b_o, b_e = sweep_features(pointers, (o_n, m_n, b_q), operands, unit, P, T)
         b_r, b_inverse, b_sum = query_rows(b_q, running_max, sum_columns(b_den), stat_ptr, P)
         b_o = b_c[None, :] * b_sum[:, None] + b_o * (b_r * unit)[:, None]
         store_tokens(out_ptr, out_strides, o_n, m_n, b_o, o_e, P.E)

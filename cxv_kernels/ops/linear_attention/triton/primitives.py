@@ -61,11 +61,37 @@ def head_ptr(p, s, i_bh, H):
 
 
 @triton.jit
+def head_state(state_ptr, stat_ptr, i_bh, P: tl.constexpr):
+    """The pointers to the state and the stat of a head."""
+    i_bh = i_bh.to(tl.int64)
+    return state_ptr + i_bh * (P.F + 2) * P.E, stat_ptr + i_bh * (2 * P.F + 1)
+
+
+@triton.jit
+def visible_keys(mask_ptr, s, i_b, o_n, in_bounds):
+    """Which of the keys o_n are in bounds and not hidden by the mask (B, N), if there is one."""
+    if mask_ptr is None:
+        return in_bounds
+    else:
+        return tl.load(mask_ptr + i_b.to(tl.int64) * s[0] + o_n * s[1], mask=in_bounds, other=0) != 0
+
+
+@triton.jit
 def load_tokens(p, s, o_n, m_n, o_c, WIDTH: tl.constexpr):
     """The channels o_c of the tokens o_n, zeros where masked and past WIDTH."""
     o_c = o_c.to(tl.int64)
     mask = m_n[:, None] & (o_c < WIDTH)[None, :]
     return tl.load(p + o_n[:, None] * s[2] + o_c[None, :] * s[3], mask=mask, other=0)
+
+
+@triton.jit
+def load_channels(x_ptr, w_ptr, s, tile, o_f, P: tl.constexpr):
+    """What a block of features needs of a tile (o_n, m_n, b_x): all channels, or without W those of the block."""
+    o_n, m_n, b_x = tile
+    if w_ptr is not None or P.BLOCKS == 1:
+        return b_x
+    else:
+        return load_tokens(x_ptr, s, o_n, m_n, o_f, P.D)
 
 
 @triton.jit
@@ -152,12 +178,15 @@ def project(b_x, b_wt, b_w_lo, P: tl.constexpr):
 
 
 @triton.jit
-def project_transposed(b_x, b_w, b_w_lo, P: tl.constexpr):
-    """SCALE·W·xᵀ [BLOCK_F, BLOCK_N]."""
-    b_a = tl.dot(b_w, tl.trans(b_x), input_precision=P.PRECISION)
-    if b_x.dtype.primitive_bitwidth == 16:
-        b_a = tl.dot(b_w_lo, tl.trans(b_x), b_a)
-    return b_a
+def project_transposed(b_x, w_ptr, b_w, b_w_lo, P: tl.constexpr, ACC: tl.constexpr):
+    """SCALE·W·xᵀ [BLOCK_F, BLOCK_N], without W SCALE·xᵀ."""
+    if w_ptr is None:
+        return tl.trans(b_x).to(ACC) * P.SCALE
+    else:
+        b_a = tl.dot(b_w, tl.trans(b_x), input_precision=P.PRECISION)
+        if b_x.dtype.primitive_bitwidth == 16:
+            b_a = tl.dot(tl.trans(b_w_lo), tl.trans(b_x), b_a)
+        return b_a
 
 
 @triton.jit
