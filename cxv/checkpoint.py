@@ -11,13 +11,13 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError, first_line
 
@@ -44,10 +44,7 @@ METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, dict) and all(isinstance(x, int | float) for x in v.values()),
     ),
     "args": ("a dict", lambda v: isinstance(v, dict)),
-    "notes": (
-        "a dict of strings",
-        lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values()),
-    ),
+    "notes": ("a dict of strings", lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values())),
 }
 """The metadata of a shared file. ``metrics`` has losses and top-1 (per cent) of ``epoch``, and ``args`` has the
 arguments of ``cxv train`` except paths and the machine. Both are empty if ``cxv train`` did not make the model.
@@ -88,16 +85,17 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
-    """Check before an epoch that the disk has room for the checkpoints of a run.
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file with :func:`atomic_write`."""
+    atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def check_space(output: Path, model: nn.Module, copies: int) -> None:
+    """Check before an epoch that the disk has room for the checkpoints of a run in the directory ``output``.
 
     The check reads the free space of the disk. It also allocates the space of one checkpoint for a moment, because
-    quotas and limits are not visible in the free space.
-
-    Args:
-        output: Directory of the run.
-        model: The model.
-        copies: Copies of the weights in a checkpoint. The default counts the weights, the best weights and two moments.
+    quotas and limits are not visible in the free space. A checkpoint has ``copies`` copies of the weights, such as
+    the weights, the best weights and two moments.
 
     Raises:
         InputError: If there is not enough space, or ``output`` is not writable.
@@ -115,9 +113,8 @@ def check_space(output: Path, model: nn.Module, copies: int = 4) -> None:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, size)
     except OSError as error:
-        raise InputError(
-            f"`output`: {output} has no room for a checkpoint of {size / 1e6:.1f} MB: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise InputError(f"`output`: {output} has no room for a checkpoint of {size / 1e6:.1f} MB: {reason}") from error
 
 
 def pack_checkpoint(checkpoint: dict[str, Any]) -> memoryview:
@@ -151,9 +148,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file can raise almost any exception
         other = path.with_name(BEST if path.name == LAST else LAST)
         hint = f"; {other.name} beside it may be intact" if other.is_file() else ""
-        raise InputError(
-            f"{path}: truncated or corrupt, not a readable checkpoint ({first_line(error)}){hint}"
-        ) from error
+        reason = f"not a readable checkpoint ({first_line(error)}){hint}"
+        raise InputError(f"{path}: truncated or corrupt, {reason}") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: not a checkpoint of cxv (its format is {found!r}, expected {FORMAT!r})")
@@ -161,11 +157,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_metadata(metadata: Any) -> None:
-    """Check that all entries of :data:`METADATA` are present and consistent.
-
-    Raises:
-        InputError: If an entry is missing or invalid. The message has its name.
-    """
+    """Raise ``InputError`` with the name of an entry of :data:`METADATA` that is missing or invalid."""
     if not isinstance(metadata, dict):
         raise InputError(f"metadata: expected a dict, got {metadata!r}")
     for name, (expected, valid) in METADATA.items():
@@ -233,16 +225,11 @@ def pretrained_models() -> list[str]:
 
 
 def find_pretrained(name: str) -> Path:
-    """Return the file with the pretrained weights of a model.
-
-    Raises:
-        InputError: If the package has no weights of it.
-    """
-    path = WEIGHTS / f"{name.lower().replace('/', '-')}.safetensors"
+    """Return the file with the pretrained weights of a model. Raise ``InputError`` if the package has none."""
     if name.lower() not in pretrained_models():
         models = ", ".join(pretrained_models()) or "none"
         raise InputError(f"{name} has no pretrained weights; these models do: {models}")
-    return path
+    return WEIGHTS / f"{name.lower().replace('/', '-')}.safetensors"
 
 
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
@@ -254,9 +241,9 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     if which not in ("best", "last"):
         raise InputError(f"which: expected best or last, got {which!r}")
     path = Path(path)
-    if not path.exists() and path.as_posix().lower() in pretrained_models():
-        return find_pretrained(path.as_posix())
     if not path.exists():
+        if path.as_posix().lower() in pretrained_models():
+            return find_pretrained(path.as_posix())
         models = ", ".join(pretrained_models()) or "none"
         raise InputError(f"{path}: no such file or directory; pretrained models: {models}")
     if not path.is_dir():
@@ -266,22 +253,21 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copy the weights of a checkpoint into the model.
-
-    Raises:
-        InputError: If names or shapes differ. The model is then unchanged.
-    """
-    here = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    there = {name: tuple(t.shape) for name, t in checkpoint["model"].items()}
-    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    if odd:
-        k = odd[0]
-        raise InputError(
-            f"{path}: the weights of {checkpoint['model_name']} in it do not fit {type(model).__name__}: "
-            f"{k} is {there.get(k, 'absent')} in the file and {here.get(k, 'absent')} in the model "
-            f"({len(odd)} tensors differ)"
-        )
+    """Copy the weights of a checkpoint into the model, or raise ``InputError`` if names or shapes differ."""
+    if problem := mismatch(model.state_dict(), checkpoint["model"], "file"):
+        name = checkpoint["model_name"]
+        raise InputError(f"{path}: the weights of {name} in it do not fit {type(model).__name__}: {problem}")
     model.load_state_dict(checkpoint["model"])
+
+
+def mismatch(model: Mapping[str, Tensor], other: Mapping[str, Tensor], place: str) -> str | None:
+    """Describe the names or shapes in which the tensors of a model and of another ``place`` differ, if they do."""
+    here, there = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model, other))
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if not names:
+        return None
+    shapes = f"{there.get(names[0], 'absent')} in the {place} and {here.get(names[0], 'absent')} in the model"
+    return f"{names[0]} is {shapes} ({len(names)} tensors differ)"
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

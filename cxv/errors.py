@@ -1,6 +1,8 @@
 """The exception for invalid input, and helpers for messages and for exceptions of PyTorch."""
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -29,6 +31,15 @@ def listed(names: Sequence[str], limit: int = 10) -> str:
     """Join names for a message: at most ``limit`` of them, then "… and 190 more"."""
     more = len(names) - limit
     return ", ".join(map(printable, names[:limit])) + (f", … and {more} more" if more > 0 else "")
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say how to install it: with the extra ``cxv[extra]``."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0].replace("sklearn", "scikit-learn")
+        raise InputError(f"{package} is needed here and cannot be imported: pip install 'cxv[{extra}]'") from error
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -7,7 +7,7 @@ run the files.
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import cxv_kernels
 from cxv_kernels.validation import python_numbers
 
-from .data.datasets import need
-from .errors import InputError
+from .errors import InputError, first_line, need
 from .models.arguments import image_size
 
 if TYPE_CHECKING:
@@ -109,19 +108,15 @@ def export_model(
     try:
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
             written = Path(directory) / path.name
-            backend = "reference" if format == "onnx" else cxv_kernels.get_backend()
-            with cxv_kernels.use_backend(backend):
+            with cxv_kernels.use_backend("reference" if format == "onnx" else cxv_kernels.get_backend()):
                 program, any_size = _trace(model, in_chans, sizes)
             _WRITERS[format](program, written, note)
             if calibration is not None:
                 _quantize(written, calibration)
             run = load_exported(written, format)
             generator = torch.Generator().manual_seed(0)
-            tried = [
-                torch.rand(b, in_chans, *s, generator=generator) * 2 - 1
-                for s in sizes[: 1 + any_size]
-                for b in BATCH_SIZES
-            ]
+            shapes = [(batch, in_chans, *size) for size in sizes[: 1 + any_size] for batch in BATCH_SIZES]
+            tried = [torch.rand(shape, generator=generator) * 2 - 1 for shape in shapes]
             real = [] if images is None else list(images.split(100))
             difference, agreement = _compare(model, run, tried, real, calibration is not None, path)
             size = written.stat().st_size
@@ -167,10 +162,6 @@ def _trace(model: nn.Module, in_chans: int, sizes: Sequence[tuple[int, int]]) ->
     return program, True
 
 
-def _write_torch(program: "ExportedProgram", path: Path, note: str) -> None:
-    torch.export.save(program, path, extra_files={"cxv": note})
-
-
 def _write_aoti(program: "ExportedProgram", path: Path, note: str) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -198,7 +189,7 @@ def _write_onnx(program: "ExportedProgram", path: Path, note: str) -> None:
 
 _WRITERS: dict[str, Callable[["ExportedProgram", Path, str], None]] = {
     "onnx": _write_onnx,
-    "torch": _write_torch,
+    "torch": lambda program, path, note: torch.export.save(program, path, extra_files={"cxv": note}),
     "aoti": _write_aoti,
 }
 
@@ -212,12 +203,10 @@ def _quantize(path: Path, calibration: Tensor) -> None:
     shape_inference = need("onnxruntime.quantization.shape_inference", "export")
 
     class Images(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches: Iterator[Tensor] = iter(calibration.split(32))
+        batches = ({"images": batch.numpy()} for batch in calibration.split(32))
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch.numpy()}
+            return next(self.batches, None)
 
     prepared = path.with_suffix(".prepared.onnx")
     shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
@@ -237,20 +226,16 @@ def _quantize(path: Path, calibration: Tensor) -> None:
 def _compare(
     model: nn.Module, run: Run, tried: Sequence[Tensor], real: Sequence[Tensor], int8: bool, path: Path
 ) -> tuple[float, float | None]:
-    """Return the largest difference, and the agreement on the real images.
-
-    Raises:
-        InputError: If the difference is too large or the agreement too small.
-    """
+    """Return the largest difference, and the agreement on the real images, or raise ``InputError`` if they are bad."""
     difference, same = 0.0, 0
     for i, images in enumerate([*tried, *real]):
         want = model(images)
         try:
             got = run(images)
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"{path}: not written: the exported model refuses images of shape {tuple(images.shape)} ({reason})"
+                f"{path}: not written: the exported model refuses images of shape {tuple(images.shape)} "
+                f"({first_line(error)})"
             ) from error
         largest = (got - want).abs().max().item() if got.shape == want.shape else float("inf")
         if not int8 and not largest <= TOLERANCE * max(1.0, want.abs().max().item()):  # NaN is refused too

@@ -66,7 +66,7 @@ def save_safetensors(
         if which != "best":
             raise InputError(f"which: chooses among the weights of a run, and source is a model; got {which!r}")
         source = _unwrapped(source)
-        weights = source.state_dict()
+        weights = dict(source.state_dict())
     else:
         source = read_checkpoint(find_checkpoint(source, which))
         weights = source["model"]
@@ -77,9 +77,7 @@ def save_safetensors(
                 f"{name}: expected a plain tensor, got {type(t).__name__}: save the model before it is quantized, and "
                 "gather sharded weights"
             )
-    weights = {
-        name: t.detach().cpu().to(dtype if t.is_floating_point() else None).contiguous() for name, t in weights.items()
-    }
+        weights[name] = t.detach().cpu().to(dtype if t.is_floating_point() else None).contiguous()
     with torch.random.fork_rng(devices=[]):  # the new model must not change the caller's random state
         build_trained({**metadata, "model": weights}, f"{path} (not written)", {})
     atomic_write(path, save(weights, {"format": "pt", METADATA_KEY: json.dumps(metadata)}))
@@ -91,8 +89,7 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
     Raises:
         InputError: If metadata are unknown, missing, of the wrong type or contradictory.
     """
-    unknown = sorted(given.keys() - METADATA.keys())
-    if unknown:
+    if unknown := sorted(given.keys() - METADATA.keys()):
         raise InputError(f"{unknown[0]}: no such metadata; allowed: {', '.join(METADATA)}")
     found = (_of_model(source) if isinstance(source, nn.Module) else _of_checkpoint(source)) | to_numbers(given)
     if found["model_name"] is None:
@@ -101,19 +98,15 @@ def describe(source: nn.Module | Mapping[str, Any], **given: Any) -> dict[str, A
             f"{type(source).__name__} and they cannot be read from it"
         )
     kwargs = found["model_kwargs"]
-    num_classes = kwargs.get("num_classes", 10)
     metadata = {
-        "classes": [str(label) for label in range(num_classes)],
+        "classes": [str(label) for label in range(kwargs.get("num_classes", 10))],
         "img_size": kwargs.get("img_size", 32),
         "in_chans": kwargs.get("in_chans", 3),
         "normalization": {"mean": MEAN, "std": STD},
-        "preprocessing": None,
-        "seed": None,
-        "epoch": None,
-        "metrics": {},
-        "args": {},
-        "notes": {},
-    } | found
+        **dict.fromkeys(("preprocessing", "seed", "epoch")),
+        **{name: {} for name in ("metrics", "args", "notes")},
+        **found,
+    }
     check_metadata(metadata)
     try:
         json.dumps(metadata)

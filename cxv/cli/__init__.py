@@ -77,5 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cxv {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (train, eval, predict, export, models, cache):
-        command.add_parser(commands)
+        name = command.__name__.rpartition(".")[2]
+        subparser = commands.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
+        subparser.set_defaults(run=command.run)
+        command.add_arguments(subparser)
     return parser

@@ -13,14 +13,11 @@ from ..data.cache import FILE_NAME, cache_folder
 from ..errors import InputError, printable
 from .flags import add_option
 
+HELP = "list or clear the cache of decoded images"
+DESCRIPTION = "List the files of the cache of decoded images with their sources, or delete them."
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "cache",
-        help="list or clear the cache of decoded images",
-        description="List the files of the cache of decoded images with their sources, or delete them.",
-    )
-    parser.set_defaults(run=run)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "clear"), help="list the files, or delete them")
     add_option(parser, "cache_dir")
 

@@ -21,13 +21,11 @@ from .scores import Scores
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="evaluate a trained model",
-        description="Print top-1 and top-5 accuracy, macro-F1, balanced accuracy and the loss of a trained model.",
-    )
-    parser.set_defaults(run=run)
+HELP = "evaluate a trained model"
+DESCRIPTION = "Print top-1 and top-5 accuracy, macro-F1, balanced accuracy and the loss of a trained model."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     add_option(parser, "data", shown="the run's")
     add_option(parser, "data_dir", shown="the run's", note="; only the evaluated split is needed")

@@ -13,14 +13,14 @@ from .flags import add_checkpoint, add_option
 CALIBRATION_IMAGES, CHECK_IMAGES = 512, 1000
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a trained model as ONNX, torch.export or AOTInductor",
-        description="Write a trained model for programs without cxv. The file is read back and compared with the model "
-        "on random images of several batch sizes before it takes its name. See docs/deploy.md.",
-    )
-    parser.set_defaults(run=run)
+HELP = "write a trained model as ONNX, torch.export or AOTInductor"
+DESCRIPTION = (
+    "Write a trained model for programs without cxv. The file is read back and compared with the model on random "
+    "images of several batch sizes before it takes its name. See docs/deploy.md."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
         "--format",

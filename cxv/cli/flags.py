@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,14 +25,10 @@ def with_flags(message: str) -> str:
 def add_option(
     parser: argparse._ActionsContainer, name: str, *, shown: str | None = None, default: Any = None, note: str = ""
 ) -> None:
-    """Add the flag of a field of :class:`TrainConfig`.
+    """Add the flag of the field ``name`` of :class:`TrainConfig`.
 
-    Args:
-        parser: The parser or argument group.
-        name: Name of the field.
-        shown: Description of the default. Default: that of the field.
-        default: Value without the flag.
-        note: Text after the help of the field.
+    ``default`` is the value without the flag, ``shown`` its description (by default that of the field), and ``note``
+    follows the help of the field.
     """
     option = OPTIONS[name]
     choices, metavar = option.metadata["choices"], option.metadata["metavar"]
@@ -45,7 +41,7 @@ def add_option(
     elif choices is not None:
         keywords |= {"choices": tuple(choices)}
     else:
-        keywords |= {"type": _checked(_TYPES[option.type], option.metadata["check"]), "metavar": metavar}
+        keywords |= {"type": parser_of(*_TYPES[option.type], option.metadata["check"]), "metavar": metavar}
         if option.type == dict[str, Any] | None:
             keywords |= {"action": "append"}
     parser.add_argument(cli_flag(name), **keywords)
@@ -75,22 +71,26 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "threads")
 
 
-def _checked(parse: Callable[[str], Any], check: Check | None) -> Callable[[str], Any]:
+def parser_of(parse: Callable[[str], Any], expected: str, check: Check | None = None) -> Callable[[str], Any]:
+    """Return an argparse type: ``parse``, with errors that say what is ``expected``, and then the ``check``."""
+
     def value(text: str) -> Any:
-        result = parse(text)
+        try:
+            result = parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from error
         if check is not None and not check[0](result):
             raise argparse.ArgumentTypeError(f"expected {check[1]}, got {text!r}")
         return result
 
-    value.__name__ = parse.__name__  # argparse's messages have it
     return value
 
 
-def name_value(text: str) -> tuple[str, int | float | bool | str | None]:
+def _name_value(text: str) -> tuple[str, int | float | bool | str | None]:
     """``"stem_convs=3"`` → ("stem_convs", 3): a number, true, false, none, or else a word."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals and value):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+        raise ValueError
     words = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return name, words[value.lower()]
@@ -100,65 +100,30 @@ def name_value(text: str) -> tuple[str, int | float | bool | str | None]:
     return name, value
 
 
-def whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
+def _numbers(text: str, separator: str = ",", counts: Sequence[int] = ()) -> tuple[int, ...]:
+    values = tuple(map(int, text.split(separator)))
+    if counts and len(values) not in counts:
+        raise ValueError
+    return values
 
 
-def positive_number(text: str) -> int:
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
-    return value
+def _size(text: str) -> int | tuple[int, ...]:
+    sides = _numbers(text.replace("×", "x").lower(), "x", (1, 2))
+    return sides[0] if len(sides) == 1 else sides
 
 
-def _numbers(count: int | None, example: str) -> Callable[[str], tuple[int, ...]]:
-    def whole_numbers(text: str) -> tuple[int, ...]:
-        try:
-            values = tuple(int(part) for part in text.split(","))
-        except ValueError:
-            values = ()
-        if not values or (count is not None and len(values) != count):
-            raise argparse.ArgumentTypeError(f"expected whole numbers like {example}, got {text!r}")
-        return values
-
-    return whole_numbers
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    try:
-        sides = [int(side) for side in text.replace("×", "x").lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"expected a whole number, or HEIGHTxWIDTH, got {text!r}")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _stages(text: str) -> tuple[tuple[int, int], ...]:
-    try:
-        return tuple((int(size), int(epochs)) for size, epochs in (stage.split(":") for stage in text.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected SIZE:EPOCHS,… like 16:10,24:4,32:6, got {text!r}") from error
-
-
-_TYPES: dict[Any, Callable[[str], Any]] = {
-    str | None: str,
-    int | None: whole_number,
-    float | None: float,
-    int | float | None: _number,
-    int | tuple[int, int] | None: _size,
-    tuple[int, int] | None: _numbers(2, "OPS,MAGNITUDE"),
-    tuple[int, ...] | None: _numbers(None, "0,1,2"),
-    tuple[tuple[int, int], ...] | None: _stages,
-    dict[str, Any] | None: name_value,
+WHOLE_NUMBER = (int, "a whole number")
+_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {
+    str | None: (str, "text"),
+    int | None: WHOLE_NUMBER,
+    float | None: (float, "a number"),
+    int | float | None: (lambda text: int(text) if text.lstrip("+-").isdecimal() else float(text), "a number"),
+    int | tuple[int, int] | None: (_size, "a whole number, or HEIGHTxWIDTH"),
+    tuple[int, int] | None: (lambda text: _numbers(text, counts=(2,)), "whole numbers like OPS,MAGNITUDE"),
+    tuple[int, ...] | None: (_numbers, "whole numbers like 0,1,2"),
+    tuple[tuple[int, int], ...] | None: (
+        lambda text: tuple(_numbers(stage, ":", (2,)) for stage in text.split(",")),
+        "SIZE:EPOCHS,… like 16:10,24:4,32:6",
+    ),
+    dict[str, Any] | None: (_name_value, "NAME=VALUE"),
 }

@@ -4,10 +4,12 @@ import argparse
 
 from ..models import create_model, list_models
 
+HELP = "list the models"
+DESCRIPTION = "The models and their parameter counts."
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("models", help="list the models", description="The models and their parameter counts.")
-    parser.set_defaults(run=run)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from ..data.scan import is_hidden
 from ..errors import InputError, printable
 from ..training.engine import pick_device
 from .checkpoints import open_checkpoint
-from .flags import add_checkpoint, add_machine, positive_number
+from .flags import WHOLE_NUMBER, add_checkpoint, add_machine, parser_of
 
 _BATCH = 64
 _TIMEOUT, _LARGEST = 30, 2**28  # seconds and bytes of a download
@@ -30,14 +30,14 @@ Prediction = tuple[str, list[tuple[str, float]]]
 """A file, and classes with their probabilities, the most likely first."""
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "predict",
-        help="classify images",
-        description="Print the most likely classes of each image. An image that cannot be read is reported, the others "
-        "are classified, and the exit status is 1.",
-    )
-    parser.set_defaults(run=run)
+HELP = "classify images"
+DESCRIPTION = (
+    "Print the most likely classes of each image. An image that cannot be read is reported, the others are classified, "
+    "and the exit status is 1."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument(
         "images",
@@ -46,7 +46,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="image file, folder (with its subfolders), pattern such as 'photos/**/*.jpg', URL, or - (standard input)",
     )
     parser.add_argument(
-        "--top-k", type=positive_number, default=5, metavar="K", help="number of classes to print (default: 5)"
+        "--top-k",
+        type=parser_of(*WHOLE_NUMBER, (lambda k: k >= 1, "at least 1")),
+        default=5,
+        metavar="K",
+        help="number of classes to print (default: 5)",
     )
     parser.add_argument(
         "--format",
@@ -120,11 +124,7 @@ def _images_in(folder: str) -> Iterator[str]:
 
 
 def _opened(file: str) -> str | BinaryIO:
-    """Return an image file as :meth:`Preprocessing.decode` takes it.
-
-    Raises:
-        InputError: If it is a folder, or a URL that cannot be downloaded.
-    """
+    """Return an image file as :meth:`Preprocessing.decode` takes it. Raise ``InputError`` if that is impossible."""
     if file == "-":
         return io.BytesIO(b"" if sys.stdin is None else sys.stdin.buffer.read())
     if os.path.isdir(file):

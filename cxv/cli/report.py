@@ -10,10 +10,10 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import atomic_write
-from ..data.datasets import need
 from ..data.loader import ImageSet
 from ..errors import InputError, printable
 from ..training.logging import figure_png, new_figure, plot_curves, plot_text
@@ -56,14 +56,12 @@ class Report:
         of_truth = self.logits.log_softmax(1)[wrong, labels[wrong]]
         self.mistakes = wrong[of_truth.argsort(stable=True)]
         """Indices of the images that are not recognized, the largest cross-entropy first."""
-        self.worst_first = sorted(range(len(self.classes)), key=lambda i: _nan_last(self.scores.accuracy[i].item()))
+        self.worst_first = self.scores.accuracy.nan_to_num(101).argsort(stable=True).tolist()
+        self.share = self.scores.confusion / self.scores.confusion.sum(1, keepdim=True).clamp(min=1)
+        """The confusion matrix, each row divided by its sum."""
 
     def write(self, path: str | Path) -> None:
-        """Write one self-contained file, HTML or PNG by its suffix.
-
-        Raises:
-            InputError: If the file has another suffix or cannot be written.
-        """
+        """Write one self-contained file, HTML or PNG by its suffix, or raise ``InputError``."""
         path = Path(path)
         check_report(path)
         atomic_write(path, self._html().encode() if path.suffix == ".html" else figure_png(self._figure()))
@@ -71,15 +69,16 @@ class Report:
     def _html(self) -> str:
         pictures = []
         for i in self.mistakes[:_MISTAKES].tolist():
-            lines = self._caption(i)
-            pictures.append(
-                f'<figure><img alt="{html.escape(lines[0])}" src="{_image_url(self._image(i))}">'
-                f"<figcaption>{'<br>'.join(map(html.escape, lines))}</figcaption></figure>"
-            )
-        curves = _data_url(plot_curves(self.history)) if self.history else None
+            lines = [html.escape(line) for line in self._caption(i)]
+            image = f'<img alt="{lines[0]}" src="{_image_url(self._image(i))}">'
+            pictures.append(f"<figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure>")
+        curves = ""
+        if self.history:
+            png = _data_url(plot_curves(self.history))
+            curves = f'<h2>Training</h2>\n<img class="wide" alt="curves" src="{png}">'
         return _PAGE.substitute(
             title=html.escape(printable(self.title)),
-            curves=f'<h2>Training</h2>\n<img class="wide" alt="curves" src="{curves}">' if curves else "",
+            curves=curves,
             confusion=self._confusion_table() if len(self.classes) <= _NAMED else self._confused_pairs(),
             rows=_rows(map(self._class_cells, self.worst_first)),
             shown=self._shown(),
@@ -87,42 +86,32 @@ class Report:
         )
 
     def _class_cells(self, i: int) -> list[str]:
-        scores = self.scores
-        others = scores.confusion[i].clone()
-        others[i] = 0
+        scores, others = self.scores, self.scores.confusion[i].clone()
+        count, others[i] = others.sum(), 0
         j = int(others.argmax())
         often = f"{self.classes[j]} ({others[j]})" if others[j] else ""
-        return [
-            self.classes[i],
-            f"{scores.confusion[i].sum()}",
-            _percent(scores.accuracy[i]),
-            _percent(scores.precision[i]),
-            often,
-        ]
+        return [self.classes[i], f"{count}", _percent(scores.accuracy[i]), _percent(scores.precision[i]), often]
 
     def _confusion_table(self) -> str:
-        share = self._share()
         names = [html.escape(_shortened(name)) for name in self.classes]
         lines = ["<tr><th>true \\ predicted" + "".join(f"<th class=up><span>{name}</span>" for name in names)]
         for i, name in enumerate(names):
             cells = (
                 f'<td style="background:rgb(8 81 156/{p:.2f});color:{"#fff" if p > 0.5 else "#222"}">{count or ""}'
-                for p, count in zip(share[i].tolist(), self.scores.confusion[i].tolist(), strict=True)
+                for p, count in zip(self.share[i].tolist(), self.scores.confusion[i].tolist(), strict=True)
             )
             lines.append(f"<tr><th>{name}{''.join(cells)}")
         return f'<table class="confusion">\n{"</tr>".join(lines)}</tr>\n</table>'
 
     def _confused_pairs(self) -> str:
         """The matrix as a picture, and the pairs with the most confusions by name."""
-        pixels = torch.stack([255 - (255 - c) * self._share().sqrt() for c in (8, 81, 156)]).round().to(torch.uint8)
-        share = self._share()
-        rank = self.scores.confusion + share / 2  # by count, then by share
-        rank.fill_diagonal_(0)
+        pixels = torch.stack([255 - (255 - c) * self.share.sqrt() for c in (8, 81, 156)]).round().to(torch.uint8)
+        rank = (self.scores.confusion + self.share / 2).fill_diagonal_(0)  # by count, then by share
         pairs = []
         for pair in rank.flatten().argsort(descending=True, stable=True)[:_PAIRS].tolist():
             true, predicted = divmod(pair, len(self.classes))
             if count := int(self.scores.confusion[true, predicted]) * (true != predicted):
-                percent = f"{100 * share[true, predicted]:.1f}"
+                percent = f"{100 * self.share[true, predicted]:.1f}"
                 pairs.append([self.classes[true], f"{count}", percent, "", self.classes[predicted]])
         return (
             "<p>Rows: true classes, columns: predicted classes, in the order of the labels; dark: a large share of the "
@@ -151,8 +140,8 @@ class Report:
         return figure
 
     def _draw_confusion(self, figure, axes) -> None:
-        share, names = self._share(), [plot_text(_shortened(name)) for name in self.classes]
-        picture = axes.imshow(100 * share.numpy(), cmap="Blues", vmin=0, vmax=100)
+        names = [plot_text(_shortened(name)) for name in self.classes]
+        picture = axes.imshow(100 * self.share.numpy(), cmap="Blues", vmin=0, vmax=100)
         axes.set(xlabel="predicted", ylabel="true")
         figure.colorbar(picture, ax=axes, label="% of the true class", shrink=0.8)
         n = len(names)
@@ -161,7 +150,7 @@ class Report:
         axes.set_xticks(range(n), names, rotation=90)
         axes.set_yticks(range(n), names)
         for true, predicted in self.scores.confusion.nonzero().tolist():
-            color = "white" if share[true, predicted] > 0.5 else "black"
+            color = "white" if self.share[true, predicted] > 0.5 else "black"
             count = int(self.scores.confusion[true, predicted])
             axes.text(predicted, true, count, ha="center", va="center", fontsize=7, color=color)
 
@@ -174,10 +163,6 @@ class Report:
         which = "the lowest accuracies" if len(worst) < len(self.classes) else "accuracy"
         axes.set(xlim=(0, 112), xlabel=f"{which} by class (%)")
         axes.spines[["top", "right"]].set_visible(False)
-
-    def _share(self) -> Tensor:
-        """The confusion matrix, each row divided by its sum."""
-        return self.scores.confusion / self.scores.confusion.sum(1, keepdim=True).clamp(min=1)
 
     def _image(self, i: int) -> Tensor:
         return self.data.take(torch.tensor([i]), torch.device("cpu"))[0][0]
@@ -198,17 +183,9 @@ class Report:
 
 
 def check_report(path: str | Path) -> None:
-    """Check before an evaluation that a report can have this name.
-
-    Raises:
-        InputError: If it does not end on .html or .png.
-    """
+    """Raise ``InputError`` unless a report can have this name, which ends on .html or .png."""
     if Path(path).suffix not in SUFFIXES:
         raise InputError(f"`report`: expected a file name that ends on {' or '.join(SUFFIXES)}, got {str(path)!r}")
-
-
-def _nan_last(value: float) -> float:
-    return value if value == value else 101.0
 
 
 def _percent(value: Tensor) -> str:
@@ -230,7 +207,7 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
 def _image_url(image: Tensor) -> str:
     buffer = io.BytesIO()
     pixels = image.permute(1, 2, 0).numpy()
-    need("PIL.Image").fromarray(pixels if len(image) == 3 else pixels[..., 0]).save(buffer, format="png")
+    Image.fromarray(pixels if len(image) == 3 else pixels[..., 0]).save(buffer, format="png")
     return _data_url(buffer.getvalue())
 
 

@@ -9,21 +9,21 @@ from ..training.config import GROUPS, OPTIONS, TrainConfig
 from ..training.distributed import World, process_group
 from ..training.seeds import has_seeds, train_seeds
 from ..training.trainer import train
-from .flags import add_option, whole_number, with_flags
+from .flags import WHOLE_NUMBER, add_option, parser_of, with_flags
 
 _RESUME = "continue the run in DIR, or in `output`, with its arguments where none are given"
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a model with DualOpT",
-        description="Train a model with the paper's recipe: AdamW until top-1 has not improved for --patience epochs "
-        "or --epochs are done, then SGD from the best weights until the same holds for it. Without arguments the "
-        "command trains a small CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits, which takes minutes on a CPU. "
-        "Ctrl-C and SIGTERM stop the run after the current batch and save it; the exit status is then 130 or 143.",
-    )
-    parser.set_defaults(run=run)
+HELP = "train a model with DualOpT"
+DESCRIPTION = (
+    "Train a model with the paper's recipe: AdamW until top-1 has not improved for --patience epochs or --epochs are "
+    "done, then SGD from the best weights until the same holds for it. Without arguments the command trains a small "
+    "CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits, which takes minutes on a CPU. Ctrl-C and SIGTERM stop the "
+    "run after the current batch and save it; the exit status is then 130 or 143."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for name, option in OPTIONS.items():
         if name == "resume":
@@ -33,7 +33,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             continue
         add_option(groups[option.metadata["group"]], name, note=" (repeatable)" if name == "model_args" else "")
     groups["recipe"].add_argument(
-        "--repeats", type=whole_number, metavar="N", help="train with N seeds, from --seed on (default: one run)"
+        "--repeats",
+        type=parser_of(*WHOLE_NUMBER),
+        metavar="N",
+        help="train with N seeds, from --seed on (default: one run)",
     )
 
 

@@ -1,12 +1,16 @@
-"""Augmentation of whole batches of images, on any device, and growing image sizes."""
+"""Augmentation of whole batches of images, on any device, and growing image sizes.
+
+An augmentation has ``draws(num_images, epoch)``, random numbers (num_images, ``columns``) in int64 that depend only on
+its seed and the epoch. Called with images (B, C, H, W), uint8, and their rows of the draws, it augments the images.
+"""
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +18,8 @@ from torch import Tensor
 
 from cxv_kernels.validation import python_numbers, to_number
 
-from .datasets import need
-
 NUM_BINS = 31
 """The number of magnitudes of RandAugment, 0 to 30."""
-
-
-class Augmentation(Protocol):
-    """An augmentation: random draws for every image of an epoch, and their application to a batch of images."""
-
-    @property
-    def columns(self) -> int:
-        """Number of draws per image."""
-        ...
-
-    def draws(self, num_images: int, epoch: int) -> Tensor:
-        """Return draws of shape (num_images, columns), int64. They depend only on the seed and the epoch."""
-        ...
-
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment ``images`` (B, C, H, W), uint8, by their rows of :meth:`draws` (B, columns)."""
-        ...
 
 
 def seed_of(*parts: str | int) -> int:
@@ -83,7 +68,7 @@ class FlipCrop:
 class Chain:
     """Augmentations one after the other."""
 
-    steps: tuple[Augmentation, ...]
+    steps: tuple["Augmentation", ...]
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
         return torch.cat([step.draws(num_images, epoch) for step in self.steps], dim=1)
@@ -96,14 +81,13 @@ class Chain:
 
 @dataclass(frozen=True)
 class PerImage:
-    """A transform of ``torchvision.transforms.v2`` that draws for each image, instead of once for a batch."""
+    """A transform of ``torchvision.transforms.v2`` that draws for each image (its seed), not once for a batch."""
 
     transform: Callable[[Tensor], Tensor]
     seed: int = 0
     columns = 1
 
     def draws(self, num_images: int, epoch: int) -> Tensor:
-        """Return draws (num_images, 1), int64: the seed of each image."""
         generator = torch.Generator().manual_seed(seed_of("PerImage", self.seed, epoch))
         return torch.randint(2**48, (num_images, 1), generator=generator)
 
@@ -164,7 +148,8 @@ class RandAugment:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augment ``images`` (B, C, H, W), uint8, C of 1 or 3, by their rows of :meth:`draws` (B, num_ops)."""
-        functional = need("torchvision.transforms.functional")
+        from torchvision.transforms import functional
+
         out = images.clone()
         for column in draws.unbind(1):
             for draw in column.unique().tolist():
@@ -176,16 +161,15 @@ class RandAugment:
         return out
 
 
+Augmentation = FlipCrop | Chain | PerImage | RandAugment
+
+
 def _affine(f: ModuleType, x: Tensor, translate=(0, 0), shear=(0.0, 0.0), center=None) -> Tensor:
     return f.affine(x, angle=0.0, translate=list(translate), scale=1.0, shear=list(shear), center=center)
 
 
 def _shear(magnitude: float) -> float:
     return math.degrees(math.atan(magnitude))
-
-
-def _posterize(f: ModuleType, x: Tensor, magnitude: float) -> Tensor:
-    return f.posterize(x, 8 - round(magnitude))  # magnitude = m / 7.5, as torchvision divides
 
 
 # the largest magnitude for images (H, W), whether it is signed, the operation; in torchvision's order
@@ -200,32 +184,26 @@ _OPS: tuple[tuple[Callable[[int, int], float], bool, Callable[[ModuleType, Tenso
     (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_saturation(x, 1.0 + m)),  # Color
     (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_contrast(x, 1.0 + m)),  # Contrast
     (lambda h, w: 0.9, True, lambda f, x, m: f.adjust_sharpness(x, 1.0 + m)),  # Sharpness
-    (lambda h, w: 4.0, False, _posterize),  # Posterize
+    (lambda h, w: 4.0, False, lambda f, x, m: f.posterize(x, 8 - round(m))),  # Posterize
     (lambda h, w: 255.0, False, lambda f, x, m: f.solarize(x, 255.0 - m)),  # Solarize
     (lambda h, w: 0.0, False, lambda f, x, m: f.autocontrast(x)),  # AutoContrast
-    (lambda h, w: 0.0, False, lambda f, x, m: need("torchvision.transforms.v2.functional").equalize(x)),  # Equalize
+    (lambda h, w: 0.0, False, lambda f, x, m: import_module("torchvision.transforms.v2.functional").equalize(x)),
 )
 
 
 Stages = tuple[tuple[int, int], ...]
-"""(side in pixels, epochs), in order."""
-
-SIDES = (0.5, 0.75, 1.0)
-"""The sides of a recipe's stages, over that of the images."""
-SHARES = (0.5, 0.2)
-"""The epochs of a recipe's first stages, over all; the last stage has the rest."""
+"""(the shorter side of the images in pixels, epochs), in order."""
 
 
-def default_stages(img_size: int, epochs: int) -> Stages:
+def default_stages(side: int, epochs: int) -> Stages:
     """Half of the epochs at half the side, a fifth at three quarters, the rest at the full size."""
-    first, second = (int(share * epochs) for share in SHARES)
-    counts = (first, second, epochs - first - second)
-    sizes = (max(1, round(side * img_size)) for side in SIDES)
-    return tuple((size, count) for size, count in zip(sizes, counts, strict=True) if count)
+    first, second = epochs // 2, epochs // 5
+    stages = ((side / 2, first), (0.75 * side, second), (side, epochs - first - second))
+    return tuple((max(1, round(size)), count) for size, count in stages if count)
 
 
 def image_size_of(stages: Stages | None, epoch: int) -> int | None:
-    """The side of the images in an epoch (from 1); None for that of the data."""
+    """The shorter side of the images in an epoch (from 1); None for that of the data."""
     for size, epochs in stages or ():
         epoch -= epochs
         if epoch <= 0:
@@ -233,8 +211,13 @@ def image_size_of(stages: Stages | None, epoch: int) -> int | None:
     return None
 
 
-def resize_batch(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, S, S), float → (B, C, size, size), bilinear and antialiased."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+def scaled_size(size: Sequence[int], side: int) -> tuple[int, int]:
+    """Return (H, W) with the aspect ratio of ``size`` (H, W) and the shorter side ``side``."""
+    height, width = (max(1, round(n * side / min(size))) for n in size)
+    return height, width
+
+
+def resize_batch(images: Tensor, side: int) -> Tensor:
+    """Resize images (B, C, H, W), float, to the shorter side ``side``, bilinear and antialiased."""
+    size = scaled_size(images.shape[-2:], side)
+    return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)

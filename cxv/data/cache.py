@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,19 @@ def decode(source: Source, variant: str, folder: Path | None, log: Log) -> Decod
         if cached is not None:
             return cached
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(path, log):
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log(f"{path.stem}: another process is decoding these images, waiting for it")
+            lock.acquire()
+        try:
             cached = _read(path, source, version, lambda line: None)
-            if cached is not None:  # another process was first
-                return cached
-            _write(path, source, version)
-        cached = _read(path, source, version, log)
+            if cached is None:  # else another process was first
+                _write(path, source, version)
+        finally:
+            lock.release()
+        cached = cached or _read(path, source, version, log)
         if cached is not None:
             return cached
         reason = "the file cannot be read back"
@@ -103,21 +110,6 @@ def crc(tensor: Tensor, start: int = 0) -> int:
     for i in range(0, len(content), _PIECE):
         start = zlib.crc32(content[i : i + _PIECE], start)
     return start
-
-
-@contextmanager
-def _alone(path: Path, log: Log) -> Iterator[None]:
-    """While no other process writes the cache file ``path``."""
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log(f"{path.stem}: another process is decoding these images, waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _read(path: Path, source: Source, version: str, log: Log) -> Decoded | None:
@@ -208,11 +200,7 @@ def _in_memory(source: Source) -> Decoded:
 
 
 def check_memory(size: int) -> None:
-    """Check that ``size`` bytes of images fit into memory.
-
-    Raises:
-        InputError: they do not.
-    """
+    """Raise ``InputError`` if ``size`` bytes of images do not fit into memory."""
     free = available_memory()
     if free is not None and size > 0.9 * free:
         raise InputError(

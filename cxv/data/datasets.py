@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cxv_kernels.validation import python_numbers
+
 from ..errors import InputError, listed, printable
-from .decode import Preprocessing, need, one_line, stored_size
+from .decode import Preprocessing, one_line, stored_size
 from .progress import Progress
 from .scan import SPLITS, Listing, find_splits, list_images, scan_csv
 
@@ -33,7 +35,6 @@ SPLIT_SEED = 0  # of folders without splits, because the run's ``seed`` must not
 SHARES = {"test": 0.1, "validation": 0.1}
 """The shares of the images of a folder without splits; the rest is for training."""
 Chunks = Iterator[tuple[Tensor, Tensor]]
-Select = Callable[[Tensor, str], Tensor]
 
 _TINY = ("tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 _TINY_LAYOUT = "wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
@@ -41,18 +42,23 @@ _TINY_LAYOUT = "wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG and val/v
 
 @dataclass
 class Request:
-    """What to load: the ``splits``, and of each the images that ``select`` takes from its labels.
+    """What to load: the ``splits``, and of each at most as many images as ``limits`` has for it, drawn by ``seed``.
 
     ``preprocessing`` has no ``img_size`` if the dataset chooses it. ``whole``: a folder without splits is not divided.
     """
 
     splits: Sequence[str]
     preprocessing: Preprocessing
-    select: Select
+    limits: dict[str, int | None]
+    seed: int
     on_corrupt: str
     log: Callable[[str], None]
     whole: bool = False
     has_validation: bool = False
+
+    def select(self, labels: Tensor, split: str) -> Tensor:
+        """Return the indices of the images to load, for the labels of a split."""
+        return balanced_subset(labels, self.limits.get(split), self.seed)
 
     def sized(self, img_size: int) -> Preprocessing:
         """The preprocessing, with ``img_size`` if none was given."""
@@ -90,7 +96,9 @@ class Decoding:
 
 def cifar_sources(name: str, data_dir: str | Path, request: Request) -> list[Source]:
     """CIFAR-10 or CIFAR-100 as torchvision keeps it in ``data_dir``, downloaded if it is not there."""
-    dataset = getattr(need("torchvision.datasets"), name.upper())
+    import torchvision.datasets
+
+    dataset = getattr(torchvision.datasets, name.upper())
     root = Path(data_dir) / dataset.base_folder
     splits, preprocessing = request.splits, request.sized(32)
 
@@ -128,13 +136,14 @@ def tiny_imagenet_sources(data_dir: str | Path, request: Request) -> list[Source
     if not (root / "wnids.txt").is_file():
         root = root / folder
     if not (root / "wnids.txt").is_file():
-        archives = need("torchvision.datasets.utils")
+        from torchvision.datasets import utils
+
         with _downloading(
             "tiny-imagenet", data_dir, f"{folder}.zip", url, f", or its content ({_TINY_LAYOUT}) into {folder} there,"
         ):
-            archives.download_url(url, str(data_dir), md5=md5)
+            utils.download_url(url, str(data_dir), md5=md5)
             with tempfile.TemporaryDirectory(dir=data_dir) as part:  # all of it or, after a kill, nothing
-                archives.extract_archive(str(Path(data_dir) / f"{folder}.zip"), part)
+                utils.extract_archive(str(Path(data_dir) / f"{folder}.zip"), part)
                 os.replace(Path(part) / folder, root)
     try:
         wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
@@ -222,6 +231,20 @@ def class_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return order, rank
 
 
+@python_numbers
+def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
+    """Return the indices, sorted, of at most ``limit`` items with the same number of each label, within one.
+
+    A class that has too few gives all it has, and the others make up for it. ``None`` selects every index.
+    """
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    order, rank = class_ranks(labels, seed)
+    # the first of every class, then the second of every class, …; a class's turn in a round is random too
+    turn = torch.argsort(rank[order], stable=True)
+    return order[turn[:limit]].sort().values
+
+
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
     """Return a random order in which any first part has each class by its share."""
     order, rank = class_ranks(labels, seed)
@@ -290,7 +313,7 @@ def _file_sources(root: Path, names: dict[str, str], listings: dict[str, Listing
     def decoding(split: str) -> Decoding:
         paths, labels = chosen[split]
         shape = (len(paths), preprocessing.in_chans, *preprocessing.img_size)
-        return Decoding(classes, shape, _decoded(split, paths, labels, preprocessing, request.on_corrupt))
+        return Decoding(classes, shape, _decoded(split, paths, labels, preprocessing, request))
 
     return [
         Source(split, preprocessing, root, _version(paths, root, classes), partial(decoding, split), paths)
@@ -298,10 +321,12 @@ def _file_sources(root: Path, names: dict[str, str], listings: dict[str, Listing
     ]
 
 
-def _decoded(split: str, paths: list[Path], labels: Tensor, preprocessing: Preprocessing, on_corrupt: str) -> Chunks:
+def _decoded(split: str, paths: list[Path], labels: Tensor, preprocessing: Preprocessing, request: Request) -> Chunks:
+    multipage: list[Path] = []
+
     def decode(path: Path) -> Tensor | InputError:
         try:
-            return preprocessing.decode(path)
+            return preprocessing.decode(path, multipage)
         except InputError as error:
             return error
 
@@ -311,7 +336,7 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, preprocessing: Prepr
             for i, image in enumerate(pool.map(decode, paths[first : first + CHUNK])):
                 if isinstance(image, Tensor):
                     images.append(image)
-                elif on_corrupt == "error":
+                elif request.on_corrupt == "error":
                     raise InputError(f"{image}; `on_corrupt` skip leaves such images out") from image
                 else:
                     print(f"skipped {printable(str(image))}", file=sys.stderr)
@@ -319,6 +344,9 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, preprocessing: Prepr
                 progress.update(1)
             empty = torch.empty(0, preprocessing.in_chans, *preprocessing.img_size, dtype=torch.uint8)
             yield torch.stack(images) if images else empty, chunk_labels
+    if multipage:
+        names = listed(sorted(path.name for path in multipage), 3)
+        request.log(f"{split}: the first page or frame is read of {len(multipage):,} files that have several ({names})")
 
 
 def _typical_side(paths: list[Path], request: Request) -> int:

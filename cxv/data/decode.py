@@ -7,19 +7,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
+import numpy
 import torch
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from cxv_kernels.validation import python_numbers
 
 from ..errors import InputError
 from ..models.arguments import image_size
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MEAN = STD = 0.5
 RESIZE = ("crop", "pad", "squash")
@@ -78,7 +76,7 @@ class Preprocessing:
             if getattr(self, name) not in allowed:
                 raise InputError(f"`{name}`: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         try:
-            need("PIL.ImageColor").getrgb(self.background)
+            ImageColor.getrgb(self.background)
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(
                 f"`background`: expected a color such as white or #ff8000, got {self.background!r}"
@@ -101,7 +99,7 @@ class Preprocessing:
         return {
             "img_size": self.side,
             "in_chans": self.in_chans,
-            "normalization": {"mean": self.mean, "std": self.std},
+            "normalization": self.normalization,
             "preprocessing": {name: getattr(self, name) for name in names},
         }
 
@@ -110,20 +108,30 @@ class Preprocessing:
         """``img_size`` as the models take it: the side of a square, or (H, W)."""
         return self.img_size[0] if self.img_size and self.img_size[0] == self.img_size[1] else self.img_size
 
+    @property
+    def normalization(self) -> dict[str, Any]:
+        """The arguments of :func:`normalize`."""
+        return {"mean": self.mean, "std": self.std}
+
     def of_pixels(self) -> dict[str, Any]:
         """Return the arguments that decoded pixels depend on: all but mean and std."""
         entries = self.to_dict()
         return {"img_size": entries["img_size"], "in_chans": self.in_chans, **entries["preprocessing"]}
 
-    def decode(self, file: str | Path | BinaryIO) -> Tensor:
+    def decode(self, file: str | Path | BinaryIO, multipage: list[Any] | None = None) -> Tensor:
         """Read an image file as uint8 pixels (in_chans, H, W): all steps but the normalization.
+
+        The first page or frame is read. A file that has more is appended to ``multipage``.
 
         Raises:
             InputError: If the file is not an image, is damaged or has pixels of an unknown range. The message names it.
         """
         register_heif()
         try:
-            with need("PIL.Image").open(file) as image:
+            with Image.open(file) as image:
+                # the other frames of MPO, a camera's JPEG, are previews
+                if multipage is not None and image.format != "MPO" and getattr(image, "is_animated", False):
+                    multipage.append(file)
                 deep = ";16" in str([tile[3] for tile in image.tile])  # PIL keeps the high byte of RGB
                 image.load()
                 return self.pixels(image, deep)
@@ -132,13 +140,13 @@ class Preprocessing:
         except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
             name = getattr(file, "name", "standard input") if hasattr(file, "read") else str(file)
             hint = ""
-            if type(error).__name__ == "DecompressionBombError":
+            if isinstance(error, Image.DecompressionBombError):
                 hint = "; give a larger `max_pixels`"
             elif Path(str(name)).suffix.lower() in _HEIF and not register_heif():
                 hint = "; pip install pillow-heif"
             raise InputError(f"{name}: cannot read the image ({one_line(error)}{hint})") from error
 
-    def pixels(self, image: "Image", deep: bool = False) -> Tensor:
+    def pixels(self, image: Image.Image, deep: bool = False) -> Tensor:
         """Return the uint8 pixels (in_chans, H, W) of a loaded PIL image; ``deep``: its file has 16 bits per channel.
 
         Raises:
@@ -146,26 +154,25 @@ class Preprocessing:
         """
         if self.in_chans not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, and the model needs {self.in_chans}")
-        images, ops, numpy = need("PIL.Image"), need("PIL.ImageOps"), need("numpy")
         is_png = image.format == "PNG"
         with suppress(Exception):  # EXIF is damaged more often than pixels are
             image.getexif()
             image.info.pop("exif", None)  # which exif_transpose would write anew
-            image = ops.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = images.fromarray(self._to_8_bits(numpy.asarray(image), image.mode, is_png))
+            image = Image.fromarray(self._to_8_bits(numpy.asarray(image), image.mode, is_png))
         elif deep:
             self._check_range(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = images.alpha_composite(images.new("RGBA", image.size, self.background), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
         image = image.convert("L" if self.in_chans == 1 else "RGB")
         if self.img_size is not None and image.size != (size := self.img_size[::-1]):
-            method = images.Resampling[self.interpolation.upper()]
+            method = Image.Resampling[self.interpolation.upper()]
             if self.resize == "crop":
-                image = ops.fit(image, size, method)
+                image = ImageOps.fit(image, size, method)
             elif self.resize == "pad":
-                image = ops.pad(image, size, method, need("PIL.ImageColor").getcolor(self.background, image.mode))
+                image = ImageOps.pad(image, size, method, ImageColor.getcolor(self.background, image.mode))
             else:
                 image = image.resize(size, method)
         pixels = torch.from_numpy(numpy.array(image))
@@ -175,10 +182,10 @@ class Preprocessing:
         """Return uint8 images (N, C, H, W) with the size and channels of this preprocessing, by the same steps."""
         if images.shape[1:] == (self.in_chans, *self.img_size):
             return images
-        to_image = need("torchvision.transforms.functional").to_pil_image
-        return torch.stack([self.pixels(to_image(image)) for image in images])
+        arrays = (image[0] if len(image) == 1 else image.permute(1, 2, 0) for image in images)
+        return torch.stack([self.pixels(Image.fromarray(array.numpy())) for array in arrays])
 
-    def _to_8_bits(self, values: Any, mode: str, is_png: bool) -> Any:
+    def _to_8_bits(self, values: numpy.ndarray, mode: str, is_png: bool) -> numpy.ndarray:
         """Scale an array of 16-bit, 32-bit or float pixels to 8 bits."""
         low, high = values.min(), values.max()
         is_16_bit = mode.startswith("I;16") or (is_png and mode == "I")
@@ -193,7 +200,7 @@ class Preprocessing:
             )
         return ((values / white).clip(0, 1) * 255).round().astype("uint8")
 
-    def _check_range(self, image: "Image") -> None:
+    def _check_range(self, image: Image.Image) -> None:
         """Refuse an image of 16 bits per channel that would become dark, because PIL has only its high bytes."""
         high = max(high for _, high in (band.getextrema() for band in image.split()[:3]))
         if self.white_level not in (None, 65535) or 0 < high < 16:
@@ -233,13 +240,9 @@ def normalize(images: Tensor, mean: float | Sequence[float] = MEAN, std: float |
 
 
 def stored_size(path: str | Path) -> tuple[int, int]:
-    """Return (H, W) of an image file from its header, rotated by its EXIF tag.
-
-    Raises:
-        Exception: Nearly any, if the file is damaged.
-    """
+    """Return (H, W) of an image file from its header, rotated by its EXIF tag. A damaged file raises any exception."""
     register_heif()
-    with need("PIL.Image").open(path) as image:
+    with Image.open(path) as image:
         width, height = image.size
         with suppress(Exception):
             if image.getexif().get(0x0112, 1) >= 5:
@@ -250,16 +253,15 @@ def stored_size(path: str | Path) -> tuple[int, int]:
 @contextmanager
 def pixel_limit(max_pixels: int | None) -> Iterator[None]:
     """In the block, PIL refuses images of more than ``max_pixels`` pixels; ``None`` keeps its own limit."""
-    images = need("PIL.Image")
-    before = images.MAX_IMAGE_PIXELS
+    before = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
             if max_pixels is not None:
-                warnings.simplefilter("ignore", images.DecompressionBombWarning)
-                images.MAX_IMAGE_PIXELS = max_pixels / 2  # PIL warns above it, and refuses twice as many
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                Image.MAX_IMAGE_PIXELS = max_pixels / 2  # PIL warns above it, and refuses twice as many
             yield
     finally:
-        images.MAX_IMAGE_PIXELS = before
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @cache
@@ -274,16 +276,7 @@ def register_heif() -> bool:
 def readable_extensions() -> set[str]:
     """Return the extensions of image files that PIL can read, like ``".png"``."""
     register_heif()
-    return {ext for ext, name in need("PIL.Image").registered_extensions().items() if name not in _NOT_IMAGES}
-
-
-def need(module: str, extra: str = "train") -> ModuleType:
-    """Import an optional dependency, or say how to install it: with the extra ``cxv[extra]``."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
-        raise InputError(f"{package} is needed here and cannot be imported: pip install 'cxv[{extra}]'") from error
+    return {ext for ext, name in Image.registered_extensions().items() if name not in _NOT_IMAGES}
 
 
 def one_line(error: BaseException) -> str:

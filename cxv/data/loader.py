@@ -4,6 +4,7 @@ The paper normalizes each channel with mean = std = 0.5, and Tiny ImageNet with 
 """
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,18 +17,10 @@ from torch import Tensor
 
 from cxv_kernels.validation import python_numbers
 
-from ..errors import InputError, listed
-from .cache import Decoded, cache_folder, check_memory, crc, decode
-from .datasets import (
-    Request,
-    Source,
-    cifar_sources,
-    class_ranks,
-    folder_sources,
-    stratified_order,
-    tiny_imagenet_sources,
-)
-from .decode import MEAN, STD, Preprocessing, need, normalize, pixel_limit
+from ..errors import InputError, listed, need
+from .cache import cache_folder, check_memory, crc, decode
+from .datasets import Request, cifar_sources, folder_sources, stratified_order, tiny_imagenet_sources
+from .decode import MEAN, STD, Preprocessing, normalize, pixel_limit
 from .scan import SPLITS
 
 if TYPE_CHECKING:
@@ -122,7 +115,7 @@ class Data:
 
     @property
     def normalization(self) -> dict[str, Any]:
-        return {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
+        return self.preprocessing.normalization
 
     @property
     def place(self) -> str:
@@ -211,38 +204,29 @@ def load_data(
     """
     name, data_dir, labels = locate(name, data_dir, labels)
     counts = {"limit_train": limit_train, "limit_test": limit_test, "max_pixels": max_pixels}
-    _check_arguments(on_corrupt, splits, validation, counts)
+    _check_arguments(name, on_corrupt, splits, validation, in_chans, counts)
     log = log or (lambda line: print(line, flush=True))
-    if normalization is None:
-        normalization = TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD}
+    normalization = normalization or (TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD})
     channels = in_chans or (1 if name == "digits" else 3)
-    if channels not in (1, 3):
-        raise InputError(f"`in_chans`: expected 1 or 3, got {in_chans}")
     preprocessing = Preprocessing(img_size, channels, resize, interpolation, background, white_level, **normalization)
     if limit_train is not None and validation is not None:
         limit_train += round(validation if validation >= 1 else limit_train * validation / (1 - validation))
-    limits = {"train": limit_train, "test": limit_test}
-
-    def select(labels: Tensor, split: str) -> Tensor:
-        return balanced_subset(labels, limits.get(split), seed)
-
     needed = {"train" if split == VALIDATION and validation is not None else split for split in splits}
-    needed = [split for split in SPLITS if split in needed]
-    request = Request(needed, preprocessing, select, on_corrupt, log, not divide, validation is not None)
-    if name != "folder" and VALIDATION in needed:
-        raise InputError(f"`data`: {name} has no validation images: hold out training images with `validation`")
+    request = Request(
+        splits=[split for split in SPLITS if split in needed],
+        preprocessing=preprocessing,
+        limits={"train": limit_train, "test": limit_test},
+        seed=seed,
+        on_corrupt=on_corrupt,
+        log=log,
+        whole=not divide,
+        has_validation=validation is not None,
+    )
     if name == "digits":
         data = _digits(request)
     else:
         with pixel_limit(max_pixels):
-            loaded, folder = {}, cache_folder(cache_dir, log)
-            for source in _sources(name, data_dir, labels, request):
-                limit = limits.get(source.split)
-                variant = f"{name} {on_corrupt}" + ("" if limit is None else f" limit {limit} seed {seed}")
-                loaded[source] = decode(source, variant, folder, log)
-        data = _readable(name, loaded, log)
-    for split in data.splits.values():
-        split.normalization = normalization
+            data = _load_files(name, data_dir, labels, cache_dir, request)
     if validation is not None:
         data = _hold_out(data, validation, seed)
     kept = {k: v for k, v in data.splits.items() if k in splits or (k == VALIDATION and "train" in splits)}
@@ -259,9 +243,7 @@ def locate(
         InputError: If ``data`` is neither a name nor a path, or the arguments exclude each other.
     """
     data_dir, labels = (None if path is None else str(path) for path in (data_dir, labels))
-    if data is None:
-        data = "digits" if data_dir is None and labels is None else "folder"
-    data = str(data)
+    data = ("digits" if data_dir is None and labels is None else "folder") if data is None else str(data)
     if data not in DATASETS:
         path = Path(data).expanduser()
         if path.is_dir():
@@ -288,7 +270,16 @@ def locate(
     return data, data_dir, labels
 
 
-def _check_arguments(on_corrupt: str, splits: Sequence[str], validation: Any, counts: dict[str, int | None]) -> None:
+def _check_arguments(
+    name: str,
+    on_corrupt: str,
+    splits: Sequence[str],
+    validation: Any,
+    in_chans: int | None,
+    counts: dict[str, int | None],
+) -> None:
+    if in_chans not in (None, 1, 3):
+        raise InputError(f"`in_chans`: expected 1 or 3, got {in_chans}")
     if on_corrupt not in ("error", "skip"):
         raise InputError(f"`on_corrupt`: expected error or skip, got {on_corrupt!r}")
     for arg, value in counts.items():
@@ -297,30 +288,17 @@ def _check_arguments(on_corrupt: str, splits: Sequence[str], validation: Any, co
     if isinstance(splits, str) or not splits or not all(split in SPLITS for split in splits):
         raise InputError(f"splits: expected a sequence of {', '.join(map(repr, SPLITS))}, got {splits!r}")
     if validation is None:
-        return
-    if not isinstance(validation, Real) or not is_validation(validation):
+        if name != "folder" and VALIDATION in splits:
+            raise InputError(f"`data`: {name} has no validation images: hold out training images with `validation`")
+    elif not isinstance(validation, Real) or not is_validation(validation):
         raise InputError(f"`validation`: expected {is_validation.__doc__}, got {validation}")
-    if {"train", VALIDATION}.isdisjoint(splits):
+    elif {"train", VALIDATION}.isdisjoint(splits):
         raise InputError(f"`validation`: taken from the training images, and splits are {splits!r}")
 
 
 def is_validation(value: float) -> bool:
     """a whole number of at least 1, or a share of less than 1"""
     return not isinstance(value, bool) and (0 < value < 1 or (value >= 1 and value % 1 == 0))
-
-
-@python_numbers
-def balanced_subset(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Indices, sorted, of at most ``limit`` items with the same number of each label, within one.
-
-    A class that has too few gives all it has, and the others make up for it. ``None``: every index.
-    """
-    if limit is None or limit >= len(labels):
-        return torch.arange(len(labels))
-    order, rank = class_ranks(labels, seed)
-    # the first of every class, then the second of every class, …; a class's turn in a round is random too
-    turn = torch.argsort(rank[order], stable=True)
-    return order[turn[:limit]].sort().values
 
 
 def _hold_out(data: Data, validation: float, seed: int) -> Data:
@@ -337,44 +315,53 @@ def _hold_out(data: Data, validation: float, seed: int) -> Data:
 
 def _match_classes(data: Data, classes: list[str], log: Callable[[str], None]) -> Data:
     """The data with the labels that ``classes`` gives to its classes by name."""
-    unknown = [name for name in data.classes if name not in classes]
-    if unknown:
+    if unknown := [name for name in data.classes if name not in classes]:
         raise InputError(f"`data`: its classes {listed(unknown)} are not among those of the model ({listed(classes)})")
-    if data.classes != classes:
-        missing = [name for name in classes if name not in data.classes]
-        order = [name for name in classes if name in data.classes]
-        what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
-        what += " in another order" if order != data.classes else ""
-        log(f"{data.name}: the images have {what.strip() or 'the same classes'}; classes are matched by name")
-        label = torch.tensor([classes.index(name) for name in data.classes])
-        splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
-        data = replace(data, classes=classes, splits=splits)
-    return data
+    if data.classes == classes:
+        return data
+    missing = [name for name in classes if name not in data.classes]
+    order = [name for name in classes if name in data.classes]
+    what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
+    what += " in another order" if order != data.classes else ""
+    log(f"{data.name}: the images have {what.strip()}; classes are matched by name")
+    label = torch.tensor([classes.index(name) for name in data.classes])
+    splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
+    return replace(data, classes=classes, splits=splits)
 
 
-def _readable(name: str, loaded: dict[Source, Decoded], log: Callable[[str], None]) -> Data:
-    """The dataset of the images that could be decoded."""
-    splits = {}
-    for source, decoded in loaded.items():
+def _load_files(name: str, data_dir: str | None, labels: str | None, cache_dir: Any, request: Request) -> Data:
+    """Decode a dataset, or read it from the cache, without the images that cannot be decoded."""
+    splits, folder = {}, cache_folder(cache_dir, request.log)
+    if name == "folder":
+        sources = folder_sources(data_dir, labels, request)
+    elif name == "tiny-imagenet":
+        sources = tiny_imagenet_sources(data_dir or "data", request)
+    else:
+        sources = cifar_sources(name, data_dir or "data", request)
+    for source in sources:
+        limit = request.limits.get(source.split)
+        variant = f"{name} {request.on_corrupt}" + ("" if limit is None else f" limit {limit} seed {request.seed}")
+        decoded = decode(source, variant, folder, request.log)
         good = decoded.labels >= 0
-        labels = decoded.labels[good]
+        own = decoded.labels[good]
         skipped = [str(source.paths[i]) for i in (~good).nonzero().flatten().tolist()]
         if skipped:
-            log(f"{source.split}: skipped {len(skipped)} of {len(good)} images that could not be read")
-        lost = set((~decoded.labels[~good]).tolist()) - set(labels.tolist())
-        if lost:
+            request.log(f"{source.split}: skipped {len(skipped)} of {len(good)} images that could not be read")
+        if lost := set((~decoded.labels[~good]).tolist()) - set(own.tolist()):
             where = f"{source.split} images of {decoded.classes[min(lost)]}"
             raise InputError(f"`data_dir`: {source.root}: not one of the {where} could be read")
         paths = [str(source.paths[i]) for i in good.nonzero().flatten().tolist()] if source.paths else []
-        splits[source.split] = ImageSet(decoded.images, labels, skipped, paths=paths, _fingerprint=decoded.fingerprint)
+        normalization = source.preprocessing.normalization
+        splits[source.split] = ImageSet(
+            decoded.images, own, skipped, None, normalization, paths, _fingerprint=decoded.fingerprint
+        )
     return Data(name, decoded.classes, source.preprocessing, splits)
 
 
 def to_device(data: Data, device: torch.device, wanted: bool | None) -> Data:
-    """The data in the memory of ``device`` if ``wanted``, or for None if that is a GPU's and has ample room.
+    """Return the data in the memory of ``device`` if ``wanted``, or for None if that is a GPU's and has ample room.
 
-    Raises:
-        InputError: wanted, and it has no room.
+    ``InputError`` is raised if it is wanted, and there is no room.
     """
     size = sum(len(split) * split.pixels[:1].numel() for split in data.splits.values())
     if wanted is None:
@@ -427,16 +414,8 @@ def batches(
                 yield normalize(batch[0], **data.normalization), batch[1]
 
 
-def _sources(name: str, data_dir: str | None, labels: str | None, request: Request) -> list[Source]:
-    if name == "folder":
-        return folder_sources(data_dir, labels, request)
-    if name == "tiny-imagenet":
-        return tiny_imagenet_sources(data_dir or "data", request)
-    return cifar_sources(name, data_dir or "data", request)
-
-
 def _digits(request: Request) -> Data:
-    datasets, selection = need("sklearn.datasets"), need("sklearn.model_selection")
+    datasets, selection = need("sklearn.datasets", "train"), need("sklearn.model_selection", "train")
     bunch = datasets.load_digits()
     x = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]  # levels 0..16
     y = torch.from_numpy(bunch.target).long()
@@ -447,7 +426,7 @@ def _digits(request: Request) -> Data:
     for split in request.splits:
         rows = rows_of[split]
         rows = rows[request.select(y[rows], split)]
-        height, width = preprocessing.img_size
-        check_memory(len(rows) * preprocessing.in_chans * height * width)
-        loaded[split] = ImageSet(preprocessing.convert(x[rows]), y[rows])
+        check_memory(len(rows) * preprocessing.in_chans * math.prod(preprocessing.img_size))
+        images = preprocessing.convert(x[rows])
+        loaded[split] = ImageSet(images, y[rows], normalization=preprocessing.normalization)
     return Data("digits", [str(i) for i in range(10)], preprocessing, loaded)

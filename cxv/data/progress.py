@@ -1,30 +1,25 @@
 """A progress bar on a terminal, plain lines elsewhere."""
 
-import math
 import sys
 import time
+from typing import Any
+
+from tqdm import tqdm
 
 
 class Progress:
-    """Shows how far a loop is: a tqdm bar on a terminal; in a log file a line every ``every`` seconds.
+    """Shows how many images a loop has done: a tqdm bar on a terminal; in a log file a line every 30 seconds.
 
-    Use it as a context manager; :meth:`update` takes the number of items done and what to show beside it. Without
+    Use it as a context manager; :meth:`update` takes the number of images done and what to show beside it. Without
     ``enabled`` it shows nothing.
     """
 
-    def __init__(self, total: int, label: str, unit: str = "image", every: float = 30.0, enabled: bool = True):
-        self.total, self.label, self.unit, self.every = total, label, unit, every
-        self._done, self._start = 0, time.monotonic()
-        self._last, self._shown = self._start, {}
-        self._bar = None
-        if not enabled:
-            self.every = math.inf
-        elif sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, desc=label, unit=f" {unit}s", leave=False, dynamic_ncols=True)
+    def __init__(self, total: int, label: str, enabled: bool = True):
+        self.total, self.label, self.enabled = total, label, enabled
+        self._done, self._shown = 0, {}
+        self._start = self._last = time.monotonic()
+        bar = enabled and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=label, unit=" images", leave=False, dynamic_ncols=True) if bar else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -33,21 +28,15 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, n: int, **shown: str) -> None:
-        self._done += n
-        self._shown = shown or self._shown
+    def update(self, n: int, **shown: Any) -> None:
+        self._done, self._shown = self._done + n, shown or self._shown
+        now = time.monotonic()
         if self._bar is not None:
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
             self._bar.update(n)
-            return
-        now = time.monotonic()
-        if now - self._last >= self.every:
-            self._last = now
-            rate = self._done / (now - self._start)
+        elif self.enabled and now - self._last >= 30:
+            self._last, rate = now, self._done / (now - self._start)
             extra = "".join(f"  {k} {v}" for k, v in self._shown.items())
-            print(
-                f"{self.label}: {self._done}/{self.total} {self.unit}s, {rate:.0f}/s{extra}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.label}: {self._done}/{self.total} images, {rate:.0f}/s{extra}"
+            print(line, file=sys.stderr, flush=True)

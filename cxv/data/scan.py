@@ -106,7 +106,8 @@ def scan_csv(file: Path, root: Path) -> tuple[dict[str, Listing], bool]:
         cells = {name: row[i].strip() if i is not None and i < len(row) else "" for name, i in columns.items()}
         split = "train" if columns["split"] is None else _SPLIT_OF.get(cells["split"].lower())
         if not cells["path"] or not cells["label"] or split is None:
-            raise InputError(f"`labels`: {file}, line {number}: expected {_expected(columns)}, got {','.join(row)}")
+            expected = "path, label" + ("" if columns["split"] is None else f", split ({', '.join(SPLITS)})")
+            raise InputError(f"`labels`: {file}, line {number}: expected {expected}, got {','.join(row)}")
         path, listing = root / cells["path"], listings.setdefault(split, Listing(file))
         entry = (class_name(cells["label"]), split)
         if label_of.setdefault(path, entry) != entry:
@@ -122,10 +123,6 @@ def scan_csv(file: Path, root: Path) -> tuple[dict[str, Listing], bool]:
             listing.passed_over["repeated lines"] = len(listing.paths) - len(unique)
         listing.paths, listing.labels = map(list, zip(*sorted(unique.items()), strict=True))
     return listings, columns["split"] is not None
-
-
-def _expected(columns: dict[str, int | None]) -> str:
-    return "path, label" + ("" if columns["split"] is None else f", split ({', '.join(SPLITS)})")
 
 
 def list_images(root: Path, folders: dict[str, Path], splits: Iterable[str]) -> dict[str, Listing]:

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from cxv_kernels.validation import to_numbers
 
 
-def _whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Return True for an integer that is not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_at_least(least: int, **values: Any) -> None:
     """Raise ``ValueError`` unless each of ``values`` is an integer of at least ``least``."""
     for name, value in values.items():
-        if not _whole(value) or value < least:
+        if not is_whole(value) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
@@ -65,8 +66,8 @@ def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
         ValueError: If it is neither.
     """
     img_size = to_numbers(img_size)
-    size = (img_size, img_size) if _whole(img_size) else img_size
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(_whole(s) and s >= 1 for s in size):
+    size = (img_size, img_size) if is_whole(img_size) else img_size
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(is_whole(s) and s >= 1 for s in size):
         raise ValueError(f"img_size must be an integer of at least 1, or two (H, W), got {img_size!r}")
     return int(size[0]), int(size[1])
 

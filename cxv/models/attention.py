@@ -225,14 +225,7 @@ class LinearAttention(Attention):
     op = "linear_attention"
 
     @python_numbers
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        kernel_size: int = 1,
-        feature_map: str = "softmax",
-        **kwargs: Any,
-    ):
+    def __init__(self, dim: int, num_heads: int = 4, kernel_size: int = 1, feature_map: str = "softmax", **kwargs: Any):
         super().__init__(dim, num_heads, **kwargs)
         check_odd(attn_kernel_size=kernel_size)
         check_choice("feature_map", feature_map, FEATURE_MAPS)

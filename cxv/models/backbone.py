@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from cxv_kernels.tracing import refuse_torchscript
 from cxv_kernels.validation import python_numbers, to_numbers
 
-from .arguments import check_at_least, check_images, classifier, image_size
+from .arguments import check_at_least, check_images, check_rates, classifier, image_size
 from .blocks import ForwardState, ResidualBranch, records_or_transforms, to_channels_last
 
 torch.fx.wrap("check_images")  # its branches depend on the shape, so a graph calls the function itself
@@ -19,32 +19,41 @@ torch.fx.wrap("check_images")  # its branches depend on the shape, so a graph ca
 class Backbone(nn.Module):
     """Base class of models with a ``stem``, ``layers`` that keep the size of the feature map, and a ``head``.
 
-    A subclass sets these three attributes, and the other attributes with :meth:`_init_features`.
+    It checks the common arguments (see :class:`cxv.CXV`) and makes the first two convolutions of the stem; a subclass
+    makes the rest. ``pool`` is the pooling, stored as ``pool`` and ``global_pool``.
     """
 
     __prepare_scriptable__ = refuse_torchscript
 
-    def _init_features(
-        self, img_size: int | Sequence[int], in_chans: int, num_features: int, reduction: int, depth: int, pool: str
-    ) -> None:
-        """Set the attributes that timm reads.
-
-        Args:
-            img_size: Side of the images in pixels, or (H, W).
-            in_chans: Number of input channels.
-            num_features: Channels of the feature maps.
-            reduction: Side of an image divided by the side of its feature map.
-            depth: Number of layers.
-            pool: The pooling, stored as ``pool`` and ``global_pool``.
-        """
+    def __init__(
+        self,
+        img_size: int | Sequence[int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        drop_rate: float,
+        drop_path_rate: float,
+        stem_stride: int,
+        pool: str,
+    ):
+        super().__init__()
+        check_at_least(4, embed_dim=embed_dim)
+        check_at_least(1, in_chans=in_chans, depth=depth, stem_stride=stem_stride)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        if embed_dim % 4:
+            raise ValueError(f"embed_dim must be a multiple of 4, got {embed_dim}")
         image_size(img_size)  # raises for an invalid size
-        self.img_size, self.in_chans = img_size, in_chans
-        self.num_features = self.head_hidden_size = num_features
+        self.img_size, self.in_chans, self.embed_dim = img_size, in_chans, embed_dim
+        self.num_features = self.head_hidden_size = embed_dim  # timm reads these and feature_info
         self.feature_info = [
-            {"num_chs": num_features, "reduction": reduction, "module": f"layers.{i}"} for i in range(depth)
+            {"num_chs": embed_dim, "reduction": stem_stride, "module": f"layers.{i}"} for i in range(depth)
         ]
         self.pool = self.global_pool = pool
         self.grad_checkpointing = False
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dim // 4, 3, stride=stem_stride, padding=1),
+            nn.Conv2d(embed_dim // 4, embed_dim // 2, 3, padding=1),
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Save only the input of each layer for the backward pass, and recompute the rest there."""
@@ -139,11 +148,11 @@ class Backbone(nn.Module):
             norm: Apply the norm that follows the last layer, if the model has one.
             stop_early: Skip the layers after the last one of ``indices``.
             output_fmt: ``"NCHW"``.
-            intermediates_only: Return only the outputs of the selected layers.
+            intermediates_only: Return only the list, without the output of :meth:`forward_features`.
 
         Returns:
-            List of the outputs (B, C, H/stem_stride, W/stem_stride) of the selected layers, in the order of the layers,
-            without a class token. Without ``intermediates_only``, the output of :meth:`forward_features` and this list.
+            The output of :meth:`forward_features`, and a list of the outputs (B, C, H/stem_stride, W/stem_stride) of
+            the selected layers, in the order of the layers, without a class token.
 
         Raises:
             ValueError: If an index is out of range or ``output_fmt`` is not ``"NCHW"``.

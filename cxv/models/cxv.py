@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cxv_kernels.validation import python_numbers
 
-from .arguments import check_at_least, check_rates, drop_path_rates, hidden_width
+from .arguments import check_at_least, drop_path_rates, hidden_width
 from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .backbone import Backbone
 from .blocks import ConvNorm, Mlp, ResidualBranch, has_hooks
@@ -89,18 +89,10 @@ class CXV(Backbone):
         use_fused: bool = False,
         recompute: bool = True,
     ):
-        super().__init__()
-        check_at_least(4, embed_dim=embed_dim)
-        check_at_least(1, in_chans=in_chans, depth=depth, num_heads=num_heads, stem_stride=stem_stride)
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        if embed_dim % 4 or embed_dim % num_heads:
+        check_at_least(1, num_heads=num_heads)
+        super().__init__(img_size, in_chans, embed_dim, depth, drop_rate, drop_path_rate, stem_stride, "avg")
+        if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of 4 and of num_heads = {num_heads}, got {embed_dim}")
-        self._init_features(img_size, in_chans, embed_dim, stem_stride, depth, "avg")
-        self.embed_dim = embed_dim
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, embed_dim // 4, 3, stride=stem_stride, padding=1),
-            nn.Conv2d(embed_dim // 4, embed_dim // 2, 3, padding=1),
-        )
         hidden = hidden_width(embed_dim, mlp_ratio)
         options = {"drop_rate": drop_rate, "use_fused": use_fused, "recompute": recompute}
         self.layers = nn.ModuleList(

@@ -10,18 +10,14 @@ from torch import Tensor, nn
 
 from cxv_kernels.validation import python_numbers
 
-from .arguments import check_at_least, check_rates, drop_path_rates, hidden_width, image_size
+from .arguments import check_at_least, drop_path_rates, hidden_width, image_size
 from .attention import LinearAttention, NystromAttention, PerformerAttention
 from .backbone import Backbone
 from .blocks import Mlp, to_tokens
 
 
 def add_class_token(tokens: Tensor, cls_token: Tensor, pos_embed: Tensor, img_size: int | Sequence[int]) -> Tensor:
-    """Put ``cls_token`` before ``tokens`` (B, N, C) and add ``pos_embed`` (1, 1 + N, C).
-
-    Raises:
-        ValueError: If N is not the number of positions.
-    """
+    """Put ``cls_token`` before ``tokens`` (B, N, C) and add ``pos_embed``, which must be (1, 1 + N, C)."""
     if tokens.shape[1] + 1 != pos_embed.shape[1]:
         height, width = image_size(img_size)
         raise ValueError(f"the model was made for images of {height}×{width} pixels")
@@ -40,24 +36,15 @@ class Hybrid(Backbone):
         cls_token: If True, the model has a class token and learned positions, and the class token is classified after a
             LayerNorm. If False (Hybrid ViLT), the average over the pixels is classified.
         img_size: Side of the images in pixels, or (H, W). Without a class token the model accepts any size.
-        in_chans: Number of input channels.
-        num_classes: Number of classes. 0 removes the classifier.
-        embed_dim: C, a multiple of 4.
-        depth: Number of layers.
-        num_heads: Number of attention heads.
         head_dim: Channels of a head. ``num_heads`` times ``head_dim`` can differ from C.
-        mlp_ratio: Hidden width of the MLP divided by C.
         drop_rate: Probability of dropout in the MLP. The attention has no dropout.
-        drop_path_rate: As in :class:`cxv.CXV`.
-        stem_stride: Stride of the first convolution. The paper uses 2 for 64×64 images.
         global_pool: ``"token"`` with a class token, else ``"avg"`` (the default), or ``""`` for no pooling, which
             requires ``num_classes=0``. The output is then that of ``forward_features``.
-        use_fused: As in :class:`cxv.CXV`.
-        recompute: As in :class:`cxv.CXV`.
+
+    The other arguments are those of :class:`cxv.CXV`.
 
     Raises:
-        ValueError: If an argument is out of range. ``forward`` raises it for an image of another size or number of
-            channels.
+        ValueError: As in :class:`cxv.CXV`, and from ``forward`` for an image of another size with a class token.
     """
 
     @python_numbers
@@ -80,19 +67,10 @@ class Hybrid(Backbone):
         use_fused: bool = False,
         recompute: bool = True,
     ):
-        super().__init__()
-        check_at_least(4, embed_dim=embed_dim)
-        if embed_dim % 4:
-            raise ValueError(f"embed_dim must be a multiple of 4, got {embed_dim}")
-        check_at_least(1, in_chans=in_chans, depth=depth, num_heads=num_heads, head_dim=head_dim)
-        check_at_least(1, stem_stride=stem_stride)
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        self._init_features(img_size, in_chans, embed_dim, stem_stride, depth, "token" if cls_token else "avg")
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, embed_dim // 4, 3, stride=stem_stride, padding=1),
-            nn.Conv2d(embed_dim // 4, embed_dim // 2, 3, padding=1),
-            nn.Conv2d(embed_dim // 2, embed_dim, 3, padding=1),
-        )
+        check_at_least(1, num_heads=num_heads, head_dim=head_dim)
+        pool = "token" if cls_token else "avg"
+        super().__init__(img_size, in_chans, embed_dim, depth, drop_rate, drop_path_rate, stem_stride, pool)
+        self.stem.append(nn.Conv2d(embed_dim // 2, embed_dim, 3, padding=1))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)) if cls_token else None
         height, width = (-(-side // stem_stride) for side in image_size(img_size))
         self.pos_embed = nn.Parameter(torch.randn(1, height * width + 1, embed_dim)) if cls_token else None
@@ -136,12 +114,7 @@ class HybridViP(Hybrid):
     """
 
     def __init__(
-        self,
-        *,
-        attn_kernel: str = "softmax",
-        attn_eps: float | None = None,
-        stabilizer: str = "head",
-        **kwargs: Any,
+        self, *, attn_kernel: str = "softmax", attn_eps: float | None = None, stabilizer: str = "head", **kwargs: Any
     ):
         attention = partial(PerformerAttention, kernel=attn_kernel, eps=attn_eps, stabilizer=stabilizer)
         super().__init__(attention, cls_token=True, **kwargs)

@@ -63,19 +63,12 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 
 
 def has_fused_ops(name: str) -> bool:
-    """Return True if the model has fused ops, so that ``use_fused`` has an effect.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
+    """Return True if ``use_fused`` has an effect on the model. Raise ``ValueError`` if the name is unknown."""
     return _parse(name)[0] in _FUSED
 
 
 def downsampling(name: str) -> str:
-    """Return the argument that reduces the size of a model's feature map: ``patch_size`` or ``stem_stride``.
-
-    The result is ``stem_stride`` for unknown names, too.
-    """
+    """Return the argument that reduces a model's feature map, ``patch_size``, or ``stem_stride`` by default."""
     with suppress(ValueError):
         if "patch_size" in inspect.signature(_parse(name)[0]).parameters:
             return "patch_size"
@@ -140,10 +133,7 @@ def create_model(
 
 
 def load_model(
-    checkpoint_dir: str | Path,
-    which: str = "best",
-    device: torch.device | str = "cpu",
-    use_fused: bool | None = None,
+    checkpoint_dir: str | Path, which: str = "best", device: torch.device | str = "cpu", use_fused: bool | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a trained model from the directory of its run or from a file.
 
@@ -168,10 +158,9 @@ def load_model(
 
 
 def build_trained(checkpoint: dict[str, Any], path: str | Path, kwargs: dict[str, Any]) -> nn.Module:
-    """Build the model of a checkpoint with its weights; ``kwargs`` replace the arguments in the checkpoint.
+    """Build the model of the checkpoint ``path`` with its weights; ``kwargs`` replace the arguments in it.
 
-    Raises:
-        InputError: If the file ``path`` does not describe a model, or its weights do not fit the model.
+    ``InputError`` is raised if the checkpoint does not describe a model, or its weights do not fit.
     """
     try:
         model = build_model(checkpoint["model_name"], checkpoint["model_kwargs"] | kwargs)

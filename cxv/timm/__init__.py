@@ -10,12 +10,4 @@ the size of the images, their mean and std come from that file.
 
 from .cxv import cltv_5_4, cnv_5_4, cpv_5_4, default_cfgs, hybrid_vilt_6_8, hybrid_vin_6_8, hybrid_vip_6_8
 
-__all__ = [
-    "cltv_5_4",
-    "cnv_5_4",
-    "cpv_5_4",
-    "default_cfgs",
-    "hybrid_vilt_6_8",
-    "hybrid_vin_6_8",
-    "hybrid_vip_6_8",
-]
+__all__ = ["cltv_5_4", "cnv_5_4", "cpv_5_4", "default_cfgs", "hybrid_vilt_6_8", "hybrid_vin_6_8", "hybrid_vip_6_8"]

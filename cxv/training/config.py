@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cxv_kernels.validation import to_number
+from cxv_kernels.validation import to_numbers
 
 from ..checkpoint import BEST, LAST, PREVIOUS, read_last
 from ..data.augment import NUM_BINS, default_stages
@@ -110,10 +110,10 @@ def _option(group: str, help: str, shown: str | None = None, *, unset: bool | No
     """Declare a field of :class:`TrainConfig`: all that the command line and the checks of its value need.
 
     Args:
-        group: the heading of the flag in ``cxv train --help``.
-        help: one phrase; names of other arguments are in backticks, and the command line makes flags of them.
-        shown: the default in words, where ``default`` does not say it.
-        unset: the field's value where none is given.
+        group: The heading of the flag in ``cxv train --help``.
+        help: One phrase; names of other arguments are in backticks.
+        shown: The default in words, where ``default`` does not say it.
+        unset: The field's value where none is given.
         **details: ``default``, the value in place of None; ``metavar``; ``choices`` or a ``check``; ``changeable``, if
             a run can be resumed with another value.
     """
@@ -307,7 +307,8 @@ class TrainConfig:
         "after augmented images, train on the original ones from the best weights", default=False, changeable=True
     )
     progressive: tuple[tuple[int, int], ...] | None = _recipe(
-        "train at growing image sizes, for example 16:10,24:4,32:6, with a model that takes any size",
+        "train at growing image sizes (the shorter side), for example 16:10,24:4,32:6, with a model that takes any "
+        "size",
         metavar="SIZE:EPOCHS,…",
     )
     seed: int | None = _recipe("seed of weights, order, dropout and subsets", default=0, **_FROM_ZERO)
@@ -345,7 +346,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = _to_json(getattr(self, f.name))
+            value = to_numbers(getattr(self, f.name))
+            value = str(value) if isinstance(value, os.PathLike | torch.device) else value
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
@@ -398,7 +400,13 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
         saved, fallback = read_last(output)
         run = DEFAULTS | saved["args"]  # an older run lacks the newer arguments
         full = run | arguments | {"output": full["output"]}
-        _check_unchanged(run, arguments, output)
+        fixed = arguments.keys() - _CHANGEABLE
+        if run["schedule"] != "constant" or run.get("progressive"):
+            fixed |= arguments.keys() & {"epochs"}
+        changed = [k for k in arguments if k in fixed and run.get(k) != _stored(k, arguments[k])]
+        if changed:
+            texts = ", ".join(f"`{k}` ({run.get(k)} in the run, {arguments[k]} now)" for k in changed)
+            raise InputError(f"`resume`: the run in {output} has other arguments: {texts}")
     else:
         check_output(output, config.overwrite)
     config = replace(config, **{name: full[name] for name in OPTIONS if name in full})
@@ -408,23 +416,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None, st
     return config, saved, fallback
 
 
-def _check_unchanged(run: dict[str, Any], arguments: dict[str, Any], output: Path) -> None:
-    changeable = _CHANGEABLE - ({"epochs"} if run["schedule"] != "constant" or run.get("progressive") else set())
-    changed = [
-        f"`{k}` ({run.get(k)} in the run, {v} now)"
-        for k, v in arguments.items()
-        if k not in changeable and run.get(k) != _stored(k, v)
-    ]
-    if changed:
-        raise InputError(f"`resume`: the run in {output} has other arguments: {', '.join(changed)}")
-
-
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that a new run can be written into the directory.
-
-    Raises:
-        InputError: If there is a run already, and ``overwrite`` is False.
-    """
+    """Raise ``InputError`` if the directory has a run already, and ``overwrite`` is False."""
     present = [name for name in (LAST, PREVIOUS, BEST, METRICS) if (output / name).exists()]
     if present and not overwrite:
         raise InputError(
@@ -439,26 +432,22 @@ def fit_to_data(config: TrainConfig, img_size: int | tuple[int, int], num_images
     """Set what depends on the data: the image size, and what the recipe ``"modern"`` makes of it and of the images.
 
     Raises:
-        InputError: a stage of ``progressive`` has larger images than the data.
+        InputError: If a stage of ``progressive`` has larger images than the data.
     """
-    config.img_size = img_size
-    if not isinstance(img_size, int):
-        if config.progressive or config.recipe == "modern":
-            raise InputError(f"`progressive`: needs square images, and `img_size` is {'×'.join(map(str, img_size))}")
-        return
+    config.img_size, side = img_size, min(image_size(img_size))
     if config.recipe == "modern":
         steps = config.epochs * math.ceil(num_images / (config.batch_size * config.accumulate))
         derived = {
-            "progressive": default_stages(img_size, config.epochs),
-            "random_crop": max(1, img_size // 8),
+            "progressive": default_stages(side, config.epochs),
+            "random_crop": max(1, side // 8),
             "ema_decay": min(0.999, max(0.5, 1 - 20 / steps)),
         }
         for name, value in derived.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
-    too_large = [size for size, _ in config.progressive or () if size > img_size]
+    too_large = [size for size, _ in config.progressive or () if size > side]
     if too_large:
-        raise InputError(f"`progressive`: {too_large[0]} pixels, and the images have {img_size} (`img_size`)")
+        raise InputError(f"`progressive`: {too_large[0]} pixels, and the images have {side} (`img_size`)")
 
 
 def default_output(config: TrainConfig) -> str:
@@ -472,19 +461,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def _stored(name: str, value: Any) -> Any:
-    is_path = name in _PATHS and value not in (None, NO_CACHE)
-    return str(Path(value).absolute()) if is_path else value
-
-
-def _to_json(value: Any) -> Any:
-    """The value as ``args.json`` and a checkpoint, which is read without pickle, can hold it."""
-    if isinstance(value, os.PathLike | torch.device):
-        return str(value)
-    if isinstance(value, dict):
-        return {k: _to_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_to_json, value))
-    return to_number(value)
+    return str(Path(value).absolute()) if name in _PATHS and value not in (None, NO_CACHE) else value
 
 
 def _located(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -519,13 +496,12 @@ def _with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     else:  # of a recipe
         full = {k: v for k, v in full.items() if k not in ("sgd_epochs", "sgd_lr") or k in arguments}
     if recipe == "paper-augmented" and "rand_augment" not in arguments:
-        family = str(full["model"]).lower().split("-")[0]
-        if family not in RAND_AUGMENT:
+        full["rand_augment"] = RAND_AUGMENT.get(str(full["model"]).lower().split("-")[0])
+        if full["rand_augment"] is None:
             raise InputError(
                 f"`recipe` paper-augmented: the paper has its RandAugment for {', '.join(RAND_AUGMENT)} alone, and the "
                 f"model is {full['model']}: give `rand_augment` OPS,MAGNITUDE too"
             )
-        full["rand_augment"] = RAND_AUGMENT[family]
     full.setdefault("output", f"runs/{full['data']}-{str(full['model']).replace('/', '-')}")
     return full
 
@@ -589,8 +565,7 @@ def _modern_defaults(full: dict[str, Any], arguments: dict[str, Any]) -> dict[st
     """The recipe's defaults that depend on the model and the dataset."""
     defaults: dict[str, Any] = {"hflip": False} if full["data"] == "digits" else {}  # a digit has no mirror image
     with suppress(ValueError):  # an unknown name is reported when the model is built
-        if has_fused_ops(full["model"]):
-            defaults["drop_rate"] = 0.0
+        defaults |= {"drop_rate": 0.0} if has_fused_ops(full["model"]) else {}
     if arguments.get("optimizer") == "adamw":
         defaults["lr"] = 2e-3
     return {name: value for name, value in defaults.items() if name not in arguments}
@@ -601,10 +576,8 @@ def _check_progress(config: TrainConfig, saved: dict[str, Any]) -> None:
         raise InputError("`post_train`: the run is post-training already: it cannot be left out now")
     stages = {row.get("augmented", False) for row in saved["history"]}
     first, second = ("adamw", "sgd") if config.optimizer == "dualopt" else (config.optimizer, "")
-    for name, phase in (("epochs", first), ("sgd_epochs", second)):
+    for name, given, phase in (("epochs", config.epochs, first), ("sgd_epochs", config.sgd_epochs, second)):
         rows = [row.get("augmented", False) for row in saved["history"] if row["phase"] == phase]
         done = max((rows.count(stage) for stage in stages), default=0)
-        if (getattr(config, name) or 0) < done:
-            raise InputError(
-                f"`{name}`: {getattr(config, name)}, but the run has done {done} epochs of {NAMES[phase]} already"
-            )
+        if (given or 0) < done:
+            raise InputError(f"`{name}`: {given}, but the run has done {done} epochs of {NAMES[phase]} already")

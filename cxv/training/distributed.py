@@ -68,11 +68,7 @@ class World:
         return torch.cat([batch[shard.start : shard.stop] if shard else batch[:1] for batch, shard in shards])
 
     def local_device(self, device: torch.device) -> torch.device:
-        """Return the GPU of this process if ``device`` is "cuda" without a number.
-
-        Raises:
-            InputError: If there are more processes than GPUs, or ``device`` is one GPU for several processes.
-        """
+        """Return the GPU of this process for the device "cuda", or raise ``InputError`` if it has none of its own."""
         if self.size == 1 or device.type != "cuda":
             return device
         if device.index is not None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from cxv_kernels.validation import to_number, to_numbers
 
+from ..checkpoint import mismatch
 from ..errors import InputError
+from ..models.arguments import is_whole
 from .muon import Muon
 
 _PROGRESS = ("epoch", "num_bad_epochs", "best_top1", "best_epoch", "switch_epoch", "switch_reason")
@@ -82,7 +84,7 @@ class DualOpT(torch.optim.Optimizer):
             raise InputError("params: got no parameter to train")
         patience, max_epochs = to_numbers(patience), to_numbers(max_epochs)
         lr, betas, eps, weight_decay, sgd_lr, momentum = to_numbers((lr, betas, eps, weight_decay, sgd_lr, momentum))
-        _check("patience", patience, lambda n: _whole(n) and n >= 1, "a whole number of epochs, at least 1")
+        _check("patience", patience, lambda n: is_whole(n) and n >= 1, "a whole number of epochs, at least 1")
         for name, value in (("lr", lr), ("sgd_lr", sgd_lr), ("eps", eps)):
             _check(name, value, *_RATE)
         _check("weight_decay", weight_decay, *_DECAY)
@@ -91,7 +93,7 @@ class DualOpT(torch.optim.Optimizer):
         _check(
             "max_epochs",
             max_epochs,
-            lambda caps: len(caps) == 2 and all(n is None or (_whole(n) and n >= 0) for n in caps),
+            lambda caps: len(caps) == 2 and all(n is None or (is_whole(n) and n >= 0) for n in caps),
             "two whole numbers (or None for no cap)",
         )
         if tuple(max_epochs) == (0, 0):
@@ -111,7 +113,7 @@ class DualOpT(torch.optim.Optimizer):
 
         self.epoch = 0
         """Epochs ended, in both phases together."""
-        self.num_bad_epochs = 0
+        self.num_bad_epochs = self._phase_epoch = 0
         """Epochs of this phase since the last improvement."""
         self.best_top1: float | None = None
         """The best top-1 so far, in the unit given to :meth:`end_epoch`."""
@@ -121,7 +123,6 @@ class DualOpT(torch.optim.Optimizer):
         """The last epoch of the AdamW phase, after the phase has ended."""
         self.switch_reason: str | None = None
         """The reason why the AdamW phase ended, as in :attr:`stop_reason`."""
-        self._phase_epoch = 0
         self._first = phases[max_epochs[0] == 0]
         self._start(self._first)
 
@@ -236,17 +237,8 @@ class DualOpT(torch.optim.Optimizer):
         phase, best = state["phase"], state["best"]
         if phase not in self.max_epochs:
             raise InputError(f"state: phase is {phase!r}, expected one of {tuple(self.max_epochs)}")
-        if best:
-            expected = {name: tuple(t.shape) for name, t in self._tensors().items()}
-            loaded = {name: tuple(t.shape) for name, t in best.items()}
-            names = expected.keys() | loaded.keys()
-            mismatched = sorted(name for name in names if expected.get(name) != loaded.get(name))
-            if mismatched:
-                k = mismatched[0]
-                raise InputError(
-                    f"state: of other parameters: {k} is {loaded.get(k, 'absent')} there, "
-                    f"{expected.get(k, 'absent')} here ({len(mismatched)} differ)"
-                )
+        if best and (problem := mismatch(self._tensors(), best, "state")):
+            raise InputError(f"state: of other parameters: {problem}")
         self._start(phase)
         try:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -258,17 +250,13 @@ class DualOpT(torch.optim.Optimizer):
         self._phase_epoch, self._best = state["phase_epoch"], dict(best)
         self._switch_if_due()
 
-    def _make(self, phase: str) -> torch.optim.Optimizer:
-        groups = [dict(group) for group in self._groups]
-        if phase == "muon":
-            return Muon(groups, **self._adamw)
-        if phase == "adamw":
-            return torch.optim.AdamW(groups, **self._adamw)
-        return torch.optim.SGD([self._sgd_group(**group) for group in groups], **self._sgd)
-
     def _start(self, phase: str) -> None:
         self._phase, self._phase_epoch, self.num_bad_epochs = phase, 0, 0
-        self.optimizer = self._make(phase)
+        if phase == "sgd":
+            self.optimizer = torch.optim.SGD([self._sgd_group(**group) for group in self._groups], **self._sgd)
+        else:
+            kind = Muon if phase == "muon" else torch.optim.AdamW
+            self.optimizer = kind([dict(group) for group in self._groups], **self._adamw)
         for new, old in zip(self.optimizer.param_groups, self.param_groups, strict=True):
             if "initial_lr" in old:  # of a scheduler, which goes on with its rate, betas and own entries
                 new |= {name: value for name, value in old.items() if name == "lr" or name not in new}
@@ -332,10 +320,6 @@ def _group(group: Any) -> dict[str, Any]:
         if not isinstance(p, Tensor):
             raise InputError(f"params: expected tensors, groups of them or one nn.Module, got a {type(p).__name__}")
     return {"params": params} | group
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(name: str, value: Any, allowed: Callable[[Any], bool], expected: str) -> None:

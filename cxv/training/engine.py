@@ -104,10 +104,7 @@ class Engine:
         return asdict(self._state)
 
     def train_one_epoch(self, resume_state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Train for an epoch and evaluate.
-
-        Args:
-            resume_state: continue the epoch that this describes; its ``sampler`` is the sampler's state already.
+        """Train for an epoch, or continue the one of ``resume_state``, and evaluate.
 
         Returns:
             A line of ``metrics.jsonl``.
@@ -139,24 +136,16 @@ class Engine:
         }
 
     def evaluate_split(self, name: str) -> dict[str, float]:
-        """``NAME_loss`` and ``NAME_top1`` (per cent) of a split.
-
-        Raises:
-            InputError: the loss is not finite: the last step of an epoch can break weights whose loss was finite.
-        """
+        """Return ``NAME_loss`` and ``NAME_top1`` (per cent) of a split."""
         split = self.data.splits[name]
         loss, top1 = evaluate(self.evaluated, split, self.config.batch_size, self.device, self.autocast, self.world)
-        if not math.isfinite(loss):
-            where = f"at epoch {self._epoch}, after batch {self._num_steps} of {self._num_steps}"
-            self._diverged(f"the {name} loss is {loss} {where}")
+        if not math.isfinite(loss):  # the last step of an epoch can break weights whose loss was finite
+            steps = self._num_steps
+            self._diverged(f"the {name} loss is {loss} at epoch {self._epoch}, after batch {steps} of {steps}")
         return {f"{name}_loss": loss, f"{name}_top1": top1}
 
     def flush_metrics(self) -> None:
-        """Add up the losses since the last flush, which makes a GPU wait.
-
-        Raises:
-            InputError: a loss is not finite.
-        """
+        """Add up the losses since the last flush, which makes a GPU wait. Raise ``InputError`` if one is not finite."""
         if not self._pending:
             return
         losses, hits, counts = zip(*self._pending, strict=True)
@@ -326,11 +315,8 @@ def predict(
     """Compute the logits of every image, in ``eval()`` mode.
 
     Args:
-        model: Module that maps images (B, C, H, W) to logits (B, classes). Its mode is restored afterwards.
         data: A split of :func:`load_data`.
-        batch_size: Images per batch.
-        device: Device of the model, to which the batches are moved.
-        autocast: Function that returns the context of a forward pass. Default: no autocast.
+        model, batch_size, device, autocast: As in :func:`evaluate`.
 
     Returns:
         Logits (images, classes) in float32, on the CPU, in the order of the split.

@@ -91,27 +91,14 @@ def epoch_line(row: dict[str, Any], best: bool) -> str:
     )
 
 
-def switch_line(opt: DualOpT, config: TrainConfig) -> str:
-    """Say that DualOpT has switched to SGD, and why."""
-    reason = _stop_reason("adamw", opt.switch_reason, config)
-    return f"switch to SGD after epoch {opt.switch_epoch}: {reason}; {_reloaded(opt)}"
+def restart_line(what: str, opt: DualOpT, reason: str) -> str:
+    """Say that something else begins with the best weights: SGD, or post-training."""
+    best = f"reloaded the best weights, of epoch {opt.best_epoch} ({opt.best_top1:.2f} %)"
+    return f"{what} after epoch {opt.epoch}: {reason}; {best}"
 
 
-def post_training_line(opt: DualOpT, config: TrainConfig, reason: str) -> str:
-    """Say that post-training begins; ``reason`` is :func:`stop_line` of the training before it."""
-    return f"post-training on clean images after epoch {opt.epoch}: {reason}; {_reloaded(opt)}"
-
-
-def stop_line(opt: DualOpT, config: TrainConfig) -> str:
-    """Say why the present phase of training is over."""
-    return _stop_reason(opt.phase, opt.stop_reason, config)
-
-
-def _reloaded(opt: DualOpT) -> str:
-    return f"reloaded the best weights, of epoch {opt.best_epoch} ({opt.best_top1:.2f} %)"
-
-
-def _stop_reason(phase: str, reason: str | None, config: TrainConfig) -> str:
+def stop_reason(phase: str, reason: str | None, config: TrainConfig) -> str:
+    """Say why a phase of training is over, for a :attr:`DualOpT.stop_reason`."""
     if reason == "patience":
         return f"{NAMES[phase]} has not improved top-1 for {config.patience} epochs"
     cap = "sgd_epochs" if config.optimizer == "dualopt" and phase == "sgd" else "epochs"
@@ -126,11 +113,11 @@ def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
 
     With validation images, ``best_validation``: the best epoch by their top-1, an unbiased figure. Without them,
     ``best_test``: the best epoch by the test set itself, as in the paper, which is biased upward; and ``last``: the
-    last epoch. The latest epoch of a tie, as in DualOpT.
+    last epoch.
     """
 
     def pick(key: str) -> dict[str, Any]:
-        row = max(history, key=lambda row: (row[key], row["epoch"]))
+        row = best_row(history, key)
         return {k: row[k] for k in ("epoch", "test_top1", "validation_top1") if k in row}
 
     if "validation_top1" in history[0]:
@@ -138,12 +125,18 @@ def summarize(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {"best_test": pick("test_top1"), "last": pick("epoch")}
 
 
+def best_row(history: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The line of ``metrics.jsonl`` with the largest value of ``key``; the latest epoch of a tie, as in DualOpT."""
+    return max(history, key=lambda row: (row[key], row["epoch"]))
+
+
 def summary_line(summary: dict[str, Any]) -> str:
     """One line that gives every number of :func:`summarize`."""
-    if "best_validation" in summary:
-        best = summary["best_validation"]
-        return f"test top-1: {_at(best)}, evaluated once, at the best validation top-1 {best['validation_top1']:.2f} %"
-    return f"test top-1: best by test {_at(summary['best_test'])}, last {_at(summary['last'])}"
+    at = {name: f"{score['test_top1']:.2f} % (epoch {score['epoch']})" for name, score in summary.items()}
+    if "best_validation" not in summary:
+        return f"test top-1: best by test {at['best_test']}, last {at['last']}"
+    top1 = f"{summary['best_validation']['validation_top1']:.2f} %"
+    return f"test top-1: {at['best_validation']}, evaluated once, at the best validation top-1 {top1}"
 
 
 def summarize_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -165,18 +158,12 @@ def summarize_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
 def summary_lines(total: dict[str, Any]) -> list[str]:
     """:func:`summarize_seeds` in words, a line for each way of selecting."""
     names = {"best_test": "best by test", "best_validation": "at the best validation", "last": "last epoch"}
-    lines, n = [], len(total["runs"])
-    for key in (key for key in names if key in total):
-        scores = total[key]
-        spread = "" if scores["sd"] is None else f" ± {scores['sd']:.2f}"
-        lines.append(
-            f"test top-1 over {n} seeds, {names[key]}: mean {scores['mean']:.2f}{spread} %, best {scores['best']:.2f} %"
-        )
-    return lines
-
-
-def _at(score: dict[str, Any]) -> str:
-    return f"{score['test_top1']:.2f} % (epoch {score['epoch']})"
+    lines, start = [], f"test top-1 over {len(total['runs'])} seeds"
+    for key in names.keys() & total.keys():
+        best, mean, sd = total[key].values()
+        spread = "" if sd is None else f" ± {sd:.2f}"
+        lines.append(f"{start}, {names[key]}: mean {mean:.2f}{spread} %, best {best:.2f} %")
+    return sorted(lines)
 
 
 # --- tables and curves
@@ -225,7 +212,7 @@ def plot_curves(history: list[dict[str, Any]], title: str = "") -> bytes:
     if 0 < 20 * min(losses) < max(losses):
         left.set_yscale("log")
     by = "validation" if "validation" in splits else "test"
-    best = max(history, key=lambda row: (row[f"{by}_top1"], row["epoch"]))
+    best = best_row(history, f"{by}_top1")
     label = f"best: {best[f'{by}_top1']:.2f} %, epoch {best['epoch']}"
     right.plot(best["epoch"], best[f"{by}_top1"], "o", color=splits[by], markersize=6, label=label)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -235,12 +222,9 @@ def plot_curves(history: list[dict[str, Any]], title: str = "") -> bytes:
 
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of this size in inches. It does not use pyplot, whose state belongs to the user."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def figure_png(figure: "Figure") -> bytes:
@@ -272,9 +256,6 @@ class TensorBoard:
     """Event files in ``folder``, a point for each epoch.
 
     They start anew with the epochs that a resumed run has behind it: the checkpoint's history is the truth.
-
-    Raises:
-        InputError: the package tensorboard is not installed, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, history: list[dict[str, Any]]):

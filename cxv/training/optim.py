@@ -138,11 +138,7 @@ def weights_state(model: nn.Module, average: AveragedModel | None) -> dict[str, 
 
 
 def load_weights_state(model: nn.Module, average: AveragedModel | None, checkpoint: dict[str, Any], path: Any) -> None:
-    """Restore the state of :func:`weights_state`.
-
-    Raises:
-        InputError: If names or shapes in the file ``path`` differ from the model.
-    """
+    """Restore the state of :func:`weights_state` from the file ``path``, or raise ``InputError`` if it does not fit."""
     if average is None:
         return load_weights(model, checkpoint, path)
     load_weights(average.module, checkpoint, path)

@@ -1,13 +1,12 @@
 """Several runs that differ only by their seed."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import BEST, LAST, PREVIOUS, atomic_write, read_last
+from ..checkpoint import BEST, LAST, PREVIOUS, read_last, write_json
 from ..errors import InputError
 from .config import OPTIONS, SUMMARY, TrainConfig, default_output
 from .distributed import World
@@ -61,7 +60,7 @@ def train_seeds(config: TrainConfig, log: Callable[[str], None] | None = None) -
         runs[seed] = result.summary
     total = summarize_seeds(runs)
     if world.is_main:
-        atomic_write(root / SUMMARY, (json.dumps(total, indent=2) + "\n").encode())
+        write_json(root / SUMMARY, total)
     for line in summary_lines(total):
         log(line)
     log(f"in {root}: {SUMMARY}, and of each seed in its folder {BEST}, {LAST} and the rest")

@@ -28,9 +28,9 @@ from ..checkpoint import (
     read_last,
     rng_state,
     set_rng_state,
+    write_json,
 )
-from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment
-from ..data.decode import need
+from ..data.augment import Augmentation, BatchMix, Chain, FlipCrop, PerImage, RandAugment, scaled_size
 from ..data.loader import load_data, to_device
 from ..errors import InputError, first_line, listed, out_of_memory
 from ..models.arguments import image_size
@@ -60,11 +60,10 @@ from .logging import (
     epoch_line,
     header_lines,
     plot_curves,
-    post_training_line,
-    stop_line,
+    restart_line,
+    stop_reason,
     summarize,
     summary_line,
-    switch_line,
     to_csv,
 )
 from .optim import freeze, load_weights_state, make_average, make_optimizer, make_scheduler, weights_state
@@ -126,10 +125,14 @@ class Trainer:
         self.world = world
         self.log = (log or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
         self._model_is_default = config.model is None and not config.resume
-        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(_resolve, config, world, locks))
+        world.broadcast_from_rank0(lambda: _lock(Path(config.output or default_output(config)), locks))
+        self.config, saved, self._fallback = world.broadcast_from_rank0(partial(resolve, config))
         config = self.config
         self.output = Path(config.output)
         with world.sync_errors():
+            if config.batch_size < world.size:
+                size = config.batch_size
+                raise InputError(f"`batch_size`: {size}, of all processes, and there are {world.size} of them")
             self.device = world.local_device(pick_device(config.device))
             self.autocast = autocast_for(config.precision, self.device)
         if config.threads is not None:
@@ -154,12 +157,7 @@ class Trainer:
         self.mix = _make_mixing(config, len(self.data.classes))
 
     def run(self) -> TrainResult:
-        """Train to the end.
-
-        Raises:
-            InputError: As :func:`train`.
-            KeyboardInterrupt: After Ctrl-C or SIGTERM, when the run is saved.
-        """
+        """Train to the end. Ctrl-C and SIGTERM raise ``KeyboardInterrupt`` when the run is saved."""
         self._begin()
         try:
             with self._explained_errors(), deferred_interrupts(self.world.is_main):
@@ -205,29 +203,24 @@ class Trainer:
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         kwargs = {"num_classes": len(data.classes), "in_chans": data.in_chans, "img_size": data.img_size}
-        kwargs["use_fused"] = config.fused
-        named = ("embed_dim", "drop_rate", "drop_path_rate")
-        kwargs |= {name: getattr(config, name) for name in named if getattr(config, name) is not None}
-        if config.stem_stride is not None:
-            kwargs[downsampling(config.model)] = config.stem_stride
+        optional = {name: getattr(config, name) for name in ("embed_dim", "drop_rate", "drop_path_rate")}
+        optional[downsampling(config.model)] = config.stem_stride
+        kwargs |= {"use_fused": config.fused} | {k: v for k, v in optional.items() if v is not None}
         if not config.recompute or config.init is not None:  # of the file with the first weights, or the default
             kwargs["recompute"] = config.recompute
         kwargs |= config.model_args or {}
         with self.world.sync_errors():
             self.model, self.model_kwargs = _create(config, kwargs, saved)
             self.model.to(self.device)
-            for size in dict.fromkeys((data.img_size, *(size for size, _ in config.progressive or ()))):
-                self._try_model((data.in_chans, *image_size(size)))
+            size = image_size(data.img_size)
+            for shape in dict.fromkeys((size, *(scaled_size(size, side) for side, _ in config.progressive or ()))):
+                self._try_model((data.in_chans, *shape))
             self.frozen = freeze(self.model, config.freeze)
         if config.compile:
             self.model.compile()  # in place: the same parameters by the same names
 
     def _try_model(self, shape: tuple[int, int, int]) -> None:
-        """Run one image (C, H, W) through the model before the run writes anything: some arguments fail only there.
-
-        Raises:
-            InputError: If the model does not support the image.
-        """
+        """Run one image (C, H, W) through the model before the run writes anything: some arguments fail only there."""
         try:
             with torch.no_grad(), self.autocast():
                 self.model.eval()(torch.zeros(1, *shape, device=self.device))
@@ -260,18 +253,19 @@ class Trainer:
         for line in header_lines(config, self.data, parameters, self.device, self.world):
             log(line)
         if self._saved_phase is None:
-            with self.world.sync_errors():
-                if self.world.is_main:
-                    _make_output(self.output, config.overwrite, self._locks)
-                    check_space(self.output, self.model, self._copies)
+            self.world.broadcast_from_rank0(lambda: _make_output(self.output, config.overwrite, self._locks))
+            self._check_space()
             self._save()  # so that a run killed in its first epoch can be resumed too
         else:
             self._begin_resumed()
         self._board = None
         with self.world.sync_errors():
             if self.world.is_main:
-                atomic_write(self.output / ARGS, (json.dumps(to_dict(config), indent=2) + "\n").encode())
+                write_json(self.output / ARGS, to_dict(config))
                 self._board = TensorBoard(self.output / TENSORBOARD, self.history) if config.tensorboard else None
+
+    def _check_space(self) -> None:
+        self.world.broadcast_from_rank0(lambda: check_space(self.output, self.model, self._copies))
 
     def _begin_resumed(self) -> None:
         opt, log = self.opt, self.log
@@ -279,7 +273,7 @@ class Trainer:
             log(f"{self._fallback}; going on from {PREVIOUS}, which is one save older")
         log(f"resumed after epoch {_progress(opt.epoch, self.resume_state)}, in the {NAMES[opt.phase]} phase")
         if opt.phase != self._saved_phase:  # a changed cap ends the phase here
-            log(switch_line(opt, self.config))
+            self._log_switch()
         self._post_train_if_due()  # post_train can be given to a run that is over
         if self.data.validation is not None and not opt.finished:  # another epoch may be selected
             self.history = [{k: v for k, v in row.items() if not k.startswith("test_")} for row in self.history]
@@ -291,11 +285,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         opt = self.opt
-        with self.world.sync_errors():
-            if self.world.is_main:
-                check_space(self.output, self.model, self._copies)
-        clean = self.post_training
-        self.engine.augment, self.engine.mix = (None, None) if clean else (self.augment, self.mix)
+        self._check_space()
+        self.engine.augment, self.engine.mix = (None, None) if self.post_training else (self.augment, self.mix)
         row = self.engine.train_one_epoch(self.resume_state)
         self.resume_state = None
         best = opt.end_epoch(row["test_top1" if self.data.validation is None else "validation_top1"])
@@ -303,18 +294,21 @@ class Trainer:
         self.history.append(row)
         self.log(epoch_line(row, best))
         if row["phase"] != opt.phase:
-            self.log(switch_line(opt, self.config))
+            self._log_switch()
         self._post_train_if_due()
         self._save(best)
         if self._board is not None:
             self._board.add(row)
 
+    def _log_switch(self) -> None:
+        self.log(restart_line("switch to SGD", self.opt, stop_reason("adamw", self.opt.switch_reason, self.config)))
+
     def _post_train_if_due(self) -> None:
         if self.opt.finished and self.config.post_train and not self.post_training:
-            reason = stop_line(self.opt, self.config)
+            reason = stop_reason(self.opt.phase, self.opt.stop_reason, self.config)
             self.opt.restart()
             self.post_training, self.resume_state = True, None
-            self.log(post_training_line(self.opt, self.config, reason))
+            self.log(restart_line("post-training on clean images", self.opt, reason))
 
     def _test_once(self) -> None:
         """Evaluate the test set with the selected weights, once, and add the result to the line of their epoch."""
@@ -330,21 +324,13 @@ class Trainer:
         finally:
             model.load_state_dict(weights)
         selected["history"][-1] = row
-        with self.world.sync_errors():
-            if self.world.is_main:
-                atomic_write(self.output / BEST, pack_checkpoint(selected))
+        self.world.broadcast_from_rank0(lambda: atomic_write(self.output / BEST, pack_checkpoint(selected)))
         self._save(keep=False)
         if self._board is not None:
             self._board.add(row)
 
     def _save(self, best: bool = False, resume_state: dict[str, Any] | None = None, keep: bool = True) -> None:
-        """Write the checkpoint and ``metrics.jsonl``.
-
-        Args:
-            best: Also write it as the best checkpoint.
-            resume_state: State of the engine in the middle of an epoch.
-            keep: Keep the last checkpoint as the previous one.
-        """
+        """Write the checkpoint and ``metrics.jsonl``; ``keep`` keeps the last checkpoint as the previous one."""
         with self.world.sync_errors():
             if not self.world.is_main:
                 return
@@ -398,11 +384,8 @@ class Trainer:
             if self.world.is_main:
                 saved, _ = read_last(self.output)
                 done = _progress(saved["epoch"], saved["resume_state"])
-                reason = (
-                    f"stopped by `max_time` {self.config.max_time}"
-                    if isinstance(error, OutOfTimeError)
-                    else "interrupted"
-                )
+                out_of_time = isinstance(error, OutOfTimeError)
+                reason = f"stopped by `max_time` {self.config.max_time}" if out_of_time else "interrupted"
                 self.log(f"{reason}; epoch {done} is saved: {resume}")
             raise
         except RuntimeError as error:
@@ -421,16 +404,15 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         opt, output = self.opt, self.output
-        self.log(f"finished: {stop_line(opt, self.config)}")
+        self.log(f"finished: {stop_reason(opt.phase, opt.stop_reason, self.config)}")
         summary = summarize(self.history)
         result = TrainResult(opt.best_top1, opt.best_epoch, opt.epoch, output, summary)
         if not self.world.is_main:
             return result
         if self._board is not None:
             self._board.close()
-        curves = plot_curves(self.history, f"{self.config.model} on {self.config.data}")
-        atomic_write(output / CURVES, curves)
-        atomic_write(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        atomic_write(output / CURVES, plot_curves(self.history, f"{self.config.model} on {self.config.data}"))
+        write_json(output / SUMMARY, summary)
         split = "" if self.data.validation is None else "validation "
         self.log(f"best {split}top-1 {opt.best_top1:.2f} % at epoch {opt.best_epoch} of {opt.epoch}")
         self.log(summary_line(summary))
@@ -439,28 +421,10 @@ class Trainer:
         return result
 
 
-def _resolve(
-    config: TrainConfig, world: World, locks: ExitStack
-) -> tuple[TrainConfig, dict[str, Any] | None, str | None]:
-    output = Path(config.output or default_output(config))
-    if output.is_dir():
-        _lock(output, locks)
-    resolved = resolve(config)
-    if resolved[0].batch_size < world.size:
-        raise InputError(
-            f"`batch_size`: {resolved[0].batch_size}, of all processes, and there are {world.size} of them"
-        )
-    return resolved
-
-
 def _create(
     config: TrainConfig, kwargs: dict[str, Any], saved: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model, with the weights of ``config.init`` if a run starts from them, and all of its arguments.
-
-    Raises:
-        InputError: If the model cannot be built, or the weights do not fit it.
-    """
+    """Return the model, with the weights of ``config.init`` if a run starts from them, and all of its arguments."""
     if saved is None and config.init is not None:
         try:
             model = create_model(config.model, checkpoint=config.init, **kwargs)
@@ -472,11 +436,9 @@ def _create(
 
 
 def _lock(output: Path, locks: ExitStack) -> None:
-    """Keep other processes out of the directory. This process can lock it twice.
-
-    Raises:
-        InputError: If another process trains in it.
-    """
+    """Keep other processes out of the directory, if it exists. This process can lock it twice."""
+    if not output.is_dir():
+        return
     try:
         locks.enter_context(FileLock(output / _LOCK, timeout=0, is_singleton=True))
     except Timeout as error:
@@ -505,7 +467,9 @@ def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmen
     if config.rand_augment is not None:
         steps.append(RandAugment(*config.rand_augment, seed=config.seed))
     if config.color_jitter or config.random_erasing:
-        v2, jitter = need("torchvision.transforms.v2"), config.color_jitter or 0.0
+        from torchvision.transforms import v2
+
+        jitter = config.color_jitter or 0.0
         gray = [255 * value for value in ([mean] if isinstance(mean, float) else mean)]  # 0 when it is normalized
         erasing = v2.RandomErasing(config.random_erasing or 0.0, value=gray)
         steps.append(PerImage(v2.Compose([v2.ColorJitter(jitter, jitter, jitter), erasing]), seed=config.seed))
@@ -515,7 +479,8 @@ def _make_augmentation(config: TrainConfig, mean: float | list[float]) -> Augmen
 def _make_mixing(config: TrainConfig, num_classes: int) -> BatchMix | None:
     if not (config.mixup or config.cutmix):
         return None
-    v2 = need("torchvision.transforms.v2")
+    from torchvision.transforms import v2
+
     kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     return BatchMix(v2.RandomChoice([kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]), config.seed)
 

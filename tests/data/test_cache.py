@@ -34,7 +34,7 @@ def cache(tmp_path):
 def decoded(monkeypatch):
     """The names of the images decoded so far."""
     names, decode = [], Preprocessing.decode
-    monkeypatch.setattr(Preprocessing, "decode", lambda self, path: (names.append(path.name), decode(self, path))[1])
+    monkeypatch.setattr(Preprocessing, "decode", lambda *a: (names.append(a[1].name), decode(*a))[1])
     return names
 
 
@@ -196,7 +196,7 @@ import os, sys, time
 from cxv.data import Preprocessing
 from cxv.data.loader import load_data
 decode, n = Preprocessing.decode, []
-def slow(self, path):
+def slow(self, path, multipage):
     time.sleep(0.05)
     n.append(path)
     return decode(self, path)

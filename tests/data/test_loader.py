@@ -9,16 +9,8 @@ import torch
 from cxv.data import cache as cache_module
 from cxv.data import loader as loader_module
 from cxv.data.augment import RandAugment
-from cxv.data.loader import (
-    MEAN,
-    STD,
-    ImageSet,
-    balanced_subset,
-    batches,
-    load_data,
-    normalize,
-    to_device,
-)
+from cxv.data.datasets import balanced_subset
+from cxv.data.loader import MEAN, STD, ImageSet, batches, load_data, normalize, to_device
 from cxv.errors import InputError
 
 # --- digits

@@ -268,6 +268,20 @@ def test_a_clean_folder_has_no_report(folder):
     assert load(folder)[1] == ""
 
 
+def test_files_of_several_pages_are_reported_once(folder):
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    names = ("a.gif", "b.tiff", "c.webp", "d.png")
+    for name in names:
+        red.save(folder / "train" / "ant" / name, save_all=True, append_images=[blue], lossless=True)
+    red.save(folder / "train" / "ant" / "one.gif", save_all=True)
+    data, log = load(folder)
+    assert log == (
+        "train: the first page or frame is read of 4 files that have several (a.gif, b.tiff, c.webp, … and 1 more)"
+    )
+    rows = [i for i, path in enumerate(data.train.paths) if os.path.basename(path) in names]
+    assert data.train.images[rows].float().mean((0, 2, 3)).tolist() == pytest.approx([255, 0, 0], abs=2)
+
+
 def test_heic_is_read_if_pillow_heif_is_installed(folder, monkeypatch):
     path = folder / "train" / "ant" / "0.heic"
     (folder / "train" / "ant" / "0.webp").rename(path)

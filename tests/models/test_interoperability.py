@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 import cxv
 import cxv_kernels
 from cxv.data.augment import RandAugment
-from cxv.data.loader import balanced_subset, batches
+from cxv.data.datasets import balanced_subset
+from cxv.data.loader import batches
 from cxv.export import export_model, load_exported
 from cxv.models.blocks import is_unmodified
 from cxv.models.variants import CNVVariant

@@ -182,6 +182,18 @@ def test_resize_is_antialiased_and_keeps_the_range():
     torch.testing.assert_close(resize_batch(torch.ones(1, 1, 8, 8), 5), torch.ones(1, 1, 5, 5))
 
 
+def test_stages_of_rectangles_keep_the_aspect_ratio(tmp_path):
+    assert resize_batch(torch.ones(1, 1, 8, 12), 4).shape == (1, 1, 4, 6)
+    assert resize_batch(torch.ones(1, 1, 30, 7), 1).shape == (1, 1, 4, 1)
+    options = {"img_size": (8, 12), "recipe": "modern", "sgd_epochs": None, "epochs": 2, "precision": "fp32"}
+    _, log = run(tmp_path / "a", **options)
+    assert "random crops with 1 pixels of padding" in log
+    assert json.loads((tmp_path / "a" / "args.json").read_text())["progressive"] == [[4, 1], [8, 1]]
+    assert [row["img_size"] for row in read_checkpoint(tmp_path / "a" / "last.pt")["history"]] == [4, 8]
+    with pytest.raises(InputError, match=r"`progressive`: 12 pixels, and the images have 8 \(`img_size`\)"):
+        run(tmp_path / "b", **options | {"epochs": None, "progressive": ((12, 1),)})
+
+
 # --- whole runs
 
 

@@ -37,11 +37,7 @@ def _reset_parameters(model: nn.Module) -> nn.Module:
 
 
 def resnet(
-    depth: int,
-    img_size: int | Sequence[int] = 32,
-    in_chans: int = 3,
-    num_classes: int = 10,
-    stem_stride: int = 1,
+    depth: int, img_size: int | Sequence[int] = 32, in_chans: int = 3, num_classes: int = 10, stem_stride: int = 1
 ) -> nn.Module:
     """torchvision's ResNet-18 or -34 (He et al. 2016) as for CIFAR: a 3×3 stem and no max-pooling; any image size.
 
@@ -157,26 +153,14 @@ def cct(
     As the authors ran it: attention dropout and stochastic depth 0.1, MLPs of four times the width (the misspelled
     keyword of their script left the default).
     """
-    model = _library("vit_pytorch.cct", "cct").CCT(
-        img_size=tuple(-(-side // stem_stride) for side in image_size(img_size)),
-        embedding_dim=embed_dim,
-        n_input_channels=in_chans,
-        n_conv_layers=3,
-        kernel_size=3,
-        stride=1,
-        padding=1,
-        pooling_kernel_size=3,
-        pooling_stride=1,
-        pooling_padding=1,
-        num_layers=depth,
-        num_heads=num_heads,
-        mlp_ratio=mlp_ratio,
-        num_classes=num_classes or 1,
-        positional_embedding="learnable",
-        dropout_rate=drop_rate,
-        attention_dropout=0.1,
-        stochastic_depth_rate=0.1,
-    )
+    size = tuple(-(-side // stem_stride) for side in image_size(img_size))
+    sizes = {"num_layers": depth, "num_heads": num_heads, "embedding_dim": embed_dim, "mlp_ratio": mlp_ratio}
+    images = {"img_size": size, "n_input_channels": in_chans, "num_classes": num_classes or 1}
+    convolutions = {"n_conv_layers": 3, "kernel_size": 3, "stride": 1, "padding": 1}
+    pooling = {"pooling_kernel_size": 3, "pooling_stride": 1, "pooling_padding": 1}
+    dropout = {"dropout_rate": drop_rate, "attention_dropout": 0.1, "stochastic_depth_rate": 0.1}
+    options = sizes | images | convolutions | pooling | dropout
+    model = _library("vit_pytorch.cct", "cct").CCT(positional_embedding="learnable", **options)
     model.tokenizer.conv_layers[0][0].stride = (stem_stride, stem_stride)
     if not num_classes:
         model.classifier.fc = nn.Identity()
