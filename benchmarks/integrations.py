@@ -1,11 +1,12 @@
-"""Measure models of timm and diffusers before and after ``cxv_kernels.accelerate``.
+"""Measure models of other packages before and after ``cxv_kernels.accelerate``.
 
     pip install -e '.[integrations]'
     python benchmarks/integrations.py
 
-Random weights. Each attention alone, the whole model at inference and a training step (forward and backward), against
-the library's own eager code and ``torch.compile`` of it. Writes results/integrations-<device>.csv, and keeps the rows
-of earlier runs with other ``--models``, ``--pixels`` or ``--tokens``.
+Random weights. The model at inference and a training step (forward and backward), against the library's own eager code
+and ``torch.compile`` of it. For EfficientViT and SANA also each attention alone; of the other packages one layer.
+Writes results/integrations-<device>.csv, and keeps the rows of earlier runs with other ``--models``, ``--pixels`` or
+``--tokens``.
 """
 
 import copy
@@ -24,8 +25,10 @@ from cxv_kernels.testing import peak_memory, saved_bytes
 import torch
 from torch import Tensor, nn
 
-MODELS = ("efficientvit_b0", "efficientvit_b1", "efficientvit_l2", "sana")
-PIXELS, LATENT_TOKENS = (224, 512, 1024), (1024, 4096)
+EFFICIENTVIT = ("efficientvit_b0", "efficientvit_b1", "efficientvit_l2")
+LAYERS = ("dc-ae", "nystromformer", "performer-pytorch", "nystrom-attention", "linear-attention-transformer")
+MODELS = (*EFFICIENTVIT, "sana", *LAYERS)
+PIXELS, TOKENS = (224, 512, 1024), (1024, 4096)
 BATCHES, TRAINING_BATCH = (1, 8), 8
 
 
@@ -55,18 +58,58 @@ class Sana(nn.Module):
         return self.model(x, text, x.new_full(x.shape[:1], 500.0), return_dict=False)[0]
 
 
-def make_model(name: str, quick: bool) -> nn.Module:
-    """A model with random weights."""
+class Layer(nn.Module):
+    """An attention layer with 4 heads of 32 channels: x (B, tokens, 128), or (B, 128, H, W) for DC-AE, → the same."""
+
+    def __init__(self, name: str, tokens: int):
+        super().__init__()
+        landmarks = min(64, tokens // 4)
+        if name == "dc-ae":
+            from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+
+            self.layer = SanaMultiscaleLinearAttention(128, 128, attention_head_dim=32)
+        elif name == "nystromformer":
+            from transformers.models.nystromformer import modeling_nystromformer as nystromformer
+
+            options = {"num_landmarks": landmarks, "segment_means_seq_len": tokens, "conv_kernel_size": 33}
+            config = nystromformer.NystromformerConfig(hidden_size=128, num_attention_heads=4, **options)
+            self.layer = nystromformer.NystromformerSelfAttention(config)
+        elif name == "performer-pytorch":
+            from performer_pytorch import SelfAttention
+
+            self.layer = SelfAttention(128, heads=4, dim_head=32)
+        elif name == "nystrom-attention":
+            from nystrom_attention import NystromAttention
+
+            self.layer = NystromAttention(128, heads=4, dim_head=32, num_landmarks=landmarks)
+        else:
+            from linear_attention_transformer.linear_attention_transformer import SelfAttention
+
+            self.layer = SelfAttention(128, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop the attention maps that Nyströmformer returns, too."""
+        out = self.layer(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def make_model(name: str, size: int, quick: bool) -> nn.Module:
+    """A model with random weights for images of ``size`` pixels on a side, or for ``size`` tokens."""
     if name == "sana":
         return Sana(heads=2, captions=4) if quick else Sana()
+    if name in LAYERS:
+        return Layer(name, size)
     import timm
 
     return timm.create_model(name, num_classes=1000)
 
 
 def shape_of(name: str, size: int) -> tuple[int, ...]:
-    """The shape of an image of ``size`` pixels on a side, or of ``size`` latent tokens."""
-    return (32, *[round(size**0.5)] * 2) if name == "sana" else (3, size, size)
+    """The shape of an image of ``size`` pixels on a side, or of ``size`` tokens."""
+    if name in EFFICIENTVIT:
+        return (3, size, size)
+    side = round(size**0.5)
+    return {"sana": (32, side, side), "dc-ae": (128, side, side)}.get(name, (size, 128))
 
 
 def attention_alone(module: nn.Module) -> nn.Module:
@@ -168,13 +211,14 @@ def measure_model(
     """Attention alone and the whole model, at inference and in training."""
     rounds = {"budget": 0.01, "max_repeats": 3} if quick else {"budget": 2.0, "min_repeats": 5, "limit": 60.0}
     torch.manual_seed(0)
-    model = make_model(model_name, quick).to(device, dtype)
+    model = make_model(model_name, size, quick).to(device, dtype)
     variants, names = implementations(model, compiled)
     batches, training_batch = ((1,), 2) if quick else (BATCHES, TRAINING_BATCH)
     for batch in dict.fromkeys((*batches, training_batch)):
         image = torch.randn(batch, *shape_of(model_name, size), device=device, dtype=dtype)
         modes = [*([False] if batch in batches else []), *([True] if batch == training_batch else [])]
-        for shape, (name, x) in attention_inputs(model.eval(), names, image).items():
+        inputs = {} if model_name in LAYERS else attention_inputs(model.eval(), names, image)
+        for shape, (name, x) in inputs.items():
             alone, _ = implementations(attention_alone(model.get_submodule(name)), compiled)
             tokens, channels = shape[1:] if len(shape) == 3 else (shape[2] * shape[3], shape[1] // 3)
             for training in modes:
@@ -194,22 +238,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--models", type=bench.some_of(MODELS), help=f"some of {','.join(MODELS)}; default: all but the first"
     )
-    parser.add_argument("--pixels", type=bench.positives, help="sides of the images; default: 224,512,1024")
-    parser.add_argument("--tokens", type=bench.positives, help="latent tokens of SANA, squares; default: 1024,4096")
+    parser.add_argument("--pixels", type=bench.positives, help="sides of EfficientViT's images; default: 224,512,1024")
+    parser.add_argument("--tokens", type=bench.positives, help="tokens of the others, squares; default: 1024,4096")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     arguments = parser.parse(argv)
     device, quick = torch.device(arguments.device), arguments.quick
     pixels = arguments.pixels or ((64,) if quick else PIXELS)
-    tokens = arguments.tokens or ((64,) if quick else LATENT_TOKENS)
-    models = arguments.models or (("efficientvit_b0", "sana") if quick else MODELS[1:])
+    tokens = arguments.tokens or ((64,) if quick else TOKENS)
+    models = arguments.models or (("efficientvit_b0", *MODELS[3:]) if quick else MODELS[1:])
     results = bench.Results("integrations", arguments, in_parts=True)
     for dtype in arguments.dtype:
-        cases = [(name, size) for name in models for size in (tokens if name == "sana" else pixels)]
+        cases = [(name, size) for name in models for size in (pixels if name in EFFICIENTVIT else tokens)]
         for name, size in bench.progress(cases):
             for row in measure_model(name, size, device, dtype, quick, not arguments.no_compile):
                 results.add(row)
     alone = "Attention alone. Times: median ± interquartile range. Ratio: to the library's eager code."
-    whole = "The whole model; size: pixels of a side, or latent tokens."
+    whole = "The whole model; size: pixels of a side, or tokens."
     attention, models = integration_attention(results.rows), integration_models(results.rows)
     return show(results, alone, attention.text(), whole, models.text())
 

@@ -106,6 +106,19 @@ def test_integrations_quick(run_script, tmp_path):
 
 
 @needs_cpp
+@pytest.mark.slow
+def test_integrations_of_single_layers(run_script, tmp_path):
+    packages = {"performer-pytorch": "performer_pytorch", "nystrom-attention": "nystrom_attention"}
+    for package in packages.values():
+        pytest.importorskip(package)
+    options = ["--no-compile", "--models", ",".join(packages), "--output", tmp_path]
+    run_script("benchmarks/integrations.py", *QUICK, *options)
+    rows = rows_of(tmp_path / "integrations-cpu.csv")
+    assert [row["name"] for row in rows] == [name for name in packages for _ in range(4)]
+    assert all(float(row["error"]) <= float(row["tolerance"]) for row in rows if row["implementation"] == "fused")
+
+
+@needs_cpp
 @pytest.mark.parametrize(("failure", "status"), [("wrong", "failed"), ("oom", "out of memory")])
 def test_attn_mem_with_a_failing_kernel(run_script, tmp_path, monkeypatch, failure, status):
     """A fused result outside its tolerance has no speed and fails the run; running out of memory is only a row."""
