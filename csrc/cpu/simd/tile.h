@@ -74,9 +74,20 @@ void pack(A* dst, int64_t ld, Matrix<T> src, int64_t rows, int64_t cols, A scale
       for (; c < ld; ++c) dst[r * ld + c] = 0;
     }
   } else {
+    int64_t first = 0;  // of the rows that are not yet done
+    if (src.row_stride == 1 && ld % W == 0)
+      for (; first + W <= rows; first += W)
+        for (int64_t c = 0; c < ld; c += W) {
+          Vec<A> x[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) x[i] = c + i < cols ? load_float(&src(first, c + i)) * scale : Vec<A>{};
+          transpose<A>(x);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) store<A>(dst + (first + i) * ld + c, x[i]);
+        }
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) dst[r * ld + c] = to_float(src(r, c)) * scale;
-    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = first; r < rows; ++r) dst[r * ld + c] = to_float(src(r, c)) * scale;
+    for (int64_t r = first; r < rows; ++r)
       for (int64_t c = cols; c < ld; ++c) dst[r * ld + c] = 0;
   }
   for (int64_t r = rows; r % kRows != 0; ++r)
@@ -94,8 +105,20 @@ void unpack(Matrix<T> dst, const A* src, int64_t ld, int64_t rows, int64_t cols,
       for (; c < cols; ++c) from_float(src[r * ld + c] * scale, &dst(r, c));
     }
   } else {
+    int64_t first = 0;  // of the rows that are not yet done
+    if (dst.row_stride == 1 && (cols + W - 1) / W * W <= ld)
+      for (; first + W <= rows; first += W)
+        for (int64_t c = 0; c < cols; c += W) {
+          Vec<A> x[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) x[i] = load<A>(src + (first + i) * ld + c) * scale;
+          transpose<A>(x);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i)
+            if (c + i < cols) store_float(&dst(first, c + i), x[i]);
+        }
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = 0; r < rows; ++r) from_float(src[r * ld + c] * scale, &dst(r, c));
+      for (int64_t r = first; r < rows; ++r) from_float(src[r * ld + c] * scale, &dst(r, c));
   }
 }
 

@@ -79,6 +79,24 @@ CXV_INLINE A reduce_add(Vec<A> x) {
   return reduce<A>(x, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });
 }
 
+// Exchanges the upper right and the lower left of each block of 2·Step elements in two rows.
+template <class A, int Step, int... I>
+CXV_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, I...>) {
+  const Vec<A> first = __builtin_shufflevector(a, b, (I & Step ? kWidth<A> + I - Step : I)...);
+  b = __builtin_shufflevector(a, b, (I & Step ? kWidth<A> + I : I + Step)...);
+  a = first;
+}
+// Transposes kWidth rows in registers.
+template <class A, int Step = kWidth<A> / 2>
+CXV_INLINE void transpose(Vec<A>* rows) {
+  if constexpr (Step > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth<A>; ++i)
+      if (!(i & Step)) exchange<A, Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kWidth<A>>{});
+    transpose<A, Step / 2>(rows);
+  }
+}
+
 // e^x. float: within 1.02 ulp wherever the result is a normal number (measured over every float), 0 below. double: the
 // C library's.
 CXV_INLINE Vec<float> exp(Vec<float> x) {
