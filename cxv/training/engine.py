@@ -178,8 +178,8 @@ class Engine:
         self.model.train()
         for module in self.frozen:
             module.eval()
-        with Progress(total, f"epoch {self._epoch} {NAMES[self.opt.phase]}", enabled=self.world.is_main) as progress:
-            progress.update(state.seen)
+        label = f"epoch {self._epoch} {NAMES[self.opt.phase]}"
+        with Progress(total, label, enabled=self.world.is_main, done=state.seen) as progress:
             for x, y in interruptible(source, self.world.max, self.deadline):
                 num_images = min(self._step_size, total - state.step * self._step_size)
                 self._train_step(x if size is None else resize_batch(x, size), y, num_images)

@@ -71,9 +71,9 @@ def _extras(config: TrainConfig) -> list[str]:
         (f"{config.schedule} learning rate", config.schedule != "constant"),
         (f"weight decay {config.weight_decay} of matrices", config.weight_decay is not None),
         (f"label smoothing {config.label_smoothing}", config.label_smoothing),
-        (f"EMA {config.ema_decay}", config.ema_decay),
+        (f"EMA {config.ema_decay or 0:.4g}", config.ema_decay),
     )
-    stages = (f"{epochs} epochs at {size} px" for size, epochs in config.progressive or ())
+    stages = (f"{epochs} epoch{'s' * (epochs > 1)} at {size} px" for size, epochs in config.progressive or ())
     return [text for text, on in extras if on] + list(stages)
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 
 import cxv
 from cxv.cli import train as train_command
+from cxv.data import progress as progress_module
+from cxv.data.progress import Progress
 from cxv.errors import InputError, listed, printable
 from cxv.training import interrupt
 from cxv.training.logging import epoch_line, plot_curves, plot_text
@@ -200,6 +202,14 @@ def test_stored_paths_are_valid_in_every_directory(capsys, tmp_path, monkeypatch
     assert call(capsys, "train", "--resume", "b", "--init", "run")[0] == 0  # the same file as at first
     monkeypatch.chdir("/")
     assert call(capsys, "eval", "--checkpoint", tmp_path / "run")[0] == 0
+
+
+def test_the_speed_in_a_log_is_that_of_this_process(capsys, monkeypatch):
+    clock = iter([0.0, 40.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with Progress(1000, "epoch 3", done=600) as progress:
+        progress.update(80, loss="1.5")
+    assert capsys.readouterr().err == "epoch 3: 680/1000 images, 2/s  loss 1.5\n"
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])

@@ -218,7 +218,7 @@ def test_modern_run_trains_at_the_sizes_with_the_average_as_its_result(tmp_path,
     assert [row["img_size"] for row in rows] == [4, 8, 8]
     assert [row["phase"] for row in rows] == ["muon"] * 3
     assert rows[0]["lr"] == pytest.approx(3e-3 / 25)
-    for part in ("onecycle learning rate", "EMA 0.9", "1 epochs at 4 px", "horizontal flips", "at 8 px"):
+    for part in ("onecycle learning rate", "EMA 0.9", "1 epoch at 4 px", "horizontal flips", "at 8 px"):
         assert part in log
     last = read_checkpoint(tmp_path / "a" / "last.pt")
     assert last["num_averaged"] == 9
