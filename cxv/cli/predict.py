@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Preprocessing, normalize
-from ..data.decode import one_line, pixel_limit, readable_extensions
+from ..data.decode import first_pages, one_line, pixel_limit, readable_extensions
 from ..data.scan import is_hidden
 from ..errors import InputError, printable
 from ..training.engine import pick_device
@@ -88,14 +88,19 @@ def _decoded(
     files: Iterable[str], preprocessing: Preprocessing, failures: list[dict[str, str]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each file with its pixels; report those that cannot be read, and add them to ``failures``."""
+    multipage: list[str] = []
     for file in files:
+        pages: list[Any] = []
         try:
-            pixels = preprocessing.decode(_opened(file))
+            pixels = preprocessing.decode(_opened(file), pages)
         except InputError as error:
             print(f"cxv: error: {printable(error)}", file=sys.stderr)
             failures.append({"file": file, "error": str(error)})
         else:
+            multipage += [file] * len(pages)
             yield file, pixels
+    if multipage:
+        print(f"cxv: {printable(first_pages(multipage))}", file=sys.stderr)
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:

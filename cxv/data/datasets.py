@@ -21,7 +21,7 @@ from torch import Tensor
 from cxv_kernels.validation import python_numbers
 
 from ..errors import InputError, listed, printable
-from .decode import Preprocessing, one_line, stored_size
+from .decode import Preprocessing, first_pages, one_line, stored_size
 from .progress import Progress
 from .scan import SPLITS, Listing, find_splits, list_images, scan_csv
 
@@ -345,8 +345,7 @@ def _decoded(split: str, paths: list[Path], labels: Tensor, preprocessing: Prepr
             empty = torch.empty(0, preprocessing.in_chans, *preprocessing.img_size, dtype=torch.uint8)
             yield torch.stack(images) if images else empty, chunk_labels
     if multipage:
-        names = listed(sorted(path.name for path in multipage), 3)
-        request.log(f"{split}: the first page or frame is read of {len(multipage):,} files that have several ({names})")
+        request.log(f"{split}: {first_pages([path.name for path in multipage])}")
 
 
 def _typical_side(paths: list[Path], request: Request) -> int:

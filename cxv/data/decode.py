@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cxv_kernels.validation import python_numbers
 
-from ..errors import InputError
+from ..errors import InputError, listed
 from ..models.arguments import image_size
 
 MEAN = STD = 0.5
@@ -121,7 +121,7 @@ class Preprocessing:
     def decode(self, file: str | Path | BinaryIO, multipage: list[Any] | None = None) -> Tensor:
         """Read an image file as uint8 pixels (in_chans, H, W): all steps but the normalization.
 
-        The first page or frame is read. A file that has more is appended to ``multipage``.
+        The first page or frame is read. A file that has more is appended to ``multipage``, for :func:`first_pages`.
 
         Raises:
             InputError: If the file is not an image, is damaged or has pixels of an unknown range. The message names it.
@@ -277,6 +277,11 @@ def readable_extensions() -> set[str]:
     """Return the extensions of image files that PIL can read, like ``".png"``."""
     register_heif()
     return {ext for ext, name in Image.registered_extensions().items() if name not in _NOT_IMAGES}
+
+
+def first_pages(names: Sequence[str]) -> str:
+    """Return the notice that only the first page or frame of these files was read."""
+    return f"the first page or frame is read of {len(names):,} files that have several ({listed(sorted(names), 3)})"
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_support import TINY, assert_error, call
-from PIL import Image
+from PIL import Image, ImageOps
 
 import cxv
 from cxv.data import decode_image, normalize
@@ -98,6 +98,14 @@ def test_bad_files_are_reported_and_the_rest_is_predicted(capsys, checkpoint, ph
     code, out, _ = call(capsys, "predict", "--checkpoint", checkpoint, broken, photos / "a.png")
     assert code == 1
     assert len(out.splitlines()) == 6
+
+
+def test_files_of_several_pages_are_reported_once(capsys, checkpoint, photos, tmp_path):
+    still, moving = Image.open(photos / "a.png").convert("RGB"), tmp_path / "moving.gif"
+    still.save(moving, save_all=True, append_images=[ImageOps.invert(still)])
+    _, err = predicted(capsys, checkpoint, moving, photos / "a.png", moving)
+    names = f"{moving}, {moving}"
+    assert err == [f"cxv: the first page or frame is read of 2 files that have several ({names})"]
 
 
 def test_standard_input_and_urls(capsys, checkpoint, photos, monkeypatch):
