@@ -259,7 +259,7 @@ def test_gpu_run_reports_each_step(tmp_path, monkeypatch, capsys):
     codes = {"works": (0.5, "print('fine')"), "fails": (0.5, "exit(2)"), "hangs": (0.1, hangs)}
     steps = [(name, share, [sys.executable, "-c", code]) for name, (share, code) in codes.items()]
     monkeypatch.setattr(gpu_run, "steps", lambda *_: steps)
-    assert gpu_run.main(["--minutes", "1", "--output", str(tmp_path)]) == 1
+    assert gpu_run.main(["--minutes", "1", "--no-build", "--output", str(tmp_path)]) == 1
     table = capsys.readouterr().out.rpartition("seconds  outcome")[2].splitlines()
     outcomes = [" ".join(line.split()[2:]) for line in table[1:4]]
     assert outcomes == ["ok", "exit status 2", "stopped at its time limit"]
@@ -279,6 +279,14 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(("gpus", "built"), [("7.5", "7.5+PTX"), ("9.0 7.5 9.0", "7.5+PTX;9.0"), ("", "7.5+PTX")])
+def test_gpu_run_builds_for_the_gpus_of_the_machine(tmp_path, gpus, built):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {gpus}\n")
+    python.chmod(0o755)
+    assert gpu_run.architectures(str(python)) == built
 
 
 def test_gpu_run_starts_scripts_with_flags_that_exist(run_script, tmp_path):

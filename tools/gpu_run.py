@@ -40,6 +40,13 @@ def steps(output: Path, python: str, data_dir: str | None) -> list[tuple[str, fl
     return plan
 
 
+def architectures(python: str) -> str:
+    """setup.py's default and this machine's GPUs: their driver would compile the PTX for a minute at the first call."""
+    code = "import torch as t\nfor i in range(t.cuda.device_count()): print('%d.%d' % t.cuda.get_device_capability(i))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.split()
+    return ";".join(["7.5+PTX", *sorted({*found} - {"7.5"})])
+
+
 def run(name: str, command: Sequence[str], seconds: float, output: Path) -> str:
     """Run one step; its outcome in words.
 
@@ -77,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the steps
     arguments.output.mkdir(parents=True, exist_ok=True)
     output, start, outcomes = arguments.output.resolve(), time.monotonic(), []
+    if not arguments.no_build:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(sys.executable))
+        os.environ.setdefault("NVCC_APPEND_FLAGS", "--threads 0")  # compiles the architectures side by side
     for name, share, command in steps(output, sys.executable, arguments.data_dir):
         if name == "build" and arguments.no_build:
             continue
