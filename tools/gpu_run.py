@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.no_build:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(sys.executable))
         os.environ.setdefault("NVCC_APPEND_FLAGS", "--threads 0")  # compiles the architectures side by side
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # Triton's kernels need no build
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for name, share, command in steps(output, sys.executable, arguments.data_dir):
         if name == "build" and arguments.no_build:
             continue
