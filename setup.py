@@ -3,8 +3,8 @@
 If the machine lacks something, a library is skipped with one line on stderr, and the package works without it:
 no compiler → no C++ kernels; no nvcc, a CPU-only torch or another CUDA major than torch's → no CUDA kernels.
 
-CXV_CUDA=0 skips CUDA, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honored; its default does not
-look at the machine, so that a wheel runs on every card from the T4 on.
+CXV_CUDA=0 skips CUDA, CXV_CUDA=1 makes a missing CUDA an error. TORCH_CUDA_ARCH_LIST is honored from sm_75 on; its
+default does not look at the machine, so that a wheel runs on every card from the T4 on.
 """
 
 import json
@@ -74,6 +74,16 @@ def find_cuda() -> tuple[str | None, str | None]:
     return ".".join(release.groups()), None
 
 
+def architectures() -> str:
+    """Set TORCH_CUDA_ARCH_LIST, which images set for other packages, to its part from sm_75 on, and return it."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    older = [arch for arch in wanted if (v := re.match(r"(\d+)\.(\d)", arch)) and (int(v[1]), int(v[2])) < (7, 5)]
+    if older:
+        say(f"The CUDA kernels need the tensor cores of sm_75: {', '.join(older)} in TORCH_CUDA_ARCH_LIST is skipped.")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(a for a in wanted if a and a not in older) or DEFAULT_ARCHS
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
 def extensions() -> tuple[list[Extension], dict]:
     reason = why_not_cpp()
     if reason:
@@ -94,7 +104,7 @@ def extensions() -> tuple[list[Extension], dict]:
 
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
     cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", target]
-    archs = "" if reason else os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    archs = "" if reason else architectures()
     facts = {
         "torch_target": "2.10",
         "torch_built_with": torch.__version__,

@@ -34,30 +34,38 @@ def _describe() -> None:
 
 
 def _report(device: str) -> int:
-    """Print the errors of all ops on a device, and the ops that are not supported. Return the number of failures."""
+    """Print the errors of all ops on a device, each op when it is done, and the ops that are not supported.
+
+    Return the number of failures.
+    """
     print(f"\n{device}: largest error of outputs and gradients against float64")
     print(f"  {'op':20} {'backend':10}" + "".join(f"{name:>16}" for name in DTYPES.values()))
-    results = testing.run_all(device)
+    failed: list[testing.Result] = []
     unsupported: dict[str, list[str]] = {}
     for op in OPS:
+        results = list(testing.run_all(device, [op]))
+        failed += [r for r in results if not r.passed]
         for backend in BACKENDS[1:]:
             cells = []
             for dtype in FLOAT_DTYPES:
-                mine = [r for r in results if (r.case.op, r.backend, r.dtype) == (op, backend, dtype)]
+                mine = [r for r in results if (r.backend, r.dtype) == (backend, dtype)]
                 if mine:
                     worst = max(mine, key=lambda r: r.ratio)
                     cells.append(f"{'ok' if worst.passed else 'FAILED'} {max(r.error for r in mine):.1e}")
                 else:
                     cells.append("-")
             if any(cell != "-" for cell in cells):
-                print(f"  {op:20} {backend:10}" + "".join(f"{cell:>16}" for cell in cells))
+                print(f"  {op:20} {backend:10}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
             else:
                 unsupported.setdefault(
                     f"{backend}: {explain_backend(op, device)[backend].replace(op, 'these ops')}", []
                 ).append(op)
     for reason, ops in unsupported.items():
         print(f"  not supported by {reason} — {', '.join(ops)}")
-    return sum(not r.passed for r in results)
+    for r in failed:
+        reason = r.exception or f"error {r.error:.1e}, tolerance {r.tolerance:.1e}"
+        print(f"  FAILED: {r.case.op} ({r.case.label}), {r.backend}, {dtype_name(r.dtype)}: {reason}")
+    return len(failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

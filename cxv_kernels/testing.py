@@ -73,6 +73,7 @@ class Result:
     dtype: torch.dtype
     error: float
     tolerance: float
+    exception: str = ""  # with its class, if the backend has raised one; the error is infinite
 
     @property
     def ratio(self) -> float:
@@ -275,14 +276,19 @@ def run(
     return max(results, key=lambda result: result.ratio)
 
 
-def run_all(device: str | torch.device = "cpu") -> list[Result]:
-    """Check every case on every backend that supports it, in every dtype."""
-    device = torch.device(device)
-    return [
-        run(case, backend, device, dtype)
-        for case, backend, dtype in itertools.product(cases(), dispatch.BACKENDS[1:], FLOAT_DTYPES)
-        if backend == "reference" or not dispatch.unsupported_reason(case.op, backend, device, dtype, case.dim)
-    ]
+def run_all(device: str | torch.device = "cpu", ops: Sequence[str] = dispatch.registered_ops()) -> Iterator[Result]:
+    """Check every case of these ops on every backend that supports it, in every dtype.
+
+    A backend that raises an exception has failed, and the other checks run.
+    """
+    device, checked = torch.device(device), [case for case in cases() if case.op in ops]
+    for case, backend, dtype in itertools.product(checked, dispatch.BACKENDS[1:], FLOAT_DTYPES):
+        if backend != "reference" and dispatch.unsupported_reason(case.op, backend, device, dtype, case.dim):
+            continue
+        try:
+            yield run(case, backend, device, dtype)
+        except Exception as error:  # Triton's compiler and launcher raise classes of their own
+            yield Result(case, backend, dtype, math.inf, 1.0, f"{type(error).__name__}: {error}")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import contextlib
 import os
 import runpy
 import signal
@@ -17,12 +18,15 @@ from PIL import Image
 
 from cxv_kernels._triton import interpreting
 from cxv_kernels.library import CPP_MISSING
+from cxv_kernels.testing import without_tf32
 
 sys.path.append(str(Path(__file__).parent / "ops"))  # its cases.py and its extreme values are used elsewhere, too
 # tests/test_triton.py runs these in processes of its own
 ON_FAKE_DEVICE = "FAKE_DEVICE_ATEN" in os.environ
 collect_ignore_glob = () if interpreting() else ("ops/test_triton_*.py",)
 ON_GPU = "CXV_TEST_GPU" in os.environ  # tests/ops with the kernels of a real GPU: CXV_TEST_GPU=1 pytest -m gpu
+if ON_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch's deterministic mode demands
 if not (ON_FAKE_DEVICE or ON_GPU):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
@@ -47,6 +51,13 @@ def _seeded_on_one_thread():
     """The tests' tensors are small: more threads would only wait for one another."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32_on_a_gpu():
+    """cuDNN rounds the factors of convolutions to TF32 by default, for which no tolerance here has room."""
+    with without_tf32() if ON_GPU else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from cxv_kernels import dispatch, library, testing
 
 
 def test_every_check_passes_here():
-    results = testing.run_all("cpu")
+    results = list(testing.run_all("cpu"))
     assert {r.case.op for r in results} == set(cxv_kernels.OPS)
     assert [r for r in results if not r.passed] == []
 
@@ -192,6 +192,24 @@ def test_report(capsys):
     out = capsys.readouterr().out
     assert "all checks passed" in out
     assert "not supported by triton" in out
+
+
+def test_report_continues_after_a_kernel_that_raises(monkeypatch, capsys):
+    """As on a GPU whose kernels do not compile: the report lists each failure, and the ops before and after it."""
+    from cxv_kernels import __main__ as report
+
+    def run(case, backend, device, dtype):
+        if (backend, dtype) == ("reference", torch.float16):
+            raise OSError("no compiler")
+        return testing.Result(case, backend, dtype, 2.0 if case.op == "dropout" else 0.5, 1.0)
+
+    monkeypatch.setattr(testing, "run", run)
+    monkeypatch.setattr(report, "OPS", ("kv_state", "dropout"))
+    assert report.main([]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"kv_state +reference +ok 5.0e-01 +ok 5.0e-01 +FAILED inf +ok 5.0e-01", out)
+    assert "  FAILED: kv_state (elu), reference, float16: OSError: no compiler\n" in out
+    assert "  FAILED: dropout (residual), reference, float32: error 2.0e+00, tolerance 1.0e+00\n" in out
 
 
 def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,15 +268,46 @@ def test_attn_mem_with_bad_arguments(run_script, arguments, words):
 
 
 def test_gpu_run_reports_each_step(tmp_path, monkeypatch, capsys):
-    """One that works, one that fails and one that hangs: each has a log and a line in the table."""
-    codes = {"works": (0.5, "print('fine')"), "fails": (0.5, "exit(2)"), "hangs": (0.02, "while True: pass")}
+    """One that works, one that fails and one that hangs: each has a log and a line in the table.
+
+    The one that hangs loses no output, can clean up, and leaves no process behind.
+    """
+    hangs = (
+        "import subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid)\n"
+        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('saved')"
+    )
+    codes = {"works": (0.5, "print('fine')"), "fails": (0.5, "exit(2)"), "hangs": (0.1, hangs)}
     steps = [(name, share, [sys.executable, "-c", code]) for name, (share, code) in codes.items()]
     monkeypatch.setattr(gpu_run, "steps", lambda *_: steps)
-    assert gpu_run.main(["--minutes", "1", "--output", str(tmp_path)]) == 1
+    assert gpu_run.main(["--minutes", "1", "--no-build", "--output", str(tmp_path)]) == 1
     table = capsys.readouterr().out.rpartition("seconds  outcome")[2].splitlines()
     outcomes = [" ".join(line.split()[2:]) for line in table[1:4]]
     assert outcomes == ["ok", "exit status 2", "stopped at its time limit"]
-    assert [(tmp_path / f"{name}.log").read_text() for name in codes] == ["fine\n", "", ""]
+    works, fails, hangs = ((tmp_path / f"{name}.log").read_text() for name in codes)
+    assert (works, fails) == ("fine\n", "")
+    child, saved = hangs.split()
+    assert saved == "saved"
+    deadline = time.monotonic() + 10  # a signal takes a moment
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    """False for a process that has ended, also if nobody has reaped it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("gpus", "built"), [("7.5", "7.5+PTX"), ("9.0 7.5 9.0", "7.5+PTX;9.0"), ("", "7.5+PTX")])
+def test_gpu_run_builds_for_the_gpus_of_the_machine(tmp_path, gpus, built):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {gpus}\n")
+    python.chmod(0o755)
+    assert gpu_run.architectures(str(python)) == built
 
 
 def test_gpu_run_starts_scripts_with_flags_that_exist(run_script, tmp_path):

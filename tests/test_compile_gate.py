@@ -30,7 +30,7 @@ MODELS = (
     "dropout",
     "gelu_dropout",
 )
-SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
+SHARED = {arch: card.block_shared for arch, card in triton_compile.CARDS.items()}  # bytes that a block may have
 # Bytes: what scalar code makes of a single matrix product takes half of that. Float32's products are three.
 CUBIN = {"float16": 192 << 10, "bfloat16": 192 << 10, "float32": 384 << 10}
 

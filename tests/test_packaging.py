@@ -39,15 +39,16 @@ def execute(monkeypatch, capsys):
     It returns the words with which setup.py refuses to go on, or None, and what it says.
     """
 
-    def run(path, **environment):
+    def run(path, namespace=None, **environment):
         monkeypatch.setattr("setuptools.setup", lambda **_: None)
         for name in ("CXX", "CC", "CUDA_HOME", "CUDA_PATH", "CXV_CUDA"):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"PATH": str(path), **environment}.items():
             monkeypatch.setenv(name, value)
-        refused = None
+        refused, namespace = None, {} if namespace is None else namespace
+        namespace["__file__"] = str(ROOT / "setup.py")
         try:
-            exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+            exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), namespace)
         except SystemExit as stopped:
             refused = stopped.code
         return refused, capsys.readouterr().err
@@ -68,6 +69,25 @@ def test_no_nvcc(execute, tmp_path):
     assert "cxv: CUDA kernels are skipped: no nvcc was found." in said
     refused, _ = execute(tmp_path, CXV_CUDA="1")
     assert refused == "cxv: CXV_CUDA=1, but no nvcc was found"
+
+
+@pytest.mark.parametrize(
+    ("given", "built", "skipped"),
+    [
+        ("", "7.5+PTX", ""),
+        ("6.0 7.0+PTX", "7.5+PTX", "6.0, 7.0+PTX in"),
+        ("7.0;7.5;10.0a", "7.5;10.0a", ": 7.0 in"),
+        ("Turing 9.0", "Turing;9.0", ""),
+    ],
+)
+def test_architectures_without_our_tensor_cores_are_skipped(
+    execute, tmp_path, monkeypatch, capsys, given, built, skipped
+):
+    execute(tmp_path, namespace := {})
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    assert namespace["architectures"]() == os.environ["TORCH_CUDA_ARCH_LIST"] == built
+    said = capsys.readouterr().err
+    assert (skipped in said) if skipped else said == ""
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch is refused before nvcc is asked")

@@ -179,6 +179,15 @@ def test_tf32_is_the_users_to_allow(setting, precision):
 
 
 @needs_triton
+def test_cache_keys_name_all_that_kernels_read():
+    """Triton's cache on disk outlives this version of the package."""
+    params = importlib.import_module(LAUNCHERS["linear_attention"]).Params(MAP="exact", D=3)
+    read = [name for name in vars(params) if name.isupper()]
+    assert {"MAP", "D", "LOG_WEIGHTS"} <= set(read)
+    assert [name for name in read if f"'{name}': " not in repr(params)] == []
+
+
+@needs_triton
 def test_a_t4_is_declined_what_needs_tensor_cores():
     with recording(lambda *_: None, 75):
         answers = {op: cxv_kernels.explain_backend(op)["triton"] for op in cxv_kernels.OPS}

@@ -7,7 +7,9 @@ writes its output to ``<output>/<step>.log``, and the benchmarks their CSV files
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,16 +18,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TAIL_LINES = 12
+GRACE_SECONDS = 20  # from Ctrl-C until a step that does not stop is killed
 
 
 def steps(output: Path, python: str, data_dir: str | None) -> list[tuple[str, float, list[str]]]:
     """(name, largest share of the remaining time, command) in the order of importance."""
     bench, common = str(ROOT / "benchmarks"), ["--device", "cuda", "--output", str(output)]
     low = ["--dtype", "float16,float32"]
+    spread = ["-n", "auto", "--maxprocesses", "16", "--dist", "worksteal"]  # Triton's compiler takes most of the time
     plan = [
         ("build", 0.4, [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]),
         ("checks", 0.4, [python, "-m", "cxv_kernels"]),
-        ("tests", 0.4, [python, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "ops")]),
+        ("tests", 0.4, [python, "-m", "pytest", "-m", "gpu", *spread, str(ROOT / "tests" / "ops")]),
         ("attn_mem", 0.4, [python, f"{bench}/attn_mem.py", *common, *low]),
         ("model_step", 0.5, [python, f"{bench}/model_step.py", *common, "--models", "cpv-5/4", *low]),
         ("attn_speed", 0.9, [python, f"{bench}/attn_speed.py", *common, *low]),
@@ -36,21 +40,36 @@ def steps(output: Path, python: str, data_dir: str | None) -> list[tuple[str, fl
     return plan
 
 
+def architectures(python: str) -> str:
+    """setup.py's default and this machine's GPUs: their driver would compile the PTX for a minute at the first call."""
+    code = "import torch as t\nfor i in range(t.cuda.device_count()): print('%d.%d' % t.cuda.get_device_capability(i))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.split()
+    return ";".join(["7.5+PTX", *sorted({*found} - {"7.5"})])
+
+
 def run(name: str, command: Sequence[str], seconds: float, output: Path) -> str:
-    """Run one step; its outcome in words. SIGTERM lets a training run save its state."""
+    """Run one step; its outcome in words.
+
+    A step that is late gets Ctrl-C: then pytest lists its failures and a training run saves its state. What is left of
+    it, also compilers and test processes, is killed, because it would disturb the measurements of the next steps.
+    """
+    environment = os.environ | {"CXV_TEST_GPU": "1", "PYTHONUNBUFFERED": "1"}  # the log of a killed step is complete
     with (output / f"{name}.log").open("w") as log:
-        environment = os.environ | {"CXV_TEST_GPU": "1"}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        streams = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **streams, cwd=ROOT, env=environment, start_new_session=True)
         try:
             status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
+            if isinstance(reason, KeyboardInterrupt):
+                raise
             return "stopped at its time limit"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return "ok" if status == 0 else f"exit status {status}"
 
 
@@ -62,8 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-build", action="store_true", help="use the installed kernels")
     parser.add_argument("--data-dir", help="CIFAR-10 as train/CLASS/… and test/CLASS/…: train with the remaining time")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the steps
     arguments.output.mkdir(parents=True, exist_ok=True)
     output, start, outcomes = arguments.output.resolve(), time.monotonic(), []
+    if not arguments.no_build:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(sys.executable))
+        os.environ.setdefault("NVCC_APPEND_FLAGS", "--threads 0")  # compiles the architectures side by side
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # Triton's kernels need no build
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for name, share, command in steps(output, sys.executable, arguments.data_dir):
         if name == "build" and arguments.no_build:
             continue

@@ -52,7 +52,7 @@ class Card:
 # sm_75: Triton has no tensor cores there, so only the ops that multiply no matrices are supported.
 CARDS = {
     75: Card(32, 16, 64 << 10, 64 << 10, 0),
-    80: Card(64, 32, 164 << 10, 163 << 10, 1 << 10),
+    80: Card(64, 32, 164 << 10, 99 << 10, 1 << 10),  # a block's limit is that of sm_86, sm_89 and sm_120
     90: Card(64, 32, 228 << 10, 227 << 10, 1 << 10),
 }
 

@@ -289,6 +289,18 @@ class TestNumerics:
         for name, got, want in zip(("dq", "dk", "dv"), results[1:4], wants, strict=True):
             assert_close(name, got, want, torch.float16)
 
+    @pytest.mark.parametrize("scales", [(1, 1e-40), (1e-40, 1)], ids=["gradients", "values"])
+    def test_subnormal_numbers(self, sm75, feature_map, scales):
+        """The reciprocal of less than 2⁻¹²⁸ is no float32. A saturated loss has such gradients."""
+        q, k, v, g = (make((1, 1, 20, c), torch.float32, i) for i, c in enumerate((12, 12, 5, 5)))
+        v, g, projection = v * scales[0], g * scales[1], projection_for(feature_map, 12)
+        results = run(sm75, feature_map, q, k, v, g, projection)
+        inputs = [t.double().requires_grad_() for t in (q, k, v)]
+        want = reference(feature_map, *inputs, projection)
+        wants = want, *torch.autograd.grad(want, inputs, g.double())
+        for got, expected in zip(results, wants, strict=False):
+            assert ((got - expected).abs() <= 1e-37 + 1e-5 * expected.abs().max()).all()
+
     @pytest.mark.parametrize("size", [1, 30])
     def test_the_state_of_a_million_keys(self, sm75, feature_map, size):
         """64 keys as if each came 16,384 times, |q| and |k| up to 30: the state is so many times theirs (its logarithm

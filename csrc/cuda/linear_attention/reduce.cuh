@@ -190,7 +190,9 @@ __global__ void __launch_bounds__(PackShape<P>::kThreads, 1)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < Shape::kThreads / 32; ++i) largest = fmaxf(largest, maxima[i]);
-  const float scale = largest > 0 && largest < INFINITY ? exp2f(ceilf(log2f(largest))) : 1.f, inverse = 1 / scale;
+  // Subnormal numbers count as 0: their scale has no finite reciprocal.
+  const float scale = largest >= 0x1p-126f && largest < INFINITY ? exp2f(ceilf(log2f(largest))) : 1.f;
+  const float inverse = 1 / scale;
 
   T* rows = static_cast<T*>(p.rows) + head * padded * P;
   const float none = kExponential<map> ? -INFINITY : 0.f;

@@ -30,17 +30,17 @@ class Params:
     """
 
     def __init__(self, **values: Any) -> None:
-        self.values, self.text = values, str(values)
         feature_map = values.get("MAP")
         groups = {
             "LOG_WEIGHTS": feature_map in ("exact", "elu_exact", "softmax"),
             "PLUS_EPS": feature_map in ("favor", "favor_relu"),
             "MINUS_NORM": feature_map in ("favor", "exact"),
         }
+        self.values, self.text = values, str(values | groups)
         for name, value in (values | groups).items():  # Triton 3.6 needs constexpr, the interpreter the values
             setattr(self, name, value if _triton.interpreting() else tl.constexpr(value))
 
-    def __repr__(self) -> str:  # a part of Triton's cache keys
+    def __repr__(self) -> str:  # a part of Triton's cache keys, also on disk: all that kernels read
         return self.text
 
     def __eq__(self, other: object) -> bool:
