@@ -252,7 +252,8 @@ def test_a_kill_between_best_and_last_goes_on_from_best(tmp_path, monkeypatch, m
     output, write = tmp_path / "a", trainer_module.atomic_write
 
     def dying(path, *args):
-        if path.name == "last.pt" and (output / "best.pt").exists() and read_checkpoint(output / "best.pt")["epoch"] == 2:
+        best = output / "best.pt"
+        if path.name == "last.pt" and best.exists() and read_checkpoint(best)["epoch"] == 2:
             cut_power()
         write(path, *args)
 
