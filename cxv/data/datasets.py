@@ -316,9 +316,7 @@ def _file_sources(root: Path, names: dict[str, str], listings: dict[str, Listing
         return Decoding(classes, shape, _decoded(split, paths, labels, preprocessing, request))
 
     return [
-        Source(
-            split, preprocessing, root, _version(paths, root, [classes, labels.tolist()]), partial(decoding, split), paths
-        )
+        Source(split, preprocessing, root, _version(paths, root, classes, labels), partial(decoding, split), paths)
         for split, (paths, labels) in chosen.items()
     ]
 
@@ -370,9 +368,10 @@ def _typical_side(paths: list[Path], request: Request) -> int:
     return side
 
 
-def _version(paths: list[Path], root: Path, labels: Any = None) -> str:
-    """Return a digest of the files and of ``labels``, which a CSV file can change without the files."""
-    digest = hashlib.sha256(json.dumps(labels).encode())
+def _version(paths: list[Path], root: Path, classes: Sequence[str] = (), labels: Tensor | None = None) -> str:
+    """Return a digest of the files, the classes and the labels, which a CSV file can change without the files."""
+    numbers = None if labels is None else labels.tolist()
+    digest = hashlib.sha256(json.dumps([list(classes), numbers]).encode())
     for path in paths:
         facts: tuple[int, ...] = ()
         with suppress(OSError):  # a broken link: decoding reports it
