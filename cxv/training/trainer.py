@@ -192,7 +192,8 @@ class Trainer:
                 f"`resume`: the run in {self.output} has the classes {listed(saved['classes'])}, the data "
                 f"has {listed(classes)}"
             )
-        changed = [split for split, value in self.fingerprint.items() if saved["data_fingerprint"][split] != value]
+        before = saved["data_fingerprint"]  # a split can be new or gone: the validation images select the best epoch
+        changed = [s for s in (self.fingerprint | before) if self.fingerprint.get(s) != before.get(s)]
         if changed:
             raise InputError(
                 f"`resume`: the {' and the '.join(changed)} images of {self.config.data} are not those that the run "
