@@ -227,8 +227,11 @@ class Trainer:
             with torch.no_grad(), self.autocast():
                 self.model.eval()(torch.zeros(1, *shape, device=self.device))
         except REFUSALS as error:
-            size = "×".join(map(str, shape))
-            raise InputError(f"`model` {self.config.model}: refuses an image of {size}: {first_line(error)}") from error
+            size, side = "×".join(map(str, shape)), min(image_size(self.data.img_size))
+            hint = f"; `progressive` {side}:{self.config.epochs} keeps one size" if min(shape[1:]) != side else ""
+            raise InputError(
+                f"`model` {self.config.model}: refuses an image of {size}: {first_line(error)}{hint}"
+            ) from error
         self.model.train()
 
     def _restore(self, saved: dict[str, Any]) -> None:
