@@ -376,15 +376,19 @@ def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
     table = Table(header, left=2)
     by_model = sorted(rows, key=lambda row: row.name.partition("/")[0])  # runs of parts add rows in any order
     for eager in [row for row in by_model if (row.section, row.implementation) == (section, "eager")]:
-        head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
-        if eager.status != "ok":
-            table.rows.append([*head, reason(eager)])
-            continue
-        mode = "training" if eager.variant == "training" else "forward"
         same = {key: getattr(eager, key) for key in ("section", "name", "dtype", "variant", "batch", "size")}
         found = [find(rows, implementation=implementation, **same) for implementation in others]
-        times = [spread(getattr(eager, f"{mode}_ms"), getattr(eager, f"{mode}_iqr_ms"))]
-        times += [ratio(row, eager, f"{mode}_ms") if row else "" for row in found]
-        peaks = [mb(eager.peak_bytes), *(relative(row, eager, "peak_bytes", 2) if row else "" for row in found)]
-        table.rows.append([*head, *times, *peaks])
+        head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
+        table.rows.append([*head, *_compared(eager, found, "training" if eager.variant == "training" else "forward")])
     return table
+
+
+def _compared(eager: Row, others: Sequence[Row | None], mode: str) -> list[str]:
+    """Times and peaks as multiples of the eager code's; as numbers with units if that has none."""
+    time, peak = f"{mode}_ms", "peak_bytes"
+    if eager.status != "ok":
+        times = [f"{ms(getattr(row, time))} ms" if row else "" for row in others]
+        return [reason(eager), *times, "", *(f"{mb(row.peak_bytes)} MB" if row else "" for row in others)]
+    times = [ratio(row, eager, time) if row else "" for row in others]
+    peaks = [relative(row, eager, peak, 2) if row else "" for row in others]
+    return [spread(getattr(eager, time), getattr(eager, f"{mode}_iqr_ms")), *times, mb(eager.peak_bytes), *peaks]
