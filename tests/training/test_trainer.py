@@ -475,7 +475,7 @@ def test_model_that_refuses_an_image_writes_nothing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"`model` cpv-1/2: refuses an image of 1×8×8: a kernel's many words$"):
         run(tmp_path / "a")
     fixed = {"recipe": "modern", "model": "hybrid-vip-1/2", "epochs": 3, "sgd_epochs": None}
-    with pytest.raises(InputError, match="refuses an image of 1×4×4: .*; `progressive` 8:3 keeps one size"):
+    with pytest.raises(InputError, match=r"refuses an image of 1×4×4: .*; `progressive` 8:3 keeps one size"):
         run(tmp_path / "a", **fixed)
     assert not (tmp_path / "a").exists()
 
