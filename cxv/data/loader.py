@@ -324,9 +324,10 @@ def _match_classes(data: Data, classes: list[str], log: Callable[[str], None]) -
         return data
     missing = [name for name in classes if name not in data.classes]
     order = [name for name in classes if name in data.classes]
-    what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
+    absent = f" (not {listed(missing)})" if missing else ""
+    what = f"{len(order)} of the model's {len(classes)} classes{absent}"
     what += " in another order" if order != data.classes else ""
-    log(f"{data.name}: the images have {what.strip()}; classes are matched by name")
+    log(f"{data.name}: the images have {what}; classes are matched by name")
     label = torch.tensor([classes.index(name) for name in data.classes])
     splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
     return replace(data, classes=classes, splits=splits)
