@@ -70,9 +70,10 @@ def gb(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / 1e9:.3f}" if nbytes < 1e9 else f"{nbytes / 1e9:.2f}"
 
 
-def spread(median: float | None, iqr: float | None) -> str:
-    """The median with its interquartile range."""
-    return "" if median is None else f"{ms(median)} ±{ms(iqr)}"
+def spread(row: Row, column: str) -> str:
+    """The median of a time with its interquartile range, which a single measurement does not have."""
+    median, iqr = getattr(row, f"{column}_ms"), getattr(row, f"{column}_iqr_ms")
+    return ms(median) if median is None or row.repeats == 1 else f"{ms(median)} ±{ms(iqr)}"
 
 
 def ratio(row: Row, baseline: Row | None, column: str) -> str:
@@ -235,8 +236,8 @@ def op_times(rows: Sequence[Row]) -> Table:
 
     def cells(row: Row) -> list[str]:
         baseline = baseline_of(rows, row)
-        times = [spread(row.forward_ms, row.forward_iqr_ms), ratio(row, baseline, "forward_ms")]
-        times += [spread(row.training_ms, row.training_iqr_ms), ratio(row, baseline, "training_ms")]
+        times = [spread(row, "forward"), ratio(row, baseline, "forward_ms")]
+        times += [spread(row, "training"), ratio(row, baseline, "training_ms")]
         return [*times, mb(row.saved_bytes), mb(row.peak_bytes), error(row)]
 
     return section_table([row for row in rows if row.section == "op"], header, head, cells)
@@ -332,8 +333,8 @@ def step_times(rows: Sequence[Row]) -> Table:
     """The time of a training step in each mode."""
 
     def cells(row: Row) -> list[str]:
-        step = spread(row.training_ms, row.training_iqr_ms)
-        return [step, ratio(row, baseline_of(rows, row), "training_ms"), f"{1e3 * row.batch / row.training_ms:,.1f}"]
+        step = [spread(row, "training"), ratio(row, baseline_of(rows, row), "training_ms")]
+        return [*step, f"{1e3 * row.batch / row.training_ms:,.1f}"]
 
     header = ["model", "dtype", "mode", "step, ms", "ratio", "images/s"]
     return section_table([row for row in rows if row.section == "time"], header, _step, cells)
@@ -391,4 +392,4 @@ def _compared(eager: Row, others: Sequence[Row | None], mode: str) -> list[str]:
         return [reason(eager), *times, "", *(f"{mb(row.peak_bytes)} MB" if row else "" for row in others)]
     times = [ratio(row, eager, time) if row else "" for row in others]
     peaks = [relative(row, eager, peak, 2) if row else "" for row in others]
-    return [spread(getattr(eager, time), getattr(eager, f"{mode}_iqr_ms")), *times, mb(eager.peak_bytes), *peaks]
+    return [spread(eager, mode), *times, mb(eager.peak_bytes), *peaks]
