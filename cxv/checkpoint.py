@@ -73,16 +73,17 @@ def atomic_write(path: str | Path, content: bytes | memoryview, previous: str | 
         if previous is not None and path.exists():
             os.replace(path, previous)  # after a kill here there is no ``path``, and its readers use ``previous``
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name is on the disk once its directory is
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
     except OSError as error:
         with suppress(OSError):  # half a file only fills the disk more
             temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    # The new name is on the disk once its directory is. Some network and shared folders cannot synchronize a directory.
+    with suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -203,20 +204,30 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def read_last(output: str | Path) -> tuple[dict[str, Any], str | None]:
     """Read the checkpoint from which a run continues: ``last.pt``, or ``previous.pt`` if ``last.pt`` is unreadable.
 
+    An epoch that is the best is written to ``best.pt`` first. If the process was killed before it wrote ``last.pt``,
+    the run continues from ``best.pt``: another computation of this epoch could have another result on a GPU.
+
     Returns:
-        The checkpoint, and the reason why it is the previous one, or None.
+        The checkpoint, and the reason why it is not ``last.pt``, or None.
 
     Raises:
         InputError: If neither can be read. The message is about ``last.pt``.
     """
-    output = Path(output)
+    output, reason = Path(output), None
     try:
-        return read_checkpoint(output / LAST), None
+        saved = read_checkpoint(output / LAST)
     except InputError as error:
+        reason = str(error)
         try:
-            return read_checkpoint(output / PREVIOUS), str(error)
+            saved = read_checkpoint(output / PREVIOUS)
         except InputError:
             raise error from None
+    with suppress(InputError):
+        best = read_checkpoint(output / BEST)
+        if best["epoch"] > saved["epoch"] and best["args"] == saved["args"]:
+            reason = reason or f"{output / LAST} was not written after epoch {best['epoch']}"
+            return best, f"{reason}; going on from {BEST}"
+    return saved, reason and f"{reason}; going on from {PREVIOUS}, which is one save older"
 
 
 def pretrained_models() -> list[str]:
@@ -236,20 +247,21 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     """Return the checkpoint file for ``path``: a file, a directory with one, or the name of a pretrained model.
 
     Raises:
-        InputError: If ``path`` is none of them, or ``which`` is neither ``"best"`` nor ``"last"``.
+        InputError: If ``path`` is none of them, ``which`` is neither ``"best"`` nor ``"last"``, or it is ``"last"``
+            and ``path`` is not the directory of a run.
     """
     if which not in ("best", "last"):
         raise InputError(f"which: expected best or last, got {which!r}")
     path = Path(path)
-    if not path.exists():
-        if path.as_posix().lower() in pretrained_models():
-            return find_pretrained(path.as_posix())
-        models = ", ".join(pretrained_models()) or "none"
-        raise InputError(f"{path}: no such file or directory; pretrained models: {models}")
-    if not path.is_dir():
-        return path
-    found = path / f"{which}.pt"
-    return found if found.exists() or not (path / SAFETENSORS).exists() else path / SAFETENSORS
+    if path.is_dir():
+        found, shared = path / f"{which}.pt", path / SAFETENSORS
+        return shared if which == "best" and shared.exists() and not found.exists() else found
+    models = pretrained_models()
+    if not path.exists() and path.as_posix().lower() not in models:
+        raise InputError(f"{path}: no such file or directory; pretrained models: {', '.join(models) or 'none'}")
+    if which == "last":
+        raise InputError(f"`which`: last is an epoch of a run, and {path} is not the directory of one")
+    return path if path.exists() else find_pretrained(path.as_posix())
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -54,7 +54,8 @@ def _clear(folder: Path, paths: list[Path]) -> None:
                     if path.exists():
                         count, size = count + 1, size + path.stat().st_size
                         path.unlink()
-                lock.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows deletes it with the lock
+                    lock.unlink(missing_ok=True)
         except Timeout:
             busy += 1
     note = f"; another process writes {busy}, which are kept" if busy else ""

@@ -53,9 +53,12 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"cannot write {file}: {Path(file).parent} is not a directory")
     if args.report is not None:
         check_report(args.report)
+    split = SPLITS[args.split]
+    if args.limit_test is not None and split != "test":
+        raise InputError(f"`limit_test`: for the test images alone, and --split is {args.split}")
     device = pick_device(args.device)
     model, checkpoint = open_checkpoint(args, device, args.fused)
-    run, split = checkpoint["args"], SPLITS[args.split]
+    run = checkpoint["args"]
     data = load_run_data(args, checkpoint, split)
     precision = args.precision or run["precision"]
     if precision == "fp16" and args.precision is None and device.type != "cuda":

@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
     if args.int8 and args.format != "onnx":
         raise InputError(f"--int8: written with --format onnx alone, got {args.format}")
     if args.format == "safetensors":
+        for name in ("fused", "data", "data_dir", "threads"):
+            if getattr(args, name) is not None:
+                raise InputError(f"`{name}`: not for --format safetensors, which copies the weights as they are")
         save_safetensors(args.checkpoint, args.out, which=args.which)
         print(f"{args.out}: the weights, and what cxv.create_model(…, checkpoint={args.out!r}) needs")
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..training.config import OPTIONS, Check, described
 
-_OTHER_ARGUMENTS = ("format", "report")  # arguments of the library that errors name, besides those of TrainConfig
+_OTHER_ARGUMENTS = ("format", "report", "which")  # others that errors of the library name
 
 
 def cli_flag(name: str) -> str:

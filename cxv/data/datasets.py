@@ -123,9 +123,7 @@ def cifar_sources(name: str, data_dir: str | Path, request: Request) -> list[Sou
     }
     if not all(path.is_file() for paths in files.values() for path in paths):
         load(splits[0])
-    return [
-        Source(split, preprocessing, root, _version(files[split], root), partial(decoding, split)) for split in splits
-    ]
+    return [Source(split, preprocessing, root, _version(files[split]), partial(decoding, split)) for split in splits]
 
 
 def tiny_imagenet_sources(data_dir: str | Path, request: Request) -> list[Source]:
@@ -316,8 +314,8 @@ def _file_sources(root: Path, names: dict[str, str], listings: dict[str, Listing
         return Decoding(classes, shape, _decoded(split, paths, labels, preprocessing, request))
 
     return [
-        Source(split, preprocessing, root, _version(paths, root, classes), partial(decoding, split), paths)
-        for split, (paths, _) in chosen.items()
+        Source(split, preprocessing, root, _version(paths, classes, labels), partial(decoding, split), paths)
+        for split, (paths, labels) in chosen.items()
     ]
 
 
@@ -368,14 +366,16 @@ def _typical_side(paths: list[Path], request: Request) -> int:
     return side
 
 
-def _version(paths: list[Path], root: Path, classes: Sequence[str] = ()) -> str:
-    digest = hashlib.sha256(json.dumps(list(classes)).encode())
+def _version(paths: list[Path], classes: Sequence[str] = (), labels: Tensor | None = None) -> str:
+    """Return a digest of the files, the classes and the labels, which a CSV file can change without the files."""
+    numbers = None if labels is None else labels.tolist()
+    digest = hashlib.sha256(json.dumps([list(classes), numbers]).encode())
     for path in paths:
         facts: tuple[int, ...] = ()
         with suppress(OSError):  # a broken link: decoding reports it
             stat = path.stat()
             facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        digest.update(os.fsencode(os.path.relpath(path, root)) + f"\0{facts}\0".encode())
+        digest.update(os.fsencode(os.path.abspath(path)) + f"\0{facts}\0".encode())
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from cxv_kernels.validation import python_numbers
 from ..errors import InputError, listed, need
 from .cache import cache_folder, check_memory, crc, decode
 from .datasets import Request, cifar_sources, folder_sources, stratified_order, tiny_imagenet_sources
-from .decode import MEAN, STD, Preprocessing, normalize, pixel_limit
+from .decode import MEAN, STD, Preprocessing, normalize, pixel_limit, register_heif
 from .scan import SPLITS
 
 if TYPE_CHECKING:
@@ -193,7 +193,8 @@ def load_data(
             those of the dataset.
         divide: Divide a folder without splits. With False, all of its images are used for each of ``splits``.
         cache_dir: Directory of the cache, see :mod:`cxv.data.cache`. ``"none"`` decodes into memory.
-        normalization: ``mean`` and ``std`` of pixels in [0, 1]. Default: those of the paper for this dataset.
+        normalization: ``mean`` and ``std`` of pixels in [0, 1]. Default: those of the paper for this dataset; 0.5 and
+            0.5 for gray images.
         log: Function that receives log lines about the files, the cache and skipped images. Default: print them.
 
     Returns:
@@ -206,8 +207,9 @@ def load_data(
     counts = {"limit_train": limit_train, "limit_test": limit_test, "max_pixels": max_pixels}
     _check_arguments(name, on_corrupt, splits, validation, in_chans, counts)
     log = log or (lambda line: print(line, flush=True))
-    normalization = normalization or (TINY_IMAGENET if name == "tiny-imagenet" else {"mean": MEAN, "std": STD})
     channels = in_chans or (1 if name == "digits" else 3)
+    own = TINY_IMAGENET if (name, channels) == ("tiny-imagenet", 3) else {"mean": MEAN, "std": STD}
+    normalization = normalization or own
     preprocessing = Preprocessing(img_size, channels, resize, interpolation, background, white_level, **normalization)
     if limit_train is not None and validation is not None:
         limit_train += round(validation if validation >= 1 else limit_train * validation / (1 - validation))
@@ -226,7 +228,8 @@ def load_data(
         data = _digits(request)
     else:
         with pixel_limit(max_pixels):
-            data = _load_files(name, data_dir, labels, cache_dir, request)
+            reader = f" {max_pixels} {register_heif()}" if on_corrupt == "skip" else ""  # they decide what is skipped
+            data = _load_files(name, data_dir, labels, cache_dir, request, f"{name} {on_corrupt}{reader}")
     if validation is not None:
         data = _hold_out(data, validation, seed)
     kept = {k: v for k, v in data.splits.items() if k in splits or (k == VALIDATION and "train" in splits)}
@@ -321,16 +324,19 @@ def _match_classes(data: Data, classes: list[str], log: Callable[[str], None]) -
         return data
     missing = [name for name in classes if name not in data.classes]
     order = [name for name in classes if name in data.classes]
-    what = f"{len(order)} of the model's {len(classes)} classes (not {listed(missing)})" if missing else ""
+    absent = f" (not {listed(missing)})" if missing else ""
+    what = f"{len(order)} of the model's {len(classes)} classes{absent}"
     what += " in another order" if order != data.classes else ""
-    log(f"{data.name}: the images have {what.strip()}; classes are matched by name")
+    log(f"{data.name}: the images have {what}; classes are matched by name")
     label = torch.tensor([classes.index(name) for name in data.classes])
     splits = {k: replace(v, labels=label[v.labels], _fingerprint=None) for k, v in data.splits.items()}
     return replace(data, classes=classes, splits=splits)
 
 
-def _load_files(name: str, data_dir: str | None, labels: str | None, cache_dir: Any, request: Request) -> Data:
-    """Decode a dataset, or read it from the cache, without the images that cannot be decoded."""
+def _load_files(
+    name: str, data_dir: str | None, labels: str | None, cache_dir: Any, request: Request, variant: str
+) -> Data:
+    """Decode a dataset, or read its ``variant`` from the cache, without the images that cannot be decoded."""
     splits, folder = {}, cache_folder(cache_dir, request.log)
     if name == "folder":
         sources = folder_sources(data_dir, labels, request)
@@ -340,8 +346,8 @@ def _load_files(name: str, data_dir: str | None, labels: str | None, cache_dir: 
         sources = cifar_sources(name, data_dir or "data", request)
     for source in sources:
         limit = request.limits.get(source.split)
-        variant = f"{name} {request.on_corrupt}" + ("" if limit is None else f" limit {limit} seed {request.seed}")
-        decoded = decode(source, variant, folder, request.log)
+        limited = "" if limit is None else f" limit {limit} seed {request.seed}"
+        decoded = decode(source, variant + limited, folder, request.log)
         good = decoded.labels >= 0
         own = decoded.labels[good]
         skipped = [str(source.paths[i]) for i in (~good).nonzero().flatten().tolist()]

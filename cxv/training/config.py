@@ -15,7 +15,7 @@ import torch
 
 from cxv_kernels.validation import to_numbers
 
-from ..checkpoint import BEST, LAST, PREVIOUS, read_last
+from ..checkpoint import BEST, LAST, PREVIOUS, pretrained_models, read_last
 from ..data.augment import NUM_BINS, default_stages
 from ..data.cache import NONE as NO_CACHE
 from ..data.decode import RESIZE
@@ -438,11 +438,10 @@ def fit_to_data(config: TrainConfig, img_size: int | tuple[int, int], num_images
     config.img_size, side = img_size, min(image_size(img_size))
     if config.recipe == "modern":
         steps = config.epochs * math.ceil(num_images / (config.batch_size * config.accumulate))
-        derived = {
-            "progressive": default_stages(side, config.epochs),
-            "random_crop": max(1, side // 8),
-            "ema_decay": min(0.999, max(0.5, 1 - 20 / steps)),
-        }
+        derived: dict[str, Any] = {"random_crop": max(1, side // 8)}
+        if config.optimizer != "dualopt" and not config.post_train:  # these two need a single phase
+            derived["progressive"] = default_stages(side, config.epochs)
+            derived["ema_decay"] = min(0.999, max(0.5, 1 - 20 / steps))
         for name, value in derived.items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
@@ -462,7 +461,10 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def _stored(name: str, value: Any) -> Any:
-    return str(Path(value).absolute()) if name in _PATHS and value not in (None, NO_CACHE) else value
+    is_path = name in _PATHS and value not in (None, NO_CACHE)
+    if name == "init" and is_path:  # the name of a pretrained model stays a name
+        is_path = Path(value).exists() or value.lower() not in pretrained_models()
+    return str(Path(value).absolute()) if is_path else value
 
 
 def _located(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -496,6 +498,8 @@ def _with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
         full.setdefault("sgd_lr", 1e-3)
     else:  # of a recipe
         full = {k: v for k, v in full.items() if k not in ("sgd_epochs", "sgd_lr") or k in arguments}
+    if full["optimizer"] == "sgd" and "weight_decay" not in arguments:
+        full.pop("weight_decay", None)
     if recipe == "paper-augmented" and "rand_augment" not in arguments:
         full["rand_augment"] = RAND_AUGMENT.get(str(full["model"]).lower().split("-")[0])
         if full["rand_augment"] is None:

@@ -100,7 +100,9 @@ def make_scheduler(
     """
     if config.schedule == "constant":
         return None
-    warmup = None if config.warmup_epochs is None else round(config.warmup_epochs * (steps // config.epochs))
+    warmup = config.warmup_epochs
+    if warmup is not None:
+        warmup = min(round(warmup * (steps // config.epochs)), steps - 1)  # the last step is after the peak
     if config.schedule == "onecycle":
         options = {} if warmup is None else {"pct_start": warmup / steps}
         scheduler: LRScheduler = OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps, **options)

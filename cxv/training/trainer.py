@@ -99,7 +99,8 @@ def train(config: TrainConfig, log: Callable[[str], None] | None = None, start: 
 
     In torch's default process group (:func:`cxv.training.distributed.process_group`) all processes train one model
     together: each computes its shard of every batch, and the main process writes the files. The result equals that of
-    one process with the same batches, up to rounding.
+    one process with the same batches, up to rounding. Batch norms, PyTorch's dropout, MixUp and CutMix are exceptions,
+    because they work on the images of one process.
 
     Args:
         config: The arguments of the run.
@@ -191,7 +192,8 @@ class Trainer:
                 f"`resume`: the run in {self.output} has the classes {listed(saved['classes'])}, the data "
                 f"has {listed(classes)}"
             )
-        changed = [split for split, value in self.fingerprint.items() if saved["data_fingerprint"][split] != value]
+        before = saved["data_fingerprint"]  # a split can be new or gone: the validation images select the best epoch
+        changed = [s for s in (self.fingerprint | before) if self.fingerprint.get(s) != before.get(s)]
         if changed:
             raise InputError(
                 f"`resume`: the {' and the '.join(changed)} images of {self.config.data} are not those that the run "
@@ -225,15 +227,17 @@ class Trainer:
             with torch.no_grad(), self.autocast():
                 self.model.eval()(torch.zeros(1, *shape, device=self.device))
         except REFUSALS as error:
-            size = "×".join(map(str, shape))
-            raise InputError(f"`model` {self.config.model}: refuses an image of {size}: {first_line(error)}") from error
+            size, side = "×".join(map(str, shape)), min(image_size(self.data.img_size))
+            hint = f"; `progressive` {side}:{self.config.epochs} keeps one size" if min(shape[1:]) != side else ""
+            raise InputError(
+                f"`model` {self.config.model}: refuses an image of {size}: {first_line(error)}{hint}"
+            ) from error
         self.model.train()
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         with self.world.sync_errors():
-            path = self.output / (LAST if self._fallback is None else PREVIOUS)
-            load_weights_state(self.model, self.average, saved, path)
+            load_weights_state(self.model, self.average, saved, self.output)
         self.opt.load_state_dict(saved["optimizer"])
         self.engine.scaler.load_state_dict(saved["scaler"])
         self.engine.sampler.set_state(saved["sampler"])
@@ -270,7 +274,7 @@ class Trainer:
     def _begin_resumed(self) -> None:
         opt, log = self.opt, self.log
         if self._fallback is not None:
-            log(f"{self._fallback}; going on from {PREVIOUS}, which is one save older")
+            log(self._fallback)
         log(f"resumed after epoch {_progress(opt.epoch, self.resume_state)}, in the {NAMES[opt.phase]} phase")
         if opt.phase != self._saved_phase:  # a changed cap ends the phase here
             self._log_switch()

@@ -180,3 +180,10 @@ def test_eval_of_another_split(capsys, tmp_path):
     row = json.loads((output / "metrics.jsonl").read_text())
     out = call(capsys, "eval", "--checkpoint", output, "--split", "val")[1]
     assert f"on the validation images of digits: top-1 {row['validation_top1']:.2f} %" in out
+    refused = call(capsys, "eval", "--checkpoint", output, "--split", "val", "--limit-test", 5)
+    assert_error(refused, "--limit-test", "--split is val")
+    refused = call(capsys, "eval", "--checkpoint", output / "best.pt", "--which", "last")
+    assert_error(refused, "--which: last", "not the directory of one")
+    args = ("export", "--checkpoint", output, "--format", "safetensors", tmp_path / "a.safetensors")
+    for flag in ("--no-fused", "--data=digits", "--data-dir=.", "--threads=1"):
+        assert_error(call(capsys, *args, flag), flag.partition("=")[0].replace("no-", ""), "--format safetensors")

@@ -191,6 +191,27 @@ def test_cache_remembers_skipped_images(folder, cache):
         load(folder, cache)
 
 
+def test_new_labels_of_the_same_files_are_noticed(folder, cache):
+    """A CSV file can give an image another class without a change of the image."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))[:4]
+
+    def load_labels(labels):
+        rows = [f"{path},{label},train" for path, label in zip(paths, labels, strict=True)]
+        (folder / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+        data = load_data(labels=folder / "labels.csv", splits=("train",), cache_dir=cache, img_size=8, log=str)
+        return [data.classes[label] for label in data.train.labels]
+
+    assert load_labels("abab") == list("abab")
+    assert load_labels("bbaa") == list("bbaa")
+
+
+def test_a_larger_limit_of_pixels_brings_skipped_images_back(folder, cache):
+    write_image(folder / "train" / "bee" / "large.png", size=(40, 40))
+    skip = {"on_corrupt": "skip", "img_size": 8}
+    assert len(load(folder, cache, max_pixels=1000, **skip)[0].train) == 12
+    assert len(load(folder, cache, max_pixels=2000, **skip)[0].train) == 13
+
+
 _LOAD = """
 import os, sys, time
 from cxv.data import Preprocessing

@@ -15,7 +15,7 @@ from conftest import write_image
 from PIL import Image
 
 from cxv.cli import main
-from cxv.data import Preprocessing, decode_image
+from cxv.data import Preprocessing, batches, decode_image
 from cxv.data import cache as cache_module
 from cxv.data import datasets as datasets_module
 from cxv.data.loader import TINY_IMAGENET, load_data
@@ -272,6 +272,8 @@ def test_tiny_imagenet_takes_val_by_its_annotations_as_test(tiny):
     gray = data.train.images[2]
     assert torch.equal(gray[0], gray[1])
     assert data.normalization == TINY_IMAGENET
+    one = load_data("tiny-imagenet", tiny, in_chans=1)
+    assert next(batches(one.test, 2))[0].shape == (2, 1, 64, 64)
     assert load_data("tiny-imagenet", root, limit_train=3).train.labels.tolist() == [0, 1, 2]
 
 

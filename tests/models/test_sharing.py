@@ -493,6 +493,8 @@ def test_which_weights(saved, run, tmp_path):
     for source, which, message in (
         (saved[0], "last", "which: chooses among the weights of a run"),
         (run, "x", "which: expected best or last, got 'x'"),
+        (run / "best.pt", "last", "`which`: last is an epoch of a run"),
+        ("cltv-5/4", "last", "`which`: last is an epoch of a run"),
     ):
         with pytest.raises(InputError, match=message):
             cxv.save_safetensors(source, tmp_path / "a.safetensors", which=which)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import AUGMENTED, TINY, Probe, assert_same_run, before_batch, curve, resume, run
+from training_support import AUGMENTED, TINY, Probe, assert_same_run, before_batch, curve, cut_power, resume, run
 
 import cxv
 from cxv.checkpoint import read_checkpoint
@@ -176,6 +176,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_previous_one(augmented, tmp
     output = tmp_path / "a"
     shutil.copytree(augmented[0], output)
     path = output / "last.pt"
+    (output / "best.pt").unlink()  # which is not older than last.pt here
     content = bytearray(path.read_bytes())
     if damage == "bit":
         weights = max(read_checkpoint(path)["model"].values(), key=torch.numel)
@@ -243,6 +244,32 @@ def test_kill_9_at_every_step_of_every_write(tmp_path):
         assert_same_run(output, tmp_path / "whole")
         assert not list(output.glob(".*.tmp")), number
     assert resumed == len(fatal) - 2
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["last is older", "last is previous"])
+def test_a_kill_between_best_and_last_goes_on_from_best(tmp_path, monkeypatch, moved):
+    """A GPU can compute the epoch again with another result, which ``best.pt`` must not contradict."""
+    output, write = tmp_path / "a", trainer_module.atomic_write
+
+    def dying(path, *args):
+        best = output / "best.pt"
+        if path.name == "last.pt" and best.exists() and read_checkpoint(best)["epoch"] == 2:
+            cut_power()
+        write(path, *args)
+
+    monkeypatch.setattr(trainer_module, "atomic_write", dying)
+    with pytest.raises(RuntimeError, match="power"):
+        run(output, lr=1e-9)  # each epoch has the same top-1, and is the best
+    monkeypatch.undo()
+    assert read_checkpoint(output / "last.pt")["epoch"] == 1
+    if moved:
+        (output / "last.pt").rename(output / "previous.pt")
+    _, log = resume(output)
+    reason = ": no such checkpoint" if moved else " was not written after epoch 2"
+    assert f"{output / 'last.pt'}{reason}; going on from best.pt" in log
+    assert "resumed after epoch 2" in log
+    run(tmp_path / "b", lr=1e-9)
+    assert_same_run(output, tmp_path / "b")
 
 
 # kills a run again and again, each time a little later, and goes on with it

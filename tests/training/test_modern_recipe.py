@@ -17,7 +17,7 @@ from cxv.data.augment import Chain, FlipCrop, RandAugment, default_stages, image
 from cxv.models.registry import create_model
 from cxv.training import InputError, TrainConfig, load_model, train
 from cxv.training import engine as engine_module
-from cxv.training.config import fit_to_data, resolve
+from cxv.training.config import fit_to_data, resolve, to_dict
 from cxv.training.optim import make_average, make_scheduler, weight_decay_groups
 
 SGD = {"optimizer": "sgd", "sgd_epochs": None, "epochs": 3, "schedule": "cosine", "warmup_epochs": 0.5}
@@ -147,6 +147,8 @@ def test_schedules_rise_to_the_peak_and_fall():
     assert max(one) == pytest.approx(2.0)
     assert (one[0], one[-1]) == pytest.approx((2 / 25, 2 / 25e4))
     assert max(range(20), key=rates("onecycle", 20, warmup_epochs=11.0).__getitem__) == 10
+    for schedule in ("cosine", "onecycle"):  # a warm-up that rounds up to all steps still leaves one after the peak
+        assert max(rates(schedule, 3, warmup_epochs=2.6)) == pytest.approx(2.0)
 
 
 def test_average_is_the_exponential_moving_average_and_copies_buffers():
@@ -279,6 +281,13 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path, monkeypatch):
         run(tmp_path / "c", **one, init=tmp_path / "a", model="cltv-1/2")
 
 
+def test_init_keeps_the_name_of_a_pretrained_model(tmp_path, monkeypatch):
+    """A run of several seeds reads it again in another directory."""
+    monkeypatch.chdir(tmp_path)
+    assert to_dict(TrainConfig(init="cltv-5/4"))["init"] == "cltv-5/4"
+    assert to_dict(TrainConfig(init="a.pt"))["init"] == str(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("whole", ["modern", "sgd-cosine"], indirect=True)
 def test_resume_of_a_schedule_refuses_more_epochs(whole):
     with pytest.raises(InputError, match="other arguments: `epochs` "):
@@ -302,6 +311,11 @@ def test_modern_recipe_is_a_preset():
     assert (digits.hflip, digits.random_crop, digits.ema_decay) == (False, 1, pytest.approx(0.8))
     assert resolved(recipe="modern", progressive=((8, 4), (16, 3))).epochs == 7
     assert resolved(recipe="modern", epochs=12, lr=0.1, patience=3).patience == 3
+    assert resolved(recipe="modern", optimizer="sgd").weight_decay is None
+    for phases in ({"optimizer": "dualopt"}, {"post_train": True, "rand_augment": (2, 9)}):
+        config = resolved(recipe="modern", data="cifar10", schedule="constant", **phases)
+        fit_to_data(config, 32, 45000)
+        assert (config.random_crop, config.ema_decay, config.progressive) == (4, None, None)
 
 
 def test_defaults_are_the_papers():

@@ -392,6 +392,12 @@ def test_resume_refuses_other_classes_other_images_and_another_models_weights(tm
     rewrite(output, classes=saved["classes"], data_fingerprint={**saved["data_fingerprint"], "test": 1})
     with pytest.raises(InputError, match="the test images of digits are not those"):
         train(again)
+    rewrite(output, data_fingerprint={"train": saved["data_fingerprint"]["train"]})
+    with pytest.raises(InputError, match="the test images of digits are not those"):
+        train(again)
+    rewrite(output, data_fingerprint={**saved["data_fingerprint"], "validation": 1})
+    with pytest.raises(InputError, match="the validation images of digits are not those"):
+        train(again)
     other = cxv.create_model("cpv-1/2", num_classes=10, in_chans=1, img_size=8, embed_dim=8)
     rewrite(output, data_fingerprint=saved["data_fingerprint"], model=other.state_dict())
     with pytest.raises(InputError, match=r"weights of cpv-1/2 in it do not fit CPV: .* tensors differ"):
@@ -468,6 +474,9 @@ def test_model_that_refuses_an_image_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cxv.CPV, "forward", refuse)
     with pytest.raises(InputError, match=r"`model` cpv-1/2: refuses an image of 1×8×8: a kernel's many words$"):
         run(tmp_path / "a")
+    fixed = {"recipe": "modern", "model": "hybrid-vip-1/2", "epochs": 3, "sgd_epochs": None}
+    with pytest.raises(InputError, match=r"refuses an image of 1×4×4: .*; `progressive` 8:3 keeps one size"):
+        run(tmp_path / "a", **fixed)
     assert not (tmp_path / "a").exists()
 
 
