@@ -1,5 +1,5 @@
 // φ of a tile of tokens, and its gradient, for one instruction set. The derivations are in the README.md of
-// cxv_kernels/linear_attention and cxv_kernels/performer_attention. Torch-free.
+// cxv_kernels/ops/linear_attention and cxv_kernels/ops/performer_attention. Torch-free.
 #pragma once
 
 #include <limits>
