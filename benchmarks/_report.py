@@ -70,9 +70,10 @@ def gb(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / 1e9:.3f}" if nbytes < 1e9 else f"{nbytes / 1e9:.2f}"
 
 
-def spread(median: float | None, iqr: float | None) -> str:
-    """The median with its interquartile range."""
-    return "" if median is None else f"{ms(median)} ±{ms(iqr)}"
+def spread(row: Row, column: str) -> str:
+    """The median of a time with its interquartile range, which a single measurement does not have."""
+    median, iqr = getattr(row, f"{column}_ms"), getattr(row, f"{column}_iqr_ms")
+    return ms(median) if median is None or row.repeats == 1 else f"{ms(median)} ±{ms(iqr)}"
 
 
 def ratio(row: Row, baseline: Row | None, column: str) -> str:
@@ -235,8 +236,8 @@ def op_times(rows: Sequence[Row]) -> Table:
 
     def cells(row: Row) -> list[str]:
         baseline = baseline_of(rows, row)
-        times = [spread(row.forward_ms, row.forward_iqr_ms), ratio(row, baseline, "forward_ms")]
-        times += [spread(row.training_ms, row.training_iqr_ms), ratio(row, baseline, "training_ms")]
+        times = [spread(row, "forward"), ratio(row, baseline, "forward_ms")]
+        times += [spread(row, "training"), ratio(row, baseline, "training_ms")]
         return [*times, mb(row.saved_bytes), mb(row.peak_bytes), error(row)]
 
     return section_table([row for row in rows if row.section == "op"], header, head, cells)
@@ -332,8 +333,8 @@ def step_times(rows: Sequence[Row]) -> Table:
     """The time of a training step in each mode."""
 
     def cells(row: Row) -> list[str]:
-        step = spread(row.training_ms, row.training_iqr_ms)
-        return [step, ratio(row, baseline_of(rows, row), "training_ms"), f"{1e3 * row.batch / row.training_ms:,.1f}"]
+        step = [spread(row, "training"), ratio(row, baseline_of(rows, row), "training_ms")]
+        return [*step, f"{1e3 * row.batch / row.training_ms:,.1f}"]
 
     header = ["model", "dtype", "mode", "step, ms", "ratio", "images/s"]
     return section_table([row for row in rows if row.section == "time"], header, _step, cells)
@@ -376,15 +377,19 @@ def _integrations(rows: Sequence[Row], section: str, size: str) -> Table:
     table = Table(header, left=2)
     by_model = sorted(rows, key=lambda row: row.name.partition("/")[0])  # runs of parts add rows in any order
     for eager in [row for row in by_model if (row.section, row.implementation) == (section, "eager")]:
-        head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
-        if eager.status != "ok":
-            table.rows.append([*head, reason(eager)])
-            continue
-        mode = "training" if eager.variant == "training" else "forward"
         same = {key: getattr(eager, key) for key in ("section", "name", "dtype", "variant", "batch", "size")}
         found = [find(rows, implementation=implementation, **same) for implementation in others]
-        times = [spread(getattr(eager, f"{mode}_ms"), getattr(eager, f"{mode}_iqr_ms"))]
-        times += [ratio(row, eager, f"{mode}_ms") if row else "" for row in found]
-        peaks = [mb(eager.peak_bytes), *(relative(row, eager, "peak_bytes", 2) if row else "" for row in found)]
-        table.rows.append([*head, *times, *peaks])
+        head = [eager.name, eager.variant, f"{eager.size:,}", str(eager.batch)]
+        table.rows.append([*head, *_compared(eager, found, "training" if eager.variant == "training" else "forward")])
     return table
+
+
+def _compared(eager: Row, others: Sequence[Row | None], mode: str) -> list[str]:
+    """Times and peaks as multiples of the eager code's; as numbers with units if that has none."""
+    time, peak = f"{mode}_ms", "peak_bytes"
+    if eager.status != "ok":
+        times = [f"{ms(getattr(row, time))} ms" if row else "" for row in others]
+        return [reason(eager), *times, "", *(f"{mb(row.peak_bytes)} MB" if row else "" for row in others)]
+    times = [ratio(row, eager, time) if row else "" for row in others]
+    peaks = [relative(row, eager, peak, 2) if row else "" for row in others]
+    return [spread(eager, mode), *times, mb(eager.peak_bytes), *peaks]

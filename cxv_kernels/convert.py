@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .dispatch import use_backend
+from .integrations.swap import has_hooks
 from .ops.linear_attention.functional import linear_attention
 from .ops.nystrom_attention.functional import nystrom_attention
 from .ops.performer_attention.functional import num_random_features, orthogonal_projection, performer_attention
@@ -211,6 +212,8 @@ def _why_not(attention: nn.Module) -> str | None:
         special = [type(t).__name__ for t in attention.parameters() if not is_plain_tensor(t)]
         kind = special[0] if special else f"{type(attention.qkv).__module__}.{type(attention.qkv).__name__}"
         return f"({kind}) is quantized, distributed or adapted: replace the attention before that"
+    if has_hooks(attention):
+        return "has hooks, which would be lost: replace the attention before you register them"
     own = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in _PARTS]
     if own:
         return f"has other parameters: {', '.join(own)}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -116,6 +117,26 @@ def test_integrations_of_single_layers(run_script, tmp_path):
     rows = rows_of(tmp_path / "integrations-cpu.csv")
     assert [row["name"] for row in rows] == [name for name in packages for _ in range(4)]
     assert all(float(row["error"]) <= float(row["tolerance"]) for row in rows if row["implementation"] == "fused")
+
+
+@needs_cpp
+def test_integrations_with_a_package_that_runs_out_of_memory(run_script, tmp_path, monkeypatch):
+    package = pytest.importorskip("performer_pytorch.performer_pytorch")
+    right = package.linear_attention
+
+    def full(q, k, v):
+        if q.shape[-2] == 64:  # of the benchmark, not of accelerate's comparison
+            raise torch.OutOfMemoryError("full")
+        return right(q, k, v)
+
+    monkeypatch.setattr(package, "linear_attention", full)
+    options = ["--no-compile", "--models", "performer-pytorch", "--output", tmp_path]
+    printed = run_script("benchmarks/integrations.py", *QUICK, *options).splitlines()
+    lines = [line for line in printed if line.startswith("performer-pytorch")]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.search(r"out of memory +\d+\.\d+ ms +\d+\.\d+ MB$", line)
+    assert [row["status"] for row in rows_of(tmp_path / "integrations-cpu.csv")] == ["out of memory", "ok"] * 2
 
 
 @needs_cpp

@@ -128,14 +128,17 @@ class FixedSize(Attention):
 
 
 def lookalikes() -> dict[str, tuple[nn.Module, str]]:
-    """What has qkv, num_heads and proj, and computes something else."""
+    """What has qkv, num_heads and proj, and computes or does something else."""
     from timm.models.davit import ChannelAttention
     from timm.models.nest import Attention as NestAttention
     from timm.models.swin_transformer import WindowAttention
     from timm.models.twins import LocallyGroupedAttn
     from timm.models.xcit import XCA
 
+    hooked = Attention(32, 4)
+    hooked.register_forward_hook(lambda *_: None)
     return {
+        "a hook": (hooked, "has hooks, which would be lost"),
         "channel attention": (ChannelAttention(32, 4), "is not softmax attention of its qkv"),
         "blocks of tokens": (NestAttention(32, 4), "does not take tokens (B, N, C)"),
         "relative positions": (WindowAttention(32, 4, window_size=4), "relative_position_bias_table"),

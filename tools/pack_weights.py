@@ -2,7 +2,7 @@
 """Write the weights of a run on CIFAR-10 into the package, for ``pretrained=True``:
 
     python tools/pack_weights.py runs/cltv --metric test_top1=91.42 \
-        --evaluation "10,000 test images of CIFAR-10 at 32 pixels, bfloat16, evaluated once" \
+        --evaluation "10,000 test images of CIFAR-10 at 32 pixels, float32" \
         --training "30 epochs on the 50,000 training images"
 
 The file is cxv/weights/MODEL.safetensors in float16; it replaces an earlier file of the same model. The metadata of the

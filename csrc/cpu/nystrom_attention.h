@@ -346,7 +346,7 @@ class NystromMixPass {
         times(r, dz, z_[i]);  // dTᵀ; R = −¼ dTᵀ is the gradient of WU
         each(r, [&](A* p) { store<A>(p, load<A>(p) * A(-0.25)); });
         times(dw, u_[i], r);
-        times(s, r, w_[i]);  // minus the gradient of U, so that of W(7 − W)
+        times(s, r, w_[i]);  // the gradient of U, minus that of W(7 − W)
         times(dw, w_[i], s, true);
         times(dw, s, w_[i], true);
         each(dw, [&](A* p) { store<A>(p, load<A>(p) - load<A>(s + (p - dw)) * A(7)); });

@@ -14,12 +14,12 @@ from .flags import WHOLE_NUMBER, add_option, parser_of, with_flags
 _RESUME = "continue the run in DIR, or in `output`, with its arguments where none are given"
 
 
-HELP = "train a model with DualOpT"
+HELP = "train a model"
 DESCRIPTION = (
-    "Train a model with the paper's recipe: AdamW until top-1 has not improved for --patience epochs or --epochs are "
-    "done, then SGD from the best weights until the same holds for it. Without arguments the command trains a small "
-    "CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits, which takes minutes on a CPU. Ctrl-C and SIGTERM stop the "
-    "run after the current batch and save it; the exit status is then 130 or 143."
+    "Train a model, by default with the paper's DualOpT: AdamW until top-1 has not improved for --patience epochs "
+    "or --epochs are done, then SGD from the best weights for at most --sgd-epochs. Without arguments the command "
+    "trains a small CPV (cpv-2/4, --embed-dim 64) on scikit-learn's digits, which takes minutes on a CPU. Ctrl-C "
+    "and SIGTERM stop the run after the current batch and save it; the exit status is then 130 or 143."
 )
 
 

@@ -149,7 +149,8 @@ class TrainConfig:
 
     model: str | None = _model("name of the model, see `cxv models`", _MODEL, metavar="NAME", default="cpv-5/4")
     init: str | None = _model(
-        "start with the weights of this run, .pt or .safetensors file; another number of classes gets a new classifier",
+        "start with the weights of this run, .pt or .safetensors file, or pretrained model; another number of classes "
+        "gets a new classifier",
         metavar="PATH",
     )
     freeze: int | None = _model("with `init`: train neither the stem nor the first N layers", **_FROM_ZERO)
@@ -269,8 +270,8 @@ class TrainConfig:
         "epochs until the schedule's peak, also fractions", "0 for cosine, 30 % of all for onecycle", metavar="N"
     )
     weight_decay: float | None = _recipe(
-        "AdamW's weight decay of matrices and convolutions; norms, biases and positions then have none",
-        "0.01 for all parameters",
+        "weight decay of AdamW and Muon for matrices and convolutions; norms, biases and positions then have none",
+        "0.01, with AdamW for all parameters",
         metavar="DECAY",
         check=_NOT_NEGATIVE,
     )

@@ -82,7 +82,12 @@ def accelerate(
     any_accelerated = False
     for name, module in model.named_modules():
         _check_unwrapped(name, module)
-        for swap in _swaps(module):
+        try:
+            swaps = list(_swaps(module))
+        except ImportError as error:  # a version without the classes that the swaps name
+            reasons[name] = _unsupported_version(type(module), error)
+            continue
+        for swap in swaps:
             if swap.is_accelerated(module):
                 any_accelerated = True
                 if undo:
@@ -134,11 +139,11 @@ def _nothing_supported(model: nn.Module, reasons: dict[str, str]) -> str:
 @functools.cache
 def _disagreement(swap: Swap, code: tuple[Any, ...]) -> str | None:
     """Compare the modules of a package with ours, once. Return why the installed version is not supported, or None."""
-    package = swap.owner.__module__.partition(".")[0]
     try:
         with (
             torch.random.fork_rng(devices=[]),
             torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
             torch.no_grad(),
             use_backend("reference"),
         ):
@@ -151,20 +156,20 @@ def _disagreement(swap: Swap, code: tuple[Any, ...]) -> str | None:
                 expected, result = (_tensor(m(*arguments)) for m in (module, fused))
                 torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
     except AssertionError:
-        difference = "it computes something else"
+        return _unsupported_version(swap.owner, "it computes something else")
     except Exception as error:  # another version can raise any exception
-        difference = str(error).strip().partition("\n")[0]
-    else:
-        return None
-    return f"comes from a version of {package} ({_version(package)}) that is not supported: {difference}"
+        return _unsupported_version(swap.owner, error)
+    return None
 
 
 def _tensor(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _version(package: str) -> str:
+def _unsupported_version(cls: type, difference: str | Exception) -> str:
+    package, difference = cls.__module__.partition(".")[0], str(difference).strip().partition("\n")[0]
     try:
-        return importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "unknown version"
+        version = "unknown version"
+    return f"comes from a version of {package} ({version}) that is not supported: {difference}"

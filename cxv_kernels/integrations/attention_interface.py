@@ -13,7 +13,7 @@ from ..ops.nystrom_attention.functional import nystrom_attention
 from ..ops.performer_attention.functional import num_random_features, orthogonal_projection, performer_attention
 
 # Arguments of other attention functions that our ops do not support.
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "cache")
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "cache", "cu_seq_lens_q")
 
 
 def register_with_transformers(

@@ -10,9 +10,14 @@ Example = tuple[nn.Module, tuple[Any, ...]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a hook was registered on ``module`` itself."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
 def is_unmodified(layer: nn.Module, cls: type[nn.Module]) -> bool:
     """Return True if ``layer`` is exactly a ``cls``, without hooks or another ``forward``: it can be bypassed."""
-    return type(layer) is cls and "forward" not in vars(layer) and not any(getattr(layer, name) for name in _HOOKS)
+    return type(layer) is cls and "forward" not in vars(layer) and not has_hooks(layer)
 
 
 def other_residual(layer: nn.Module, heads: int) -> str | None:

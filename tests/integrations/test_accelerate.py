@@ -94,6 +94,19 @@ def test_a_version_that_computes_something_else_is_left_alone(lite_mla, monkeypa
     assert _disagreement.cache_info().currsize >= 3
 
 
+def test_a_version_without_the_classes_is_left_alone(lite_mla, monkeypatch):
+    sources = sys.modules[_disagreement.__module__]._SOURCES
+    monkeypatch.setitem(sources, "timm.models.efficientvit_mit.LiteMLA", "timm_without_lite_mla")
+    with pytest.raises(ValueError, match=r"comes from a version of timm .* not supported: No module named"):
+        cxv_kernels.accelerate(lite_mla(8, 8, dim=4))
+
+
+def test_the_check_of_a_version_is_exact_under_autocast(lite_mla):
+    _disagreement.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cxv_kernels.accelerate(lite_mla(8, 8, dim=4)) == [""]
+
+
 def test_the_check_of_a_version_leaves_the_random_state_alone(lite_mla):
     _disagreement.cache_clear()
     state = torch.get_rng_state()

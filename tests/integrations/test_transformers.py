@@ -175,6 +175,13 @@ def test_causal_models_dropout_and_masks_of_pairs_are_errors(registered, impleme
         causal(torch.zeros(1, 4, dtype=torch.long))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_sequences_are_an_error(registered, implementation):
+    model = vision_model("ViT", attn_implementation=implementation)
+    with pytest.raises(ValueError, match=f"{implementation} does not support cu_seq_lens_q"):
+        model(torch.randn(1, 3, 16, 16), cu_seq_lens_q=torch.tensor([0, 8, 17]))
+
+
 def test_padding_is_hidden_or_an_error(registered):
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9

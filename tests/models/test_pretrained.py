@@ -138,11 +138,34 @@ def test_timm_prefers_another_source(tmp_path):
     assert torch.equal(timm.create_model("cltv_5_4", pretrained=True, **options).head.weight, small.head.weight)
 
 
-def test_pack_weights(tmp_path, monkeypatch, capsys):
-    """The tool writes a file that ``pretrained=True`` loads."""
-    spec = importlib.util.spec_from_file_location("pack_weights", ROOT / "tools" / "pack_weights.py")
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.mark.parametrize(("name", "missing"), [("cpv-1/2", "projection"), ("cnv-1/2", "res_conv.weight")])
+def test_warm_start(name, missing, tmp_path, monkeypatch, capsys):
+    """The first weights of another attention are CLTV's as far as both have them."""
+    cxv.save_safetensors(source := cxv.create_model("cltv-1/2", embed_dim=16), tmp_path / "a.safetensors")
+    output = str(tmp_path / "b.safetensors")
+    monkeypatch.setattr("sys.argv", ["warm_start.py", name, str(tmp_path / "a.safetensors"), output])
+    load_tool("warm_start").main()
+    assert capsys.readouterr().out == f"{output}: random are layers.0.attn.{missing}\n"
+    old, new = source.state_dict(), cxv.create_model(name, checkpoint=output).state_dict()
+    same = new.keys() & old.keys()
+    assert len(same) > 15
+    assert all(torch.equal(new[key].flatten(), old[key].flatten()) for key in same)
+    if "layers.0.attn.qkv.weight" in new:
+        parts = new["layers.0.attn.qkv.weight"].chunk(3)
+        for letter, part in zip("qkv", parts, strict=True):
+            assert torch.equal(part, old[f"layers.0.attn.{letter}.weight"].flatten(1))
+
+
+def test_pack_weights(tmp_path, monkeypatch, capsys):
+    """The tool writes a file that ``pretrained=True`` loads."""
+    tool = load_tool("pack_weights")
     model = cxv.create_model("cnv-1/2", embed_dim=16, use_fused=True)
     cxv.save_safetensors(model, tmp_path / "a.safetensors", seed=3)
     for module in (tool, checkpoint):
