@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import SCHEMAS, overload, register_fake, register_triton
+from .library import NAMESPACES, SCHEMAS, overload, register_fake, register_triton
 from .validation import without_autocast
 
 
@@ -62,6 +62,21 @@ def _unsupported(function: type[FusedFunction], transform: str) -> NotImplemente
         f'the fused kernels of {function.op} do not support {transform}: pass backend="reference" to the op, '
         "or use_fused=False to the model"
     )
+
+
+def differentiate_operator(name: str, function: type[FusedFunction]) -> None:
+    """Give an operator the autograd of its Function, which calls the operator and has one more argument, the backend.
+
+    An exported program contains the operators and not the Functions. Without this its training would have no gradients.
+    """
+    for namespace, backend in zip(NAMESPACES, ("cpu", "triton"), strict=True):  # the first one is also CUDA's
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any, backend: str = backend) -> None:
+            function.setup_context(ctx, (*inputs, backend), output)
+
+        if overload(name, backend) is not None:
+            backward = lambda ctx, *grads: function.backward(ctx, *grads)[:-1]  # noqa: E731
+            torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context)
 
 
 def refuse_compiled_transforms() -> None:
@@ -149,6 +164,7 @@ class FusedOp:
         second = self._run_backward, self._keep_for_second_order, self._differentiate_twice
         self._function = _make_function(title, op, *first)
         self._backward_function = _make_function(f"{title}Backward", op, *second)
+        differentiate_operator(operators[0], self._function)
 
     def _read_schemas(self, forward: Any, backward: Any) -> None:
         """Find what is saved and what has a gradient. ``…_at`` are indices into the inputs, and then the outputs."""

@@ -210,6 +210,8 @@ def _naming(op: str, name: str, x: Tensor, first: Tensor) -> Iterator[None]:
     try:
         with without_autocast(first):
             yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a subclass can raise any exception
         remedy = f"{name}.to_local()" if is_dtensor(x) else "plain tensors"
         reason = str(error).split("\n")[0]

@@ -13,6 +13,7 @@ from conftest import heads, needs_cpp
 
 import cxv_kernels
 from cxv_kernels import dispatch, library, testing
+from cxv_kernels.ops.linear_attention.op import linear_attention_op
 
 
 def test_every_check_passes_here():
@@ -81,11 +82,28 @@ def test_auto_takes_the_fused_op_and_reference_does_not():
     )
 
 
-def test_a_named_backend_that_cannot_serve_says_why():
-    q = heads(1, 1, 4, 4)
-    reason = re.escape(cxv_kernels.explain_backend("nystrom_attention")["triton"])
-    with pytest.raises(RuntimeError, match=f"backend 'triton' does not support nystrom_attention .*: triton {reason}"):
-        cxv_kernels.nystrom_attention(q, q, q, backend="triton")
+class Subclass(torch.Tensor):
+    """A subclass without a behavior of its own, as torchvision's images."""
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Subclass])
+@pytest.mark.parametrize("op", cxv_kernels.OPS)
+def test_a_named_backend_that_cannot_serve_says_why(op, kind):
+    case = next(case for case in testing.cases() if case.op == op)
+    reason = re.escape(cxv_kernels.explain_backend(op)["triton"])
+    with pytest.raises(RuntimeError, match=f"backend 'triton' does not support {op} .*: triton {reason}"):
+        case.function(*(torch.zeros(shape).as_subclass(kind) for shape in case.shapes), backend="triton")
+
+
+@needs_cpp
+def test_out_of_memory_with_a_tensor_subclass_keeps_its_class(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(linear_attention_op.kernels, "cpu", (fail, fail))
+    q = heads(1, 1, 4, 4).as_subclass(Subclass)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):
+        cxv_kernels.linear_attention(q, q, q, backend="cpu")
 
 
 @needs_cpp

@@ -118,6 +118,15 @@ def test_masks_are_declined():
         model.blocks[0].attn(torch.randn(1, 4, 4, 32))
 
 
+class FixedSize(Attention):
+    """Attention that accepts one number of tokens only."""
+
+    def forward(self, x):
+        if x.shape[1] != 16:
+            raise AssertionError
+        return super().forward(x)
+
+
 def lookalikes() -> dict[str, tuple[nn.Module, str]]:
     """What has qkv, num_heads and proj, and computes or does something else."""
     from timm.models.davit import ChannelAttention
@@ -135,6 +144,7 @@ def lookalikes() -> dict[str, tuple[nn.Module, str]]:
         "relative positions": (WindowAttention(32, 4, window_size=4), "relative_position_bias_table"),
         "a size besides": (LocallyGroupedAttn(32, 4, ws=4), "takes other arguments than the tokens: size"),
         "cross-covariance": (XCA(32, 4), "has other parameters: temperature"),
+        "one number of tokens": (FixedSize(32, 4), "(FixedSize) does not take tokens (B, N, C): AssertionError"),
         "rotary positions": (AttentionRope(32, 4), "takes other arguments than the tokens: rope"),
     }
 

@@ -357,7 +357,7 @@ def test_one_output_of_kv_state(feature_map, output):
 
 
 def test_projection_that_requires_grad_goes_to_the_reference():
-    """In autograd and torch.func alike; a backend that is named does not take it."""
+    """In autograd and torch.func alike; a backend that is named does not take it, except where grad mode is off."""
     q, k, v = (heads(*TOKENS) for _ in range(3))
 
     def loss(w: Tensor, backend: str | None = None) -> Tensor:
@@ -370,6 +370,8 @@ def test_projection_that_requires_grad_goes_to_the_reference():
         assert_same([*torch.autograd.grad(loss(w), w), torch.func.grad(loss)(w.detach())], expected * 2)
     with pytest.raises(RuntimeError, match="projection that requires grad"):
         torch.func.grad(partial(loss, backend="cpu"))(w.detach())
+    with torch.no_grad():
+        assert_same([loss(w, "cpu")], [loss(w, "reference")])
 
 
 def test_jvp_errors_of_others_are_not_renamed(monkeypatch):

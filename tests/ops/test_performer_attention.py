@@ -262,5 +262,7 @@ def test_bad_input():
         performer_features(q[0], w, True)
     with pytest.raises(ValueError, match="projection must have at least one column, got D = 0"):
         performer_features(q[..., :0], w[:, :0], True)
+    with pytest.raises(ValueError, match="projection is on meta, x on cpu"):
+        performer_features(q, w.to("meta"), True)
     with pytest.raises(TypeError, match="is_query must be a bool, got str"):
         performer_features(q, w, "relu")

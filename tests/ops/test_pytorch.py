@@ -19,6 +19,7 @@ from cases import (
     every_backend,
     gradient_like,
     name_of,
+    run,
 )
 from conftest import layouts, needs_cpp
 from functorch.compile import make_boxed_func
@@ -142,7 +143,7 @@ def test_compile_by_inductor(backend):
 @needs_cpp
 @every([case for case in CASES if not interpreting()])
 def test_export(case):
-    """An exported program has the fused ops and the same results."""
+    """An exported program has the fused ops, and the same results and gradients."""
 
     call = case.bind(None, SMALL)
 
@@ -155,6 +156,7 @@ def test_export(case):
     targets = {getattr(node.target, "namespace", "") for node in program.graph.nodes}
     assert "cxv_kernels" in targets
     torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+    torch.testing.assert_close(run(program.module(), inputs), run(Module(), inputs))
 
 
 @every_backend

@@ -76,8 +76,8 @@ def conv_norm(
         if t.shape[0] != weight.shape[0]:
             raise ValueError(f"{name} has {t.shape[0]} channels, weight {weight.shape[0]}: they must agree")
     eps = check_eps(eps)
+    selected = dispatch.resolve("conv_norm", x, backend, weight.shape[0])
     with computing("conv_norm", x=x, weight=weight, bias=bias, gamma=gamma, beta=beta):
-        selected = dispatch.resolve("conv_norm", x, backend, weight.shape[0])
         if selected == "reference":
             bias = None if bias is None else bias.to(x.dtype)
             return conv_norm_reference(x, weight.to(x.dtype), bias, gamma, beta, eps)

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...autograd import FusedFunction, FusedOp, apply_fused, records_gradients, refuse_compiled_transforms
+from ...autograd import (
+    FusedFunction,
+    FusedOp,
+    apply_fused,
+    differentiate_operator,
+    records_gradients,
+    refuse_compiled_transforms,
+)
 from ...dispatch import Support, register
 from ...library import overload, register_fake, register_triton
 from .reference import gelu_dropout_reference
@@ -84,6 +91,9 @@ class DropoutFunction(FusedFunction):
             (seed,) = _saved(ctx)
             grad_x = DropoutFunction.apply(grad.contiguous(), None, seed, ctx.p, ctx.offset, ctx.backend)
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+differentiate_operator("dropout", DropoutFunction)
 
 
 def dropout_op(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:

@@ -68,8 +68,8 @@ def linear_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
+    selected = dispatch.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1]))
     with computing("linear_attention", q=q, k=k, v=v, key_mask=key_mask):
-        selected = dispatch.resolve("linear_attention", q, backend, max(q.shape[-1], v.shape[-1]))
         if selected == "reference":
             return linear_attention_reference(q, k, v, feature_map, eps, key_mask)
         return linear_attention_op(q, k, v, key_mask, feature_map, eps, selected)[0]
@@ -105,8 +105,8 @@ def kv_state(
     k, v = autocast_inputs(k, v)
     check_keys_values(k, v)
     check_key_mask(key_mask, k)
+    selected = dispatch.resolve("kv_state", k, backend, max(k.shape[-1], v.shape[-1]))
     with computing("kv_state", k=k, v=v, key_mask=key_mask):
-        selected = dispatch.resolve("kv_state", k, backend, max(k.shape[-1], v.shape[-1]))
         if selected == "reference":
             return kv_state_reference(k, v, feature_map, key_mask)
         state, key_stat = kv_state_op(k, v, key_mask, feature_map, selected)

@@ -74,8 +74,8 @@ def nystrom_attention(
     if residual_weight is not None:
         _check_residual(residual_weight, q, v)
     landmarks = min(num_landmarks, q.shape[2], k.shape[2])
+    selected = dispatch.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
     with computing("nystrom_attention", q=q, k=k, v=v, residual_weight=residual_weight):
-        selected = dispatch.resolve("nystrom_attention", q, backend, max(q.shape[3], v.shape[3]))
         if selected == "reference" or q.numel() == 0 or v.numel() == 0:
             return nystrom_attention_reference(q, k, v, landmarks, residual_weight, pinv_init)
         return nystrom_attention_fused(q, k, v, landmarks, residual_weight, pinv_init, selected)

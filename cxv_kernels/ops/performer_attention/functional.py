@@ -32,12 +32,14 @@ from .reference import (
 __all__ = ["num_random_features", "orthogonal_projection", "performer_attention", "performer_features"]
 
 
-def _check_options(x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str) -> float | None:
-    """Check the options shared by both ops and return ``eps`` as a Python number."""
+def _check_options(
+    name: str, x: Tensor, projection: Tensor, kernel: str, eps: float | None, stabilizer: str
+) -> float | None:
+    """Check the options shared by both ops and return ``eps`` as a Python number. ``name`` is the name of ``x``."""
     check_choice("kernel", kernel, KERNELS)
     check_choice("stabilizer", stabilizer, STABILIZERS)
     check_tensor("projection", projection, 2, "(M, D)")
-    check_same("projection", projection, "q", x, dtype=False)
+    check_same("projection", projection, name, x, dtype=False)
     if projection.shape[0] == 0:
         raise ValueError("projection must have at least one row, got M = 0")
     if projection.shape[1] == 0:
@@ -71,8 +73,9 @@ def performer_attention(
 
     State, statistics and division are float32 (float64 for float64 inputs). Under autocast, q, k and v are cast to the
     autocast dtype; the projection is not. The op saves q, k, v and O(M·E) numbers per head for the backward pass. The
-    fused kernels support ``stabilizer="head"`` and a projection that does not require grad. Second and higher
-    derivatives use the reference. Forward-mode AD and ``torch.func.vmap`` require ``backend="reference"``.
+    fused kernels support ``stabilizer="head"`` and a projection that does not require grad (or any projection under
+    ``torch.no_grad()``). Second and higher derivatives use the reference. Forward-mode AD and ``torch.func.vmap``
+    require ``backend="reference"``.
 
     Args:
         q: Queries, shape (B, H, N_q, D), in float64, float32, float16 or bfloat16, with any strides.
@@ -106,7 +109,7 @@ def performer_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_key_mask(key_mask, k)
-    eps = _check_options(q, projection, kernel, eps, stabilizer)
+    eps = _check_options("q", q, projection, kernel, eps, stabilizer)
     check_options = partial(unsupported_options, projection, stabilizer, eps, q.dtype)
     selected = dispatch.resolve("performer_attention", q, backend, max(q.shape[-1], v.shape[-1]), check_options)
     with computing("performer_attention", q=q, k=k, v=v, projection=projection, key_mask=key_mask):
@@ -157,7 +160,7 @@ def performer_features(
     is_query = to_number(is_query)
     if not isinstance(is_query, bool):
         raise TypeError(f"is_query must be a bool, got {type(is_query).__name__}")
-    eps = _check_options(x, projection, kernel, eps, stabilizer)
+    eps = _check_options("x", x, projection, kernel, eps, stabilizer)
     check_options = partial(unsupported_options, projection, stabilizer, None, x.dtype)
     selected = dispatch.resolve("performer_features", x, backend, x.shape[-1], check_options)
     with computing("performer_features", x=x, projection=projection):

@@ -54,7 +54,7 @@ def unsupported_options(
         return "does not support an eps between 0 and 1e-05 in float16"
     if stabilizer != "head":
         return f"does not support stabilizer={stabilizer!r}"
-    if projection.requires_grad:
+    if projection.requires_grad and torch.is_grad_enabled():
         return "does not support a projection that requires grad"
     features = projection.shape[0]
     return f"supports at most 512 features, not {features}" if backend == "triton" and features > 512 else None
