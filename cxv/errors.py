@@ -8,7 +8,13 @@ import torch
 
 # Messages of CUDA, its libraries, the CPU allocator and the fused ops when memory is exhausted. These errors do not
 # always have PyTorch's class OutOfMemoryError.
-_MEMORY_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_MEMORY_WORDS = (
+    "can't allocate memory",
+    "out of memory",
+    "bad_alloc",  # of the scratch memory of a C++ kernel
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 class InputError(ValueError):
