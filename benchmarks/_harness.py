@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 import cxv
 import cxv_kernels
 from cxv.errors import out_of_memory
+from cxv.models.blocks import ResidualBranch
 from cxv_kernels import dispatch, testing
 from cxv_kernels.testing import peak_memory, saved_bytes
 
@@ -421,20 +422,33 @@ def build(name: str, mode: str) -> nn.Module:
     """
     model = cxv.create_model(name, num_classes=CLASSES, use_fused=mode in ("fused", "checkpointed"))
     if mode == "eager":
-        for module in model.modules():
-            if hasattr(module, "_drop"):
-                module._drop = _eager_dropout(module)
+        for branch in model.modules():
+            if isinstance(branch, ResidualBranch):
+                branch._run = partial(_run_eagerly, branch, branch._run)
     if mode == "checkpointed":
         model.set_grad_checkpointing()
     return model
 
 
-def _eager_dropout(branch: nn.Module) -> Callable[..., Any]:
-    def dropout(x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-        x = F.dropout(F.gelu(x) if gelu else x, branch.drop_rate, branch.training)
-        return x if residual is None else x + residual
+class _EagerDropout:
+    """PyTorch's in place of cxv.models.blocks.DropoutFn."""
 
-    return lambda *_: dropout
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.dropout(x, self.rate) + residual
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.dropout(F.gelu(x), self.rate)
+
+
+def _run_eagerly(
+    branch: ResidualBranch, ours: Callable[..., Tensor], x: Tensor, first_image: int, rate: float, *noise: Any
+) -> Tensor:
+    if not rate:
+        return ours(x, first_image, rate, *noise)
+    return branch.forward_chunk(x, *(_EagerDropout(rate) for _ in range(branch.num_dropouts)))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -74,10 +74,13 @@ def test_attn_speed_quick(run_script, tmp_path):
 
 @needs_cpp
 @pytest.mark.slow
-def test_model_step_quick(run_script, tmp_path):
+def test_model_step_quick(run_script, tmp_path, monkeypatch):
+    dropout, rates = torch.nn.functional.dropout, set()
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, rate: rates.add(rate) or dropout(x, rate))
     options = ["--models", "cltv-5/4", "--dtype", "float32", "--output", tmp_path]
     printed = run_script("benchmarks/model_step.py", *QUICK, *options)
     assert "(predicted)" in printed
+    assert rates == {0.5}  # the eager model uses PyTorch's
     rows = rows_of(tmp_path / "model_step-cpu.csv")
     saved = {r["implementation"]: int(r["saved_bytes"]) for r in rows if (r["section"], r["batch"]) == ("memory", "4")}
     assert saved["checkpointed"] < saved["fused"] < saved["eager"] / 3
