@@ -14,7 +14,6 @@ import torch
 from cxv_kernels.library import CUDA_MISSING
 
 ARCHS = (75,)  # the default of setup.py
-FEATURES = 110  # what the models use, of D = 32
 
 built = pytest.mark.skipif(
     cuda_report.library() is None or cuda_report.cuobjdump() is None, reason="no CUDA library, or no cuobjdump"
@@ -31,9 +30,6 @@ class TestMachineCode:
             for dtype in cuda_report.DTYPES:
                 wanted = {(name, "", dtype, size, m) for size in (16, 32, 64) for m in cuda_report.MAPS.values()}
                 assert wanted <= names, wanted - names
-
-    def test_no_spills(self, arch):
-        assert {(k.name, k.step, k.dtype, k.size, k.map) for k in cuda_report.kernels(arch) if k.spills} == set()
 
     def test_tensor_cores(self, arch):
         for k in cuda_report.kernels(arch):
@@ -52,6 +48,7 @@ def test_nothing_is_kept_on_the_stack(arch):
     assert len(cuda_report.kernels(arch)) == 5 * 3 * 5 * 2 + (3 * 2 - 1) * 3 * 2
     assert sum("ConvNorm" in name for name in used) == 9 * 2
     assert max(shared for _, _, shared in used.values()) <= 48 * 1024
+    assert len(cuda_report.report(arch).splitlines()) == 2 + len(cuda_report.kernels(arch))
 
 
 @built
@@ -77,14 +74,6 @@ class TestTuring:
             if k.name in ("key_pass", "query_backward_sums") and k.dtype == "__half":
                 # elu's features are logarithms, which take products of their own
                 assert k.tensor_core_share >= (0.5 if k.map == "elu" else 0.8), (k.map, k.size, k.tensor_core_share)
-
-    def test_prediction_counts_what_the_mathematics_says(self):
-        rows = {row["pass"]: row for row in cuda_report.prediction(32, FEATURES)}
-        assert rows["key_pass"]["bytes"] + rows["query_pass"]["bytes"] == 256
-        # W x twice, as W is two operands, e vᵀ, and Σ e in eight columns, of 112 features
-        assert rows["key_pass"]["flops"] == 2 * 112 * (2 * 32 + 32 + 8)
-        assert all(row["predicted_ns"] >= row["ns"]["memory"] for row in rows.values())
-        assert "Predicted, not measured" in cuda_report.report(75)
 
 
 @pytest.mark.skipif(CUDA_MISSING is not None, reason="no CUDA library")
