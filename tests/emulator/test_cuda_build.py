@@ -13,7 +13,7 @@ import torch
 
 from cxv_kernels.library import CUDA_MISSING
 
-ARCHS = (75,)  # the default of setup.py
+ARCH = 75  # the default of setup.py
 
 built = pytest.mark.skipif(
     cuda_report.library() is None or cuda_report.cuobjdump() is None, reason="no CUDA library, or no cuobjdump"
@@ -22,33 +22,31 @@ built = pytest.mark.skipif(
 
 @built
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
 class TestMachineCode:
-    def test_every_kernel_is_there(self, arch):
-        names = {(k.name, k.step, k.dtype, k.size, k.map) for k in cuda_report.kernels(arch)}
+    def test_every_kernel_is_there(self):
+        names = {(k.name, k.step, k.dtype, k.size, k.map) for k in cuda_report.kernels(ARCH)}
         for name in cuda_report.PASSES:
             for dtype in cuda_report.DTYPES:
                 wanted = {(name, "", dtype, size, m) for size in (16, 32, 64) for m in cuda_report.MAPS.values()}
                 assert wanted <= names, wanted - names
 
-    def test_tensor_cores(self, arch):
-        for k in cuda_report.kernels(arch):
+    def test_tensor_cores(self):
+        for k in cuda_report.kernels(ARCH):
             assert (k.count("HMMA.1688") > 0) == (k.dtype == "__half"), k
 
 
 @built
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-def test_nothing_is_kept_on_the_stack(arch):
+def test_nothing_is_kept_on_the_stack():
     """Registers that spill would be there."""
-    used = cuda_report.usage(arch)
+    used = cuda_report.usage(ARCH)
     assert {name: stack for name, (_, stack, _) in used.items() if stack} == {}
     # five passes of three sizes, five maps and two dtypes; three steps of features of the projected maps in three sizes
     # and two dtypes, of which relu has no maximum
-    assert len(cuda_report.kernels(arch)) == 5 * 3 * 5 * 2 + (3 * 2 - 1) * 3 * 2
+    assert len(cuda_report.kernels(ARCH)) == 5 * 3 * 5 * 2 + (3 * 2 - 1) * 3 * 2
     assert sum("ConvNorm" in name for name in used) == 9 * 2
     assert max(shared for _, _, shared in used.values()) <= 48 * 1024
-    assert len(cuda_report.report(arch).splitlines()) == 2 + len(cuda_report.kernels(arch))
+    assert len(cuda_report.report(ARCH).splitlines()) == 2 + len(cuda_report.kernels(ARCH))
 
 
 @built
@@ -60,7 +58,7 @@ def test_ptx_for_newer_gpus():
 @pytest.mark.slow
 class TestTuring:
     def test_shared_memory_and_resident_warps(self):
-        for k in cuda_report.kernels(75):
+        for k in cuda_report.kernels(ARCH):
             _, shared = cuda_report.launch(k.name, k.dtype, k.size, k.map, 1000)
             assert shared <= 48 * 1024
             sums = k.name in ("key_pass", "query_backward_sums")
@@ -70,7 +68,7 @@ class TestTuring:
             assert cuda_report.resident_warps(k, 1000) >= claimed, k.name
 
     def test_the_key_pass_multiplies_on_tensor_cores(self):
-        for k in cuda_report.kernels(75):
+        for k in cuda_report.kernels(ARCH):
             if k.name in ("key_pass", "query_backward_sums") and k.dtype == "__half":
                 # elu's features are logarithms, which take products of their own
                 assert k.tensor_core_share >= (0.5 if k.map == "elu" else 0.8), (k.map, k.size, k.tensor_core_share)
