@@ -255,8 +255,8 @@ class TestNumerics:
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
     def test_needed_gradients_alone_have_the_same_bits(self, sm75, feature_map):
-        """Every subset of the gradients of q, k and v; the others stay unwritten."""
-        for dtype in (torch.float16, torch.float32):
+        """Every subset of the gradients of q, k and v; the others stay unwritten. Projected float32 takes long here."""
+        for dtype in (torch.float16, torch.float32)[: 1 + (feature_map in LINEAR)]:
             q, k, v, g = (make((1, 2, 70, c), dtype, i) for i, c in enumerate((12, 12, 9, 9)))
             projection = projection_for(feature_map, 12)
             every = run(sm75, feature_map, q, k, v, g, projection)[1:4]
