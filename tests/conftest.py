@@ -60,6 +60,16 @@ def _float32_is_float32_on_a_gpu():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_runs_draw_no_curves(request):
+    """The picture takes a third of the time of most runs in tests/training; elsewhere runs draw it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.path.parent.name == "training":
+            draw = "cxv.training.trainer.plot_curves"
+            monkeypatch.setattr(draw, lambda history, title: f"{len(history)} epochs of {title}".encode())
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interpreted_language_is_patched_once_a_launch():
     """Triton's interpreter patches its language at every call of a device function: a third of these tests' time."""
@@ -144,6 +154,36 @@ def augmented(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "augmented"
     result, log = run(output, **AUGMENTED)
     return output, result, log
+
+
+def fork(function):
+    """Call the function in a process of its own, which need not import PyTorch again; returns the id of the process."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_status(pid):
+    """Wait for a process and return its exit status; minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@contextlib.contextmanager
+def file_limit(nbytes):
+    """Refuse to let files grow beyond this size, as a quota does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_image(path, seed=0, size=(8, 8), mode="RGB"):
