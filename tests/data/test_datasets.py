@@ -116,10 +116,6 @@ def test_truncation_is_seen_in_every_format(tmp_path, suffix):
         (lambda d: (d / "train").rename(d / "x"), "has no directory train/"),
         (lambda d: (d / "test").rename(d / "x"), "has no directory test/ or val/"),
         (
-            lambda d: [p.unlink() for p in (d / "train" / "bee").iterdir()],
-            "bee: this class folder has no image",
-        ),
-        (
             lambda d: (d / "test" / "bee").rename(d / "test" / "fly"),
             r"only in \S+train: bee; only in \S+test: fly",
         ),
@@ -127,10 +123,6 @@ def test_truncation_is_seen_in_every_format(tmp_path, suffix):
         (
             lambda d: [(d / s / c).rename(d / f"{s}{c}") for s in ("train", "test") for c in ("ant", "bee")],
             r"one class \(cow\)",
-        ),
-        (
-            lambda d: [(d / "train" / c).rename(d / f"{c}") for c in ("ant", "bee", "cow")],
-            "train: no class folders in it",
         ),
     ],
 )
