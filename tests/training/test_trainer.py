@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 
@@ -21,16 +20,6 @@ from cxv.models import registry
 from cxv.training import InputError, TrainConfig, evaluate, load_model, train
 from cxv.training import engine as engine_module
 from cxv.training.interrupt import deferred_interrupts, interruptible
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(), torch.get_rng_state(), random.getstate()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    torch.set_rng_state(before[1])
-    random.setstate(before[2])
 
 
 @pytest.fixture(scope="module")
