@@ -65,14 +65,17 @@ std::string build_info() { return std::string(CXV_BUILD_INFO "\ncompiler=" CXV_C
 const Kernels& kernels() {
 #if defined(__x86_64__)
   static const Kernels* const widest = [] {
-    const char* wanted = std::getenv("CXV_CPU_ISA");
-    const auto allows = [&](const Kernels& set) { return wanted == nullptr || std::string(wanted) == set.isa; };
+    const char* variable = std::getenv("CXV_CPU_ISA");
+    const std::string limit = variable == nullptr ? kAvx512Kernels.isa : variable;
+    const bool up_to_avx512 = limit == kAvx512Kernels.isa, up_to_avx2 = up_to_avx512 || limit == kAvx2Kernels.isa;
+    STD_TORCH_CHECK(up_to_avx2 || limit == kBaselineKernels.isa,
+                    "cxv_kernels: CXV_CPU_ISA must be baseline, avx2 or avx512, got ", limit);
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && allows(kAvx512Kernels)) return &kAvx512Kernels;
-    return avx2 && (allows(kAvx2Kernels) || allows(kAvx512Kernels)) ? &kAvx2Kernels : &kBaselineKernels;
+    if (avx512 && up_to_avx512) return &kAvx512Kernels;
+    return avx2 && up_to_avx2 ? &kAvx2Kernels : &kBaselineKernels;
   }();
   return *widest;
 #else

@@ -1,6 +1,7 @@
 """The results of every op on every backend: right, finite, and the same bits wherever the inputs lie."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -180,3 +181,12 @@ def test_every_instruction_set(isa):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] in (isa, "baseline")
+
+
+@needs_cpp
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one instruction set")
+def test_unknown_instruction_set():
+    command = [sys.executable, "-c", "import cxv_kernels.library as e; e.build_info()"]
+    environment = os.environ | {"CXV_CPU_ISA": "avx51"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "CXV_CPU_ISA must be baseline, avx2 or avx512, got avx51" in done.stderr

@@ -64,8 +64,8 @@ struct Kernels {
 
 extern const Kernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;
 
-// Those of the widest instruction set that the CPU has; CXV_CPU_ISA=baseline|avx2 in the environment (read once) lowers
-// it, for tests.
+// Those of the widest instruction set that the CPU has; CXV_CPU_ISA=baseline|avx2|avx512 in the environment (read once)
+// limits it, for tests.
 const Kernels& kernels();
 
 }  // namespace cxv
