@@ -35,7 +35,7 @@ os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of 
 # The files that take longest, in this order: the others fill up what the processes have left.
 LONGEST = (
     *("test_triton.py", "test_fake_device.py", "test_compile_gate.py", "test_export.py", "test_benchmarks.py"),
-    *("test_trainer.py", "test_cuda_attention.py", "test_distributed.py", "test_endurance.py", "test_docs.py"),
+    *("test_docs.py", "test_lean.py", "test_cuda_attention.py", "test_trainer.py", "test_distributed.py"),
 )
 ROOT = Path(__file__).parent.parent
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
@@ -57,16 +57,6 @@ def _seeded_on_one_thread():
 def _float32_is_float32_on_a_gpu():
     """cuDNN rounds the factors of convolutions to TF32 by default, for which no tolerance here has room."""
     with without_tf32() if ON_GPU else contextlib.nullcontext():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_runs_draw_no_curves(request):
-    """The picture takes a third of the time of most runs in tests/training; elsewhere runs draw it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if request.path.parent.name == "training":
-            draw = "cxv.training.trainer.plot_curves"
-            monkeypatch.setattr(draw, lambda history, title: f"{len(history)} epochs of {title}".encode())
         yield
 
 
@@ -154,6 +144,16 @@ def augmented(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "augmented"
     result, log = run(output, **AUGMENTED)
     return output, result, log
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_runs_draw_no_curves(request):
+    """The picture takes up to half of the time of a run in tests/training; elsewhere runs draw it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.path.parent.name == "training":
+            draw = "cxv.training.trainer.plot_curves"
+            monkeypatch.setattr(draw, lambda history, title: f"{len(history)} epochs of {title}".encode())
+        yield
 
 
 def fork(function):
