@@ -36,17 +36,17 @@ def runs_of(mechanism: str, batch: int, tokens: int, device: torch.device, dtype
         yield bench.Run(row, bench.attention(mechanism, backend, projection), inputs, grad_out, (projection,), exact)
 
 
-def model_rows(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> list[bench.Row]:
+def model_rows(name: str, batch: int, side: int, device: torch.device, dtype: torch.dtype) -> list[bench.Row]:
     """The peak of a training step of a model, by the reference and fused."""
     rows = []
     for mode in ("reference", "fused"):
-        row = bench.Row("model", name, mode, bench.name_of(dtype), batch=batch, size=bench.IMAGE_SIZE)
+        row = bench.Row("model", name, mode, bench.name_of(dtype), batch=batch, size=side)
         rows.append(row)
         with bench.marking_out_of_memory(row):
             if mode == "fused":
-                bench.check_model(row, device, dtype)
+                bench.check_model(row, device, dtype, side)
             if row.status == "ok":
-                row.peak_bytes = bench.peak_of_training(name, mode, batch, bench.IMAGE_SIZE, device, dtype)
+                row.peak_bytes = bench.peak_of_training(name, mode, batch, side, device, dtype)
     return rows
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.measure(runs, bench.TOLERANCE[dtype], **rounds)
             results.add(*(run.row for run in runs))
         for name in () if arguments.no_models else bench.progress(bench.TABLE1_GB):
-            results.add(*model_rows(name, 2 if quick else 32, device, dtype))
+            results.add(*model_rows(name, *((2, 16) if quick else (32, bench.IMAGE_SIZE)), device, dtype))
 
     draw_memory(results.rows, results.path.with_suffix(".png"))
     attention = (

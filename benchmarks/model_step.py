@@ -40,7 +40,7 @@ def memory_rows(
         row = bench.Row("memory", **values, batch=size)
         with bench.marking_out_of_memory(row):
             if mode in ("fused", "checkpointed"):
-                bench.check_model(row, device, dtype)
+                bench.check_model(row, device, dtype, side)
             if row.status == "ok":
                 row.peak_bytes = bench.peak_of_training(name, mode, size, side, device, dtype)
                 images, labels = bench.random_batch(size, side, device, dtype)

@@ -35,7 +35,7 @@ os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of 
 # The files that take longest, in this order: the others fill up what the processes have left.
 LONGEST = (
     *("test_triton.py", "test_fake_device.py", "test_compile_gate.py", "test_export.py", "test_benchmarks.py"),
-    *("test_trainer.py", "test_cuda_attention.py", "test_distributed.py", "test_endurance.py", "test_docs.py"),
+    *("test_docs.py", "test_lean.py", "test_cuda_attention.py", "test_trainer.py", "test_distributed.py"),
 )
 ROOT = Path(__file__).parent.parent
 needs_cpp = pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
@@ -127,6 +127,46 @@ def augmented(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "augmented"
     result, log = run(output, **AUGMENTED)
     return output, result, log
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_runs_draw_no_curves(request):
+    """The picture takes up to half of the time of a run in tests/training; elsewhere runs draw it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.path.parent.name == "training":
+            draw = "cxv.training.trainer.plot_curves"
+            monkeypatch.setattr(draw, lambda history, title: f"{len(history)} epochs of {title}".encode())
+        yield
+
+
+def fork(function):
+    """Call the function in a process of its own, which need not import PyTorch again; returns the id of the process."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_status(pid):
+    """Wait for a process and return its exit status; minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@contextlib.contextmanager
+def file_limit(nbytes):
+    """Refuse to let files grow beyond this size, as a quota does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_image(path, seed=0, size=(8, 8), mode="RGB"):

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import ROOT, needs_cpp, write_image
 
 import cxv_kernels
+from cxv.models.registry import has_fused_ops
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -193,8 +195,10 @@ def test_table1_counts_match_the_paper(run_script, tmp_path):
     pytest.importorskip("vit_pytorch")
     options = ["--counts-only", "--dtype", "float32", "--threads", "1", "--output", tmp_path]
     run_script("benchmarks/paper/table1.py", *options)
-    rows = {row["name"]: row for row in rows_of(tmp_path / "table1-cpu.csv")}
+    written = rows_of(tmp_path / "table1-cpu.csv")
+    rows = {row["name"]: row for row in written}
     assert list(rows) == list(TABLE_1)
+    assert Counter(row["name"] for row in written) == {n: 1 + has_fused_ops(n) for n in TABLE_1}
     for name, (summed, total, macs, true) in TABLE_1.items():
         row = {key: int(rows[name][key]) for key in ("torchsummary", "parameters", "macs", "true_macs")}
         assert round(row["torchsummary"] / 1e6, 3) == summed, name
@@ -203,15 +207,16 @@ def test_table1_counts_match_the_paper(run_script, tmp_path):
         assert (row["true_macs"] + REORDERED.get(name, 0)) / 1e9 == pytest.approx(true, rel=0.01), name
 
 
-@needs_cpp
 @pytest.mark.slow
 def test_table1_quick(run_script, tmp_path):
-    options = ["--models", "cltv-5/4", "--dtype", "float32", "--output", tmp_path]
-    assert "1.345" in run_script("benchmarks/paper/table1.py", *QUICK, *options)
-    eager, fused = rows_of(tmp_path / "table1-cpu.csv")
-    assert [eager["mode"], fused["mode"]] == ["eager", "fused"]
-    assert 0 < int(fused["saved_bytes"]) < int(eager["saved_bytes"]) / 3
-    assert float(fused["train_images_per_s"]) > 0
+    """A model without fused ops, which takes one process; test_model_step_quick has a fused model."""
+    options = ["--models", "fnet-10", "--dtype", "float32", "--output", tmp_path]
+    assert "1.3 / 1.324" in run_script("benchmarks/paper/table1.py", *QUICK, *options)
+    (row,) = rows_of(tmp_path / "table1-cpu.csv")
+    assert (row["mode"], row["status"]) == ("eager", "ok")
+    assert 0 < int(row["saved_bytes"]) < int(row["peak_bytes"])
+    assert float(row["train_images_per_s"]) > 0
+    assert float(row["inference_images_per_s"]) > 0
 
 
 TINY = ["--embed-dim", "16", "--batch-size", "20", "--epochs", "2"]
@@ -280,7 +285,7 @@ def test_gpu_run_reports_each_step(tmp_path, monkeypatch, capsys):
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid)\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('saved')"
     )
-    codes = {"works": (0.5, "print('fine')"), "fails": (0.5, "exit(2)"), "hangs": (0.1, hangs)}
+    codes = {"works": (0.5, "print('fine')"), "fails": (0.5, "exit(2)"), "hangs": (0.05, hangs)}
     steps = [(name, share, [sys.executable, "-c", code]) for name, (share, code) in codes.items()]
     monkeypatch.setattr(gpu_run, "steps", lambda *_: steps)
     assert gpu_run.main(["--minutes", "1", "--no-build", "--output", str(tmp_path)]) == 1

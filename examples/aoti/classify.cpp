@@ -4,7 +4,7 @@
 //
 // IMAGES.f32: the normalized pixels, float32, in that order. Prints the logits, one line an image. docs/deploy.md has
 // the command that compiles it.
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 

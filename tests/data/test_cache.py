@@ -4,25 +4,24 @@ import json
 import os
 import pwd
 import re
-import subprocess
+import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_image
+from conftest import exit_status, file_limit, fork, write_image
 from filelock import FileLock
 from safetensors import safe_open
 
-import cxv
 from cxv.cli import main
 from cxv.data import Preprocessing
 from cxv.data import cache as cache_module
 from cxv.data.cache import cache_folder
 from cxv.data.loader import load_data
 from cxv.errors import InputError
-
-ENV = {**os.environ, "PYTHONPATH": str(Path(cxv.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -212,39 +211,37 @@ def test_a_larger_limit_of_pixels_brings_skipped_images_back(folder, cache):
     assert len(load(folder, cache, max_pixels=2000, **skip)[0].train) == 13
 
 
-_LOAD = """
-import os, sys, time
-from cxv.data import Preprocessing
-from cxv.data.loader import load_data
-decode, n = Preprocessing.decode, []
-def slow(self, path, multipage):
-    time.sleep(0.05)
-    n.append(path)
-    return decode(self, path)
-Preprocessing.decode = slow
-data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2], img_size=8)
-print("decoded", len(n), "fingerprints", data.train.fingerprint(), data.test.fingerprint())
-"""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_two_processes_that_race_decode_once_between_them(folder, cache, decoded, monkeypatch, tmp_path_factory):
+    decode = Preprocessing.decode
+    monkeypatch.setattr(Preprocessing, "decode", lambda *a: (time.sleep(0.05), decode(*a))[1])
 
+    def load_and_tell(path):
+        data, _ = load(folder, cache, img_size=8)
+        path.write_text(f"{len(decoded)} {data.train.fingerprint()} {data.test.fingerprint()}")
 
-def test_two_processes_that_race_decode_once_between_them(folder, cache):
-    command = [sys.executable, "-c", _LOAD, str(folder), str(cache)]
-    both = [subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    lines = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in both]
-    assert sum(int(line[1]) for line in lines) == 18
-    assert lines[0][3:] == lines[1][3:]
+    told = [tmp_path_factory.mktemp("told") / str(i) for i in range(2)]
+    processes = [fork(partial(load_and_tell, path)) for path in told]
+    assert [exit_status(process) for process in processes] == [0, 0]
+    (one, *prints), (other, *again) = (path.read_text().split() for path in told)
+    assert int(one) + int(other) == 18
     data, log = load(folder, cache)
     assert log == ""
-    assert [str(data.train.fingerprint()), str(data.test.fingerprint())] == lines[0][3:]
+    assert [str(data.train.fingerprint()), str(data.test.fingerprint())] == prints == again
 
 
-_KILLED = _LOAD.replace("n.append(path)", "n.append(path); len(n) == 15 and os.kill(os.getpid(), 9)")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_that_is_killed_leaves_nothing_in_the_way(folder, cache, decoded, monkeypatch):
+    decode = Preprocessing.decode
 
+    def deadly(*args):
+        if len(decoded) >= 15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(*args)
 
-@pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_process_that_is_killed_leaves_nothing_in_the_way(folder, cache):
-    done = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(cache)], env=ENV, capture_output=True)
-    assert done.returncode == -9
+    with monkeypatch.context() as patch:
+        patch.setattr(Preprocessing, "decode", deadly)
+        assert exit_status(fork(partial(load, folder, cache))) == -signal.SIGKILL
     assert any(path.suffix == ".tmp" for path in cache.iterdir())
     data, log = load(folder, cache)
     assert log == ""
@@ -252,25 +249,12 @@ def test_a_process_that_is_killed_leaves_nothing_in_the_way(folder, cache):
     assert not any(path.suffix == ".tmp" for path in cache.iterdir())
 
 
-_FULL = """
-import resource, sys
-from cxv.data.loader import load_data
-if sys.argv[3] == "limit":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))  # bytes a file may have
-data = load_data("folder", sys.argv[1], cache_dir=sys.argv[2])
-print(data.train.fingerprint(), data.test.fingerprint())
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_cache_file_that_cannot_be_written_is_skipped(folder, cache):
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL, str(folder), str(cache), "limit"], env=ENV, capture_output=True, text=True
-    )
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"train: no cache of the decoded images in {cache} (File too large)")
-    data = load_data("folder", folder)
-    assert lines[-1] == f"{data.train.fingerprint()} {data.test.fingerprint()}"
+    with file_limit(1500):
+        limited, log = load(folder, cache)
+    assert log.startswith(f"train: no cache of the decoded images in {cache} (File too large)")
+    assert same(limited, load_data("folder", folder))
     assert not list(cache.glob("*train*.tmp"))
     assert not list(cache.glob("*train*.safetensors"))
 

@@ -41,15 +41,6 @@ def test_folder_keeps_every_pixel_and_sorts_the_classes(folder):
         assert torch.equal(data.train.images[4 * i + 1], torch.from_numpy(expected.copy()).permute(2, 0, 1))
 
 
-def test_val_serves_as_test_and_other_files_are_passed_over(folder):
-    (folder / "test").rename(folder / "val")
-    (folder / "train" / "ant" / "notes.txt").write_text("not an image")
-    (folder / "train" / "ant" / "._0.webp").write_text("what macOS leaves behind")
-    (folder / "train" / ".cache").mkdir()
-    data = load_data("folder", folder)
-    assert (len(data.train), len(data.test), data.classes) == (12, 6, ["ant", "bee", "cow"])
-
-
 def test_limits_decode_only_selected_images(folder, monkeypatch):
     seen = []
     decode = Preprocessing.decode
@@ -70,22 +61,6 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
     if mode == "L":
         assert torch.equal(image[0], image[1])
     assert decode_image(path, in_chans=1).shape == (1, 8, 8)
-
-
-def test_16_bit_gray_keeps_its_shades(tmp_path):
-    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024).save(tmp_path / "x.png")
-    assert decode_image(tmp_path / "x.png", in_chans=1).flatten().tolist() == list(range(0, 256, 4))
-
-
-def test_other_sizes_are_cropped_about_the_center_and_resized(tmp_path):
-    pixels = np.zeros((20, 40, 3), np.uint8)
-    pixels[:, :10] = 255  # outside the central 20×20
-    pixels[:, 20:30] = 100
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    image = decode_image(tmp_path / "x.png", img_size=10)
-    assert image.shape == (3, 10, 10)
-    assert image[:, :, 1:4].max() < 10  # column 0 is blended with its neighbors
-    assert (image[:, :, 6:].int() - 100).abs().max() < 10
 
 
 def test_default_size_is_the_median_of_the_shorter_sides_up_to_64(folder):
@@ -141,10 +116,6 @@ def test_truncation_is_seen_in_every_format(tmp_path, suffix):
         (lambda d: (d / "train").rename(d / "x"), "has no directory train/"),
         (lambda d: (d / "test").rename(d / "x"), "has no directory test/ or val/"),
         (
-            lambda d: [p.unlink() for p in (d / "train" / "bee").iterdir()],
-            "bee: this class folder has no image",
-        ),
-        (
             lambda d: (d / "test" / "bee").rename(d / "test" / "fly"),
             r"only in \S+train: bee; only in \S+test: fly",
         ),
@@ -152,10 +123,6 @@ def test_truncation_is_seen_in_every_format(tmp_path, suffix):
         (
             lambda d: [(d / s / c).rename(d / f"{s}{c}") for s in ("train", "test") for c in ("ant", "bee")],
             r"one class \(cow\)",
-        ),
-        (
-            lambda d: [(d / "train" / c).rename(d / f"{c}") for c in ("ant", "bee", "cow")],
-            "train: no class folders in it",
         ),
     ],
 )

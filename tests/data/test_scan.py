@@ -264,10 +264,6 @@ def test_a_class_folder_without_images_says_what_is_in_it(folder):
         load_data(folder)
 
 
-def test_a_clean_folder_has_no_report(folder):
-    assert load(folder)[1] == ""
-
-
 def test_files_of_several_pages_are_reported_once(folder):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     names = ("a.gif", "b.tiff", "c.webp", "d.png")

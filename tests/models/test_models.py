@@ -67,8 +67,7 @@ def test_structure_of_section_3_5():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(32, 32), (8, 8), (1, 1), (17, 23)])
-@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(("in_chans", "size"), [(3, (8, 8)), (3, (1, 1)), (1, (17, 23))])
 def test_any_image_size_and_channels(name, size, in_chans):
     model = small(name, in_chans=in_chans, use_fused=True)
     logits = model(torch.randn(2, in_chans, *size))
@@ -110,40 +109,6 @@ def test_recompute_changes_memory_alone(name, monkeypatch):
 
 def test_recompute_is_accepted_by_models_without_fused_ops():
     assert not hasattr(cxv.create_model("wavemix-2", embed_dim=16, recompute=False), "recompute")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_training_fused_and_not(name):
-    """From one seed, in float32, with dropout: the loss curves are one until roundings have grown."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(64, 3, 12, 12, generator=generator), torch.randint(4, (64,), generator=generator)
-    images += labels[:, None, None, None]
-    curves, few = [], {"num_landmarks": 16} if name.startswith("cnv") else {}
-    for use_fused in (False, True):
-        torch.manual_seed(1)
-        model = small(name, embed_dim=32, use_fused=use_fused, **few).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        curve = []
-        for step in range(40):
-            part = slice(step % 8 * 8, step % 8 * 8 + 8)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images[part]), labels[part])
-            loss.backward()
-            optimizer.step()
-            curve.append(loss.detach())
-        curves.append(torch.stack(curve))
-    reference, fused = curves
-    assert reference[-10:].mean() < 0.9 * reference[:10].mean()
-    torch.testing.assert_close(fused[:20], reference[:20], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(fused, reference, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_image_alone_is_the_same_as_in_a_batch(name):
-    model = small(name, use_fused=True).double().eval()
-    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(model(x)[2:3], model(x[2:3]), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("use_fused", [True, False])
@@ -328,9 +293,10 @@ def test_attention_can_be_taken_out():
         assert model(x).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["cltv-1/2", "cnv-1/2"])  # a layer has every op
 def test_compile_fullgraph(name):
-    model = small(name.replace("5", "1"), use_fused=True).eval()  # a layer has every op
+    """With gradients; CPV's are in test_drop_path.py."""
+    model = small(name, use_fused=True).eval()
     x = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -386,6 +352,7 @@ def test_bad_input():
         ("eps must be a finite number of at least 0, got -1", lambda: cxv.CPV(attn_eps=-1)),
         ("feature_map must be one of .* got 'nope'", lambda: cxv.CLTV(feature_map="nope")),
         ("num_landmarks must be an integer of at least 1, got 0", lambda: cxv.CNV(num_landmarks=0)),
+        ("global_pool must be 'avg', .* got 'max'", lambda: cxv.CLTV(global_pool="max")),
         ("residual_conv_kernel must be an integer of at least 1, got -1", lambda: cxv.CNV(residual_conv_kernel=-1)),
         ("mlp_ratio must be a number, at least 1/128 for 128 channels, got 0", lambda: cxv.CNV(mlp_ratio=0)),
         ("mlp_ratio .* got 'abc'", lambda: cxv.create_model("hybrid-vilt-6/8", mlp_ratio="abc")),

@@ -308,6 +308,7 @@ def test_std_norm_adds_eps_to_the_standard_deviation():
         ("cnv", {}, False),
         ("cnv", {"pinv_init": "batch"}, True),
         ("hybrid-vin", {"pinv_init": "batch"}, True),
+        ("cltv", {}, False),
     ],
     ids=words,
 )

@@ -341,11 +341,14 @@ def test_a_hostile_pickle_is_never_run(tmp_path, run, kind):
     assert trace.exists() or kind in ("legacy", "named safetensors")
 
 
-def test_cxv_needs_neither_the_hub_nor_timm():
+def test_import_is_light_and_needs_neither_the_hub_nor_timm():
+    """FLOP counting would import Triton."""
     code = """
 import sys
 import cxv
-assert not {"safetensors", "huggingface_hub", "timm"} & sys.modules.keys()
+assert not {"safetensors", "torch.utils.flop_counter"} & sys.modules.keys()
+import cxv.cli
+assert not {"torchvision", "matplotlib", "sklearn", "huggingface_hub", "timm"} & sys.modules.keys()
 sys.modules["huggingface_hub"] = sys.modules["timm"] = None
 for name in ("hub", "timm"):
     try:

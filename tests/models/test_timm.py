@@ -53,24 +53,6 @@ def test_arguments_reach_the_model():
         timm.create_model(untrained, pretrained=True)
 
 
-def test_classifier():
-    model = timm.create_model("cltv_5_4", num_classes=0, **SMALL).eval()
-    x = torch.randn(2, 3, 8, 6)
-    features = model.forward_features(x)
-    torch.testing.assert_close(model(x), features.mean((2, 3)))
-    assert model.num_features == model.head_hidden_size == model(x).shape[1]
-    model.reset_classifier(0, "")
-    assert torch.equal(model(x), features)
-    with pytest.raises(ValueError, match="global_pool must be 'avg', or without classes '', got ''"):
-        model.reset_classifier(4)
-    model.reset_classifier(4, global_pool="avg")
-    assert model(x).shape == (2, 4)
-    assert model.get_classifier() is model.head
-    assert timm.create_model("cltv_5_4", num_classes=0, global_pool="", **SMALL)(x).shape == features.shape
-    with pytest.raises(ValueError, match="got 'max'"):
-        cxv.CLTV(global_pool="max", **SMALL)
-
-
 @pytest.mark.parametrize("name", CXV)
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_intermediates(name, grad):
@@ -217,8 +199,9 @@ def test_configuration(name):
     unpooled = create(name, num_classes=0, global_pool="").eval()
     assert unpooled(x[..., :8, :8]).dim() == 4
     pool = "token" if cfg["fixed_input_size"] else "avg"
-    with pytest.raises(ValueError, match=f"global_pool must be '{pool}', or without classes '', got 'max'"):
-        unpooled.reset_classifier(0, "max")
+    for classes, kind, given in ((0, "max", "max"), (4, None, "")):
+        with pytest.raises(ValueError, match=f"global_pool must be '{pool}', or without classes '', got '{given}'"):
+            unpooled.reset_classifier(classes, kind)
     unpooled.reset_classifier(42, pool)
     assert unpooled.get_classifier().weight.shape == (42, 16)
 

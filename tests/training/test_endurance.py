@@ -1,5 +1,6 @@
 """Accidents that a run survives: signals in mid-epoch, a full disk, a damaged checkpoint, overflows of fp16."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exit_status, file_limit, fork
 from training_support import AUGMENTED, TINY, Probe, assert_same_run, before_batch, curve, cut_power, resume, run
 
 import cxv
@@ -54,51 +56,38 @@ def test_a_signal_saves_the_batches_done_and_resume_is_bit_exact(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-_LIMITED = """
-import resource, sys
-from cxv.training import InputError, TrainConfig, engine, train
-def limited(*args):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # bytes a file may have
-    return evaluate(*args)
-evaluate, engine.evaluate = engine.evaluate, lambda *a: (limited if epochs.pop() == int(sys.argv[2]) else evaluate)(*a)
-epochs = list(range(9, 0, -1))
-try:
-    train(eval(sys.argv[1]))
-except InputError as error:
-    print("refused:", error)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_write_that_fails_keeps_the_checkpoint_before_it_and_says_so(augmented, tmp_path):
-    output = tmp_path / "a"
-    config = TrainConfig(**{**TINY, "output": str(output), **AUGMENTED, "validation": None})
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED, repr(config), "3"], env=ENV, capture_output=True, text=True, check=True
-    )
-    assert f"refused: cannot write {output}/" in done.stdout
-    assert "File too large" in done.stdout
-    assert f"; what {output / 'last.pt'} has is kept, and `resume` goes on from it" in done.stdout
+def test_a_write_that_fails_keeps_the_checkpoint_before_it_and_says_so(tmp_path, monkeypatch):
+    output, options, evaluate = tmp_path / "a", {**AUGMENTED, "validation": None}, engine_module.evaluate
+    evaluations = []
+    with contextlib.ExitStack() as limits:
+
+        def limiting(*args):
+            evaluations.append(args)
+            if len(evaluations) == 3:
+                limits.enter_context(file_limit(10_000))
+            return evaluate(*args)
+
+        monkeypatch.setattr(engine_module, "evaluate", limiting)
+        message = rf"^cannot write {output}/.*File too large; what {output}/last\.pt has is kept, and `resume` goes on"
+        with pytest.raises(InputError, match=message):
+            run(output, **options)
+    monkeypatch.undo()
     assert read_checkpoint(output / "last.pt")["epoch"] == 2
     assert not list(output.glob(".*.tmp"))  # no half file
     resume(output)
-    run(tmp_path / "b", **{**AUGMENTED, "validation": None})
+    run(tmp_path / "b", **options)
     assert_same_run(output, tmp_path / "b")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_limit_or_quota_that_no_checkpoint_fits_is_reported_before_the_epoch(tmp_path, monkeypatch):
-    resource = pytest.importorskip("resource")
-    output, (soft, hard) = tmp_path / "a", resource.getrlimit(resource.RLIMIT_FSIZE)
+    output, epochs = tmp_path / "a", []
     run(output, epochs=1, sgd_epochs=0)
-    epochs = []
     monkeypatch.setattr(engine_module, "batches", lambda *args, **kwargs: epochs.append(args))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # the next checkpoint fits, not what it may grow to
-    try:
-        with pytest.raises(InputError, match=r"`output`: .*a has no room for a checkpoint of 0\.\d MB: File too large"):
-            resume(output, epochs=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"`output`: .*a has no room for a checkpoint of 0\.\d MB: File too large"
+    with file_limit(200_000), pytest.raises(InputError, match=message):  # the next one fits, not what it may grow to
+        resume(output, epochs=2)
     assert not epochs
     monkeypatch.undo()
     resume(output, epochs=2)
@@ -201,37 +190,32 @@ def test_two_damaged_checkpoints_are_an_error(augmented, tmp_path):
 
 _SHORT = {"epochs": 2, "sgd_epochs": 0, "limit_train": 32, "limit_test": 20, "validation": None}
 
-# forks a training for each call that writes to the disk, which ends it just before that call
-_EVERY_WRITE = """
-import os, signal, sys
-import sklearn.datasets, sklearn.model_selection, torch._dynamo  # once
-from cxv.training import TrainConfig, train
-torch.set_num_threads(1)
-for fatal in map(int, sys.argv[2].split(",")):
-    pid = os.fork()
-    if pid == 0:
-        calls = [0]
-        def deadly(call):
-            def counted(*args):
-                calls[0] += 1
-                if calls[0] == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args)
-            return counted
-        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-        train(eval(sys.argv[1].replace("NUMBER", str(fatal))), log=str)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-"""
+
+def count_down_to_kill(call, calls_left):
+    """The call, which ends the process instead once ``calls_left``, a list that several calls share, is empty."""
+
+    def counted(*args):
+        calls_left.pop()
+        if not calls_left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args)
+
+    return counted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_kill_9_at_every_step_of_every_write(tmp_path):
-    config = repr(TrainConfig(**{**TINY, **_SHORT, "output": str(tmp_path / "run-NUMBER")}))
+    """A run for each call that writes to the disk, ended just before that call."""
     # before the first epoch 3 of last.pt and 9 of smaller files; after it 3 of best.pt and 4 of last.pt
     fatal = [1, 2, 3, *range(13, 21)]
-    command = [sys.executable, "-c", _EVERY_WRITE, config, ",".join(map(str, fatal))]
-    subprocess.run(command, env=ENV, capture_output=True, text=True, check=True)
+
+    def train_until_killed(number):
+        calls_left = [None] * number
+        os.fsync, os.replace = (count_down_to_kill(call, calls_left) for call in (os.fsync, os.replace))
+        run(tmp_path / f"run-{number}", **_SHORT)
+
+    for number in fatal:
+        assert exit_status(fork(partial(train_until_killed, number))) == -signal.SIGKILL
     run(tmp_path / "whole", **_SHORT)
     resumed = 0
     for number in fatal:

@@ -239,8 +239,8 @@ def test_modern_run_trains_at_the_sizes_with_the_average_as_its_result(tmp_path,
     assert json.loads((tmp_path / "a" / "args.json").read_text())["progressive"] == [[4, 1], [8, 2]]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
-def test_resume_is_bit_exact_after_a_kill_in_each_epoch(whole, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize("stop", [0, 2])
+def test_resume_is_bit_exact_after_a_kill_in_the_first_and_the_last_epoch(whole, tmp_path, monkeypatch, stop):
     output = tmp_path / "a"
     before_batch(monkeypatch, stop + 1, 1, cut_power)
     with pytest.raises(RuntimeError, match="the power is cut"):

@@ -9,7 +9,7 @@ from training_support import AUGMENTED, TINY, assert_same_run, before_batch, cur
 
 from cxv.checkpoint import read_checkpoint
 from cxv.data import RandAugment, load_data
-from cxv.training import DualOpT, InputError, TrainConfig, load_model, train, train_seeds
+from cxv.training import InputError, TrainConfig, load_model, train, train_seeds
 from cxv.training import config as config_module
 from cxv.training import engine as engine_module
 from cxv.training import trainer as trainer_module
@@ -43,23 +43,9 @@ def test_each_phase_sees_the_images_it_should(tmp_path, monkeypatch):
     assert seen == [(augment, 1), (augment, 2), (augment, 3), (None, 4), (None, 5), (None, 6)]
 
 
-def test_every_phase_starts_from_the_best_weights_with_a_fresh_optimizer(tmp_path, monkeypatch):
-    starts, reload = [], DualOpT._reload
-
-    def recorded(opt, phase):
-        best = {k: v.clone() for k, v in opt._best.items()}
-        reload(opt, phase)
-        same = all(torch.equal(v, best[k]) for k, v in opt._tensors().items())
-        starts.append((type(opt.optimizer).__name__, len(opt.optimizer.state), same))
-
-    monkeypatch.setattr(DualOpT, "_reload", recorded)
-    run(tmp_path / "a", **AUGMENTED)
-    assert starts == [("SGD", 0, True), ("AdamW", 0, True), ("SGD", 0, True)]
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
-def test_resume_is_bit_exact_in_every_phase(augmented, tmp_path, monkeypatch, stop):
-    """Stopped in the middle of each epoch, from the second on."""
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_resume_is_bit_exact_at_every_switch(augmented, tmp_path, monkeypatch, stop):
+    """Stopped in the first epoch of each phase but the first."""
     output = tmp_path / "a"
     before_batch(monkeypatch, stop + 1, 1, cut_power)
     with pytest.raises(RuntimeError, match="the power is cut"):

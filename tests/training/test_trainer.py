@@ -2,13 +2,13 @@
 
 import json
 import os
-import random
 import re
 import signal
 
 import numpy as np
 import pytest
 import torch
+from conftest import exit_status, fork
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training_support import TIMES, TINY, Probe, assert_same_run, before_batch, curve, run
@@ -17,21 +17,9 @@ import cxv
 from cxv.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
 from cxv.data.loader import load_data
 from cxv.models import registry
-from cxv.models.registry import TABLE_1, has_fused_ops
 from cxv.training import InputError, TrainConfig, evaluate, load_model, train
 from cxv.training import engine as engine_module
-from cxv.training import trainer as trainer_module
 from cxv.training.interrupt import deferred_interrupts, interruptible
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(), torch.get_rng_state(), random.getstate()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    torch.set_rng_state(before[1])
-    random.setstate(before[2])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +44,7 @@ def test_files_of_a_run(whole):
     assert all(keys <= row.keys() for row in rows)
     assert rows[-1]["best_top1"] == max(row["test_top1"] for row in rows) == result.best_top1
     assert json.loads((output / "args.json").read_text())["batch_size"] == 32
-    assert (output / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (output / "curves.png").read_bytes() == b"5 epochs of cpv-1/2 on digits"  # in place of the picture
     assert not list(output.glob(".*.tmp"))  # no temporary file is left
     assert f"best top-1 {result.best_top1:.2f} % at epoch {result.best_epoch} of 5" in log
     assert str(output) in log
@@ -174,14 +162,12 @@ def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path
     if options:
         unbroken = tmp_path / "unbroken"
         run(unbroken, **options)
-    pid = os.fork()  # a process of its own, which need not import PyTorch again
-    if pid == 0:
-        try:
-            before_batch(monkeypatch, epoch, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            train(config, log=str)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+    def train_until_killed():
+        before_batch(monkeypatch, epoch, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        train(config, log=str)
+
+    assert exit_status(fork(train_until_killed)) == -signal.SIGKILL
     assert len(curve(output)) == left
     with open(output / "metrics.jsonl", "a") as f:
         f.write('{"epoch": 99, "test_')  # a line cut short: the checkpoint is the truth
@@ -290,21 +276,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
     atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
-
-
-def test_grad_scaler_is_used_saved_and_restored(tmp_path, monkeypatch):
-    # fp16 is for CUDA; the CPU's half arithmetic is slow but runs the same lines
-    autocast = lambda *a: lambda: torch.autocast("cpu", dtype=torch.float16)  # noqa: E731
-    monkeypatch.setattr(trainer_module, "autocast_for", autocast)
-    monkeypatch.setattr(registry, "create_model", lambda name, **kwargs: Probe(**kwargs))
-    half = {"precision": "fp16", "embed_dim": None, "sgd_epochs": 1}
-    run(tmp_path / "whole", epochs=3, **half)
-    run(tmp_path / "parts", epochs=2, **{**half, "sgd_epochs": 0})
-    scaler = read_checkpoint(tmp_path / "parts" / "last.pt")["scaler"]
-    assert scaler["_growth_tracker"] == 6
-    train(TrainConfig(output=str(tmp_path / "parts"), resume=True, epochs=3, sgd_epochs=1), log=str)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert read_checkpoint(tmp_path / "parts" / "last.pt")["scaler"]["_growth_tracker"] == 12
 
 
 # --- refusals
@@ -424,21 +395,6 @@ def test_damaged_checkpoints_are_named(whole, tmp_path, damage):
         load_model(tmp_path)
 
 
-class Exploit:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    (tmp_path / "best.pt").write_bytes(pack_checkpoint({"model": Exploit(str(tmp_path / "pwned"))}))
-    with pytest.raises(InputError, match="not a readable checkpoint"):
-        load_model(tmp_path)
-    assert not (tmp_path / "pwned").exists()
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -502,7 +458,7 @@ def test_the_log_says_which_model_is_the_default(tmp_path):
 @pytest.mark.slow
 def test_digits_reach_95_per_cent_in_few_epochs_and_switch_to_sgd(tmp_path):
     """The default but for the epochs and the batch, which is small so that there are enough steps."""
-    lines, few = [], {"batch_size": 32, "epochs": 7, "sgd_epochs": 1}
+    lines, few = [], {"batch_size": 32, "epochs": 5, "sgd_epochs": 1}
     result = train(TrainConfig(output=str(tmp_path / "a"), threads=1, **few), log=lines.append)
     assert result.best_top1 >= 95
     assert "switch to SGD" in "\n".join(lines)
@@ -603,18 +559,17 @@ class Stacked(nn.Sequential):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("row", [row for row in TABLE_1 if row != "resnet-34"])
-def test_every_model_of_table_1_trains(tmp_path, row):
-    family = row.rpartition("-")[0]
-    libraries = dict.fromkeys(("vit", "mlp-mixer", "convmixer"), "timm") | dict.fromkeys(("cct", "cvt"), "vit_pytorch")
-    if family in libraries:
-        pytest.importorskip(libraries[family])
-    name = {"resnet": "resnet-18", "cvt": "cvt-3/2"}.get(family) or f"{family}-1" + "/2" * ("/" in row)
+@pytest.mark.parametrize("name", ["hybrid-vilt-1/2", "wavemix-1", "vit-1/2"])
+def test_models_of_table_1_train(tmp_path, name):
+    """One with fused ops, one without and one of another library; test_table1.py has the gradients of them all."""
+    if name == "vit-1/2":
+        pytest.importorskip("timm")
     small = {"model": name, "embed_dim": None, "limit_train": 12, "limit_test": 10, "batch_size": 6, "img_size": 16}
     result, log = run(tmp_path / "a", **small, epochs=1, sgd_epochs=0)
     assert result.epochs == 1
-    assert ("fused, fp32" in log) == has_fused_ops(row)
-    assert ("plain PyTorch (it has no fused ops), fp32" in log) == (not has_fused_ops(row))
+    fused = name.startswith("hybrid")
+    assert ("fused, fp32" in log) == fused
+    assert ("plain PyTorch (it has no fused ops), fp32" in log) == (not fused)
 
 
 def test_arguments_that_a_baseline_lacks_are_named(tmp_path):
