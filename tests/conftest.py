@@ -61,29 +61,12 @@ def _float32_is_float32_on_a_gpu():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _interpreted_language_is_patched_once_a_launch():
-    """Triton's interpreter patches its language at every call of a device function: a third of these tests' time."""
-    if not interpreting():
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn):
-        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
-        if modules in patched:
-            return None  # fn is a device function, whose scope nobody restores
-        scope = patch(fn)
-        if not patched:  # fn is the kernel
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        patched.add(modules)
-        return scope
-
+def _fast_interpreter():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        if interpreting():
+            from fast_interpreter import speed_up
+
+            speed_up(monkeypatch)
         yield
 
 

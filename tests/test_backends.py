@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,12 +15,6 @@ from conftest import heads, needs_cpp
 import cxv_kernels
 from cxv_kernels import dispatch, library, testing
 from cxv_kernels.ops.linear_attention.op import linear_attention_op
-
-
-def test_every_check_passes_here():
-    results = list(testing.run_all("cpu"))
-    assert {r.case.op for r in results} == set(cxv_kernels.OPS)
-    assert [r for r in results if not r.passed] == []
 
 
 def test_checks_fail_on_a_wrong_result():
@@ -171,17 +166,8 @@ def test_imports_are_light_and_silent():
     assert out.strip() == "[]"
 
 
-def test_kernels_do_not_import_the_models():
-    assert (
-        run("import sys, cxv_kernels; print(any(m == 'cxv' or m.startswith('cxv.') for m in sys.modules))") == "False\n"
-    )
-
-
 def test_works_without_the_compiled_libraries(tmp_path):
     """A copy of the Python files alone, as installed without a compiler."""
-    import shutil
-    from pathlib import Path
-
     package = Path(cxv_kernels.__file__).parent
     shutil.copytree(package, tmp_path / "cxv_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     shutil.copy(package.parent / "csrc" / "ops.cpp", tmp_path / "cxv_kernels")  # as setup.py does
@@ -210,6 +196,7 @@ def test_report(capsys):
     out = capsys.readouterr().out
     assert "all checks passed" in out
     assert "not supported by triton" in out
+    assert [op for op in cxv_kernels.OPS if not re.search(rf"^ *{op} .* ok ", out, re.MULTILINE)] == []
 
 
 def test_report_continues_after_a_kernel_that_raises(monkeypatch, capsys):

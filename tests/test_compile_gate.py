@@ -1,8 +1,6 @@
 """What the compiler makes of the Triton kernels for cards that are not here: tensor cores, no spills, sizes."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 
 from cxv_kernels import OPS, explain_backend
-from cxv_kernels._triton import TRITON_MISSING
+from cxv_kernels._triton import TRITON_MISSING, interpreting
 from cxv_kernels.ops.linear_attention.triton import configs
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +17,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import triton_compile  # noqa: E402
 import tune  # noqa: E402
 
-pytestmark = pytest.mark.skipif(TRITON_MISSING is not None, reason=f"Triton: {TRITON_MISSING}")
+pytestmark = pytest.mark.skipif(
+    TRITON_MISSING is not None or interpreting(), reason=f"Triton: {TRITON_MISSING or 'interpreting'}"
+)
 
 # What the paper's models launch; of the other cases all in one dtype, the rest has the report.
 MODELS = (
@@ -35,109 +35,108 @@ SHARED = {arch: card.block_shared for arch, card in triton_compile.CARDS.items()
 CUBIN = {"float16": 192 << 10, "bfloat16": 192 << 10, "float32": 384 << 10}
 
 
-def compiled(folder, *calls):
-    """compile_report's rows, in a process of its own: another test may have Triton interpret in this one."""
-    calls = [["--json", str(folder / f"{i}.json"), *call] for i, call in enumerate(calls)]
-    code = f"import compile_report\nfor call in {calls!r}: compile_report.main(call)"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr
-    return [row for call in calls for row in json.loads(Path(call[1]).read_text())["rows"]]
-
-
 def names(row):
-    return f"{row['kernel']} of {row['case']}, {row['dtype']}, sm_{row['arch']}"
+    return f"{row.kernel} of {row.case}, {row.dtype}, sm_{row.arch}"
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows():
     """Every op in float16, the models' in bfloat16 and on a T4, attention in float32; the Performer narrow and wide."""
-    performer, narrow = MODELS[0], ("--dims", "32")
-    return compiled(
-        tmp_path_factory.mktemp("compile"),
-        ("--dtype", "float16", "--arch", "80", *narrow, "--cases", *OPS, triton_compile.IMPLICIT_GEMM),
-        ("--dtype", "float16", "--arch", "75", *narrow, "--cases", *MODELS),
-        ("--dtype", "bfloat16", "--arch", "90", *narrow, "--cases", *MODELS),
-        ("--dtype", "float32", "--arch", "80", *narrow, "--cases", performer),
-        ("--dtype", "float32", "--arch", "90", *narrow, "--cases", performer),
-        ("--dtype", "float16", "--arch", "80", "--dims", "16", "64", "--cases", performer),
-        ("--dtype", "float16", "--arch", "90", "--dims", "64", "--cases", performer),
-        ("--dtype", "float32", "--arch", "80", "--dims", "128", "--features", "512", "--cases", *MODELS[:2]),
+    performer = MODELS[:1]
+    calls = (
+        (torch.float16, 80, 32, (*OPS, triton_compile.IMPLICIT_GEMM)),
+        (torch.float16, 75, 32, MODELS),
+        (torch.bfloat16, 90, 32, MODELS),
+        (torch.float32, 80, 32, performer),
+        (torch.float32, 90, 32, performer),
+        (torch.float16, 80, 16, performer),
+        (torch.float16, 80, 64, performer),
+        (torch.float16, 90, 64, performer),
     )
+    found = [
+        (arch, launch)
+        for dtype, arch, dim, cases in calls
+        for launch in triton_compile.launches(dtype, arch, dim=dim, only=cases)
+    ]
+    wide = triton_compile.launches(torch.float32, 80, dim=128, features=512, only=MODELS[:2])
+    made = triton_compile.compile_all([*found, *((80, launch) for launch in wide)], disassemble=False)
+    return list({id(row): row for row in made}.values())
 
 
 @pytest.mark.slow
 def test_every_op_compiles(rows):
-    assert not [(names(row), row["error"]) for row in rows if row["error"]]
+    assert not [(names(row), row.error) for row in rows if row.error]
     served = {op for op in OPS if "has no" not in explain_backend(op, "cuda")["triton"]}
-    launched = {arch: {row["case"].partition(" ")[0] for row in rows if row["arch"] == arch} for arch in (80, 90)}
+    launched = {arch: {row.case.partition(" ")[0] for row in rows if row.arch == arch} for arch in (80, 90)}
     assert served - {"kv_state"} <= launched[80] | {"kv_state"}  # kv_state is the first half of linear_attention
     assert {op.partition(" ")[0] for op in MODELS} <= launched[90]
-    maps = {row["constants"]["MAP"] for row in rows if "MAP" in row["constants"]}
+    maps = {row.constants["MAP"] for row in rows if "MAP" in row.constants}
     assert {"favor", "favor_relu", "exact", "softmax", "elu", "relu"} <= maps
-    assert any(row["case"] == triton_compile.IMPLICIT_GEMM for row in rows)
+    assert any(row.case == triton_compile.IMPLICIT_GEMM for row in rows)
 
 
 @pytest.mark.slow
 def test_products_run_on_tensor_cores(rows):
-    products = [row for row in rows if row["dot"]]
+    products = [row for row in rows if row.dot]
     for op in ("performer_attention", "linear_attention"):
         for arch in (80, 90):
-            mine = [row for row in products if row["case"].startswith(op) and row["arch"] == arch]
-            assert len({row["kernel"] for row in mine}) >= 4  # keys and queries, forward and backward
-    without = [row for row in products if row["instructions"]["HMMA"] + row["instructions"]["WGMMA"] == 0]
-    assert {row["kernel"] for row in without if row["arch"] < 80} <= {"_convolve"}
-    assert not [names(row) for row in without if row["arch"] >= 80 and row["dtype"] != "float32"]
+            mine = [row for row in products if row.case.startswith(op) and row.arch == arch]
+            assert len({row.kernel for row in mine}) >= 4  # keys and queries, forward and backward
+    without = [row for row in products if row.instructions["HMMA"] + row.instructions["WGMMA"] == 0]
+    assert {row.kernel for row in without if row.arch < 80} <= {"_convolve"}
+    assert not [names(row) for row in without if row.arch >= 80 and row.dtype != "float32"]
 
 
 @pytest.mark.slow
 def test_float32_is_not_rounded_to_tf32(rows):
     """As long as torch.backends does not allow it, which it does for convolutions unless told otherwise: on tensor
     cores it is the sum of three products (tf32x3)."""
-    products = [row for row in rows if row["dtype"] == "float32" and row["dot"] and row["kernel"] != "_convolve"]
-    assert {row["constants"]["PRECISION"] for row in products} <= {"ieee", "tf32x3"}
+    products = [row for row in rows if row.dtype == "float32" and row.dot and row.kernel != "_convolve"]
+    assert {row.constants["PRECISION"] for row in products} <= {"ieee", "tf32x3"}
     assert products
 
 
 @pytest.mark.slow
 def test_nothing_spills(rows):
-    assert not {names(row): row["spills"] for row in rows if row["spills"]}
-    sizes = {(row["constants"].get("D"), row["constants"].get("F"), row["dtype"]) for row in rows}
+    assert not {names(row): row.spills for row in rows if row.spills}
+    sizes = {(row.constants.get("D"), row.constants.get("F"), row.dtype) for row in rows}
     assert {(16, 44, "float16"), (64, 266, "float16"), (128, 512, "float32"), (128, 128, "float32")} <= sizes
 
 
 @pytest.mark.slow
 def test_hoppers_products_overlap(rows):
-    assert not [names(row) for row in rows if row["serialized"]]
-    assert sum(row["instructions"]["WGMMA"] > 0 for row in rows) >= 8
+    assert not [names(row) for row in rows if row.serialized]
+    assert sum(row.instructions["WGMMA"] > 0 for row in rows) >= 8
 
 
 @pytest.mark.slow
 def test_sizes(rows):
     for row in rows:
-        assert row["shared"] <= SHARED[row["arch"]], names(row)
-        assert 0 < row["cubin"] <= CUBIN[row["dtype"]], names(row)
-        assert 0 < row["registers"] <= 255, names(row)
-        assert 0 < row["occupancy"] <= 1, names(row)
+        assert row.shared <= SHARED[row.arch], names(row)
+        assert 0 < row.cubin <= CUBIN[row.dtype], names(row)
+        assert 0 < row.registers <= 255, names(row)
+        assert 0 < row.occupancy <= 1, names(row)
 
 
 @pytest.mark.slow
 def test_a_t4_gets_what_multiplies_no_matrices(rows):
     """But for the convolution that conv_norm's backward seldom needs."""
-    older = [row for row in rows if row["arch"] == 75]
-    assert {row["case"].partition(" ")[0] for row in older} == {*MODELS, "nystrom_attention"} - set(MODELS[:3])
-    assert {row["kernel"] for row in older if row["dot"]} == {"_convolve"}
+    older = [row for row in rows if row.arch == 75]
+    assert {row.case.partition(" ")[0] for row in older} == {*MODELS, "nystrom_attention"} - set(MODELS[:3])
+    assert {row.kernel for row in older if row.dot} == {"_convolve"}
 
 
 @pytest.mark.slow
-def test_instructions_of_a_token(rows):
-    """In the loop over tokens of a head with 32 channels and 110 features."""
-    narrow = [row for row in rows if row["constants"].get("D") == 32 and row["case"] == MODELS[0]]
-    issued = {row["kernel"]: row["issued"] for row in narrow if row["dtype"] == "float16"}
-    assert all(10 < issued[kernel] < 1000 for kernel in ("key_pass", "query_pass", "query_backward", "key_backward"))
+def test_machine_code(rows):
+    """Of a head with 32 channels and 110 features: the instructions in the loop over tokens, and what ``rows`` has."""
+    found = [(80, launch) for launch in triton_compile.launches(torch.float16, 80, only=MODELS[:1])]
+    read = {row.kernel: row for row in triton_compile.compile_all(found)}
+    known = {row.kernel: row for row in rows if row.case == MODELS[0] and (row.arch, row.dtype) == (80, "float16")}
+    for kernel in ("key_pass", "query_pass", "query_backward", "key_backward"):
+        assert 10 < read[kernel].issued < 1000
+        for row in (read[kernel], known[kernel]):
+            assert row.instructions["HMMA"] > 0
+            assert row.spills == 0
 
 
 @pytest.mark.parametrize(
@@ -154,16 +153,21 @@ def test_bad_values(run_script, arguments, words):
 
 
 @pytest.mark.slow
-def test_the_tuner_drops_what_does_not_fit(tmp_path):
+def test_report(run_script, tmp_path):
+    file = tmp_path / "rows.json"
+    arguments = ("--arch", 80, "--dtype", "float16", "--dims", 32, "--cases", "gelu_dropout", "--json", file)
+    printed = run_script("tools/compile_report.py", *arguments)
+    assert "gelu_dropout plain" in printed
+    assert "0 do not compile, 0 with a fault" in printed
+    assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"gelu_dropout plain"}
+
+
+@pytest.mark.slow
+def test_the_tuner_drops_what_does_not_fit(run_script, tmp_path):
     """Without a GPU; configs.py reads the table that it writes."""
     table, tried = tmp_path / "table.json", tmp_path / "tried.json"
-    command = [sys.executable, str(ROOT / "tools" / "tune.py"), "--rank-by", "compile", "--arch", "90"]
-    command += ["--dims", "32", "--dtype", "float16", "--kernels", "reduce", "--candidates", "2"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    outputs = ["--table", str(table), "--json", str(tried)]
-    done = subprocess.run([*command, *outputs], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ("--arch", 90, "--dims", 32, "--dtype", "float16", "--kernels", "reduce", "--candidates", 2)
+    run_script("tools/tune.py", "--rank-by", "compile", *options, "--table", table, "--json", tried)
     found = json.loads(tried.read_text())
     assert found["ranked_by"] == "compile"
     assert {entry["kernel"] for entry in found["tried"]} == {"reduce"}

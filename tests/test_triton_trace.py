@@ -1,14 +1,11 @@
-"""The Triton ops as PyTorch sees them, without a GPU: in one graph, never waiting for the device. And DDP."""
+"""The Triton ops as PyTorch sees them, without a GPU: in one graph, never waiting for the device."""
 
 import importlib
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -18,7 +15,6 @@ import cxv
 import cxv_kernels
 from cxv_kernels import _triton
 from cxv_kernels._triton import TRITON_MISSING
-from cxv_kernels.library import CPP_MISSING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -69,20 +65,6 @@ def test_a_training_step_is_one_graph(model):
     assert len(set(launched)) >= 6
     assert not [op for op in ops if op.startswith("cxv_kernels.")]  # the C++ library's
     assert all(parameter.grad is not None for parameter in net.parameters())
-
-
-@needs_triton
-@pytest.mark.parametrize("op", ["performer_attention", "linear_attention"])
-def test_attention_is_one_graph(op):
-    projection = (torch.randn(20, 16),) if op == "performer_attention" else ()
-    inputs = [torch.randn(2, 2, 40, 16, requires_grad=True) for _ in range(3)]
-    launched = []
-    step, ops = compiled(lambda *qkv: getattr(cxv_kernels, op)(*qkv, *projection).square().sum())
-    with recording(lambda kernel, *_: launched.append(kernel.__name__), 80):
-        grads = torch.autograd.grad(step(*inputs), inputs)
-    assert [g.shape for g in grads] == [x.shape for x in inputs]
-    assert {f"cxv_kernels_triton.{op}_{way}.default" for way in ("forward", "backward")} <= ops
-    assert len(set(launched)) >= 6
 
 
 def arguments(op, like):
@@ -208,40 +190,3 @@ def test_a_failed_launch_names_op_kernel_and_tensors():
     match = r"linear_attention: Triton could not run some_kernel on cpu \(\(2, 3\) torch.float16\): out of resources"
     with pytest.raises(RuntimeError, match=match):
         _triton.launch("linear_attention", Kernel(), (1,), torch.zeros(2, 3, dtype=torch.float16), 5)
-
-
-# --- DistributedDataParallel ---
-
-
-def model_and_batch():
-    torch.manual_seed(0)
-    model = cxv.CPV(embed_dim=16, num_heads=2, depth=1, num_classes=3, drop_rate=0.0, use_fused=True)
-    return model, torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
-
-
-def one_of_two(rank, port, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model, images, labels = model_and_batch()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    half = slice(2 * rank, 2 * rank + 2)
-    for _ in range(2):  # the reducer rebuilds its buckets after the first step
-        parallel.zero_grad()
-        nn.functional.cross_entropy(parallel(images[half]), labels[half]).backward()
-    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CPP_MISSING is not None, reason=f"the C++ kernels: {CPP_MISSING}")
-def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
-    model, images, labels = model_and_batch()
-    nn.functional.cross_entropy(model(images), labels).backward()
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    for got, parameter in zip(first, model.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)

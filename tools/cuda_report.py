@@ -1,9 +1,9 @@
-"""Report the code that nvcc generates for the CUDA kernels and predict their time on a T4, without a GPU.
+"""Report the code that nvcc generates for the CUDA kernels, without a GPU.
 
     python tools/cuda_report.py [--arch 75]
 
 Reads the built library (cxv_kernels/_cuda*.so) with cuobjdump: registers, spills, shared memory, resident warps and
-tensor-core instructions of each kernel, and a prediction of the time per token and head on a T4 (sm_75).
+tensor-core instructions of each kernel.
 """
 
 import argparse
@@ -16,9 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# A T4: https://www.nvidia.com/en-us/data-center/tesla-t4 and the Turing white paper. 16 exponentials and 4 warp
-# instructions a clock and multiprocessor; an HMMA.1688.F32 (1024 multiply-adds) takes its tensor cores 2 clocks.
-T4_BYTES_PER_NS, T4_SMS, T4_GHZ = 320.0, 40, 1.59
+# A multiprocessor of a T4, by the Turing white paper, and the multiply-adds of an instruction.
 T4_WARPS, T4_REGISTERS, T4_SHARED, T4_BLOCKS = 32, 65536, 64 * 1024, 16
 MACS = {"HMMA.1688": 1024}
 
@@ -165,46 +163,8 @@ def resident_warps(kernel: Kernel, features: int) -> int:
     return warps * min(by_registers, by_shared, T4_BLOCKS, T4_WARPS // warps)
 
 
-def prediction(dim: int = 32, features: int = 110, map_: str = "favor") -> list[dict]:
-    """Of each pass of fp16 forward and backward on a T4: what a token of a head costs, and the time that predicts.
-
-    Bytes are those of the token's tensors; multiply-adds those that the tensor cores do (W is two operands, the keys'
-    Σ e eight columns); exps one per token and feature; instructions those of the compiled inner loops. Each resource
-    alone would take the ns given for it; the predicted time is the largest. What is done once per head and per block
-    (the state's sums, W into shared memory) and all waiting is left out. Nothing here is measured.
-    """
-    size = next(n for n in (16, 32, 64) if dim <= n)
-    found = {k.name: k for k in kernels(75) if (k.dtype, k.size, k.map) == ("__half", size, map_)}
-    padded, projected = (features + 15) // 16 * 16 if map_ in PROJECTED else size, map_ in PROJECTED
-    z = 2 * size * padded if projected else 0  # multiply-adds of the exponents
-    product = size * padded
-    passes = [
-        ("key_pass", 2, z + product + 8 * padded),
-        ("query_pass", 2, z + product),
-        ("query_backward", 3, 2 * (z + product) + product * projected),
-        ("query_backward_sums", 2, z + product),
-        ("key_backward", 4, z + 2 * product + product * projected),
-    ]
-    rows = []
-    for name, tensors, macs in passes:
-        exps = padded * (2 if name == "query_backward" else 1) if map_ in ("favor", "softmax") else 0
-        loop = found[name].inner_loops
-        in_loop = sum(n * sum(t.startswith(i) for t in loop) for i, n in MACS.items())
-        # the share of instructions that come with a multiply-add is that of the inner loops
-        instructions = len(loop) * macs / in_loop if in_loop else 0
-        costs = {
-            "memory": 2 * dim * tensors / T4_BYTES_PER_NS,
-            "tensor cores": macs / 512 / T4_SMS / T4_GHZ,
-            "exps": exps / 16 / T4_SMS / T4_GHZ,
-            "issue": instructions / 4 / T4_SMS / T4_GHZ,
-        }
-        facts = {"pass": name, "bytes": 2 * dim * tensors, "flops": 2 * macs, "exps": exps}
-        rows.append(facts | {"ns": costs, "predicted_ns": max(costs.values()), "bound": max(costs, key=costs.get)})
-    return rows
-
-
-def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
-    """Both tables in Markdown, for this script and for compile_report."""
+def report(arch: int = 75, features: int = 110) -> str:
+    """A table in Markdown, for this script and for compile_report."""
     lines = [
         f"| kernel, sm_{arch} | registers | spills | shared memory | HMMA | of multiply-adds | warps on sm_75 |",
         "|---|---|---|---|---|---|---|",
@@ -215,21 +175,6 @@ def report(arch: int = 75, dim: int = 32, features: int = 110) -> str:
             f"| {k.name}{k.step and ' ' + k.step} {k.dtype} {k.size} {k.map} | {k.registers} | {k.spills} | "
             f"{shared / 1024:.1f} KB | {k.count('HMMA')} | {k.tensor_core_share:.0%} | {resident_warps(k, features)} |"
         )
-    if arch == 75:
-        lines += [
-            "",
-            f"Predicted, not measured: a token of a head on a T4, fp16, FAVOR+, D = E = {dim}, M = {features}; without",
-            "what is done once per head and per block, and all waiting.",
-            "",
-            "| pass | bytes | FLOP | exps | memory ns | tensor cores ns | exps ns | issue ns | predicted ns |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in prediction(dim, features):
-            ns = " | ".join(f"{row['ns'][name]:.2f}" for name in ("memory", "tensor cores", "exps", "issue"))
-            lines.append(
-                f"| {row['pass']} | {row['bytes']} | {row['flops']} | {row['exps']} | {ns} | "
-                f"{row['predicted_ns']:.2f} ({row['bound']}) |"
-            )
     return "\n".join(lines)
 
 

@@ -260,7 +260,7 @@ def _key(source: Any, options: dict[str, Any]) -> str:
 _queue: list[tuple[Launch, Any, Any, dict[str, Any]]] = []  # inherited by the forked workers: kernels do not pickle
 
 
-def _compile(index: int) -> Compiled:
+def _compile(disassemble: bool, index: int) -> Compiled:
     import triton
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -277,10 +277,10 @@ def _compile(index: int) -> Compiled:
         made.error = " | ".join(lines[:2] + lines[-1:])[:500]
         return made
     made.dot = "tt.dot" in compiled.asm["ttir"]
-    sass = _read(made, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+    sass = _read(made, compiled, disassemble)
     made.serialized = _serialized(compiled.asm["ptx"], get_ptxas(target.arch).path)
     rounds = launch.rounds(constants)
-    if rounds:
+    if rounds and disassemble:
         made.issued = instructions_of_a_round(sass, constants.get("BLOCKS", 1)) * compiled.metadata.num_warps * rounds
     return made
 
@@ -319,29 +319,39 @@ def _serialized(ptx: str, ptxas: str) -> bool:
     return "serialized" in done.stderr
 
 
-def _read(made: Compiled, cubin: bytes, shared: int, warps: int) -> str:
-    """Add the data of the machine code to the row, and return it."""
+def _read(made: Compiled, compiled: Any, disassemble: bool) -> str:
+    """Add the data of the machine code to the row, and return what cuobjdump prints."""
     from triton import knobs
 
+    made.shared, made.cubin = compiled.metadata.shared, len(compiled.asm["cubin"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", *(["-sass"] if disassemble else []), file.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    made.registers = int(re.search(r"REG:(\d+)", sass).group(1))
+    made.registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", sass).groups())
+    made.occupancy = CARDS[made.arch].occupancy(made.registers, made.shared, compiled.metadata.num_warps)
+    if not disassemble:
+        ptx = compiled.asm["ptx"]
+        made.instructions = {"HMMA": ptx.count("mma.sync"), "WGMMA": ptx.count("wgmma.mma_async")}
+        made.spills = stack // 4
+        return sass
     opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE))
     made.instructions = {
         family: sum(count for opcode, count in opcodes.items() if re.match(rf"{pattern}(\.|$)", opcode))
         for family, pattern in FAMILIES.items()
     } | {"all": sum(opcodes.values())}
     made.spills = made.instructions["LDL"] + made.instructions["STL"]
-    made.shared, made.cubin = shared, len(cubin)
-    made.occupancy = CARDS[made.arch].occupancy(made.registers, shared, warps)
     return sass
 
 
-def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Compiled]:
-    """Compile each (architecture, launch) in ``jobs`` processes. Equal ones are compiled once and give one object."""
+def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2, disassemble: bool = True) -> list[Compiled]:
+    """Compile each (architecture, launch) in ``jobs`` processes. Equal ones are compiled once and give one object.
+
+    Args:
+        disassemble: Read the machine code, which takes as long as ptxas does. If False, the rows have the tensor cores'
+            instructions of PTX alone, the words on the stack as their spills, and no ``issued``.
+    """
     _queue.clear()
     places: list[int | Compiled] = []  # in the queue, or what is known already
     seen: dict[str, int] = {}
@@ -356,5 +366,5 @@ def compile_all(found: Sequence[tuple[int, Launch]], jobs: int = 2) -> list[Comp
             _queue.append((launch, source, target, options))
         places.append(seen[key])
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        made = list(pool.map(_compile, range(len(_queue))))
+        made = list(pool.map(partial(_compile, disassemble), range(len(_queue))))
     return [made[place] if isinstance(place, int) else place for place in places]

@@ -97,6 +97,13 @@ def reference(feature_map, q, k, v, projection=None, key_mask=None, eps=None):
     return performer_attention_reference(q, k, v, projection.to(q.dtype), kernel, eps, key_mask=key_mask)
 
 
+def exact(feature_map, q, k, v, grad_out, projection=None, key_mask=None, eps=None):
+    """The reference's out, grad_q, grad_k and grad_v in float64."""
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    out = reference(feature_map, *inputs, projection, key_mask, eps)
+    return out, *torch.autograd.grad(out, inputs, grad_out.double())
+
+
 def assert_close(name, got, want, dtype, terms=0):
     """Every operand of a product is rounded once to dtype, and so is the result; the terms of a sum are of the size of
     the largest result, and their roundings partly cancel. A gradient that is 0 because products of size ``terms``
@@ -111,6 +118,11 @@ def assert_close(name, got, want, dtype, terms=0):
     assert (error <= bound).all(), f"{name}: {error.max():.2e}, {(error / bound).max():.2f} of the bound"
 
 
+def assert_all_close(results, wants, dtype, terms=0):
+    for name, got, want in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
+        assert_close(name, got, want, dtype, terms)
+
+
 def check(simt, feature_map, queries, keys, dim, value_dim, dtype=torch.float16, *, batch=1, heads=2, layout="bhnd",
           mask=None, features=None, seed=0):  # fmt: skip
     q, k, v, grad_out = (
@@ -119,12 +131,8 @@ def check(simt, feature_map, queries, keys, dim, value_dim, dtype=torch.float16,
     )
     projection = projection_for(feature_map, dim, features)
     results = run(simt, feature_map, q, k, v, grad_out, projection, mask, seed)
-    inputs = [t.double().requires_grad_() for t in (q, k, v)]
-    want = reference(feature_map, *inputs, projection, mask)
-    wants = want, *torch.autograd.grad(want, inputs, grad_out.double())
     terms = grad_out.abs().max() * v.abs().max() * value_dim if grad_out.numel() * v.numel() else 0
-    for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
-        assert_close(name, got, expected, dtype, float(terms))
+    assert_all_close(results, exact(feature_map, q, k, v, grad_out, projection, mask), dtype, float(terms))
 
 
 EVERY_SIZE = [*((m, torch.float16) for m in MAPS), *((m, torch.float32) for m in LINEAR)]
@@ -247,8 +255,8 @@ class TestNumerics:
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
     def test_needed_gradients_alone_have_the_same_bits(self, sm75, feature_map):
-        """Every subset of the gradients of q, k and v; the others stay unwritten."""
-        for dtype in (torch.float16, torch.float32):
+        """Every subset of the gradients of q, k and v; the others stay unwritten. Projected float32 takes long here."""
+        for dtype in (torch.float16, torch.float32)[: 1 + (feature_map in LINEAR)]:
             q, k, v, g = (make((1, 2, 70, c), dtype, i) for i, c in enumerate((12, 12, 9, 9)))
             projection = projection_for(feature_map, 12)
             every = run(sm75, feature_map, q, k, v, g, projection)[1:4]
@@ -272,10 +280,9 @@ class TestNumerics:
         q, k, projection = (q * size).clamp(-30, 30), (k * size).clamp(-30, 30), projection_for(feature_map, 16)
         results = run(sm75, feature_map, q, k, v, g, projection)
         assert all(t.isfinite().all() for t in results)
-        inputs = [t.double().requires_grad_() for t in (q, k, v)]
-        want = reference(feature_map, *inputs, projection)
-        assert_close("out", results[0], want, torch.float16)
-        assert_close("dv", results[3], torch.autograd.grad(want, inputs[2], g.double())[0], torch.float16)
+        out, _, _, grad_v = exact(feature_map, q, k, v, g, projection)
+        assert_close("out", results[0], out, torch.float16)
+        assert_close("dv", results[3], grad_v, torch.float16)
 
     @pytest.mark.parametrize("scale", [1e-4, 1e3])
     def test_gradients_of_any_size(self, sm75, feature_map, scale):
@@ -284,10 +291,7 @@ class TestNumerics:
         projection = projection_for(feature_map, 16)
         g = g * scale
         results = run(sm75, feature_map, q, k, v, g, projection)
-        inputs = [t.double().requires_grad_() for t in (q, k, v)]
-        wants = torch.autograd.grad(reference(feature_map, *inputs, projection), inputs, g.double())
-        for name, got, want in zip(("dq", "dk", "dv"), results[1:4], wants, strict=True):
-            assert_close(name, got, want, torch.float16)
+        assert_all_close(results, exact(feature_map, q, k, v, g, projection), torch.float16)
 
     @pytest.mark.parametrize("scales", [(1, 1e-40), (1e-40, 1)], ids=["gradients", "values"])
     def test_subnormal_numbers(self, sm75, feature_map, scales):
@@ -295,10 +299,7 @@ class TestNumerics:
         q, k, v, g = (make((1, 1, 20, c), torch.float32, i) for i, c in enumerate((12, 12, 5, 5)))
         v, g, projection = v * scales[0], g * scales[1], projection_for(feature_map, 12)
         results = run(sm75, feature_map, q, k, v, g, projection)
-        inputs = [t.double().requires_grad_() for t in (q, k, v)]
-        want = reference(feature_map, *inputs, projection)
-        wants = want, *torch.autograd.grad(want, inputs, g.double())
-        for got, expected in zip(results, wants, strict=False):
+        for got, expected in zip(results, exact(feature_map, q, k, v, g, projection), strict=False):
             assert ((got - expected).abs() <= 1e-37 + 1e-5 * expected.abs().max()).all()
 
     @pytest.mark.parametrize("size", [1, 30])
@@ -319,9 +320,8 @@ class TestNumerics:
 
         results = run(sm75, feature_map, q, k, v, g * scale, projection, between=repeated)
         assert all(t.isfinite().all() for t in results)
-        inputs = [t.double().requires_grad_() for t in (q, k, v)]
         eps = EPS.get(feature_map, 0) / (times if feature_map == "relu" else 1)  # of the denominator, or of each key
-        grads = torch.autograd.grad(reference(feature_map, *inputs, projection, eps=eps), inputs, g.double() * scale)
+        _, *grads = exact(feature_map, q, k, v, g * scale, projection, eps=eps)
         wants = [grads[0], grads[1] / times, grads[2] / times]
         for name, got, want in list(zip(("dq", "dk", "dv"), results[1:4], wants, strict=True))[size == 30 and 2 :]:
             assert_close(name, got, want, torch.float16)
@@ -332,11 +332,7 @@ class TestNumerics:
         q, k, v, g = (make((1, 1, n, 16), torch.float16, i) for i, n in enumerate((64, keys, keys, 64)))
         projection = projection_for(feature_map, 16, 16)
         results = run(sm75, feature_map, q, k, v, g * 100, projection)
-        inputs = [t.double().requires_grad_() for t in (q, k, v)]
-        want = reference(feature_map, *inputs, projection)
-        wants = want, *torch.autograd.grad(want, inputs, 100 * g.double())
-        for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
-            assert_close(name, got, expected, torch.float16)
+        assert_all_close(results, exact(feature_map, q, k, v, g * 100, projection), torch.float16)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -354,12 +350,8 @@ def test_features_that_see_the_same_of_v(sm75, case, feature_map):
         v = v[:, :, :1].repeat(1, 1, 20, 1)
     projection = projection_for(feature_map, 16)
     results = run(sm75, feature_map, q, k, v, g, projection, mask)
-    inputs = [t.double().requires_grad_() for t in (q, k, v)]
-    want = reference(feature_map, *inputs, projection, mask)
-    wants = want, *torch.autograd.grad(want, inputs, g.double())
     terms = float(g.abs().max() * v.abs().max()) * 16
-    for name, got, expected in zip(("out", "dq", "dk", "dv"), results, wants, strict=False):
-        assert_close(name, got, expected, torch.float16, terms)
+    assert_all_close(results, exact(feature_map, q, k, v, g, projection, mask), torch.float16, terms)
 
 
 def test_the_report_knows_the_launches(sm75):

@@ -21,16 +21,15 @@ def seeded(cls, *args, **kwargs):
 
 # --- performer-pytorch -------------------------------------------------------------------------------------------
 
-KERNELS = [{}, {"generalized_attention": True}, {"no_projection": True}]
-
 
 @pytest.fixture(scope="module")
 def performer():
     return pytest.importorskip("performer_pytorch")
 
 
-@pytest.mark.parametrize("options", KERNELS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize(
+    ("options", "tokens"), [({}, 1), ({}, 37), ({"generalized_attention": True}, 37), ({"no_projection": True}, 37)]
+)
 def test_performer_self_attention_is_equal(performer, options, tokens):
     model = seeded(performer.SelfAttention, 16, heads=2, dim_head=8, **options)
     check_equal(model, [torch.randn(2, tokens, 16)], ["fast_attention"], depth=tokens)
@@ -86,8 +85,7 @@ def nystrom():
     return pytest.importorskip("nystrom_attention")
 
 
-@pytest.mark.parametrize("tokens", [1, 12, 29])
-@pytest.mark.parametrize("options", [{}, {"residual": False}], ids=str)
+@pytest.mark.parametrize(("tokens", "options"), [(1, {}), (12, {}), (29, {}), (29, {"residual": False})])
 def test_nystrom_attention_is_equal(nystrom, tokens, options):
     model = seeded(nystrom.NystromAttention, 16, dim_head=8, heads=2, num_landmarks=6, **options)
     check_equal(model, [torch.randn(2, tokens, 16)], [""], depth=tokens, amplification=80)
@@ -143,8 +141,7 @@ def test_linear_self_attention_is_equal(linear_self_attention, options, masked):
     check_equal(model, [torch.randn(2, 24, 16), *mask], [""], depth=24)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (6, 5)], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("size", "channels_last"), [((1, 1), False), ((6, 5), False), ((6, 5), True)], ids=str)
 def test_image_linear_attention_is_equal(linear, size, channels_last):
     model = seeded(linear.ImageLinearAttention, 8, key_dim=6, value_dim=6, heads=2)
     x = image(2, 8, *size, channels_last=channels_last)

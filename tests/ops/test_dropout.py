@@ -40,9 +40,18 @@ def test_philox_is_its_definition():
 
 @with_dtypes
 @pytest.mark.parametrize(
-    ("count", "offset"), [(0, 5), (1, 0), (5, 126), (1000, 77), (128 * 40 + 3, 128 * 3), (300, 2**36 - 100)]
+    ("p", "count", "offset"),
+    [
+        (0.5, 0, 5),
+        (0.1, 1, 0),
+        (0.99, 5, 126),
+        (0.0, 1000, 77),
+        (0.5, 1000, 77),
+        (0.1, 128 * 40 + 3, 128 * 3),
+        (0.99, 128 * 40 + 3, 128 * 3),
+        (0.5, 300, 2**36 - 100),
+    ],
 )
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99])
 def test_every_backend_keeps_the_same_elements(p, count, offset, backend, dtype):
     x, residual = (torch.randn(count).to(device_of(backend), dtype) for _ in range(2))
     seed = SEED.to(x.device)

@@ -43,11 +43,12 @@ def bind_masked(case, backend):
 @in_float64
 @every([case for case in CASES if case.smooth])
 def test_gradcheck(case, backend):
-    """Also of second order. With a detached maximum, test_derivatives.py compares with the reference."""
+    """The reference also to second order, which is its own on every backend: test_derivatives.py compares them, also
+    those with a detached maximum."""
     inputs, call = case.inputs(TINY, grad=True), case.bind(backend, TINY, **({"eps": 0.1} if "conv" in case.op else {}))
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradcheck(call, inputs, fast_mode=interpreting())
-        assert torch.autograd.gradgradcheck(call, inputs, fast_mode=interpreting())
+        assert backend != "reference" or torch.autograd.gradgradcheck(call, inputs)
 
 
 @every_backend

@@ -27,7 +27,8 @@ from cxv_kernels.ops.linear_attention.triton import configs
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.float16) for case in LINEAR_FAMILY] + [(case, torch.float64) for case in (LINEAR[0], PERFORMER[0])],
+    # test_many_tokens_in_float16 has these two in float16
+    [(case, torch.float64 if case in (LINEAR[0], PERFORMER[0]) else torch.float16) for case in LINEAR_FAMILY],
     ids=name_of,
 )
 def test_splits_are_added(case, dtype):
@@ -49,7 +50,7 @@ def test_splits_are_added(case, dtype):
 
 @every([LINEAR[0], LINEAR[2], PERFORMER[0]])  # with a running maximum, and without
 def test_bits_of_a_head_with_splits(case):
-    """Alone or in a batch, in any layout, also where fresh memory is NaN."""
+    """Alone or in a batch, in another layout, also where fresh memory is NaN."""
     sizes = Sizes(2, 2, 20, 140, 16, 16)
     inputs, call = case.inputs(sizes, torch.float16), case.bind("triton", sizes)
     with short_splits():
@@ -58,8 +59,7 @@ def test_bits_of_a_head_with_splits(case):
             torch.equal(a[1:, 1:], b) for a, b in zip(first, run(call, [t[1:, 1:] for t in inputs]), strict=True)
         )
         with poisoned_memory():
-            for name in ("NCHW", "a chunk of qkv"):
-                assert all(map(torch.equal, first, run(call, [layouts(t)[name] for t in inputs]))), name
+            assert all(map(torch.equal, first, run(call, [layouts(t)["a chunk of qkv"] for t in inputs])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
