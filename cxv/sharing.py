@@ -137,7 +137,16 @@ def _of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: checkpoint[name] for name in METADATA if name in checkpoint}
     found["args"] = {k: v for k, v in checkpoint["args"].items() if v is not None and k not in _PRIVATE}
     if "history" in checkpoint:
-        row = checkpoint["history"][-1] if checkpoint["history"] else {}
-        found["metrics"] = {k: v for k, v in row.items() if k.endswith(("_loss", "_top1"))}
+        found["metrics"] = {k: v for k, v in _row_of_weights(checkpoint).items() if k.endswith(("_loss", "_top1"))}
         found["seed"] = checkpoint["args"].get("seed")
     return found
+
+
+def _row_of_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the metrics of the weights. Weights from the middle of an epoch have none."""
+    history, optimizer = checkpoint["history"], checkpoint["optimizer"]
+    if not history or checkpoint.get("resume_state") is not None:
+        return {}
+    if optimizer["phase_epoch"] > 0:
+        return history[-1]
+    return next(row for row in history if row["epoch"] == optimizer["best_epoch"])  # a new phase has reloaded them

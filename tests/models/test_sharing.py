@@ -17,6 +17,7 @@ from torch import nn
 import cxv
 from cxv.checkpoint import METADATA_KEY, read_checkpoint
 from cxv.cli import main
+from cxv.sharing import describe
 from cxv.training import InputError, TrainConfig, load_model, train
 
 TINY = {"embed_dim": 16, "num_classes": 3, "in_chans": 1, "img_size": 8}
@@ -501,3 +502,16 @@ def test_which_weights(saved, run, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             cxv.save_safetensors(source, tmp_path / "a.safetensors", which=which)
+
+
+@pytest.mark.parametrize(
+    ("phase_epoch", "resume_state", "top1"),
+    [(2, None, 60.0), (0, None, 50.0), (2, {"step": 1}, None)],
+    ids=["end of an epoch", "new phase with the best weights", "middle of an epoch"],
+)
+def test_metrics_are_those_of_the_weights(run, phase_epoch, resume_state, top1):
+    checkpoint = read_checkpoint(run / "last.pt") | {"resume_state": resume_state}
+    checkpoint["optimizer"] |= {"phase_epoch": phase_epoch, "best_epoch": 1}
+    for row, value in zip(checkpoint["history"], (50.0, 60.0), strict=True):
+        row["test_top1"] = value
+    assert describe(checkpoint)["metrics"].get("test_top1") == top1
