@@ -28,7 +28,12 @@ DESCRIPTION = "Print top-1 and top-5 accuracy, macro-F1, balanced accuracy and t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     add_option(parser, "data", shown="the run's")
-    add_option(parser, "data_dir", shown="the run's", note="; only the evaluated split is needed")
+    add_option(
+        parser,
+        "data_dir",
+        shown="the run's, or with `labels` the folder of that file",
+        note="; only the evaluated split is needed",
+    )
     add_option(parser, "labels", shown="the run's")
     parser.add_argument("--split", choices=tuple(SPLITS), default="test", help="images to evaluate (default: test)")
     add_option(parser, "cache_dir")
