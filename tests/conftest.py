@@ -5,6 +5,7 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 # PyTorch reads these at import. Several processes share the cores: threads that wait must not spin.
@@ -147,7 +148,10 @@ def fork(function):
         try:
             function()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     return pid
 

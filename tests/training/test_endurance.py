@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import exit_status, file_limit, fork
+from conftest import file_limit
 from training_support import AUGMENTED, TINY, Probe, assert_same_run, before_batch, curve, cut_power, resume, run
 
 import cxv
@@ -191,31 +191,37 @@ def test_two_damaged_checkpoints_are_an_error(augmented, tmp_path):
 _SHORT = {"epochs": 2, "sgd_epochs": 0, "limit_train": 32, "limit_test": 20, "validation": None}
 
 
-def count_down_to_kill(call, calls_left):
-    """The call, which ends the process instead once ``calls_left``, a list that several calls share, is empty."""
-
-    def counted(*args):
-        calls_left.pop()
-        if not calls_left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args)
-
-    return counted
+# forks a training for each call that writes to the disk, which ends it just before that call
+_EVERY_WRITE = """
+import os, signal, sys
+import sklearn.datasets, sklearn.model_selection, torch._dynamo  # once
+from cxv.training import TrainConfig, train
+torch.set_num_threads(1)
+for fatal in map(int, sys.argv[2].split(",")):
+    pid = os.fork()
+    if pid == 0:
+        calls = [0]
+        def deadly(call):
+            def counted(*args):
+                calls[0] += 1
+                if calls[0] == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+            return counted
+        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+        train(eval(sys.argv[1].replace("NUMBER", str(fatal))), log=str)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_kill_9_at_every_step_of_every_write(tmp_path):
-    """A run for each call that writes to the disk, ended just before that call."""
+    config = repr(TrainConfig(**{**TINY, **_SHORT, "output": str(tmp_path / "run-NUMBER")}))
     # before the first epoch 3 of last.pt and 9 of smaller files; after it 3 of best.pt and 4 of last.pt
     fatal = [1, 2, 3, *range(13, 21)]
-
-    def train_until_killed(number):
-        calls_left = [None] * number
-        os.fsync, os.replace = (count_down_to_kill(call, calls_left) for call in (os.fsync, os.replace))
-        run(tmp_path / f"run-{number}", **_SHORT)
-
-    for number in fatal:
-        assert exit_status(fork(partial(train_until_killed, number))) == -signal.SIGKILL
+    command = [sys.executable, "-c", _EVERY_WRITE, config, ",".join(map(str, fatal))]
+    subprocess.run(command, env=ENV, check=True)
     run(tmp_path / "whole", **_SHORT)
     resumed = 0
     for number in fatal:
