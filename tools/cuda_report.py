@@ -16,9 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# A multiprocessor of a T4, by the Turing white paper, and the multiply-adds of an instruction.
+# A multiprocessor of a T4, by the Turing white paper.
 T4_WARPS, T4_REGISTERS, T4_SHARED, T4_BLOCKS = 32, 65536, 64 * 1024, 16
-MACS = {"HMMA.1688": 1024}
 
 DTYPES = {"__half": 2, "float": 4}
 MAPS = {3: "favor", 5: "favor_relu", 0: "softmax", 2: "relu", 6: "elu"}  # cxv::FeatureMap; relu is kv_state's elu too
@@ -51,7 +50,7 @@ class Kernel:
     def tensor_core_share(self) -> float:
         """Return the share of the multiply-adds in the inner loops (each instruction once) that use tensor cores."""
         loop = self.inner_loops
-        tensor = sum(n * sum(t.startswith(name) for t in loop) for name, n in MACS.items())
+        tensor = 1024 * sum(t.startswith("HMMA.1688") for t in loop)  # multiply-adds of a warp; FFMA has 32
         return tensor / max(1, tensor + 32 * sum(t.startswith("FFMA") for t in loop))
 
     @property
