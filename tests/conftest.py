@@ -141,7 +141,10 @@ def _short_runs_draw_no_curves(request):
 
 
 def fork(function):
-    """Call the function in a process of its own, which need not import PyTorch again; returns the id of the process."""
+    """Call the function, which must not call backward(), in a fork of this process; returns the id of the fork.
+
+    PyTorch refuses backward passes in forks of a process in which a backward pass has started threads.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -4,14 +4,16 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import exit_status, fork
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training_support import TIMES, TINY, Probe, assert_same_run, before_batch, curve, run
+from training_support import TIMES, TINY, Probe, assert_same_run, curve, run
 
 import cxv
 from cxv.checkpoint import atomic_write, pack_checkpoint, read_checkpoint
@@ -152,22 +154,42 @@ RANDOM = {
 RANDOM |= {"balanced_sampling": True, "class_weights": "balanced", "batch_size": 8, "accumulate": 4}
 
 
+KILLS = {"first": ({}, 1, 0), "sgd": ({}, 5, 4), "random": (RANDOM, 2, 1)}  # options, epoch, finished epochs
+# Forks a training for each case, which is killed before the second batch of its epoch. The tests' own process will not
+# do: PyTorch refuses a backward pass in a fork of a process in which backward passes have started threads.
+_KILLED = """
+import os, signal, sys
+import sklearn.datasets, sklearn.model_selection, torch._dynamo  # once
+from pytest import MonkeyPatch
+from training_support import before_batch, run
+torch.set_num_threads(1)
+for name, (options, epoch, _) in eval(sys.argv[1]).items():
+    pid = os.fork()
+    if pid == 0:
+        before_batch(MonkeyPatch(), epoch, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run(f"{sys.argv[2]}/{name}", **options)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, name
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with the runs of ``KILLS`` as SIGKILL left them."""
+    folder, tests = tmp_path_factory.mktemp("killed"), Path(__file__).parent.parent
+    path = os.pathsep.join([str(tests), str(Path(cxv.__file__).parent.parent)])
+    command = [sys.executable, "-c", _KILLED, repr(KILLS), str(folder)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
+    return folder
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize(
-    ("options", "epoch", "left"), [({}, 1, 0), ({}, 5, 4), (RANDOM, 2, 1)], ids=["first", "sgd", "random"]
-)
-def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, tmp_path, monkeypatch, options, epoch, left):
-    output, unbroken = tmp_path / "killed", whole[0]
-    config = TrainConfig(**TINY | options, output=str(output))
+@pytest.mark.parametrize("name", KILLS)
+def test_kill_9_in_mid_epoch_then_resume_equals_the_unbroken_run(whole, killed, tmp_path, name):
+    (options, _, left), output, unbroken = KILLS[name], killed / name, whole[0]
     if options:
         unbroken = tmp_path / "unbroken"
         run(unbroken, **options)
-
-    def train_until_killed():
-        before_batch(monkeypatch, epoch, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        train(config, log=str)
-
-    assert exit_status(fork(train_until_killed)) == -signal.SIGKILL
     assert len(curve(output)) == left
     with open(output / "metrics.jsonl", "a") as f:
         f.write('{"epoch": 99, "test_')  # a line cut short: the checkpoint is the truth
