@@ -209,7 +209,7 @@ def measure_model(
     model_name: str, size: int, device: torch.device, dtype: torch.dtype, quick: bool, compiled: bool
 ) -> Iterator[bench.Row]:
     """Attention alone and the whole model, at inference and in training."""
-    rounds = {"budget": 0.01, "max_repeats": 3} if quick else {"budget": 2.0, "min_repeats": 5, "limit": 60.0}
+    rounds = {"budget": 0.01, "max_repeats": 3} if quick else {"budget": 2.0, "min_repeats": 3, "limit": 300.0}
     torch.manual_seed(0)
     model = make_model(model_name, size, quick).to(device, dtype)
     variants, names = implementations(model, compiled)

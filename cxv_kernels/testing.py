@@ -374,9 +374,10 @@ def saved_bytes(run: Callable[[], Any], inputs: Iterable[Tensor] = ()) -> SavedB
     """
     saved: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # keeps the tensor, so that no address is used twice
-        return tensor
+    def pack(tensor: Tensor) -> None:
+        # Keeps the memory, so that no address is used twice, but not the graph: it keeps this function, so that neither
+        # would ever be freed.
+        saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()

@@ -1,5 +1,7 @@
 """The memory probes of cxv_kernels.testing, against allocations and saved tensors counted by hand."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import qkv
@@ -73,6 +75,18 @@ def test_peak_memory_in_backward():
 def test_saved_bytes_of_exp():
     x = torch.randn(1000, requires_grad=True)
     assert saved_bytes(x.exp, [x]) == (4000, 4000)
+
+
+def test_saved_bytes_frees_the_graph():
+    x, results = torch.randn(1000, requires_grad=True), []
+
+    def run():
+        y = x.exp()  # which autograd saves
+        results.append(weakref.ref(y))
+        return y
+
+    saved_bytes(run, [x])
+    assert results[0]() is None
 
 
 def test_saved_bytes_excludes_inputs_and_counts_storages_once():
