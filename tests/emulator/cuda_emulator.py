@@ -34,7 +34,7 @@ def emulator() -> Path:
 def build(source: str, folder: Path) -> ctypes.CDLL:
     """Compile tests/emulator/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
     kernels, library = folder / "kernels.o", folder / "simt.so"
-    _compile("-O1", "-fsanitize=thread", "-c", str(HERE / source), "-o", str(kernels))
+    _compile("-Og", "-fsanitize=thread", "-c", str(HERE / source), "-o", str(kernels))
     _compile("-shared", str(emulator()), str(kernels), "-o", str(library))
     return ctypes.CDLL(str(library))
 
