@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from cxv_kernels._triton import interpreting
@@ -193,3 +194,26 @@ def folder(tmp_path):
                 suffix = ("webp", "png", "bmp")[c]
                 write_image(tmp_path / split / name / f"{i}.{suffix}", seed=100 * (split == "test") + 10 * c + i)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def csrc(tmp_path_factory):
+    """A copy of csrc that launches its kernels in the emulator."""
+    from cuda_emulator import copy_sources
+
+    return copy_sources(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def attention(csrc, tmp_path_factory):
+    """Its linear_attention as object files, which take long: the first of pytest's processes compiles them for all."""
+    from cuda_emulator import compile_sources
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "linear_attention"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = tmp_path_factory.mktemp("partial")
+            compile_sources(list((csrc / "cuda" / "linear_attention").glob("*.cu")), partial)
+            partial.rename(folder)
+    return list(folder.glob("*.o"))

@@ -1,7 +1,10 @@
 // PyTorch's ops on the fake CUDA device (runtime.c): those of the CPU, on the same memory. What allocates, views
 // or reads a number stays CUDA's own, and so do its allocator, streams and graphs.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <set>

@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -12,30 +15,53 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
+TORCH = Path(torch.__file__).parent
 CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++"))), None)
 _folder = tempfile.TemporaryDirectory()  # goes with the process
 needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), ([^,]+), (\w+)>>>\(([^;]*)\);")
+# Only the kernels' accesses to memory are reported to the emulator. The rest is what PyTorch's headers want of CUDA's.
+FLAGS = ("-Og", "-fsanitize=thread", "-xc++", "-include", "cuda_runtime.h", f"-I{TORCH}/include", "-DUSE_CUDA")
+FLAGS += ("-DCXV_DEVICE=CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 
-def _compile(*arguments: str) -> None:
-    command = [CXX, "-std=c++20", "-fPIC", "-Wno-unknown-pragmas", f"-I{HERE}", *arguments]
+def compile_cxx(*arguments: str | Path) -> None:
+    command = [CXX, "-std=c++20", "-fPIC", "-w", f"-I{HERE}", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy csrc, with every launch replaced, into the folder and return the copy."""
+    copied = Path(shutil.copytree(HERE.parents[1] / "csrc", folder / "csrc"))
+    for source in (copied / "cuda").rglob("*.cu*"):
+        text = LAUNCH.sub(r"simt::launch_on(\5, \2, \3, \4, \1, \6);", source.read_text())
+        assert "<<<" not in text, f"{source.name} has a launch that {LAUNCH.pattern} does not find"
+        source.write_text(text.replace("STD_CUDA_KERNEL_LAUNCH_CHECK();", ""))
+    return copied
+
+
+def compile_sources(sources: Sequence[Path], folder: Path) -> list[Path]:
+    """Compile files of the copy; return their object files, in the folder."""
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda source, target: compile_cxx(*FLAGS, "-c", source, "-o", target), sources, objects))
+    return objects
 
 
 @cache
 def emulator() -> Path:
     """Its object file, compiled once for all of the process's libraries."""
     target = Path(_folder.name) / "simt.o"
-    _compile("-O2", "-c", str(HERE / "simt.cpp"), "-o", str(target))
+    compile_cxx("-O2", "-c", HERE / "simt.cpp", "-o", target)
     return target
 
 
-def build(source: str, folder: Path) -> ctypes.CDLL:
-    """Compile tests/emulator/<source> with the emulator; only the kernels' accesses to memory are reported to it."""
+def build(source: str, csrc: Path, folder: Path, objects: Sequence[Path] = ()) -> ctypes.CDLL:
+    """Compile tests/emulator/<source> with the copy of csrc, and link it with the emulator and more object files."""
     kernels, library = folder / "kernels.o", folder / "simt.so"
-    _compile("-Og", "-fsanitize=thread", "-c", str(HERE / source), "-o", str(kernels))
-    _compile("-shared", str(emulator()), str(kernels), "-o", str(library))
+    compile_cxx(*FLAGS, f"-I{csrc}", "-c", HERE / source, "-o", kernels)
+    compile_cxx("-shared", emulator(), kernels, *objects, "-o", library)
     return ctypes.CDLL(str(library))
 
 

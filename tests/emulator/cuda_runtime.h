@@ -1,4 +1,4 @@
-// What csrc/cuda's ops ask of CUDA's runtime, for the fake CUDA device, where their launches come to launch_on().
+// What csrc/cuda's ops ask of CUDA's runtime; their launches come to launch_on().
 #pragma once
 
 #include "simt.h"
@@ -31,8 +31,9 @@ namespace simt {
 template <class Kernel, class... Arguments>
 void launch_on(cudaStream_t stream, int64_t blocks, int threads, int shared_bytes, Kernel kernel,
                Arguments... arguments) {
+  if (launch_observer) return launch_observer(threads, shared_bytes);
   fake_device_launched(stream);
-  auto run = [=] { launch(blocks, threads, shared_bytes, 0, [&] { kernel(arguments...); }); };
+  auto run = [=] { launch(blocks, threads, shared_bytes, launch_seed, [&] { kernel(arguments...); }); };
   if (!fake_device_capturing()) return run();
   fake_device_record([](void* data) { (*static_cast<decltype(run)*>(data))(); }, new auto(run));
 }

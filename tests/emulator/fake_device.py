@@ -1,22 +1,20 @@
 """Build the fake CUDA device, with csrc/cuda's kernels in the emulator."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from cuda_emulator import HERE, emulator
+from cuda_emulator import HERE, TORCH, compile_cxx, compile_sources, emulator
 
 from cxv_kernels.library import CPP_MISSING
 
 ROOT = HERE.parent.parent
-TORCH = Path(torch.__file__).parent
-LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), ([^,]+), (\w+)>>>\(([^;]*)\);")
 
 
 def _triton_headers() -> Path | None:
@@ -63,40 +61,26 @@ def _aten(folder: Path) -> Path:
     return target
 
 
-def _kernels(folder: Path, pool: ThreadPoolExecutor) -> None:
-    """The package's ``_cuda``, every launch replaced."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for source in (folder / "csrc" / "cuda").rglob("*.cu*"):
-        text = LAUNCH.sub(r"simt::launch_on(\5, \2, \3, \4, \1, \6);", source.read_text())
-        assert "<<<" not in text, f"{source.name} has a launch that {LAUNCH.pattern} does not find"
-        source.write_text(text)
-    flags = ["-std=c++20", "-O0", "-fPIC", "-w", f"-I{HERE}", "-fsanitize=thread", "-DUSE_CUDA", "-DCXV_DEVICE=CUDA"]
-    flags += [f"-I{TORCH}/include", "-include", "cuda_runtime.h", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    sources = [
-        folder / "csrc" / "host" / f"{op}.cpp" for op in ("conv_norm", "linear_attention", "performer_attention")
-    ]
-    sources += sorted((folder / "csrc" / "cuda").rglob("*.cu"))
-    objects = [folder / f"{i}.o" for i in range(len(sources))]
-    jobs = [
-        pool.submit(run, "g++", *flags, "-xc++", "-c", pair[0], "-o", pair[1])
-        for pair in zip(sources, objects, strict=True)
-    ]
-    for job in jobs:
-        job.result()
+def _kernels(folder: Path, csrc: Path, attention: Sequence[Path]) -> None:
+    """The package's ``_cuda``, in the emulator."""
+    sources = [csrc / "host" / f"{op}.cpp" for op in ("conv_norm", "linear_attention", "performer_attention")]
+    objects = compile_sources([*sources, csrc / "cuda" / "device.cu"], folder)
     linked = [f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
-    run("g++", "-shared", *objects, emulator(), "-o", folder / "cxv_kernels" / "_cuda.abi3.so", *linked)
+    target = folder / "cxv_kernels" / "_cuda.abi3.so"
+    compile_cxx("-shared", *objects, *attention, emulator(), "-o", target, *linked)
 
 
-def build(folder: Path) -> dict[str, str]:
+def build(folder: Path, csrc: Path, attention: Sequence[Path]) -> dict[str, str]:
     """Compile all of it into ``folder``, with a copy of the project; return the environment of a process that sees it.
 
-    FAKE_DEVICE_ARCH is the compute capability of the device, 75 or 90, for example.
+    ``csrc`` and ``attention`` are what the fixtures of these names give. FAKE_DEVICE_ARCH is the compute capability of
+    the device, 75 or 90, for example.
     """
-    for name in ("cxv", "cxv_kernels"):
+    for name in ("csrc", "cxv", "cxv_kernels"):  # csrc has the schemas of the ops
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(_aten, folder), pool.submit(_runtime, folder)]
-        _kernels(folder, pool)
+        _kernels(folder, csrc, attention)
         aten, runtime = (job.result() for job in jobs)
     return {
         **os.environ,

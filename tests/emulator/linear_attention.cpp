@@ -1,12 +1,8 @@
 // csrc/cuda/linear_attention on the host, for ctypes (test_cuda_attention.py).
-#include "simt.h"
-
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "../../csrc/cuda/linear_attention/launch.cuh"
+#include "cuda/device.cuh"
 
 namespace {
 
@@ -22,18 +18,8 @@ std::vector<float> unwritten(int64_t count) {
   return array;
 }
 
-// Runs `call` for what is compiled: with a projection one size of float, to keep the compiler's time down.
-template <class Launch>
-void run_compiled(Call call, const Work& p, const Launch& launch) {
-  for_map(p.feature_map, [&](auto map) {
-    if (p.dtype == DType::kHalf)
-      return for_size(p, [&](auto size) { Passes<__half, size(), map(), Launch>{p, launch}.run(call); });
-    if (p.dtype != DType::kFloat) throw std::runtime_error("not compiled");
-    if constexpr (kProjected<map()>)
-      Passes<float, 16, map(), Launch>{p, launch}.run(call);
-    else
-      for_size(p, [&](auto size) { Passes<float, size(), map(), Launch>{p, launch}.run(call); });
-  });
+void run_passes(Call call, const Work& p) {
+  for_dtype(p.dtype, [&](auto t) { cuda::run<decltype(t)>(call, p, Launch{}); });
 }
 
 }  // namespace
@@ -42,6 +28,7 @@ extern "C" {
 
 // The caller fills p but for splits and scratch memory. These return what went wrong, or null.
 const char* simt_attention(const LinearAttentionParams* in, Call call, unsigned seed) {
+  simt::launch_seed = seed;
   return simt::guarded([&] {
     Work p = {*in};
     set_splits(p);
@@ -54,7 +41,7 @@ const char* simt_attention(const LinearAttentionParams* in, Call call, unsigned 
     const int64_t maxima = feature_maxima(p, kResidentBlocks);
     auto feature_max = unwritten(call == Call::kFeaturesMax ? heads * maxima : 0);
     p.feature_max = feature_max.data();
-    run_compiled(call, p, simt::launcher(seed));
+    run_passes(call, p);
     float* const key_max = static_cast<float*>(p.key_max);
     for (int64_t i = 0; i < int64_t(feature_max.size()); ++i)
       key_max[i / maxima] = i % maxima == 0 ? feature_max[i] : std::fmax(key_max[i / maxima], feature_max[i]);
@@ -68,11 +55,12 @@ int simt_launches(const LinearAttentionParams* in, int* threads, int* shared) {
   p.resident_blocks = kResidentBlocks;
   for (View* grad : {&p.grad_q, &p.grad_k, &p.grad_v}) grad->data = grad;  // all are needed
   int count = 0;
-  for (Call call : {Call::kForward, Call::kBackward})
-    run_compiled(call, p, [&](auto, int64_t, int block, int bytes, const auto&...) {
-      threads[count] = block;
-      shared[count++] = bytes;
-    });
+  simt::launch_observer = [&](int block, int bytes) {
+    threads[count] = block;
+    shared[count++] = bytes;
+  };
+  for (Call call : {Call::kForward, Call::kBackward}) run_passes(call, p);
+  simt::launch_observer = nullptr;
   return count;
 }
 }

@@ -1,10 +1,8 @@
 // Small kernels that do one thing wrong, or right, for test_emulator.py.
-#include "simt.h"
-
 #include <exception>
 #include <string>
 
-#include "../../csrc/cuda/mma.cuh"
+#include "cuda/mma.cuh"
 
 namespace cxv::cuda {
 

@@ -340,6 +340,8 @@ void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 void simt::launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const std::function<void()>& body) {
   machine.run(blocks, threads, shared_bytes, seed, body);
 }
+unsigned simt::launch_seed = 0;
+std::function<void(int, int)> simt::launch_observer;
 const char* simt::guarded(const std::function<void()>& f) {
   static std::string error;
   try {
@@ -349,6 +351,12 @@ const char* simt::guarded(const std::function<void()>& f) {
     return error.c_str();
   }
   return nullptr;
+}
+// Of the process without the fake device; runtime.c, which is loaded before all others, has the device's.
+extern "C" {
+int fake_device_capturing() { return 0; }
+void fake_device_record(void (*)(void*), void*) {}
+void fake_device_launched(void*) {}
 }
 // The memory that tensors lie in: byte i may be read if allowed[i] & 1, written if allowed[i] & 2. Elsewhere, accesses
 // are not checked.

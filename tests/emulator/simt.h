@@ -62,12 +62,10 @@ namespace simt {
 // body() is what one CUDA thread does. seed 0: threads and blocks in order. Throws std::runtime_error.
 void launch(int64_t blocks, int threads, int shared_bytes, unsigned seed, const std::function<void()>& body);
 
-// launch(kernel, blocks, threads, bytes of shared memory, arguments…), as csrc/cuda calls it.
-inline auto launcher(unsigned seed) {
-  return [=](auto kernel, int64_t blocks, int threads, int bytes, const auto&... arguments) {
-    launch(blocks, threads, bytes, seed, [&] { kernel(arguments...); });
-  };
-}
+// Of the launches of csrc/cuda, which come to launch_on() (cuda_runtime.h): their seed, and what is called instead of
+// them, if anything, with their threads and shared memory.
+extern unsigned launch_seed;
+extern std::function<void(int threads, int shared_bytes)> launch_observer;
 
 // Runs f; returns what went wrong, or null.
 const char* guarded(const std::function<void()>& f);

@@ -32,8 +32,8 @@ FORWARD, BACKWARD, STATE, STATE_BACKWARD, FEATURES_MAX, FEATURES_FORWARD, FEATUR
 
 
 @pytest.fixture(scope="module")
-def sm75(tmp_path_factory):
-    return build("linear_attention.cpp", tmp_path_factory.mktemp("sm75"))
+def sm75(tmp_path_factory, csrc, attention):
+    return build("linear_attention.cpp", csrc, tmp_path_factory.mktemp("sm75"), attention)
 
 
 def projection_for(feature_map, dim, features=None):

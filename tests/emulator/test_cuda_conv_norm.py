@@ -30,8 +30,8 @@ class Arguments(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def simt(tmp_path_factory):
-    return build("conv_norm.cpp", tmp_path_factory.mktemp("conv_norm"))
+def simt(tmp_path_factory, csrc):
+    return build("conv_norm.cpp", csrc, tmp_path_factory.mktemp("conv_norm"))
 
 
 def make(dtype, layout, batch=2, c_in=3, c_out=40, size=(7, 9), gamma=None, beta=None):

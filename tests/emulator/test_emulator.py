@@ -11,8 +11,8 @@ SEEDS = range(4)
 
 
 @pytest.fixture(scope="module")
-def simt(tmp_path_factory):
-    return build("self_test.cpp", tmp_path_factory.mktemp("emulator"))
+def simt(tmp_path_factory, csrc):
+    return build("self_test.cpp", csrc, tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

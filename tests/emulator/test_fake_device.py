@@ -17,10 +17,10 @@ TRIED = (2, 15)  # the newest PyTorch that is known to find a GPU in it
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, csrc, attention):
     """A function that runs Python in a process with a fake device of a compute capability."""
     folder = tmp_path_factory.mktemp("fake_device")
-    built = fake_device.build(folder)
+    built = fake_device.build(folder, csrc, attention)
 
     def call(arch, *command, **environment):
         return subprocess.run(
