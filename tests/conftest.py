@@ -33,6 +33,7 @@ if not (ON_FAKE_DEVICE or ON_GPU):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are the same on every machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background processes ignore
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes costs more than these graphs
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # the CPU says it; nothing is compiled to try
 os.environ["CXV_CACHE"] = "none"  # tests leave nothing in the user's; those of the cache have their own
 # The files that take longest, in this order: the others fill up what the processes have left.
 LONGEST = (

@@ -480,7 +480,7 @@ def test_the_log_says_which_model_is_the_default(tmp_path):
 @pytest.mark.slow
 def test_digits_reach_95_per_cent_in_few_epochs_and_switch_to_sgd(tmp_path):
     """The default but for the epochs and the batch, which is small so that there are enough steps."""
-    lines, few = [], {"batch_size": 32, "epochs": 5, "sgd_epochs": 1}
+    lines, few = [], {"batch_size": 16, "epochs": 2, "sgd_epochs": 1}
     result = train(TrainConfig(output=str(tmp_path / "a"), threads=1, **few), log=lines.append)
     assert result.best_top1 >= 95
     assert "switch to SGD" in "\n".join(lines)
