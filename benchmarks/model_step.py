@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="time the compiled eager model, too")
     arguments = parser.parse(argv)
     device, quick = torch.device(arguments.device), arguments.quick
-    batch, side = arguments.batch or (4 if quick else 32), 16 if quick else bench.IMAGE_SIZE
+    batch, side = arguments.batch or (4 if quick else 32), 8 if quick else bench.IMAGE_SIZE
     rounds = {"budget": 0.1, "max_repeats": 3} if quick else {"budget": 6.0, "limit": 60.0}
     results = bench.Results("model_step", arguments)
     for dtype in arguments.dtype:
