@@ -118,8 +118,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_training_step_equals_plain(kind, options):
-    """One, two and three chunks, the last one full or not; checkpointed where the model can be."""
-    for batch in (1, 2, 5):
+    """One full chunk, and three, the last one not full; checkpointed where the model can be."""
+    for batch in (2, 5):
         expected = step(build(kind, False, **options).train(), images(batch))
         for checkpointing in (False, True)[: 1 + issubclass(kind, cxv.CXV)]:
             assert_equal(step(build(kind, True, checkpointing, **options).train(), images(batch)), expected)
