@@ -207,7 +207,7 @@ def test_onnx_on_a_hundred_images(name, tmp_path):
         for value in (*written.graph.input, *written.graph.output)
     }
     assert axes == {
-        "images": ["batch", 3, *(["height", "width"] if done.any_size else [10, 10])],
+        "images": ["batch", 3, "height", "width"],
         "logits": ["batch", 4],
     }
 

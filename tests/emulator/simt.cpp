@@ -352,7 +352,7 @@ const char* simt::guarded(const std::function<void()>& f) {
   }
   return nullptr;
 }
-// Of the process without the fake device; runtime.c, which is loaded before all others, has the device's.
+// For processes without the fake device. With it, runtime.c is loaded first, and its functions are called instead.
 extern "C" {
 int fake_device_capturing() { return 0; }
 void fake_device_record(void (*)(void*), void*) {}
